@@ -1,0 +1,3 @@
+"""Training and diagnostic utilities for the geometry of on-policy distillation."""
+
+__version__ = "0.1.0"

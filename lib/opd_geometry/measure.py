@@ -1,0 +1,325 @@
+"""Checkpoints to tables: what a run's updates look like, matrix by matrix.
+
+One tidy table holds everything the book prints, one value a row:
+
+    run, arm, seed, step, matrix, role, layer, metric, value
+
+Rows with role ``model`` and an empty matrix name are about the model as a whole: training
+metrics of every step, accuracies at the checkpoints.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opd_geometry import spectra, updates
+from opd_geometry.checkpoints import list_matrices, read_matrix
+from opd_geometry.profiles import PROFILES, build
+from opd_geometry.runs import (
+    Run,
+    checkpoint,
+    clear_write_errors,
+    data_directory,
+    ensure,
+    history,
+    is_done,
+    progress,
+    replacing,
+)
+
+COLUMNS = "run arm seed step matrix role layer metric value".split()
+ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
+PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
+HILL_DIVISOR = 8  # the paper does not state its k
+MASK_ALPHA = 0.5
+METRICS = (
+    "sparsity",
+    "density",
+    "angle_left_mean_deg",
+    "angle_left_max_deg",
+    "angle_right_mean_deg",
+    "angle_right_max_deg",
+    "nss",
+    "principal_overlap",
+    "low_magnitude_overlap",
+    "stable_rank",
+    "stable_rank_bf16",
+    "frobenius_norm",
+    "relative_norm",
+    "hill_alpha",
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the diagnostics need of W_0, computed once for all later checkpoints."""
+
+    w_before: Tensor
+    left: Tensor  # (n_rows, k), top-k left singular vectors
+    right: Tensor  # (n_cols, k)
+    spectrum: Tensor  # (min(shape),), descending
+    principal: Tensor  # bool mask
+    low_magnitude: Tensor  # bool mask
+
+
+def reference(w_before: Tensor) -> Reference:
+    """Decompose W_0: float64, ranks scaled to its smaller side."""
+    u, s, vh = spectra.svd(w_before)
+    k = spectra.default_rank(w_before.shape, ANGLE_DIVISOR)
+    rank = spectra.default_rank(w_before.shape, PRINCIPAL_DIVISOR)
+    return Reference(
+        w_before,
+        u[:, :k],
+        vh[:k].T,
+        s,
+        updates.principal_mask(w_before, rank, MASK_ALPHA),
+        updates.low_magnitude_mask(w_before, MASK_ALPHA),
+    )
+
+
+def compare(before: Reference, w_after: Tensor) -> dict[str, float]:
+    """Every single-checkpoint diagnostic of one matrix (see the notation page).
+
+    Args:
+        before: of W_0.
+        w_after: (n_rows, n_cols), the later weights.
+
+    Returns:
+        The ``METRICS``; NaN where one is undefined: overlaps when no entry changed
+        visibly, everything but sparsity, density and norm when nothing changed at all.
+
+    Raises:
+        ValueError: shapes differ, or a value is not finite.
+    """
+    delta = w_after.double() - before.w_before.double()
+    norm = spectra.frobenius_norm(delta)
+    if norm == 0.0:  # a run that never stepped (RLVR without reward variance)
+        unmoved = {"sparsity": 1.0, "density": 0.0, "frobenius_norm": 0.0}
+        return {name: unmoved.get(name, float("nan")) for name in METRICS}
+    u, s_after, vh = spectra.svd(w_after)
+    k = before.left.shape[1]
+    left = spectra.principal_angles_deg(before.left, u[:, :k])
+    right = spectra.principal_angles_deg(before.right, vh[:k].T)
+    visible = updates.visible_update(before.w_before, w_after)
+    density = float(visible.double().mean())
+    s_delta = spectra.singular_values(delta)
+    stored = w_after.bfloat16().double() - before.w_before.bfloat16().double()
+    hill_k = max(2, spectra.default_rank(delta.shape, HILL_DIVISOR))
+    values = {
+        "sparsity": 1.0 - density,
+        "density": density,
+        "angle_left_mean_deg": float(left.mean()),
+        "angle_left_max_deg": float(left.max()),
+        "angle_right_mean_deg": float(right.mean()),
+        "angle_right_max_deg": float(right.max()),
+        "nss": spectra.normalised_spectral_shift(before.spectrum, s_after),
+        "stable_rank": spectra.spectrum_stable_rank(s_delta),
+        "frobenius_norm": norm,
+        "relative_norm": norm / spectra.frobenius_norm(before.w_before),
+        "hill_alpha": spectra.hill_exponent(s_delta, hill_k),
+    }
+    if density > 0.0:
+        values |= {
+            "principal_overlap": updates.mask_overlap(before.principal, visible),
+            "low_magnitude_overlap": updates.mask_overlap(
+                before.low_magnitude, visible
+            ),
+            "stable_rank_bf16": spectra.stable_rank(stored),
+        }
+    return {name: values.get(name, float("nan")) for name in METRICS}
+
+
+# Norms of the null equal the update's own by construction.
+NULL_METRICS = tuple(name for name in METRICS if "norm" not in name)
+
+
+def compare_null(before: Reference, w_after: Tensor, seed: int) -> dict[str, float]:
+    """The same diagnostics of a Gaussian update with the same Frobenius norm.
+
+    Args:
+        before, w_after: as in ``compare``.
+        seed: of the Gaussian.
+
+    Returns:
+        ``null_`` + metric to value.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    delta = w_after.double() - before.w_before.double()
+    noise = updates.gaussian_null(delta, generator) if delta.any() else delta
+    values = compare(before, before.w_before.double() + noise)
+    return {f"null_{name}": values[name] for name in NULL_METRICS}
+
+
+def measure_matrix(
+    name: str, checkpoints: dict[int, Path], rank: int, seed: int
+) -> list[tuple[int, str, float]]:
+    """Every diagnostic of one matrix over a run's checkpoints.
+
+    Args:
+        name: of the matrix.
+        checkpoints: step to directory; the smallest step is W_0, the largest the end.
+        rank: K of ``similarity_to_end``.
+        seed: of the Gaussian nulls.
+
+    Returns:
+        (step, metric, value) rows.
+    """
+    (first, origin), *later = sorted(checkpoints.items())
+    before = reference(read_matrix(origin, name))
+    weights = {step: read_matrix(path, name) for step, path in later}
+    rank = min(rank, *before.w_before.shape)
+    deltas = {step: w.double() - before.w_before.double() for step, w in weights.items()}
+    subspaces = {
+        step: spectra.top_right_subspace(delta, rank)
+        for step, delta in deltas.items()
+        if delta.any()
+    }
+    end = max(weights)
+    rows = []
+    for step, w_after in weights.items():
+        values = compare(before, w_after)
+        values |= compare_null(before, w_after, seed)
+        if step in subspaces and end in subspaces:
+            values["similarity_to_end"] = spectra.subspace_similarity(
+                subspaces[step], subspaces[end]
+            )
+            values["null_similarity_to_end"] = rank / before.w_before.shape[1]
+        rows += [(step, metric, value) for metric, value in values.items()]
+    return rows
+
+
+def measure_run(run: Run, rank: int) -> pd.DataFrame:
+    """The tidy table of one run, trained first if need be; kept beside it.
+
+    Args:
+        run: the run.
+        rank: K of the subspace similarity.
+    """
+    directory = ensure(run)
+    kept = directory / f"measurements-k{rank}.parquet"
+    if kept.is_file():
+        return pd.read_parquet(kept)
+    steps = [step for step in run.checkpoint_steps() if checkpoint(run, step).is_dir()]
+    paths = {step: checkpoint(run, step) for step in [0, *steps]}
+    rows = [
+        (step, matrix.name, matrix.role, matrix.layer, metric, value)
+        for matrix in list_matrices(paths[0])
+        for step, metric, value in measure_matrix(matrix.name, paths, rank, run.seed)
+    ]
+    rows += [(h["step"], "", "model", -1, h["metric"], h["value"]) for h in history(run)]
+    table = pd.DataFrame(
+        rows, columns=["step", "matrix", "role", "layer", "metric", "value"]
+    )
+    table.insert(0, "seed", run.seed)
+    table.insert(0, "arm", run.arm)
+    table.insert(0, "run", run.key())
+    with clear_write_errors(kept), replacing(kept) as draft:
+        table.to_parquet(draft, index=False)
+    return table
+
+
+# --- committed measurements ------------------------------------------------------------
+
+
+def committed_path(profile: str) -> Path:
+    """Where a profile's committed table lies; its provenance stands beside it."""
+    return data_directory() / "measurements" / f"{profile}.parquet"
+
+
+def committed(profile: str) -> pd.DataFrame:
+    """A profile's committed table; empty when there is none."""
+    path = committed_path(profile)
+    if not path.is_file():
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.read_parquet(path)
+
+
+def committed_provenance(profile: str) -> pd.DataFrame:
+    """One row a committed run: run, arm, seed, steps, seconds, versions, machine."""
+    path = committed_path(profile).with_suffix(".runs.csv")
+    if not path.is_file():
+        return pd.DataFrame(columns=["run", "arm", "seed", "wall_seconds", "machine"])
+    return pd.read_csv(path)
+
+
+def provenance_of(run: Run) -> dict[str, object]:
+    """One provenance row of a finished run."""
+    return {"run": run.key(), "arm": run.arm, "seed": run.seed, **progress(run)}
+
+
+def load(
+    profile: str,
+    arms: Iterable[str],
+    seeds: Iterable[int],
+    source: str = "committed",
+    from_scratch: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of the asked runs, and where each of them comes from.
+
+    Args:
+        profile: a key of ``profiles.PROFILES``.
+        arms, seeds: which runs.
+        source: ``committed`` prefers committed measurements, ``local`` prefers runs
+            that are finished in data/runs; what neither has is trained now.
+        from_scratch: the local runs start from a base trained here, too.
+
+    Returns:
+        The tidy table, and one provenance row a run with the column ``source``
+        (``committed`` or ``this machine``).
+
+    Raises:
+        ValueError: unknown profile, arm or source.
+    """
+    if source not in ("committed", "local"):
+        raise ValueError(f"unknown source {source!r}; expected committed or local")
+    pairs = [(arm, seed) for arm in arms for seed in seeds]
+    local_runs = {pair: build(profile, *pair, from_scratch) for pair in pairs}
+    shelf, shelf_rows = committed(profile), committed_provenance(profile)
+    on_shelf = set(shelf_rows["run"])
+    tables, rows = [], []
+    for pair, run in local_runs.items():
+        key = build(profile, *pair).key()
+        local_first = source == "local" and is_done(run)
+        if key in on_shelf and not local_first:
+            tables.append(shelf[shelf["run"] == key])
+            row = shelf_rows[shelf_rows["run"] == key].iloc[0].to_dict()
+            rows.append({**row, "source": "committed"})
+        else:
+            tables.append(measure_run(run, PROFILES[profile].rank))
+            rows.append({**provenance_of(run), "source": "this machine"})
+    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
+
+
+def commit(profile: str, runs: Iterable[Run]) -> Path:
+    """Put finished runs' tables and provenance into the profile's committed files.
+
+    Rows of the same arm and seed are replaced, all others stay.
+    """
+    runs = [run for run in runs if is_done(run)]
+    path = committed_path(profile)
+    fresh = pd.concat([measure_run(run, PROFILES[profile].rank) for run in runs])
+    rows = pd.DataFrame([provenance_of(run) for run in runs])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = _replace(committed(profile), fresh)
+    for column in ("run", "arm", "matrix", "role", "metric"):
+        table[column] = table[column].astype("category")
+    with clear_write_errors(path), replacing(path) as draft:
+        table.to_parquet(draft, index=False, compression="zstd")
+    listing = path.with_suffix(".runs.csv")
+    with clear_write_errors(listing), replacing(listing) as draft:
+        _replace(committed_provenance(profile), rows).to_csv(draft, index=False)
+    return path
+
+
+def _replace(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """``old`` without the (arm, seed) pairs of ``new``, then ``new``; sorted."""
+    taken = set(zip(new["arm"], new["seed"], strict=True))
+    kept = [pair not in taken for pair in zip(old["arm"], old["seed"], strict=True)]
+    parts = [part for part in (old[np.array(kept, bool)], new) if len(part)]
+    order = [c for c in ("arm", "seed", "step", "matrix", "metric") if c in new.columns]
+    return pd.concat(parts).sort_values(order, kind="stable", ignore_index=True)

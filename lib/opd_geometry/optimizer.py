@@ -1,0 +1,85 @@
+"""AdamW as the paper uses it, and its learning-rate schedules as functions of the step.
+
+A schedule that is a function of the step alone has no state to save, which is one thing
+less that a resumed run could get wrong.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule (arXiv:2606.07082, tables 2 to 5).
+
+    Attributes:
+        learning_rate: peak learning rate.
+        schedule: ``constant`` or ``cosine``, both after ``warmup_steps`` linear steps.
+        warmup_steps: Adam's first steps are sign steps; a ramp softens them.
+        final_frac: where the cosine ends, as a share of the peak.
+        betas, eps, weight_decay: of AdamW; decay only on matrices, not on norms.
+        max_grad_norm: the gradient of a step is scaled down to this 2-norm.
+    """
+
+    learning_rate: float
+    schedule: str = "constant"
+    warmup_steps: int = 10
+    final_frac: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(
+                f"unknown schedule {self.schedule!r}; expected constant or cosine"
+            )
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of one step.
+
+    lr(s) = peak * (s + 1) / warmup while s < warmup; then peak, or
+    peak * (f + (1 - f) * (1 + cos(pi * (s - warmup) / (steps - warmup))) / 2).
+
+    Args:
+        config: peak, schedule, warm-up and final share f.
+        step: 0 <= step < steps.
+        steps: length of the run.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (
+        config.final_frac + (1 - config.final_frac) * cosine
+    )
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over float32 master weights; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in trained if p.ndim >= 2],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

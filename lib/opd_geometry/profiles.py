@@ -1,0 +1,224 @@
+"""Presets: which arms there are, and how large each profile trains them.
+
+A profile fixes sizes and budgets; an arm is one difference from its neighbours; a seed
+varies all sampling, the data order and, through the SFT anchor, where the policy arms
+start. ``build(profile, arm, seed)`` turns the three into a run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from opd_geometry.models import ModelConfig
+from opd_geometry.optimizer import OptimizerConfig
+from opd_geometry.policy import PolicyConfig
+from opd_geometry.runs import ProjectionConfig, Run, Stored, stored
+from opd_geometry.sft import SFTConfig
+
+# Demonstrations of mixed quality give an anchor whose skill exceeds its sampled accuracy,
+# as a language model's does; a teacher that has seen some of everything stays soft enough
+# to put mass on its student's tokens.
+STUDENT_QUALITIES = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
+TEACHER_QUALITIES = (("careful", 0.88), ("guess", 0.04), ("sloppy", 0.08))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes and budgets of every stage.
+
+    Attributes:
+        student, teacher: shapes.
+        base: pretraining of student and teacher.
+        sft: the SFT arm, whose final checkpoint is the anchor.
+        teacher_sft: what turns the teacher's base into the teacher.
+        policy: OPD's settings; every policy arm differs in one or two fields.
+        rank: K of Sim_K and of projected training, just under the stable rank early on.
+        seeds: the seeds a reader's run trains by default.
+    """
+
+    student: ModelConfig
+    teacher: ModelConfig
+    base: SFTConfig
+    teacher_base: SFTConfig
+    sft: SFTConfig
+    teacher_sft: SFTConfig
+    policy: PolicyConfig
+    rank: int
+
+
+def _pretraining(steps: int, rate: float) -> SFTConfig:
+    return SFTConfig(
+        OptimizerConfig(rate, "cosine", 100, 0.05, (0.9, 0.95)),
+        steps=steps,
+        batch_sequences=128,
+        micro_batch=64,
+        data="pretraining",
+    )
+
+
+def _sft(steps: int, rate: float, qualities: tuple[tuple[str, float], ...]) -> SFTConfig:
+    return SFTConfig(
+        OptimizerConfig(rate, "cosine", steps // 10, 0.1, (0.9, 0.95)),
+        steps=steps,
+        batch_sequences=96,
+        micro_batch=48,
+        qualities=qualities,
+    )
+
+
+_LAPTOP = Profile(
+    student=ModelConfig(width=128, layers=4),
+    teacher=ModelConfig(width=192, layers=4),
+    base=_pretraining(4000, 1.5e-3),
+    teacher_base=_pretraining(2500, 1e-3),
+    sft=_sft(400, 3e-4, STUDENT_QUALITIES),
+    teacher_sft=_sft(600, 3e-4, TEACHER_QUALITIES),
+    policy=PolicyConfig(OptimizerConfig(1e-5, warmup_steps=10), steps=120),
+    rank=2,
+)
+# Seconds instead of minutes: for tests, never for conclusions.
+_SMOKE = Profile(
+    student=ModelConfig(width=64, layers=2),
+    teacher=ModelConfig(width=64, layers=2),
+    base=_pretraining(20, 1.5e-3),
+    teacher_base=_pretraining(20, 1e-3),
+    sft=_sft(20, 1e-3, STUDENT_QUALITIES),
+    teacher_sft=_sft(20, 1e-3, TEACHER_QUALITIES),
+    policy=PolicyConfig(
+        OptimizerConfig(1e-4, warmup_steps=2),
+        steps=10,
+        prompts_per_step=4,
+        group_size=4,
+        max_new_tokens=16,
+    ),
+    rank=2,
+)
+PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP}
+COMMITTED = ("laptop",)  # profiles whose base and teacher are stored in data/checkpoints
+
+# Arms of the policy loop as changes of OPD's settings (the claims' controls).
+_POLICY_ARMS: dict[str, dict[str, object]] = {
+    "opd": {},
+    "rlvr": {"alpha": 0.0},
+    "tokens-top-50": {"token_selection": "top-gap", "keep_frac": 0.5},
+    "tokens-top-25": {"token_selection": "top-gap", "keep_frac": 0.25},
+    "tokens-random-50": {"token_selection": "random", "keep_frac": 0.5},
+    "tokens-random-25": {"token_selection": "random", "keep_frac": 0.25},
+    "off-policy": {"rollouts": "teacher", "clip_low": 1.0, "clip_high": 1.0},
+    "mix-0.75": {"alpha": 0.75},
+    "mix-0.50": {"alpha": 0.5},
+    "mix-0.25": {"alpha": 0.25},
+    "mix-0.05": {"alpha": 0.05},
+    "mix-0.01": {"alpha": 0.01},
+}
+_PROJECTED_ARMS: dict[str, tuple[str, str, str]] = {
+    # arm: (the arm it branches from, subspace, form)
+    "opd-projected": ("opd", "own", "gradient"),
+    "opd-projected-random": ("opd", "random", "gradient"),
+    "sft-projected": ("sft", "own", "gradient"),
+    "sft-projected-random": ("sft", "random", "gradient"),
+}
+ARMS = ("sft", "sft-matched", *_POLICY_ARMS, *_PROJECTED_ARMS)
+# What a reader's own run trains: each kind of arm and one control of each kind.
+READER_ARMS = (
+    "sft",
+    "opd",
+    "rlvr",
+    "opd-projected",
+    "sft-projected",
+    "tokens-top-25",
+    "off-policy",
+    "mix-0.05",
+)
+
+
+def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
+    """The run of an arm.
+
+    Args:
+        profile: a key of ``PROFILES``.
+        arm: one of ``ARMS``, or ``base`` or ``teacher``.
+        seed: 0 or larger.
+        from_scratch: train base and teacher instead of taking the committed ones.
+
+    Raises:
+        ValueError: unknown profile or arm; the message lists the known ones.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
+    settings = PROFILES[profile]
+    scratch = from_scratch or profile not in COMMITTED
+    if arm == "base":
+        return Run("base", 0, settings.base, settings.student)
+    if arm == "teacher":
+        grown = Run("teacher-base", 0, settings.teacher_base, settings.teacher)
+        return Run("teacher", 0, settings.teacher_sft, grown)
+    if arm == "sft":
+        return Run("sft", seed, settings.sft, _shared(profile, "base", scratch))
+    if arm == "sft-matched":
+        matched = replace(
+            settings.sft,
+            optimizer=settings.policy.optimizer,
+            steps=settings.policy.steps,
+            batch_sequences=settings.policy.prompts_per_step
+            * settings.policy.group_size,
+            benchmarks=settings.policy.benchmarks,
+        )
+        return Run(arm, seed, matched, build(profile, "sft", seed, scratch))
+    if arm in _POLICY_ARMS:
+        train = replace(settings.policy, **_POLICY_ARMS[arm])  # type: ignore[arg-type]
+        teacher = _shared(profile, "teacher", scratch) if train.needs_teacher else None
+        anchor = build(profile, "sft", seed, scratch)
+        return Run(arm, seed, train, anchor, teacher)
+    if arm in _PROJECTED_ARMS:
+        free_arm, subspace, form = _PROJECTED_ARMS[arm]
+        free = build(profile, free_arm, seed, scratch)
+        projection = ProjectionConfig(settings.rank, subspace, form)
+        return replace(free, arm=arm, projection=projection, branch=free)
+    raise ValueError(f"unknown arm {arm!r}; expected {_or(ARMS)}")
+
+
+def _shared(profile: str, stage: str, from_scratch: bool) -> Run | Stored:
+    """The base or the teacher that all seeds share: committed, or a run."""
+    if from_scratch:
+        return build(profile, stage, 0, from_scratch)
+    return stored(f"checkpoints/{profile}-{stage}")
+
+
+def _or(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def parse_seeds(text: str | int) -> list[int]:
+    """Read seeds as ``3``, ``0,2`` or ``0-4``.
+
+    Raises:
+        ValueError: anything else, naming it.
+    """
+    seeds: list[int] = []
+    for part in str(text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(
+                f"seeds {text!r}: expected integers such as 3, 0,2 or 0-4"
+            )
+        seeds += range(int(first), int(last if dash else first) + 1)
+    if not seeds:
+        raise ValueError(f"seeds {text!r}: an empty range; write the smaller end first")
+    return sorted(set(seeds))
+
+
+def parse_arms(text: str) -> list[str]:
+    """Read arms as a comma-separated list, ``reader`` or ``all``.
+
+    Raises:
+        ValueError: unknown arm, listing the known ones.
+    """
+    if text == "all":
+        return list(ARMS)
+    if text == "reader":
+        return list(READER_ARMS)
+    arms = [part.strip() for part in text.split(",")]
+    for arm in arms:
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}; expected {_or(ARMS)}, reader or all")
+    return arms

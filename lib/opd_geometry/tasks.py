@@ -1,0 +1,354 @@
+"""Problems of several steps, demonstrations of several qualities, exact verifiers.
+
+Three families share one anatomy. A prompt states the problem, a response writes the
+intermediate results separated by commas, then ``#`` and the answer:
+
+=======  =================  =======================  ==========================
+family   prompt             response                 what it is
+=======  =================  =======================  ==========================
+chain    ``c:23+45-12=``    ``68,56#56``             a sum term by term
+gcd      ``g:48,18=``       ``12,6,0#6``             Euclid's remainders
+base     ``b:45,3=``        ``15r0,5r0,1r2,0r1#1200``  repeated division by a base
+=======  =================  =======================  ==========================
+
+Verification parses the response with a regular expression and compares strings: model
+output is never evaluated as code.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Rng = np.random.Generator
+Perturb = Callable[[int], int]
+
+QUALITIES = ("careful", "guess", "sloppy")
+SLIP_FRAC = 0.25  # share of a sloppy trace's steps that go wrong
+_ANSWER = re.compile(r"[^#]*#([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: its family, the integers that define it, and the prompt."""
+
+    family: str
+    args: tuple[int, ...]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A distribution of problems: a family and the inclusive ranges of its sizes.
+
+    Attributes:
+        family: one of ``FAMILIES``.
+        length: number of terms of a chain (ignored by the other families).
+        largest: the largest integer that a prompt may contain.
+    """
+
+    family: str
+    length: tuple[int, int]
+    largest: int
+
+
+# The first three are what the students are trained on; the others are held out: longer
+# chains, and larger numbers than any demonstration had.
+BENCHMARKS: dict[str, Benchmark] = {
+    "chain": Benchmark("chain", (3, 6), 99),
+    "gcd": Benchmark("gcd", (2, 2), 99),
+    "base": Benchmark("base", (2, 2), 99),
+    "chain-long": Benchmark("chain", (7, 9), 99),
+    "chain-short": Benchmark("chain", (2, 2), 99),
+    "gcd-large": Benchmark("gcd", (2, 2), 199),
+    "base-large": Benchmark("base", (2, 2), 199),
+}
+
+
+def _exact(value: int) -> int:
+    return value
+
+
+def solve_chain(
+    args: tuple[int, ...], perturb: Perturb = _exact
+) -> tuple[list[str], str]:
+    """Running totals of ``args[0] + args[1] + ...`` (terms carry their signs)."""
+    total, steps = args[0], []
+    for term in args[1:]:
+        total = max(0, perturb(total + term))
+        steps.append(str(total))
+    return steps, str(total)
+
+
+def solve_gcd(
+    args: tuple[int, ...], perturb: Perturb = _exact
+) -> tuple[list[str], str]:
+    """Remainders of Euclid's algorithm; a perturbed remainder still falls, so it ends."""
+    a, b = args
+    steps = []
+    while b:
+        a, b = b, min(max(0, perturb(a % b)), b - 1)
+        steps.append(str(b))
+    return steps, str(a)
+
+
+def solve_base(
+    args: tuple[int, ...], perturb: Perturb = _exact
+) -> tuple[list[str], str]:
+    """Quotients and remainders of repeated division; the digits, last one first."""
+    n, base = args
+    steps, digits = [], ""
+    while n:
+        quotient, remainder = divmod(n, base)
+        n = min(max(0, perturb(quotient)), n - 1)
+        steps.append(f"{n}r{remainder}")
+        digits = str(remainder) + digits
+    return steps, digits
+
+
+SOLVERS: dict[
+    str, Callable[[tuple[int, ...], Perturb], tuple[list[str], str]]
+] = {"chain": solve_chain, "gcd": solve_gcd, "base": solve_base}
+FAMILIES = tuple(SOLVERS)
+
+
+def _draw_chain(bench: Benchmark, rng: Rng) -> Problem:
+    """Terms such that every running total stays within 0..largest."""
+    args = [int(rng.integers(1, bench.largest + 1))]
+    total = args[0]
+    for _ in range(int(rng.integers(bench.length[0], bench.length[1] + 1)) - 1):
+        term = int(rng.integers(0, bench.largest + 1)) - total
+        args.append(term or (1 if total < bench.largest else -1))
+        total += args[-1]
+    prompt = f"c:{args[0]}" + "".join(f"{term:+d}" for term in args[1:]) + "="
+    return Problem("chain", tuple(args), prompt)
+
+
+def _draw_gcd(bench: Benchmark, rng: Rng) -> Problem:
+    low, high = sorted(int(v) for v in rng.integers(2, bench.largest + 1, 2))
+    return Problem("gcd", (high, low), f"g:{high},{low}=")
+
+
+def _draw_base(bench: Benchmark, rng: Rng) -> Problem:
+    number, base = int(rng.integers(3, bench.largest + 1)), int(rng.integers(2, 10))
+    return Problem("base", (number, base), f"b:{number},{base}=")
+
+
+_DRAW: dict[str, Callable[[Benchmark, Rng], Problem]] = {
+    "chain": _draw_chain,
+    "gcd": _draw_gcd,
+    "base": _draw_base,
+}
+
+
+def draw_problem(benchmark: str, rng: Rng, split: str = "train") -> Problem:
+    """Draw one problem of a benchmark from its training or its held-out part.
+
+    A checksum of the prompt decides the part (one prompt in eight is held out), so no
+    training stage ever sees a held-out prompt, whatever seed it draws with.
+
+    Args:
+        benchmark: a key of ``BENCHMARKS``.
+        rng: the NumPy generator that decides everything about it.
+        split: ``train`` or ``test``.
+
+    Raises:
+        ValueError: unknown benchmark or split; the message lists the known ones.
+    """
+    if benchmark not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(f"unknown benchmark {benchmark!r}; expected one of {known}")
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; expected train or test")
+    while True:
+        problem = _DRAW[BENCHMARKS[benchmark].family](BENCHMARKS[benchmark], rng)
+        if is_held_out(problem.prompt) == (split == "test"):
+            return problem
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to the held-out eighth."""
+    return zlib.crc32(prompt.encode()) % 8 == 0
+
+
+def solution(problem: Problem) -> tuple[list[str], str]:
+    """The correct steps and the correct answer of a problem."""
+    return SOLVERS[problem.family](problem.args, _exact)
+
+
+def demonstrate(problem: Problem, quality: str, rng: Rng) -> str:
+    """Write one response to a problem.
+
+    Args:
+        problem: the problem.
+        quality: ``careful`` (every step right), ``sloppy`` (each step slips with
+            probability ``SLIP_FRAC`` and the error is carried on) or ``guess`` (no
+            steps, an answer near the right one).
+        rng: decides slips and guesses.
+
+    Returns:
+        The response text without an end-of-sequence token.
+
+    Raises:
+        ValueError: unknown quality; the message lists the known ones.
+    """
+    if quality == "careful":
+        steps, answer = solution(problem)
+    elif quality == "sloppy":
+        steps, answer = SOLVERS[problem.family](
+            problem.args, lambda v: _slip(v, rng) if rng.random() < SLIP_FRAC else v
+        )
+    elif quality == "guess":
+        steps, answer = [], _guess(problem, rng)
+    else:
+        known = ", ".join(QUALITIES)
+        raise ValueError(f"unknown quality {quality!r}; expected one of {known}")
+    return ",".join(steps) + "#" + answer
+
+
+def _slip(value: int, rng: Rng) -> int:
+    """A slip as people make them: off by a little, or by a ten."""
+    return value + int(rng.choice([-10, -2, -1, 1, 2, 10]))
+
+
+def _guess(problem: Problem, rng: Rng) -> str:
+    """An answer of the right shape whose digits are mostly made up."""
+    answer = solution(problem)[1]
+    if problem.family == "base":
+        return "".join(str(rng.integers(0, problem.args[1])) for _ in answer)
+    return str(max(1, int(answer) + int(rng.integers(-9, 10))))
+
+
+def verify(problem: Problem, response: str) -> bool:
+    """Whether a response ends in the right answer (outcome only, as in RLVR).
+
+    The response must contain exactly one ``#``, followed by the answer's digits and
+    nothing else. Steps before it are free.
+    """
+    match = _ANSWER.fullmatch(response)
+    return match is not None and match.group(1) == solution(problem)[1]
+
+
+def draw_demonstrations(
+    count: int,
+    benchmarks: tuple[str, ...],
+    qualities: Mapping[str, float],
+    rng: Rng,
+) -> list[tuple[str, str]]:
+    """Draw (prompt, response) pairs: benchmarks in equal shares, qualities by weight."""
+    names = list(qualities)
+    weights = np.array([qualities[name] for name in names])
+    picks = rng.choice(len(names), size=count, p=weights / weights.sum())
+    pairs = []
+    for i in range(count):
+        problem = draw_problem(benchmarks[i % len(benchmarks)], rng)
+        pairs.append((problem.prompt, demonstrate(problem, names[picks[i]], rng)))
+    return pairs
+
+
+def held_out(benchmark: str, count: int, seed: int = 0) -> list[Problem]:
+    """A fixed evaluation set: the same problems for every run that asks."""
+    rng = np.random.default_rng([seed, 7919, list(BENCHMARKS).index(benchmark)])
+    return [draw_problem(benchmark, rng, "test") for _ in range(count)]
+
+
+# --- pretraining: the skills, in other surface formats ---------------------------------
+
+
+def draw_pretraining(count: int, rng: Rng) -> list[tuple[str, str]]:
+    """Draw (prompt, response) pairs of the base model's broad mixture.
+
+    Sums, differences, products, remainders, divisions, comparison, maximum, sorting,
+    reversing, and the three families' intermediate results in a format that no target
+    prompt uses, so that fine-tuning has a format to teach and the base scores 0 on it.
+    """
+    kinds = rng.integers(0, len(_SKILLS), size=count)
+    return [_SKILLS[int(kind)](rng) for kind in kinds]
+
+
+def _pair(rng: Rng, largest: int = 99) -> tuple[int, int]:
+    a, b = rng.integers(0, largest + 1, 2)
+    return int(a), int(b)
+
+
+def _add(rng: Rng) -> tuple[str, str]:
+    a, b = _pair(rng)
+    return f"{a}+{b}=", f"{a + b}"
+
+
+def _subtract(rng: Rng) -> tuple[str, str]:
+    b, a = sorted(_pair(rng))
+    return f"{a}-{b}=", f"{a - b}"
+
+
+def _multiply(rng: Rng) -> tuple[str, str]:
+    a, b = int(rng.integers(0, 10)), int(rng.integers(0, 20))
+    return f"{a}*{b}=", f"{a * b}"
+
+
+def _remainder(rng: Rng) -> tuple[str, str]:
+    b, a = sorted(_pair(rng))
+    return f"{a}%{max(b, 1)}=", f"{a % max(b, 1)}"
+
+
+def _divide(rng: Rng) -> tuple[str, str]:
+    a, b = int(rng.integers(0, 100)), int(rng.integers(2, 10))
+    return f"{a}/{b}=", f"{a // b}r{a % b}"
+
+
+def _compare(rng: Rng) -> tuple[str, str]:
+    a, b = _pair(rng)
+    return f"q:{a}?{b}=", "<" if a < b else ">" if a > b else "="
+
+
+def _list(rng: Rng) -> list[int]:
+    return [int(v) for v in rng.integers(0, 100, int(rng.integers(2, 5)))]
+
+
+def _sort(rng: Rng) -> tuple[str, str]:
+    values = _list(rng)
+    return f"s:{' '.join(map(str, values))}=", " ".join(map(str, sorted(values)))
+
+
+def _maximum(rng: Rng) -> tuple[str, str]:
+    values = _list(rng)
+    return f"m:{' '.join(map(str, values))}=", str(max(values))
+
+
+def _reverse(rng: Rng) -> tuple[str, str]:
+    digits = "".join(str(v) for v in rng.integers(0, 10, int(rng.integers(2, 7))))
+    return f"r:{digits}=", digits[::-1]
+
+
+def _steps_only(benchmark: str, prefix: str) -> Callable[[Rng], tuple[str, str]]:
+    def draw(rng: Rng) -> tuple[str, str]:
+        problem = draw_problem(benchmark, rng)
+        body = problem.prompt[2:-1].replace(",", " ")
+        return f"{prefix}:{body} ", ">".join(solution(problem)[0])
+
+    return draw
+
+
+_SKILLS: tuple[Callable[[Rng], tuple[str, str]], ...] = (
+    _add,
+    _subtract,
+    _multiply,
+    _remainder,
+    _remainder,  # the hardest table to learn
+    _divide,
+    _compare,
+    _sort,
+    _maximum,
+    _reverse,
+    _steps_only("chain", "i"),
+    _steps_only("chain", "i"),
+    _steps_only("gcd", "e"),
+    _steps_only("gcd", "e"),
+    _steps_only("base", "d"),
+    _steps_only("base", "d"),
+)
+
+CHARACTERS = "0123456789+-*%/=<>,;:#?. abcdefghijklmnopqrstuvwxyz"
+
