@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from opd_geometry import losses
+from torch import Tensor
 
 VOCABULARY = 5
 LENGTH = 3

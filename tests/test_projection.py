@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-
 from opd_geometry import projection
 from opd_geometry.projection import project_gradients, project_updates
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 N_ROWS, N_COLS, RANK = 12, 10, 3
 
@@ -306,6 +305,13 @@ def test_leaked_energy_of_planted_updates():
             assert projection.leaked_energy(
                 scale * delta, v @ rotation
             ) == pytest.approx(share, rel=1e-6)
+
+
+def test_the_span_counts_not_how_exactly_it_was_stored():
+    rng = torch.Generator().manual_seed(1)
+    inside = torch.randn(N_ROWS, RANK, generator=rng, dtype=torch.float64) @ basis().T
+    assert projection.leaked_energy(inside, (1 + 3e-5) * basis()) < 1e-28
+    assert projection.leaked_energy(inside, basis().float()) < 1e-13
 
 
 def test_leaked_energy_of_noise_is_the_share_of_dimensions():

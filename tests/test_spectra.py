@@ -112,6 +112,12 @@ def test_angles_below_the_reach_of_the_cosine():
     torch.testing.assert_close(found, angles, rtol=1e-5, atol=1e-13)
 
 
+def test_angles_beyond_the_reach_of_the_sine():
+    short_of_90 = torch.tensor([3e-6, 2e-7, 1e-8], dtype=torch.float64)
+    found = spectra.principal_angles_deg(*turned(30, 90 - short_of_90))
+    torch.testing.assert_close(90 - found, short_of_90, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("n", "k"), [(30, 1), (30, 7), (30, 20), (30, 30), (1, 1)])
 def test_angles_agree_with_scipy(n, k):
     a, b = orthonormal(n, k, 1), orthonormal(n, k, 2)

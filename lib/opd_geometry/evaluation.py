@@ -12,7 +12,7 @@ def accuracy(
     tokenizer: PreTrainedTokenizerBase,
     benchmark: str,
     *,
-    problems: int = 128,
+    problems: int = 256,
     samples: int = 2,
     temperature: float = 1.0,
     max_new_tokens: int = 40,

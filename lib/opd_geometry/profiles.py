@@ -50,7 +50,7 @@ def _pretraining(steps: int, rate: float) -> SFTConfig:
         OptimizerConfig(rate, "cosine", 100, 0.05, (0.9, 0.95)),
         steps=steps,
         batch_sequences=128,
-        micro_batch=64,
+        micro_batch=32,
         data="pretraining",
     )
 
@@ -60,7 +60,7 @@ def _sft(steps: int, rate: float, qualities: tuple[tuple[str, float], ...]) -> S
         OptimizerConfig(rate, "cosine", steps // 10, 0.1, (0.9, 0.95)),
         steps=steps,
         batch_sequences=96,
-        micro_batch=48,
+        micro_batch=32,
         qualities=qualities,
     )
 
@@ -68,8 +68,8 @@ def _sft(steps: int, rate: float, qualities: tuple[tuple[str, float], ...]) -> S
 _LAPTOP = Profile(
     student=ModelConfig(width=128, layers=4),
     teacher=ModelConfig(width=192, layers=4),
-    base=_pretraining(4000, 1.5e-3),
-    teacher_base=_pretraining(2500, 1e-3),
+    base=_pretraining(3000, 1.5e-3),
+    teacher_base=_pretraining(2000, 1e-3),
     sft=_sft(400, 3e-4, STUDENT_QUALITIES),
     teacher_sft=_sft(600, 3e-4, TEACHER_QUALITIES),
     policy=PolicyConfig(OptimizerConfig(1e-5, warmup_steps=10), steps=120),

@@ -20,17 +20,19 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import opd_geometry
 from opd_geometry import evaluation, spectra, tasks
@@ -51,6 +53,9 @@ from opd_geometry.projection import (
     random_subspace,
 )
 from opd_geometry.sft import SFTConfig, sft_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECIPE = 1  # raised when the same description would train to other weights
 CHECKPOINT_FRACS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -211,7 +216,7 @@ def ensure(run: Run) -> Path:
         return directory
     with clear_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / "lock"):
+        with FileLock(directory / "lock"), one_thread():
             if not is_done(run):  # another process may have finished it meanwhile
                 _train(run, directory)
     return directory
@@ -227,6 +232,8 @@ def is_running(run: Run) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # a folder that cannot be written holds no running run
+        return False
 
 
 def progress(run: Run) -> dict[str, Any]:
@@ -243,7 +250,7 @@ def history(run: Run) -> list[dict[str, Any]]:
     return list(json.loads((run_directory(run) / "history.json").read_text()))
 
 
-def starting_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The weights W_0 that a run starts from, in float32, and its tokenizer.
 
     What another stage hands over is rounded to bf16 first, as a published checkpoint is.
@@ -265,6 +272,7 @@ def _location(source: Stored | Run) -> Path | str:
 def _train(run: Run, directory: Path) -> None:
     """Train from the last saved state to the end, storing as it goes."""
     began = time.monotonic()
+    _clear_drafts(directory)
     (directory / "failed.json").unlink(missing_ok=True)
     write_json(directory / "run.json", dataclasses.asdict(run))
     model, tokenizer = starting_model(run)
@@ -283,10 +291,11 @@ def _train(run: Run, directory: Path) -> None:
             save_model(model, tokenizer, checkpoint(run, step))
             state["history"] += _records(step, _evaluate(run, model, tokenizer, step))
         state["wall_seconds"] = spent + time.monotonic() - began
-        if step in wanted or step % save_every == 0:
-            _save_state(directory / "state.pt", model, optimizer, state)
+        # the branch first: a run that resumes after this step would not save it again
         if step == run.branch_step() and run.branch is None:
             _save_state(directory / "branch.pt", model, optimizer, state)
+        if step in wanted or step % save_every == 0:
+            _save_state(directory / "state.pt", model, optimizer, state)
         write_json(directory / "progress.json", _summary(run, state))
     write_json(directory / "history.json", state["history"])
     write_json(directory / "done.json", {**_summary(run, state), **provenance()})
@@ -295,8 +304,8 @@ def _train(run: Run, directory: Path) -> None:
 
 def _loop(
     run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     optimizer: torch.optim.Optimizer,
     first_step: int,
 ) -> Iterator[dict[str, float]]:
@@ -323,7 +332,7 @@ def _loop(
 def _confine(
     run: Run,
     projection: ProjectionConfig,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put the projection on the optimizer, for every weight matrix of the model."""
@@ -343,7 +352,7 @@ def _confine(
             basis = spectra.top_right_subspace(w_before, projection.rank)
         else:
             basis = random_subspace(parameter.shape[1], projection.rank, generator)
-        bases[parameter] = basis.to(parameter)
+        bases[parameter] = basis
     project = project_gradients if projection.form == "gradient" else project_updates
     project(optimizer, bases)
 
@@ -351,44 +360,51 @@ def _confine(
 def _evaluate(
     run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int
 ) -> dict[str, float]:
-    """Accuracies at a checkpoint: all benchmarks at the last one, else the first."""
-    last = step == run.train.steps
-    names = list(tasks.BENCHMARKS) if last else list(tasks.BENCHMARKS)[:1]
+    """Sampled accuracies at a checkpoint: of chain, and of everything at the last."""
+    if step < run.train.steps:
+        return {"accuracy/chain": evaluation.accuracy(model, tokenizer, "chain")}
     scores = {
-        f"accuracy/{name}": evaluation.accuracy(model, tokenizer, name)
-        for name in names
+        f"accuracy/{name}": evaluation.accuracy(model, tokenizer, name, samples=4)
+        for name in tasks.BENCHMARKS
     }
-    if last:
-        scores["greedy/chain"] = evaluation.accuracy(
-            model, tokenizer, "chain", temperature=0
-        )
-    return scores
+    greedy = evaluation.accuracy(model, tokenizer, "chain", temperature=0)
+    return {**scores, "greedy/chain": greedy}
 
 
 def _restore(
     run: Run,
     directory: Path,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
     """Load the newest saved state into model and optimizer, or begin.
 
-    A projected run begins with the state of the run it branches from.
+    A projected run begins with the state of the run it branches from; its seconds are
+    its own.
+
+    Raises:
+        ValueError: a state that cannot be read.
     """
-    source = directory / "state.pt"
+    source, own = directory / "state.pt", {}
     if not source.is_file() and run.branch is not None:
-        source = run_directory(run.branch) / "branch.pt"
-    if not source.is_file():
+        source, own = run_directory(run.branch) / "branch.pt", {"wall_seconds": 0.0}
+    elif not source.is_file():
         return {"step": 0, "history": [], "wall_seconds": 0.0}
-    state = torch.load(source, map_location="cpu", weights_only=True)
-    model.load_state_dict(state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return dict(state)
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(
+            f"cannot resume from {source}: {type(error).__name__}, expected the whole "
+            f"state of a run; remove {source.parent} to train it anew"
+        ) from error
+    return {**state, **own}
 
 
 def _save_state(
     path: Path,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> None:
@@ -399,7 +415,8 @@ def _save_state(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        with open(draft, "wb") as file:  # an open file reports a full disk as OSError
+        # through an open file: only then does a full disk come as an OSError, wrapped
+        with open(draft, "wb") as file:
             torch.save(content, file)
 
 
@@ -424,19 +441,27 @@ def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:
 
 def provenance() -> dict[str, str]:
     """Library, versions and machine, for whoever wants to know where a number is from."""
-    import numpy
-    import transformers
-
     return {
         "library": opd_geometry.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
+        "transformers": version("transformers"),
+        "numpy": version("numpy"),
         "machine": f"{platform.system()} {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: several would add up in another order, to other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -456,13 +481,36 @@ def write_json(path: Path, content: Any) -> None:
         draft.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _clear_drafts(directory: Path) -> None:
+    """Remove what a killed process left half-written; the caller holds the lock."""
+    for draft in (*directory.glob(".*"), *directory.glob("checkpoints/.*")):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
 @contextmanager
 def clear_write_errors(place: Path) -> Iterator[None]:
     """Turn a full disk or a read-only folder into one clear line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _write_error(error)
+        if reason is None:
+            raise
         raise ValueError(
-            f"cannot write below {place}: {error.strerror or error}; free some space, "
+            f"cannot write below {place}: {reason}; free some space, "
             "or name a writable folder in OPD_GEOMETRY_DATA"
         ) from error
+
+
+def _write_error(error: BaseException) -> str | None:
+    """What the system said when writing failed; None if the error is another one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):  # how safetensors reports any of them
+        return str(error)
+    # torch.save raises a RuntimeError of its own while it handles the OSError
+    inner = error.__context__
+    return _write_error(inner) if isinstance(inner, OSError) else None

@@ -77,13 +77,17 @@ def sft_steps(
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
-        pairs = draw_batch(config, seed, step)
-        tokens, learned = encode_pairs(pairs, tokenizer, config.learn_prompt)
-        total = float(learned[:, 1:].sum())
+        # neighbours in length share a forward pass, so that little of it is padding
+        pairs = sorted(draw_batch(config, seed, step), key=lambda p: len(p[0] + p[1]))
+        parts = [
+            encode_pairs(part, tokenizer, config.learn_prompt)
+            for part in batched(pairs, config.micro_batch)
+        ]
+        total = float(sum(learned[:, 1:].sum() for _, learned in parts))
         loss_sum = 0.0
-        for rows in torch.arange(len(pairs)).split(config.micro_batch):
-            ids = tokens[rows].to(accelerator.device)
-            mask = learned[rows, 1:].to(accelerator.device)
+        for tokens, learned in parts:
+            ids = tokens.to(accelerator.device)
+            mask = learned[:, 1:].to(accelerator.device)
             logits = model(input_ids=ids[:, :-1]).logits
             loss = sft_loss(logits, ids[:, 1:], mask, denominator=total)
             accelerator.backward(loss)
@@ -104,6 +108,13 @@ def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]
     return tasks.draw_demonstrations(
         config.batch_sequences, config.benchmarks, dict(config.qualities), rng
     )
+
+
+def batched(
+    pairs: list[tuple[str, str]], size: int
+) -> Iterator[list[tuple[str, str]]]:
+    """Consecutive slices of at most ``size`` pairs."""
+    return (pairs[i : i + size] for i in range(0, len(pairs), size))
 
 
 def encode_pairs(

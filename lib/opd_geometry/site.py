@@ -23,6 +23,7 @@ from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+COMPLAINT = re.compile(r"(?:WARNING|ERROR|CRITICAL|Error):")
 
 # A path that exists on one machine only. In a text the first folder gives it away.
 MACHINE_PATH = re.compile(
@@ -40,8 +41,8 @@ SCRIPT_ADDRESS = re.compile(
 # What a reader sees when markup was not understood.
 UNRENDERED = {
     "glue": re.compile(r"\{glue:?[a-z]*\}\S*"),
-    "role or directive": re.compile(r"\{[a-zA-Z][\w:.-]*\}`[^`]*`?|:::|```"),
-    "maths": re.compile(r"\$\$|(?<![\w\\$])\$[^\s$][^$\n]*\$|\\[a-zA-Z]{2,}"),
+    "role or directive": re.compile(r"\{(?!glue)[a-zA-Z][\w:.-]*\}`[^`]*`?|:::|```"),
+    "maths": re.compile(r"\$\$|(?<![\w\\$])\$(?:\S|\S[^$\n]*\S)\$|\\[a-zA-Z]{2,}"),
     "link": re.compile(r"\]\([^)\s]+\)"),
 }
 
@@ -86,8 +87,8 @@ def execute_chapter(
             parameters=dict(parameters),
             cwd=str(cwd),
             kernel_name="python3",
+            language="python",
             progress_bar=False,
-            record_timing=False,
             coalesce_streams=True,
             # Without it every kernel warns that its local sockets are not encrypted.
             config=Config(KernelManager={"transport_encryption": "auto"}),
@@ -268,7 +269,11 @@ def build_site(source: Path, out: Path) -> Path:
         text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)  # colours
         log.write_text(text, encoding="utf8")
         shutil.rmtree(work)
-        said = [line for line in text.splitlines() if re.search("WARNING|rror", line)]
+        said = [
+            line
+            for line in text.splitlines()
+            if re.search("WARNING|E(?:RROR|rror):", line)
+        ]
         first = said[0].replace(f"{source.resolve()}{os.sep}", "") if said else "?"
         raise ValueError(f"the book does not build: {first} (all of it: {log})")
     shutil.rmtree(out, ignore_errors=True)
@@ -410,7 +415,7 @@ def image_problems(page: Page) -> Iterator[str]:
     for image in page.tree.find_all("img"):
         alt, source = str(image.get("alt", "")).strip(), str(image.get("src", ""))
         looks_like_file = re.search(r"\.(png|svg|jpe?g|gif|webp)$", alt, re.IGNORECASE)
-        if not alt or looks_like_file or len(alt.split()) < 3:
+        if looks_like_file or len(alt.split()) < 3:
             yield f"image {source!r} without an alternative text in words: {alt!r}"
 
 

@@ -422,7 +422,7 @@ def hill_exponent(s: Tensor, k: int) -> float:
             f"the top {k} singular values are equal, expected a decay: "
             "the Hill exponent is infinite; use a larger k"
         )
-    return k / log_ratio_sum
+    return (k - 1) / log_ratio_sum
 
 
 def top_right_subspace(delta: Tensor, k: int) -> Tensor:

@@ -331,23 +331,17 @@ def _steps_only(benchmark: str, prefix: str) -> Callable[[Rng], tuple[str, str]]
     return draw
 
 
+_STEPS_ONLY = {
+    name: _steps_only(name, prefix)
+    for name, prefix in (("chain", "i"), ("gcd", "e"), ("base", "d"))
+}
+# Each entry is drawn equally often; what takes longest to learn stands more than once.
 _SKILLS: tuple[Callable[[Rng], tuple[str, str]], ...] = (
-    _add,
-    _subtract,
-    _multiply,
-    _remainder,
-    _remainder,  # the hardest table to learn
-    _divide,
-    _compare,
-    _sort,
-    _maximum,
-    _reverse,
-    _steps_only("chain", "i"),
-    _steps_only("chain", "i"),
-    _steps_only("gcd", "e"),
-    _steps_only("gcd", "e"),
-    _steps_only("base", "d"),
-    _steps_only("base", "d"),
+    *(_add, _add, _subtract, _subtract, _multiply, _remainder, _remainder, _divide),
+    *(_compare, _sort, _maximum, _reverse),
+    *[_STEPS_ONLY["chain"]] * 4,
+    *[_STEPS_ONLY["gcd"]] * 2,
+    *[_STEPS_ONLY["base"]] * 2,
 )
 
 CHARACTERS = "0123456789+-*%/=<>,;:#?. abcdefghijklmnopqrstuvwxyz"

@@ -1,0 +1,260 @@
+"""Time one OPD and one RLVR step of our policy loop against TRL's GRPOTrainer.
+
+All three train the same student on the same prompts in one process: after each step of
+TRL's trainer, one step of ours is taken, so whatever else the machine does falls on all
+of them alike. See README.md for what is and what is not compared.
+"""
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+
+import click
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    logging,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from opd_geometry import policy, tasks
+from opd_geometry.models import (
+    ModelConfig,
+    build_model,
+    character_tokenizer,
+    load_model,
+)
+from opd_geometry.optimizer import OptimizerConfig, adamw
+from opd_geometry.policy import PolicyConfig, draw_prompts, policy_steps
+from opd_geometry.sft import SFTConfig, sft_steps
+
+PROMPTS, GROUP, LONGEST = 24, 8, 40
+STUDENT, TEACHER = ModelConfig(width=128, layers=4), ModelConfig(width=192, layers=4)
+OPTIMIZER = OptimizerConfig(1e-6, warmup_steps=0)  # small: the lengths stay as they are
+ARMS = {"OPD": 1.0, "RLVR": 0.0}  # name: alpha
+WARM_UP = 2  # steps that are not counted
+MIXED = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--threads", default=1, help="Threads of both sides.")
+@click.option("--steps", default=10, help="Steps that are timed, after two to warm up.")
+@click.option("--model", help="Checkpoint to train instead of a briefly trained one.")
+@click.option("--sft-steps", default=150, help="How briefly: its completions must end.")
+def main(threads: int, steps: int, model: str | None, sft_steps: int) -> None:
+    """Print median step seconds of OPD, RLVR and TRL's GRPO, and the ratios."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if model:
+        student, tokenizer = load_model(model)
+    else:
+        click.echo(f"training a student for {sft_steps} steps ...")
+        student, tokenizer = briefly_trained(sft_steps)
+    # TRL learns from every group, also from those without variance; here so do we.
+    policy.prompts_to_learn = lambda config, rewards: torch.arange(
+        len(rewards) // config.group_size
+    )
+    ours = {
+        name: our_steps(alpha, student, tokenizer, steps + WARM_UP)
+        for name, alpha in ARMS.items()
+    }
+    seconds, tokens = race(ours, student, tokenizer, steps + WARM_UP)
+    report(seconds, tokens, threads)
+
+
+def briefly_trained(steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A student that has learned the format, hence how long an answer is."""
+    student, tokenizer = build_model(STUDENT, seed=0), character_tokenizer()
+    config = SFTConfig(
+        OptimizerConfig(1.5e-3, "cosine", 10),
+        steps,
+        batch_sequences=96,
+        micro_batch=24,
+        benchmarks=("chain",),
+        qualities=MIXED,
+    )
+    optimizer = adamw(student, config.optimizer)
+    for _ in sft_steps(config, student, tokenizer, optimizer, seed=0):
+        pass
+    return student, tokenizer
+
+
+def our_steps(
+    alpha: float,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+) -> Iterator[dict[str, float]]:
+    """Our loop on a copy of the student; each ``next`` is one step."""
+    config = PolicyConfig(
+        OPTIMIZER,
+        steps,
+        prompts_per_step=PROMPTS,
+        group_size=GROUP,
+        alpha=alpha,
+        max_new_tokens=LONGEST,
+    )
+    model = copy.deepcopy(student)
+    optimizer = adamw(model, config.optimizer)
+    teacher = build_model(TEACHER, seed=1) if alpha else None
+    return policy_steps(config, model, teacher, tokenizer, optimizer, seed=0)
+
+
+def race(
+    ours: dict[str, Iterator[dict[str, float]]],
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Train with TRL and, between its steps, with ours: seconds and tokens a step."""
+    seconds: dict[str, list[float]] = {"TRL": [], **{name: [] for name in ours}}
+    tokens: dict[str, list[float]] = {name: [] for name in seconds}
+    began = 0.0
+
+    class BetweenSteps(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            nonlocal began
+            began = time.perf_counter()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            seconds["TRL"].append(time.perf_counter() - began)
+            for name, loop in ours.items():
+                start = time.perf_counter()
+                tokens[name].append(next(loop)["tokens"])
+                seconds[name].append(time.perf_counter() - start)
+
+    def reward(
+        prompts: list[str],
+        completion_ids: list[list[int]],
+        args: list[list[int]],
+        **_: object,
+    ) -> list[float]:
+        """The same verifier; the ids it is given say how long the completions are."""
+        tokens["TRL"].append(sum(map(len, completion_ids)) / len(completion_ids))
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return [
+            float(tasks.verify(tasks.Problem("chain", tuple(numbers), prompt), text))
+            for prompt, numbers, text in zip(prompts, args, texts, strict=True)
+        ]
+
+    with tempfile.TemporaryDirectory() as directory:
+        GRPOTrainer(
+            copy.deepcopy(student),
+            reward_funcs=reward,
+            args=trl_config(directory, steps),
+            train_dataset=same_prompts(steps),
+            processing_class=tokenizer,
+            callbacks=[BetweenSteps()],
+        ).train()
+    return seconds, tokens
+
+
+def trl_config(directory: str, steps: int) -> GRPOConfig:
+    """Our setting in TRL's words, without whatever would only cost it time."""
+    return GRPOConfig(
+        directory,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=LONGEST,
+        max_steps=steps,
+        learning_rate=OPTIMIZER.learning_rate,
+        lr_scheduler_type="constant",
+        temperature=1.0,
+        beta=0.0,  # no reference model
+        epsilon=0.2,
+        epsilon_high=0.28,
+        loss_type="grpo",
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def same_prompts(steps: int) -> Dataset:
+    """The prompts that our loop draws, step by step."""
+    config = PolicyConfig(OPTIMIZER, steps, prompts_per_step=PROMPTS)
+    problems = [
+        problem for step in range(steps) for problem in draw_prompts(config, 0, step)
+    ]
+    return Dataset.from_list(
+        [{"prompt": problem.prompt, "args": problem.args} for problem in problems]
+    )
+
+
+def report(
+    seconds: dict[str, list[float]], tokens: dict[str, list[float]], threads: int
+) -> None:
+    """Print the table, the ratios and the floor."""
+    median = {name: statistics.median(s[WARM_UP:]) for name, s in seconds.items()}
+    length = {name: statistics.mean(t[WARM_UP:]) for name, t in tokens.items()}
+    rate = matmul_rate()
+    click.echo(
+        f"{PROMPTS} prompts x {GROUP} completions, one optimizer step, "
+        f"{threads} thread(s); a matrix product runs at {rate:.0f} GFLOP/s"
+    )
+    click.echo(f"{'':6}{'seconds':>9}{'tokens':>8}{'GFLOP':>7}{'of floor':>10}")
+    for name in seconds:
+        work = step_gflop(length[name], teacher=name == "OPD")
+        share = work / rate / median[name]
+        click.echo(
+            f"{name:6}{median[name]:9.3f}{length[name]:8.1f}{work:7.1f}{share:10.0%}"
+        )
+    for name in ARMS:
+        paired = [a / b for a, b in zip(seconds["TRL"], seconds[name], strict=True)]
+        low, high = min(paired[WARM_UP:]), max(paired[WARM_UP:])
+        click.echo(
+            f"TRL / {name}: {median['TRL'] / median[name]:.2f} "
+            f"(single steps {low:.2f} to {high:.2f})"
+        )
+
+
+def step_gflop(tokens: float, teacher: bool) -> float:
+    """Multiplications and additions that a step needs at least, in units of 1e9.
+
+    2 N for a token that is read, written or scored and 6 N for one that is learned from,
+    N = weights of the matrices it passes; a prompt is read once for sampling and once
+    (forward and backward) for learning. Attention's own products are left out (2 %).
+    """
+    prompt = sum(
+        len(row["prompt"]) for row in same_prompts(20)
+    ) / (20 * PROMPTS)
+    read, written = PROMPTS * prompt, PROMPTS * GROUP * tokens
+    flop = 8 * matrix_weights(STUDENT) * (read + written)
+    if teacher:
+        flop += 2 * matrix_weights(TEACHER) * (read + written)
+    return flop / 1e9
+
+
+def matrix_weights(config: ModelConfig) -> int:
+    """Weights in the matrices of the layers and in the head; embeddings do not multiply."""
+    model = build_model(config, seed=0)
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in name
+    )
+
+
+def matmul_rate(size: int = 1024) -> float:
+    """GFLOP/s of a float32 product of two square matrices; the best of five."""
+    a, best = torch.randn(size, size), float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+if __name__ == "__main__":
+    main()
