@@ -46,9 +46,13 @@ test: $(INSTALLED)
 	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist=loadfile \
 	  --nbval --nbval-current-env --nbval-cell-timeout=600 lib tests notebooks
 
-# The two below write what is committed: data/measurements and book/chapters.
+# The two below remake what is committed: the measurements with the verdicts drawn
+# from them, such as `make measurements SEEDS=0-4`, and the published chapters.
 measurements: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/opd-geometry measurements --jobs $(JOBS)
+	$(ONE_THREAD) $(BIN)/opd-geometry run --profile $(PROFILE) --arms all \
+	  --seeds $(SEEDS) --jobs $(JOBS)
+	$(BIN)/opd-geometry commit --profile $(PROFILE) --seeds $(SEEDS)
+	$(BIN)/opd-geometry claims --profile $(PROFILE)
 
 chapters: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/opd-geometry chapters
@@ -63,4 +67,7 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	  exit 1; }
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# Else every kernel warns that its sockets on this machine are not encrypted.
+	@mkdir -p .venv/etc/ipython
+	@echo 'c.IPKernelApp.log_level = "ERROR"' > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@

@@ -9,6 +9,7 @@ import copy
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 
 import click
@@ -17,6 +18,7 @@ from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     logging,
 )
@@ -38,6 +40,7 @@ STUDENT, TEACHER = ModelConfig(width=128, layers=4), ModelConfig(width=192, laye
 OPTIMIZER = OptimizerConfig(1e-6, warmup_steps=0)  # small: the lengths stay as they are
 ARMS = {"OPD": 1.0, "RLVR": 0.0}  # name: alpha
 WARM_UP = 2  # steps that are not counted
+Seconds = tuple[float, float]  # wall, processor
 MIXED = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
 
 
@@ -51,6 +54,7 @@ def main(threads: int, steps: int, model: str | None, sft_steps: int) -> None:
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if model:
         student, tokenizer = load_model(model)
     else:
@@ -111,23 +115,23 @@ def race(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+) -> tuple[dict[str, list[Seconds]], dict[str, list[float]]]:
     """Train with TRL and, between its steps, with ours: seconds and tokens a step."""
-    seconds: dict[str, list[float]] = {"TRL": [], **{name: [] for name in ours}}
+    seconds: dict[str, list[Seconds]] = {"TRL": [], **{name: [] for name in ours}}
     tokens: dict[str, list[float]] = {name: [] for name in seconds}
-    began = 0.0
+    began = now()
 
     class BetweenSteps(TrainerCallback):
         def on_step_begin(self, *_: object, **__: object) -> None:
             nonlocal began
-            began = time.perf_counter()
+            began = now()
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            seconds["TRL"].append(time.perf_counter() - began)
+            seconds["TRL"].append(since(began))
             for name, loop in ours.items():
-                start = time.perf_counter()
+                start = now()
                 tokens[name].append(next(loop)["tokens"])
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(since(start))
 
     def reward(
         prompts: list[str],
@@ -144,15 +148,28 @@ def race(
         ]
 
     with tempfile.TemporaryDirectory() as directory:
-        GRPOTrainer(
+        trainer = GRPOTrainer(
             copy.deepcopy(student),
             reward_funcs=reward,
             args=trl_config(directory, steps),
             train_dataset=same_prompts(steps),
             processing_class=tokenizer,
             callbacks=[BetweenSteps()],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return seconds, tokens
+
+
+def now() -> Seconds:
+    """Wall and processor time; the latter counts all threads, and nobody else's."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Seconds) -> Seconds:
+    """Wall and processor seconds since ``start``."""
+    wall, processor = now()
+    return wall - start[0], processor - start[1]
 
 
 def trl_config(directory: str, steps: int) -> GRPOConfig:
@@ -193,63 +210,60 @@ def same_prompts(steps: int) -> Dataset:
 
 
 def report(
-    seconds: dict[str, list[float]], tokens: dict[str, list[float]], threads: int
+    seconds: dict[str, list[Seconds]], tokens: dict[str, list[float]], threads: int
 ) -> None:
-    """Print the table, the ratios and the floor."""
-    median = {name: statistics.median(s[WARM_UP:]) for name, s in seconds.items()}
-    length = {name: statistics.mean(t[WARM_UP:]) for name, t in tokens.items()}
+    """Print the table, the floor and the ratios."""
     rate = matmul_rate()
     click.echo(
         f"{PROMPTS} prompts x {GROUP} completions, one optimizer step, "
-        f"{threads} thread(s); a matrix product runs at {rate:.0f} GFLOP/s"
+        f"{threads} thread(s); matrix products run at {rate:.0f} GFLOP/s"
     )
-    click.echo(f"{'':6}{'seconds':>9}{'tokens':>8}{'GFLOP':>7}{'of floor':>10}")
-    for name in seconds:
-        work = step_gflop(length[name], teacher=name == "OPD")
-        share = work / rate / median[name]
+    click.echo("        seconds  CPU seconds  tokens  GFLOP  share of the floor")
+    wall, processor = {}, {}
+    for name, timed in seconds.items():
+        wall[name], processor[name] = map(
+            statistics.median, zip(*timed[WARM_UP:], strict=True)
+        )
+        length = statistics.mean(tokens[name][WARM_UP:])
+        work = step_gflop(length, teacher=name == "OPD")
         click.echo(
-            f"{name:6}{median[name]:9.3f}{length[name]:8.1f}{work:7.1f}{share:10.0%}"
+            f"{name:6}{wall[name]:9.3f}{processor[name]:13.3f}{length:8.1f}{work:7.1f}"
+            f"{work / rate / wall[name]:20.0%}"
         )
     for name in ARMS:
-        paired = [a / b for a, b in zip(seconds["TRL"], seconds[name], strict=True)]
-        low, high = min(paired[WARM_UP:]), max(paired[WARM_UP:])
         click.echo(
-            f"TRL / {name}: {median['TRL'] / median[name]:.2f} "
-            f"(single steps {low:.2f} to {high:.2f})"
+            f"TRL / {name}: {wall['TRL'] / wall[name]:.2f} times the seconds, "
+            f"{processor['TRL'] / processor[name]:.2f} times the CPU seconds"
         )
 
 
 def step_gflop(tokens: float, teacher: bool) -> float:
     """Multiplications and additions that a step needs at least, in units of 1e9.
 
-    2 N for a token that is read, written or scored and 6 N for one that is learned from,
-    N = weights of the matrices it passes; a prompt is read once for sampling and once
-    (forward and backward) for learning. Attention's own products are left out (2 %).
+    2 N for a token that is read, written or scored, 6 N for one that is learned from,
+    N being the weights of the matrices that it passes. A prompt is read once to sample
+    and once, forward and backward, to learn. Attention's own products are left out.
     """
-    prompt = sum(
-        len(row["prompt"]) for row in same_prompts(20)
-    ) / (20 * PROMPTS)
-    read, written = PROMPTS * prompt, PROMPTS * GROUP * tokens
-    flop = 8 * matrix_weights(STUDENT) * (read + written)
-    if teacher:
-        flop += 2 * matrix_weights(TEACHER) * (read + written)
-    return flop / 1e9
+    prompts = same_prompts(20)["prompt"]
+    read = PROMPTS * sum(map(len, prompts)) / len(prompts)
+    written = PROMPTS * GROUP * tokens
+    weights = 8 * matrix_weights(STUDENT) + 2 * matrix_weights(TEACHER) * teacher
+    return weights * (read + written) / 1e9
 
 
 def matrix_weights(config: ModelConfig) -> int:
-    """Weights in the matrices of the layers and in the head; embeddings do not multiply."""
-    model = build_model(config, seed=0)
+    """Weights in matrices that multiply: the layers' and the head's."""
     return sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and "embed" not in name
+        parameter.numel()
+        for name, parameter in build_model(config, seed=0).named_parameters()
+        if parameter.ndim == 2 and "embed" not in name
     )
 
 
 def matmul_rate(size: int = 1024) -> float:
-    """GFLOP/s of a float32 product of two square matrices; the best of five."""
+    """GFLOP/s of a float32 product of two square matrices; the best of ten."""
     a, best = torch.randn(size, size), float("inf")
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)

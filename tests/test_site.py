@@ -1,12 +1,14 @@
 """The site checks report each fault that is planted, and nothing in a good page."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+
 from opd_geometry import site
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,6 +334,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     chapters = sorted((ROOT / "book" / "chapters").glob("*.ipynb"))
     banner = "Built by a test from the published chapters."
     source = site.stage_site(ROOT, folder / "source", chapters, banner)
+    (source / "data").mkdir()
+    shutil.copy(ROOT / "data" / "claims.csv", source / "data")
     site.build_site(source, folder / "html")
     return folder / "html", source
 
@@ -344,7 +348,10 @@ def test_published_book_is_sound(published: tuple[Path, Path]) -> None:
 @pytest.mark.book
 def test_published_book_reads_offline(published: tuple[Path, Path]) -> None:
     html, _ = published
-    mathjax = html / "_static" / "mathjax"
-    assert "mathjax/tex-mml-chtml.js" in (html / "book/notation.html").read_text()
-    assert (mathjax / "tex-mml-chtml.js").is_file()
-    assert len(list((mathjax / "output/chtml/fonts/woff-v2").glob("*.woff"))) > 20
+    mathjax = "_static/mathjax/tex-mml-chtml.js"
+    with_maths = [p for p in site.read_pages(html) if p.tree.select_one(".math")]
+    assert with_maths
+    for page in with_maths:
+        assert page.tree.select_one(f'script[src*="{mathjax}"]'), page.name
+    fonts = html / "_static/mathjax/output/chtml/fonts/woff-v2"
+    assert len(list(fonts.glob("*.woff"))) > 20

@@ -6,7 +6,8 @@ seeds, bands reach from the smallest to the largest seed. Nothing is computed fr
 weights here, only averaged over matrices.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -22,10 +23,12 @@ LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 GREY = "#808080"  # reads on white and on black
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
+WALK_LABEL = "independent steps"
 _COLOURS = sns.color_palette("colorblind").as_hex()
 BLUE, ORANGE, GREEN, RED, PURPLE = _COLOURS[:5]
 LIGHT_BLUE = _COLOURS[9]
-_BLENDED = sns.blend_palette([BLUE, LIGHT_BLUE, GREEN], 7).as_hex()
+# Neutral in the middle on a light and on a dark page.
+_DIVERGING = sns.blend_palette([BLUE, "#c8c8c8", RED], as_cmap=True)
 
 
 class ArmStyle(NamedTuple):
@@ -46,11 +49,11 @@ ARM_STYLES = {
     "tokens-random-50": ArmStyle("random 50 %", LIGHT_BLUE, "--"),
     "tokens-random-25": ArmStyle("random 25 %", PURPLE, "--"),
     "off-policy": ArmStyle("teacher writes", PURPLE),
-    "mix-0.75": ArmStyle("α = 0.75", _BLENDED[1]),
-    "mix-0.50": ArmStyle("α = 0.5", _BLENDED[2]),
-    "mix-0.25": ArmStyle("α = 0.25", _BLENDED[3]),
-    "mix-0.05": ArmStyle("α = 0.05", _BLENDED[4]),
-    "mix-0.01": ArmStyle("α = 0.01", _BLENDED[5]),
+    "mix-0.75": ArmStyle("α = 0.75", BLUE, "--"),
+    "mix-0.50": ArmStyle("α = 0.5", LIGHT_BLUE),
+    "mix-0.25": ArmStyle("α = 0.25", PURPLE),
+    "mix-0.05": ArmStyle("α = 0.05", GREEN, "--"),
+    "mix-0.01": ArmStyle("α = 0.01", GREEN, ":"),
     "opd-projected": ArmStyle("own early subspace", PURPLE),
     "sft-projected": ArmStyle("own early subspace", PURPLE),
     "opd-projected-random": ArmStyle("random subspace", GREY, "--"),
@@ -75,7 +78,7 @@ METRIC_LABELS = {
     "accuracy/chain": "sampled accuracy",
 }
 WEIGHTED_METRICS = ("sparsity", "null_sparsity")  # by parameters, as Table 1 is
-LOG_METRICS = ("stable_rank", "stable_rank_bf16", "frobenius_norm", "relative_norm")
+LOG_METRICS = ("frobenius_norm", "relative_norm")
 # Where the null of a mask overlap would lie if changes fell on random places.
 MASK_ALPHA = 0.5
 
@@ -105,6 +108,14 @@ def style() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in the book's style within."""
+    settings: Any = style()  # matplotlib's own hints want one type a key
+    with plt.rc_context(settings):
+        yield
+
+
 # --- averages ------------------------------------------------------------------
 
 
@@ -122,27 +133,27 @@ def over_matrices(
 
     Returns:
         One row a run and step: arm, seed, step, frac (share of the run's training),
-        value. Undefined values (NaN) are left out.
+        value. A mean with an undefined member (NaN) is left out.
     """
-    rows = table[table["metric"] == metric].dropna(subset="value")
-    rows = rows[rows["role"].isin([*roles, "model"])]
-    weights = np.ones(len(rows))
+    last = table.groupby(["arm", "seed"], observed=True)["step"].max()
+    wanted = (table["metric"] == metric) & table["role"].isin([*roles, "model"])
+    rows = table[wanted].astype({"arm": object, "matrix": object})
+    weights: Any = 1.0
     if metric in WEIGHTED_METRICS:
         sizes = table[table["metric"] == "parameters"]
-        size = sizes.drop_duplicates("matrix").set_index("matrix")["value"]
-        weights = rows["matrix"].astype(object).map(size).to_numpy(float)
-    weighted = rows.assign(weight=weights, value=rows["value"] * weights)
-    runs = ["arm", "seed", "step"]
-    sums = weighted.groupby(runs, observed=True)[["value", "weight"]].sum().reset_index()
-    last = table.groupby(["arm", "seed"], observed=True)["step"].max()
+        size = sizes.groupby(["arm", "matrix"], observed=True)["value"].first()
+        keys = zip(rows["arm"], rows["matrix"], strict=True)
+        weights = np.array([size[key] for key in keys])
+    sums = (
+        rows.assign(weight=weights, value=rows["value"] * weights)
+        .groupby(["arm", "seed", "step"])[["value", "weight"]]
+        .sum(skipna=False)
+        .reset_index()
+    )
     ends = [last[key] for key in zip(sums["arm"], sums["seed"], strict=True)]
-    return pd.DataFrame(
-        {
-            **{name: sums[name] for name in runs},
-            "frac": sums["step"] / np.array(ends, float),
-            "value": sums["value"] / sums["weight"],
-        }
-    ).astype({"arm": object})
+    sums["frac"] = sums["step"] / np.array(ends, float)
+    sums["value"] /= sums["weight"]
+    return sums[["arm", "seed", "step", "frac", "value"]].dropna(ignore_index=True)
 
 
 def at_end(
@@ -172,6 +183,52 @@ def summary(
     }
     frame = pd.DataFrame(columns)
     return frame.loc[[arm for arm in ARM_STYLES if arm in frame.index]]
+
+
+def first_last(
+    table: pd.DataFrame,
+    metric: str,
+    arms: Sequence[str],
+    roles: Sequence[str] = ATTENTION_ROLES,
+) -> pd.DataFrame:
+    """Means over seeds at the first and at the last checkpoint.
+
+    Args:
+        table: tidy.
+        metric: averaged over the matrices of the roles.
+        arms: which, in this order.
+        roles: the attention projections, as in the paper's trajectories.
+
+    Returns:
+        One row an arm, columns first and last.
+    """
+    arms = _present(table, arms)
+    values = over_matrices(table[table["arm"].isin(arms)], metric, roles)
+    by_arm = values.groupby(["arm", "frac"])["value"].mean().groupby("arm")
+    return pd.DataFrame({"first": by_arm.first(), "last": by_arm.last()}).loc[arms]
+
+
+def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
+    """``first_last`` in a sentence.
+
+    >>> course_text(pd.DataFrame({"first": [2.5], "last": [3.0]}, index=["opd"]))
+    'OPD 2.5 → 3'
+    """
+    return "; ".join(
+        f"{ARM_STYLES[arm].label} {row['first']:{form}} → {row['last']:{form}}"
+        for arm, row in course.iterrows()
+    )
+
+
+def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
+    """Arms and their values, largest first.
+
+    >>> ranking({"sft": 0.081, "opd": 0.516}, ".1%")
+    'OPD 51.6% > SFT 8.1%'
+    """
+    ordered = sorted(values.items(), key=lambda item: -item[1])
+    named = [(ARM_STYLES[arm].label, value) for arm, value in ordered]
+    return " > ".join(f"{label} {value:{form}}" for label, value in named)
 
 
 def _present(table: pd.DataFrame, arms: Iterable[str]) -> list[str]:
@@ -210,53 +267,81 @@ def trajectories(
         roles: which matrices are averaged; the attention projections, as the paper.
 
     Returns:
-        The figure. Each line is named where it ends.
+        The figure. Each line is named where it ends; a null far above the arms has a
+        strip of its own over a broken axis.
 
     Raises:
         ValueError: the table has none of a panel's arms.
     """
-    n_rows, n_columns = len(grid), max(map(len, grid))
-    height = 2.7 if n_rows > 1 else 3.1
-    width = 5.2 if n_columns == 1 else 9.6
-    with plt.rc_context(style()):
-        figure, axes = plt.subplots(
-            n_rows, n_columns, figsize=(width, height * n_rows), squeeze=False
-        )
-        for row, panels in zip(axes, grid, strict=True):
-            for ax, panel in zip(row, panels, strict=False):
-                _draw_panel(ax, table, panel, roles)
+    far = [[_null_is_far(table, panel, roles) for panel in row] for row in grid]
+    heights = [h for row in far for h in ((0.3, 2.3) if any(row) else (2.6,))]
+    n_columns = max(map(len, grid))
+    with styled():
+        figure = plt.figure(figsize=(9.6 if n_columns > 1 else 5.6, 0.4 + sum(heights)))
+        places = figure.add_gridspec(len(heights), n_columns, height_ratios=heights)
+        place = 0
+        for panels, broken in zip(grid, far, strict=True):
+            row, end = [], place + 1 + any(broken)
+            for column, (panel, above) in enumerate(zip(panels, broken, strict=True)):
+                ax = figure.add_subplot(places[place + above : end, column])
+                strip = figure.add_subplot(places[place, column]) if above else None
+                _draw_panel(ax, strip, table, panel, roles)
+                row.append(ax)
             if len({panel.metric for panel in panels}) == 1:
                 _share_vertical(row)
-        for ax in axes.flat:
-            _place_labels(ax)
-        for ax in axes[-1]:
+            for ax in row:
+                _place_labels(ax)
+            place = end
+        for ax in row:
             ax.set_xlabel("share of training")
     plt.close(figure)
     return figure
 
 
-def _draw_panel(
-    ax: Axes, table: pd.DataFrame, panel: Panel, roles: Sequence[str]
-) -> None:
-    """The arms' curves of one metric and its null."""
-    arms = _present(table, panel.arms)
-    values = over_matrices(table, panel.metric, roles)
-    for arm in arms:
-        draw_curve(ax, values[values["arm"] == arm], ARM_STYLES[arm])
+def _null_of(table: pd.DataFrame, panel: Panel, roles: Sequence[str]) -> pd.DataFrame:
+    """A panel's null by progress, averaged over arms and seeds; perhaps no rows."""
     null = over_matrices(table, f"null_{panel.metric}", roles)
-    null = null[null["arm"].isin(arms)]
+    null = null[null["arm"].isin(panel.arms)]
+    return null.assign(frac=null["frac"].round(2), seed=0)
+
+
+def _null_is_far(table: pd.DataFrame, panel: Panel, roles: Sequence[str]) -> bool:
+    """Whether the null would squeeze a panel's lines into its lower half."""
+    null = _null_of(table, panel, roles)["value"]
+    values = over_matrices(table, panel.metric, roles)
+    top = values[values["arm"].isin(panel.arms)]["value"].max()
+    return len(null) > 0 and bool(null.min() > 1.8 * top)
+
+
+def _draw_panel(
+    ax: Axes,
+    strip: Axes | None,
+    table: pd.DataFrame,
+    panel: Panel,
+    roles: Sequence[str],
+) -> None:
+    """The arms' curves of one metric and its null, in the strip if there is one."""
+    values = over_matrices(table, panel.metric, roles)
+    for arm in _present(table, panel.arms):
+        curve = values[values["arm"] == arm]
+        draw_curve(ax, curve, ARM_STYLES[arm])
+        if panel.metric.endswith("norm"):
+            _draw_independent_steps(ax, curve)
+    null = _null_of(table, panel, roles)
+    random_bases = panel.metric == "similarity_to_end"
+    label = SUBSPACE_NULL_LABEL if random_bases else NULL_LABEL
     if len(null):
-        bound = panel.metric == "similarity_to_end"
-        label = SUBSPACE_NULL_LABEL if bound else NULL_LABEL
-        mean = null.assign(frac=null["frac"].round(3), seed=0)
-        draw_curve(ax, mean, ArmStyle(label, GREY, ":"), band=False)
-    elif panel.metric.endswith("norm"):
-        note = "the null has the same norm by construction"
-        ax.set_title(note, loc="right", fontsize=7)
-    ax.set(xlim=(0, 1), title=panel.title, ylabel=METRIC_LABELS[panel.metric])
+        draw_curve(strip or ax, null, ArmStyle(label, GREY, ":"), band=False)
+    ax.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylabel=METRIC_LABELS[panel.metric])
+    (strip or ax).set_title(panel.title)
     if panel.metric in LOG_METRICS:
         ax.set_yscale("log")
         _plain_log_ticks(ax)
+    elif random_bases:
+        ax.set_ylim(0, 1.02)
+    if strip is not None:
+        _break_axis(strip, ax)
+        _place_labels(strip)
 
 
 def draw_curve(
@@ -286,6 +371,31 @@ def draw_curve(
         ax.fill_between(mean.index, low, high, color=look.colour, alpha=0.2, lw=0)
 
 
+def _draw_independent_steps(ax: Axes, curve: pd.DataFrame) -> None:
+    """The null of a growing norm: equal independent steps to the same final norm.
+
+    norm(frac) = norm(1) * sqrt(frac): what grows faster keeps a direction.
+    """
+    mean = curve.groupby("frac")["value"].mean()
+    walk = mean.iloc[-1] * np.sqrt(mean.index / mean.index[-1])
+    named = any(line.get_label() == WALK_LABEL for line in ax.get_lines())
+    label = "_again" if named else WALK_LABEL
+    ax.plot(mean.index, walk, ":", color=GREY, lw=1.2, label=label)
+
+
+def _break_axis(strip: Axes, below: Axes) -> None:
+    """Make a strip look like the upper end of the axis below it."""
+    paths = [np.asarray(line.get_xydata()) for line in strip.get_lines()]
+    middle = float(np.mean([path[:, 1].mean() for path in paths]))
+    strip.set(xlim=below.get_xlim(), xticks=(), yticks=[float(f"{middle:.2g}")])
+    strip.set_ylim(0.9 * middle, 1.1 * middle)
+    strip.spines["bottom"].set_visible(False)
+    slash: Any = {"marker": [(-1, -0.6), (1, 0.6)], "ms": 8, "mew": 1, "ls": "none"}
+    slash |= {"color": GREY, "clip_on": False, "label": "_break"}
+    strip.plot([0], [0], transform=strip.transAxes, **slash)
+    below.plot([0], [1], transform=below.transAxes, **slash)
+
+
 def _plain_log_ticks(ax: Axes) -> None:
     """Ticks such as 2, 5, 10 instead of powers of ten with unlabelled ones between."""
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -301,40 +411,47 @@ def _share_vertical(row: Sequence[Axes]) -> None:
         ax.set_ylim(low, high)
 
 
-def _place_labels(ax: Axes, gap: float = 0.085) -> None:
-    """Write each line's name beside its end, moved apart where they would overlap."""
-    to_axes = ax.transData + ax.transAxes.inverted()
+def _place_labels(ax: Axes) -> None:
+    """Write each line's name beside its end, with a leader where it had to move."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    height = ax.get_position().height * figure.get_figheight()
+    gap = min(0.16 / height, 0.9)  # inches for a line of text, as a share of the axes
     ends = []
     for line in ax.get_lines():
-        x, y = line.get_xdata()[-1], line.get_ydata()[-1]
-        if not str(line.get_label()).startswith("_") and np.isfinite(y):
-            ends.append((float(to_axes.transform((x, y))[1]), line))
-    ends.sort(key=lambda end: end[0])
-    heights = spread([height for height, _ in ends], gap)
-    for height, (_, line) in zip(heights, ends, strict=True):
-        ax.text(
-            1.03,
-            height,
-            str(line.get_label()),
-            color=line.get_color(),
-            fontsize=8,
-            transform=ax.transAxes,
-            va="center",
-        )
+        path = np.asarray(line.get_xydata())
+        if not str(line.get_label()).startswith("_") and np.isfinite(path[-1]).all():
+            ends.append((path[-1], path[0, 1], line))
+    # Lines that end in one point are named in the order in which they come there.
+    ends.sort(key=lambda end: (round(end[0][1], 6), end[1]))
+    to_axes = ax.transData + ax.transAxes.inverted()
+    places = [to_axes.transform(end) for end, _, _ in ends]
+    heights = spread([y for _, y in places], gap)
+    for (_, _, line), (x, y), at in zip(ends, places, heights, strict=True):
+        look: Any = {"color": line.get_color(), "transform": ax.transAxes}
+        key: Any = {**look, "clip_on": False, "label": "_key"}
+        ax.plot([x, 1.03], [y, at], lw=0.6, **key)
+        ax.plot([1.03, 1.1], [at, at], line.get_linestyle(), lw=1.2, **key)
+        ax.text(1.12, at, str(line.get_label()), fontsize=8, va="center", **look)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move sorted heights as little as needed to be at least a gap apart.
+    """Move ascending heights as little as needed to be a gap apart, within 0 to 1.
 
-    Neighbours that collide form a block, centred on the mean of its members.
+    Neighbours that collide form a block, centred on the mean of its members. What
+    does not fit between 0 and 1 sticks out at the top.
 
-    >>> spread([0.2, 0.2, 0.9], 0.1)
-    [0.15, 0.25, 0.9]
+    >>> spread([0.2, 0.2, 0.99], 0.1)
+    [0.15, 0.25, 0.99]
+    >>> spread([1.0, 1.0], 0.1)
+    [0.9, 1.0]
     """
     blocks: list[list[float]] = []
     for height in heights:
         blocks.append([height])
-        while len(blocks) > 1 and _top(blocks[-2], gap) + gap > _bottom(blocks[-1], gap):
+        while len(blocks) > 1 and (
+            _bottom(blocks[-2], gap) + gap * len(blocks[-2]) > _bottom(blocks[-1], gap)
+        ):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
     return [
         round(_bottom(block, gap) + gap * i, 6)
@@ -344,11 +461,9 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _bottom(block: Sequence[float], gap: float) -> float:
-    return float(np.mean(block)) - gap * (len(block) - 1) / 2
-
-
-def _top(block: Sequence[float], gap: float) -> float:
-    return float(np.mean(block)) + gap * (len(block) - 1) / 2
+    """Where a block's lowest member comes to lie."""
+    reach = gap * (len(block) - 1)
+    return max(0.0, min(float(np.mean(block)) - reach / 2, 1.0 - reach))
 
 
 # --- matrices by depth ---------------------------------------------------------
@@ -372,7 +487,7 @@ def depth_profiles(
         ValueError: the table has none of the arms.
     """
     arms = _present(table, arms)
-    with plt.rc_context(style()):
+    with styled():
         figure, axes = plt.subplots(
             len(arms),
             len(metrics),
@@ -389,7 +504,7 @@ def depth_profiles(
             ax.set_title(METRIC_LABELS[metric])
         for ax in axes[-1]:
             ax.set_xlabel("layer")
-        _place_labels(axes[0][-1], gap=0.16)
+        _place_labels(axes[0][-1])
     plt.close(figure)
     return figure
 
@@ -415,7 +530,7 @@ def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
 def final_matrices(
     table: pd.DataFrame, metric: str, roles: Sequence[str] = LAYER_ROLES
 ) -> pd.DataFrame:
-    """A matrix metric at the end of training, a row a matrix, without undefined ones."""
+    """A matrix metric at the end of training: a row a matrix, no undefined ones."""
     last = table.groupby(["arm", "seed"], observed=True)["step"].transform("max")
     chosen = (table["metric"] == metric) & (table["step"] == last)
     rows = table[chosen & table["role"].isin(roles)].dropna(subset="value")
@@ -447,7 +562,7 @@ def mask_maps(table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd") ->
     null_of = null_of if null_of in arms else arms[0]
     rows = [(arm, "", ARM_STYLES[arm].label) for arm in arms]
     rows.append((null_of, "null_", f"{NULL_LABEL}\nof {ARM_STYLES[null_of].label}"))
-    with plt.rc_context(style()):
+    with styled():
         figure, axes = plt.subplots(
             len(rows), 3, figsize=(9.6, 1.5 * len(rows)), sharex=True, sharey=True
         )
@@ -479,7 +594,7 @@ def _draw_map(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
         fmt=".0f",
         annot_kws={"fontsize": 7},
         cbar=False,
-        cmap="vlag" if overlap else "crest",
+        cmap=_DIVERGING if overlap else "crest",
         vmin=30 if overlap else 0,
         vmax=70 if overlap else 100,
         linewidths=0.5,
@@ -497,49 +612,63 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
 
     Returns:
         The figure: means over matrices and seeds in per cent, whiskers over seeds, a
-        tick at the Gaussian null of each arm, a dotted line at the mask's own share.
+        tick at the Gaussian null of each arm. The bars of an overlap start at the
+        mask's own share, which changes at random places would have.
 
     Raises:
         ValueError: the table has none of the arms.
     """
     arms = _present(table, arms)
-    with plt.rc_context(style()):
+    with styled():
         figure, axes = plt.subplots(
             1, 3, figsize=(9.6, 0.9 + 0.42 * len(arms)), sharey=True
         )
         for ax, metric in zip(axes, MASK_METRICS, strict=True):
-            draw_bars(ax, table, metric, arms)
-            ax.set(title=METRIC_LABELS[metric], xlabel="per cent")
-            if "overlap" in metric:
-                ax.axvline(100 * MASK_ALPHA, color=GREY, lw=1, ls=":")
+            start = 100 * MASK_ALPHA if "overlap" in metric else 0
+            draw_bars(ax, table, metric, arms, start)
+            ax.set(title=METRIC_LABELS[metric], xlabel="per cent ( ┃ Gaussian null )")
+        axes[2].sharex(axes[1])
         axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
         axes[0].invert_yaxis()
-        axes[0].text(
-            0,
-            -0.85,
-            f"┃ {NULL_LABEL} of the same norm",
-            color=GREY,
-            fontsize=8,
-        )
     plt.close(figure)
     return figure
 
 
-def draw_bars(ax: Axes, table: pd.DataFrame, metric: str, arms: Sequence[str]) -> None:
-    """A bar an arm in per cent, whiskers over seeds, a tick at its null."""
+def draw_bars(
+    ax: Axes, table: pd.DataFrame, metric: str, arms: Sequence[str], start: float = 0
+) -> None:
+    """A bar an arm in per cent from ``start``, whiskers over seeds, a tick at its null.
+
+    Args:
+        ax: where; the arms stand at 0, 1, ... of the vertical axis.
+        table: tidy.
+        metric: a share.
+        arms: which, all of them in the table.
+        start: where the bars begin, in per cent.
+    """
     values, null = at_end(table, metric), at_end(table, f"null_{metric}")
     for place, arm in enumerate(arms):
-        look = ARM_STYLES[arm]
         seeds = 100 * values[values["arm"] == arm]["value"]
-        ax.barh(place, seeds.mean(), height=0.62, color=look.colour, alpha=0.75)
+        mean, at = seeds.mean(), 100 * null[null["arm"] == arm]["value"].mean()
+        colour = ARM_STYLES[arm].colour
+        ax.barh(place, mean - start, 0.62, start, color=colour, alpha=0.75, lw=0)
         ax.hlines(place, seeds.min(), seeds.max(), color=GREY, lw=1.2)
-        at = 100 * null[null["arm"] == arm]["value"].mean()
         ax.vlines(at, place - 0.42, place + 0.42, color=GREY, lw=2.4)
-        ax.text(
-            max(seeds.max(), at) + 2, place, f"{seeds.mean():.1f}", va="center", size=8
+        right = mean >= start
+        ends = (seeds.max(), seeds.min(), at) if np.isfinite(at) else (mean,)
+        ax.annotate(
+            f"{mean:.1f}",
+            (max(ends) if right else min(ends), place),
+            xytext=(5 if right else -5, 0),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=8,
         )
+    ax.axvline(start, color=GREY, lw=1)
+    ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlim(0, 112)
+    ax.margins(x=0.25)
 
 
 # --- projected training --------------------------------------------------------
@@ -567,7 +696,8 @@ def projected_training(
     Raises:
         ValueError: the table has none of a panel's arms.
     """
-    with plt.rc_context(style()):
+    moment = f"{100 * branch_frac:.0f} %"
+    with styled():
         figure, axes = plt.subplots(
             1, len(families), figsize=(9.6, 3.4), sharey=True, squeeze=False
         )
@@ -576,20 +706,15 @@ def projected_training(
             values = over_matrices(table, metric)
             for arm in _present(table, names):
                 draw_curve(ax, values[values["arm"] == arm], ARM_STYLES[arm])
-            _mark_branch(ax, values[values["arm"] == family], branch_frac)
-            title = f"{ARM_STYLES[family].label} confined after {branch_frac:.0%}"
+            parting = values[np.isclose(values["frac"], branch_frac)]
+            level = parting[parting["arm"] == family]["value"].mean()
+            ax.axvline(branch_frac, color=GREY, lw=0.8, label="_branch")
+            flat: Any = {"color": GREY, "label": f"as at {moment}"}
+            ax.plot([branch_frac, 1], [level, level], ":", **flat)
+            title = f"{ARM_STYLES[family].label}, confined after {moment}"
             ax.set(xlim=(0, 1), title=title, xlabel="share of training")
         axes[0][0].set_ylabel(METRIC_LABELS.get(metric, metric))
         for ax in axes[0]:
-            _place_labels(ax, gap=0.07)
+            _place_labels(ax)
     plt.close(figure)
     return figure
-
-
-def _mark_branch(ax: Axes, free: pd.DataFrame, branch_frac: float) -> None:
-    """Where the projected runs leave the free one, and the accuracy there."""
-    ax.axvline(branch_frac, color=GREY, lw=0.8)
-    parting = free[np.isclose(free["frac"], branch_frac)]["value"]
-    if len(parting):
-        level = [parting.mean()] * 2
-        ax.plot([branch_frac, 1], level, ":", color=GREY, label="where they part")

@@ -4,11 +4,13 @@ One tidy table holds everything the book prints, one value a row:
 
     run, arm, seed, step, matrix, role, layer, metric, value
 
-Rows with role ``model`` and an empty matrix name are about the model as a whole: training
-metrics of every step, accuracies at the checkpoints.
+Rows with role ``model`` and an empty matrix name are about the model as a whole:
+training metrics of every step, accuracies at the checkpoints. The metric ``parameters``
+of every matrix, at step 0, is its number of entries: the weight of its sparsity.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +30,14 @@ from opd_geometry.runs import (
     ensure,
     history,
     is_done,
+    one_thread,
     progress,
     replacing,
+    run_directory,
 )
 
-COLUMNS = "run arm seed step matrix role layer metric value".split()
+COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
+TABLE = 2  # raised when the same checkpoints would give another table
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
 PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
 HILL_DIVISOR = 8  # the paper does not state its k
@@ -91,7 +96,8 @@ def compare(before: Reference, w_after: Tensor) -> dict[str, float]:
 
     Returns:
         The ``METRICS``; NaN where one is undefined: overlaps when no entry changed
-        visibly, everything but sparsity, density and norm when nothing changed at all.
+        visibly, the Hill exponent of an update of too low a rank, everything but
+        sparsity, density and norm when nothing changed at all.
 
     Raises:
         ValueError: shapes differ, or a value is not finite.
@@ -117,11 +123,11 @@ def compare(before: Reference, w_after: Tensor) -> dict[str, float]:
         "angle_left_max_deg": float(left.max()),
         "angle_right_mean_deg": float(right.mean()),
         "angle_right_max_deg": float(right.max()),
-        "nss": spectra.normalised_spectral_shift(before.spectrum, s_after),
+        "nss": defined(spectra.normalised_spectral_shift, before.spectrum, s_after),
         "stable_rank": spectra.spectrum_stable_rank(s_delta),
         "frobenius_norm": norm,
-        "relative_norm": norm / spectra.frobenius_norm(before.w_before),
-        "hill_alpha": spectra.hill_exponent(s_delta, hill_k),
+        "relative_norm": norm / (spectra.frobenius_norm(before.w_before) or np.nan),
+        "hill_alpha": defined(spectra.hill_exponent, s_delta, hill_k),
     }
     if density > 0.0:
         values |= {
@@ -132,6 +138,18 @@ def compare(before: Reference, w_after: Tensor) -> dict[str, float]:
             "stable_rank_bf16": spectra.stable_rank(stored),
         }
     return {name: values.get(name, float("nan")) for name in METRICS}
+
+
+def defined(metric: Callable[..., float], *arguments: object) -> float:
+    """A metric's value, NaN where it refuses its arguments.
+
+    Only for matrices that were checked to be finite: what is left to refuse is a metric
+    that this update does not have.
+    """
+    try:
+        return metric(*arguments)
+    except ValueError:
+        return float("nan")
 
 
 # Norms of the null equal the update's own by construction.
@@ -169,16 +187,17 @@ def measure_matrix(
     Returns:
         (step, metric, value) rows.
     """
-    (first, origin), *later = sorted(checkpoints.items())
+    (_, origin), *later = sorted(checkpoints.items())
     before = reference(read_matrix(origin, name))
     weights = {step: read_matrix(path, name) for step, path in later}
     rank = min(rank, *before.w_before.shape)
-    deltas = {step: w.double() - before.w_before.double() for step, w in weights.items()}
-    subspaces = {
-        step: spectra.top_right_subspace(delta, rank)
-        for step, delta in deltas.items()
-        if delta.any()
-    }
+    origin_weights = before.w_before.double()
+    subspaces = {}
+    for step, w in weights.items():
+        with suppress(ValueError):  # an update of lower rank has no such subspace
+            subspaces[step] = spectra.top_right_subspace(
+                w.double() - origin_weights, rank
+            )
     end = max(weights)
     rows = []
     for step, w_after in weights.items():
@@ -193,6 +212,11 @@ def measure_matrix(
     return rows
 
 
+def kept_table(run: Run, rank: int) -> Path:
+    """Where ``measure_run`` keeps the table of a run."""
+    return run_directory(run) / f"measurements-{TABLE}-k{rank}.parquet"
+
+
 def measure_run(run: Run, rank: int) -> pd.DataFrame:
     """The tidy table of one run, trained first if need be; kept beside it.
 
@@ -200,18 +224,25 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
         run: the run.
         rank: K of the subspace similarity.
     """
-    directory = ensure(run)
-    kept = directory / f"measurements-k{rank}.parquet"
+    ensure(run)
+    kept = kept_table(run, rank)
     if kept.is_file():
         return pd.read_parquet(kept)
-    steps = [step for step in run.checkpoint_steps() if checkpoint(run, step).is_dir()]
+    first = 0 if run.branch is None else run.branch_step()
+    steps = [step for step in run.checkpoint_steps() if step > first]
     paths = {step: checkpoint(run, step) for step in [0, *steps]}
-    rows = [
-        (step, matrix.name, matrix.role, matrix.layer, metric, value)
-        for matrix in list_matrices(paths[0])
-        for step, metric, value in measure_matrix(matrix.name, paths, rank, run.seed)
+    rows = []
+    with one_thread():
+        for matrix in list_matrices(paths[0]):
+            size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
+            values = measure_matrix(matrix.name, paths, rank, run.seed)
+            rows += [
+                (step, matrix.name, matrix.role, matrix.layer, metric, value)
+                for step, metric, value in (size, *values)
+            ]
+    rows += [
+        (h["step"], "", "model", -1, h["metric"], h["value"]) for h in history(run)
     ]
-    rows += [(h["step"], "", "model", -1, h["metric"], h["value"]) for h in history(run)]
     table = pd.DataFrame(
         rows, columns=["step", "matrix", "role", "layer", "metric", "value"]
     )
@@ -223,7 +254,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     return table
 
 
-# --- committed measurements ------------------------------------------------------------
+# --- committed measurements ------------------------------------------------------
 
 
 def committed_path(profile: str) -> Path:
@@ -252,12 +283,14 @@ def provenance_of(run: Run) -> dict[str, object]:
     return {"run": run.key(), "arm": run.arm, "seed": run.seed, **progress(run)}
 
 
+SOURCES = ("committed", "local", "scratch")
+
+
 def load(
     profile: str,
     arms: Iterable[str],
     seeds: Iterable[int],
     source: str = "committed",
-    from_scratch: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table of the asked runs, and where each of them comes from.
 
@@ -265,8 +298,8 @@ def load(
         profile: a key of ``profiles.PROFILES``.
         arms, seeds: which runs.
         source: ``committed`` prefers committed measurements, ``local`` prefers runs
-            that are finished in data/runs; what neither has is trained now.
-        from_scratch: the local runs start from a base trained here, too.
+            that are finished in data/runs, ``scratch`` those of them whose base was
+            trained here, too; what neither has is trained now.
 
     Returns:
         The tidy table, and one provenance row a run with the column ``source``
@@ -275,16 +308,16 @@ def load(
     Raises:
         ValueError: unknown profile, arm or source.
     """
-    if source not in ("committed", "local"):
-        raise ValueError(f"unknown source {source!r}; expected committed or local")
+    if source not in SOURCES:
+        raise ValueError(f"unknown source {source!r}; expected {', '.join(SOURCES)}")
     pairs = [(arm, seed) for arm in arms for seed in seeds]
-    local_runs = {pair: build(profile, *pair, from_scratch) for pair in pairs}
+    local_runs = {pair: build(profile, *pair, source == "scratch") for pair in pairs}
     shelf, shelf_rows = committed(profile), committed_provenance(profile)
     on_shelf = set(shelf_rows["run"])
     tables, rows = [], []
     for pair, run in local_runs.items():
         key = build(profile, *pair).key()
-        local_first = source == "local" and is_done(run)
+        local_first = source != "committed" and is_done(run)
         if key in on_shelf and not local_first:
             tables.append(shelf[shelf["run"] == key])
             row = shelf_rows[shelf_rows["run"] == key].iloc[0].to_dict()
@@ -299,12 +332,21 @@ def commit(profile: str, runs: Iterable[Run]) -> Path:
     """Put finished runs' tables and provenance into the profile's committed files.
 
     Rows of the same arm and seed are replaced, all others stay.
+
+    Raises:
+        ValueError: none of the runs is finished, or the files cannot be written.
     """
     runs = [run for run in runs if is_done(run)]
+    if not runs:
+        raise ValueError(
+            f"no finished run of profile {profile} to commit: expected one at least; "
+            "train with opd-geometry run"
+        )
     path = committed_path(profile)
     fresh = pd.concat([measure_run(run, PROFILES[profile].rank) for run in runs])
     rows = pd.DataFrame([provenance_of(run) for run in runs])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with clear_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     table = _replace(committed(profile), fresh)
     for column in ("run", "arm", "matrix", "role", "metric"):
         table[column] = table[column].astype("category")

@@ -7,7 +7,6 @@ them takes any causal language model, by directory or by hub id.
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +164,7 @@ def save_model(
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    draft = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         state = {
             name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor

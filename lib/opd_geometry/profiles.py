@@ -14,9 +14,9 @@ from opd_geometry.policy import PolicyConfig
 from opd_geometry.runs import ProjectionConfig, Run, Stored, stored
 from opd_geometry.sft import SFTConfig
 
-# Demonstrations of mixed quality give an anchor whose skill exceeds its sampled accuracy,
-# as a language model's does; a teacher that has seen some of everything stays soft enough
-# to put mass on its student's tokens.
+# Demonstrations of mixed quality give an anchor whose skill exceeds its sampled
+# accuracy, as a language model's does; a teacher that has seen some of everything stays
+# soft enough to put mass on its student's tokens.
 STUDENT_QUALITIES = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
 TEACHER_QUALITIES = (("careful", 0.88), ("guess", 0.04), ("sloppy", 0.08))
 
@@ -27,17 +27,18 @@ class Profile:
 
     Attributes:
         student, teacher: shapes.
-        base: pretraining of student and teacher.
+        base, base_annealing: pretraining of the student; the second half draws more
+            running totals. teacher_base: pretraining of the teacher.
         sft: the SFT arm, whose final checkpoint is the anchor.
         teacher_sft: what turns the teacher's base into the teacher.
         policy: OPD's settings; every policy arm differs in one or two fields.
         rank: K of Sim_K and of projected training, just under the stable rank early on.
-        seeds: the seeds a reader's run trains by default.
     """
 
     student: ModelConfig
     teacher: ModelConfig
     base: SFTConfig
+    base_annealing: SFTConfig
     teacher_base: SFTConfig
     sft: SFTConfig
     teacher_sft: SFTConfig
@@ -55,7 +56,9 @@ def _pretraining(steps: int, rate: float) -> SFTConfig:
     )
 
 
-def _sft(steps: int, rate: float, qualities: tuple[tuple[str, float], ...]) -> SFTConfig:
+def _sft(
+    steps: int, rate: float, qualities: tuple[tuple[str, float], ...]
+) -> SFTConfig:
     return SFTConfig(
         OptimizerConfig(rate, "cosine", steps // 10, 0.1, (0.9, 0.95)),
         steps=steps,
@@ -69,10 +72,13 @@ _LAPTOP = Profile(
     student=ModelConfig(width=128, layers=4),
     teacher=ModelConfig(width=192, layers=4),
     base=_pretraining(3000, 1.5e-3),
+    base_annealing=replace(_pretraining(1200, 1e-3), data="annealing"),
     teacher_base=_pretraining(2000, 1e-3),
-    sft=_sft(400, 3e-4, STUDENT_QUALITIES),
+    sft=replace(
+        _sft(400, 5e-4, STUDENT_QUALITIES), benchmarks=("chain", "gcd", "chain", "base")
+    ),
     teacher_sft=_sft(600, 3e-4, TEACHER_QUALITIES),
-    policy=PolicyConfig(OptimizerConfig(1e-5, warmup_steps=10), steps=120),
+    policy=PolicyConfig(OptimizerConfig(1e-5, warmup_steps=10), steps=150),
     rank=2,
 )
 # Seconds instead of minutes: for tests, never for conclusions.
@@ -80,6 +86,7 @@ _SMOKE = Profile(
     student=ModelConfig(width=64, layers=2),
     teacher=ModelConfig(width=64, layers=2),
     base=_pretraining(20, 1.5e-3),
+    base_annealing=replace(_pretraining(5, 1e-3), data="annealing"),
     teacher_base=_pretraining(20, 1e-3),
     sft=_sft(20, 1e-3, STUDENT_QUALITIES),
     teacher_sft=_sft(20, 1e-3, TEACHER_QUALITIES),
@@ -93,7 +100,8 @@ _SMOKE = Profile(
     rank=2,
 )
 PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP}
-COMMITTED = ("laptop",)  # profiles whose base and teacher are stored in data/checkpoints
+# Profiles whose base and teacher are stored in data/checkpoints.
+COMMITTED = ("laptop",)
 
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
 _POLICY_ARMS: dict[str, dict[str, object]] = {
@@ -148,7 +156,8 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
     settings = PROFILES[profile]
     scratch = from_scratch or profile not in COMMITTED
     if arm == "base":
-        return Run("base", 0, settings.base, settings.student)
+        early = Run("base-early", 0, settings.base, settings.student)
+        return Run("base", 0, settings.base_annealing, early)
     if arm == "teacher":
         grown = Run("teacher-base", 0, settings.teacher_base, settings.teacher)
         return Run("teacher", 0, settings.teacher_sft, grown)
@@ -188,6 +197,9 @@ def _or(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
+MOST_SEEDS = 1000  # a typing error should not fill the disk
+
+
 def parse_seeds(text: str | int) -> list[int]:
     """Read seeds as ``3``, ``0,2`` or ``0-4``.
 
@@ -198,12 +210,14 @@ def parse_seeds(text: str | int) -> list[int]:
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"seeds {text!r}: expected integers such as 3, 0,2 or 0-4")
+        span = range(int(first), int(last if dash else first) + 1)
+        if not 1 <= len(span) <= MOST_SEEDS:
             raise ValueError(
-                f"seeds {text!r}: expected integers such as 3, 0,2 or 0-4"
+                f"seeds {text!r}: {part.strip()} is a range of {len(span)} seeds; "
+                f"expected the smaller end first, and at most {MOST_SEEDS}"
             )
-        seeds += range(int(first), int(last if dash else first) + 1)
-    if not seeds:
-        raise ValueError(f"seeds {text!r}: an empty range; write the smaller end first")
+        seeds += span
     return sorted(set(seeds))
 
 
@@ -220,5 +234,7 @@ def parse_arms(text: str) -> list[str]:
     arms = [part.strip() for part in text.split(",")]
     for arm in arms:
         if arm not in ARMS:
-            raise ValueError(f"unknown arm {arm!r}; expected {_or(ARMS)}, reader or all")
-    return arms
+            raise ValueError(
+                f"unknown arm {arm!r}; expected {_or(ARMS)}, reader or all"
+            )
+    return list(dict.fromkeys(arms))

@@ -1,17 +1,23 @@
 """Sampling completions, and scoring them under any model.
 
-Both share one idea: the prompts of a batch are read once per group, their keys and
-values are copied to the completions of the group, and only completions are computed
-per sample. Sampling and scoring therefore see the same numbers.
+Both share one idea: a prompt is read once for the whole group of its completions. To
+sample, its keys and values are copied to the group; to score, when all tokens are known,
+the prompt and its group are laid out as one row.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.losses import token_log_probs
+
+# Tokens that are scored at a time: what stays in a processor's caches is computed
+# faster, while an accelerator wants to be kept busy. No result depends on it.
+_TOKENS_PER_PASS = {"cpu": 768}
+_MANY_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,15 @@ class Rollout:
     group_size: int
 
     def take(self, prompts: Tensor) -> "Rollout":
-        """The given prompts with their groups, cut to the longest completion."""
+        """The given prompts with their groups, cut to the longest of each."""
         rows = self.rows_of(prompts)
         mask = self.mask[rows]
         longest = int(mask.sum(1).max())
+        prompt_mask = self.prompt_mask[prompts]
+        first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
         return Rollout(
-            self.prompt_ids[prompts],
-            self.prompt_mask[prompts],
+            self.prompt_ids[prompts, first:],
+            prompt_mask[:, first:],
             self.completions[rows, :longest],
             mask[:, :longest],
             self.log_probs[rows, :longest],
@@ -114,7 +122,7 @@ def sample(
 
     Every row has its own uniform number at every position (inverse transform), so what
     one row draws does not depend on when others finish. Finished rows leave the batch
-    once a quarter of it is done.
+    once a tenth of it is done.
 
     Args:
         model: any causal language model.
@@ -147,19 +155,20 @@ def sample(
         alive = int(running.sum())
         if alive == 0 or t + 1 == max_new_tokens:
             break
-        if alive <= 0.75 * len(batch):
+        if alive <= 0.9 * len(batch):
             keep = running.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             batch, mask, lengths = batch[keep], mask[keep], lengths[keep]
             chosen, running = chosen[keep], running[keep]
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        logits = model(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=lengths + t,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        mask = pad(mask, (0, 1), value=1)
+        with torch.inference_mode():
+            logits = model(
+                input_ids=chosen[:, None],
+                attention_mask=mask,
+                position_ids=lengths + t,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
     used = t + 1
     return Rollout(
         prompt_ids,
@@ -171,9 +180,7 @@ def sample(
     )
 
 
-def _draw(
-    logits: Tensor, uniform: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token a row by inverse transform (or the most likely one), and its log-prob.
 
     Args:
@@ -201,25 +208,105 @@ def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """Logits of every completion token, each prompt read once per group.
 
     Equal to a forward pass over prompt and completion together, at a fraction of its
-    cost; differentiable.
+    cost; differentiable. A prompt and its group form one row, in which a completion
+    sees the prompt and itself but not its neighbours; rows of like length share a pass.
 
     Returns:
         (B, T, V); position t scores ``rollout.completions[:, t]``.
+
+    Raises:
+        ValueError: a layer of the model decides by itself whom a token sees.
     """
-    first, cache, mask, lengths = _read_prompts(
-        model, rollout.prompt_ids, rollout.prompt_mask, rollout.group_size
-    )
-    body = rollout.completions[:, :-1]
-    if body.shape[1] == 0:
-        return first[:, None]
-    rest = model(
-        input_ids=body,
-        attention_mask=torch.cat([mask, torch.ones_like(body)], 1),
-        position_ids=lengths + torch.arange(body.shape[1], device=body.device),
-        past_key_values=cache,
-        use_cache=True,
+    _require_masked_attention(model, rollout)
+    width = rollout.mask.shape[1]
+    parts = _passes(rollout)
+    logits = [_one_pass(model, rollout.take(part)) for part in parts]
+    padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in logits]
+    rows = torch.cat([rollout.rows_of(part) for part in parts])
+    return torch.cat(padded)[rows.argsort()]
+
+
+def _passes(rollout: Rollout) -> tuple[Tensor, ...]:
+    """Prompts of like length together, a few at a time: little padding, warm caches."""
+    tokens = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1)
+    longest = rollout.prompt_ids.shape[1] + int(tokens.max())
+    budget = _TOKENS_PER_PASS.get(rollout.mask.device.type, _MANY_TOKENS)
+    return tokens.argsort(stable=True).split(max(1, budget // longest))
+
+
+def _one_pass(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """``completion_logits`` in one forward pass, (B, T, V)."""
+    ids, positions, visible, source = _pack(rollout)
+    logits = model(
+        input_ids=ids,
+        attention_mask=_as_model_mask(visible, model),
+        position_ids=positions,
+        use_cache=False,
     ).logits
-    return torch.cat([first[:, None], rest], 1)
+    prompt = torch.arange(len(source), device=ids.device) // rollout.group_size
+    return logits[prompt[:, None], source]
+
+
+def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay each prompt and its group out as one row of S tokens.
+
+    The last token of a completion is left out: nothing is predicted from it.
+
+    Returns:
+        ids and positions (P, S) int64; visible (P, S, S) bool, who sees whom; source
+        (B, T) int64, the place in its row whose logits score a completion's token.
+    """
+    prompts, width = rollout.prompt_ids.shape
+    device = rollout.mask.device
+    given = rollout.mask[:, 1:]  # tokens that predict another one
+    counts = given.sum(1).view(prompts, -1)
+    start = (width + counts.cumsum(1) - counts).view(-1, 1)
+    size = width + int(counts.sum(1).max())
+    step = torch.arange(rollout.mask.shape[1], device=device)
+    source = (start + step - 1).masked_fill(~rollout.mask, 0)
+    source[:, 0] = width - 1
+
+    member = torch.arange(len(start), device=device)[:, None].expand_as(given)[given]
+    rows, places = member // rollout.group_size, source[:, 1:][given]
+    lengths = rollout.prompt_mask.sum(1)
+    ids = rollout.prompt_ids.new_zeros(prompts, size)
+    positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
+    ids[:, :width] = rollout.prompt_ids
+    positions[:, :width] = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)
+    branch[:, :width] = rollout.prompt_mask - 1  # 0 on the prompt, -1 on padding
+    ids[rows, places] = rollout.completions[:, :-1][given]
+    positions[rows, places] = lengths[rows] + step[:-1].expand_as(given)[given]
+    branch[rows, places] = 1 + member
+    same = branch[:, :, None] == branch[:, None, :]
+    visible = (same | (branch == 0)[:, None, :]).tril()
+    return ids, positions, visible, source
+
+
+def _require_masked_attention(model: PreTrainedModel, rollout: Rollout) -> None:
+    """Refuse layers that would not keep the completions of a row apart."""
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        raise ValueError(
+            f"layers of type {', '.join(others)}: expected attention, whose mask keeps "
+            "the completions of a prompt apart; choose a model without them"
+        )
+    longest = rollout.prompt_ids.shape[1] + rollout.mask.shape[1]
+    window = getattr(model.config, "sliding_window", None) or longest
+    if longest > window:
+        raise ValueError(
+            f"{longest} tokens in a model with a sliding window of {window}: expected "
+            "no more than the window; shorten max_new_tokens or choose another model"
+        )
+
+
+def _as_model_mask(visible: Tensor, model: PreTrainedModel) -> Tensor:
+    """(P, S, S) bool as the (P, 1, S, S) mask that the model's attention expects."""
+    visible = visible[:, None]
+    if model.config._attn_implementation != "eager":
+        return visible
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, lowest)
 
 
 def completion_log_probs(

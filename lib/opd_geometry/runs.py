@@ -1,18 +1,19 @@
 """A run is a frozen description; its hash names a directory; asking for it fills it.
 
-``ensure(run)`` returns a finished run's directory: at once if it is there, by resuming if
-it was interrupted, by training otherwise. What a run starts from (its anchor, the run it
-branches from) is ensured first. A run killed at any point and asked for again ends with
-the same bits as one that was never killed; two processes that ask for one run do the
-work once.
+``ensure(run)`` returns a finished run's directory: at once if it is there, by resuming
+if it was interrupted, by training otherwise. What a run starts from (its anchor, the
+run it branches from) is ensured first. A run killed at any point and asked for again
+ends with the same bits as one that was never killed; two processes that ask for one run
+do the work once.
 
 Layout of ``data/runs/ARM-sSEED-HASH/``:
 
-- ``run.json``: the description; ``checkpoints/step-000020/``: float32 master weights as an
-  ordinary Hugging Face checkpoint, step 0 being what the run started from;
-- ``state.pt``: weights, moments, history and step to resume from; ``branch.pt``: the same
-  at the step where projected runs branch off;
-- ``progress.json``: for whoever watches; ``done.json``: written last.
+- ``run.json``: the description; ``checkpoints/step-000020/``: float32 master weights as
+  an ordinary Hugging Face checkpoint, step 0 being what the run started from;
+- ``state.pt``: weights, moments, history and step to resume from; ``branch.pt``: the
+  same at the step where projected runs branch off;
+- ``progress.json``: for whoever watches; ``done.json``: written last, ``failed.json``:
+  why the last attempt ended (see ``schedule``); ``lock``: held while it trains.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +96,8 @@ class ProjectionConfig:
     def __post_init__(self) -> None:
         if self.subspace not in ("own", "random", "pretrained"):
             raise ValueError(
-                f"unknown subspace {self.subspace!r}; expected own, random or pretrained"
+                f"unknown subspace {self.subspace!r}; "
+                "expected own, random or pretrained"
             )
         if self.form not in ("gradient", "update"):
             raise ValueError(f"unknown form {self.form!r}; expected gradient or update")
@@ -130,12 +133,13 @@ class Run:
             raise ValueError(f"seed {self.seed!r}: expected an integer, 0 or larger")
         if (self.projection is None) != (self.branch is None):
             raise ValueError(
-                f"run {self.arm!r}: a projection and the run it branches from go together"
+                f"run {self.arm!r}: a projection and the run it branches from "
+                "go together"
             )
 
     def key(self) -> str:
         """Twelve hexadecimal digits that change with anything that matters."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(_description(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -157,6 +161,24 @@ class Run:
     def branch_step(self) -> int:
         """The step at which projected runs take over."""
         return max(1, round(BRANCH_FRAC * self.train.steps))
+
+
+def _description(value: Any) -> Any:
+    """A configuration without the fields that stand at their default.
+
+    A new field with a default therefore renames no earlier run.
+    """
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {
+        field.name: getattr(value, field.name) for field in dataclasses.fields(value)
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    return {"type": type(value).__name__} | {
+        name: _description(content)
+        for name, content in fields.items()
+        if content != defaults[name]
+    }
 
 
 def data_directory() -> Path:
@@ -185,10 +207,17 @@ def stored(source: str | Path) -> Stored:
             f"no checkpoint at {source}: expected a directory with safetensors below "
             f"{data_directory()}, or an absolute path"
         )
+    states = tuple((file, file.stat().st_mtime_ns) for file in files)
+    return Stored(str(source), _digest(states))
+
+
+@lru_cache
+def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+    """SHA-256 of the files, read again only when one was modified."""
     digest = hashlib.sha256()
-    for file in files:
+    for file, _ in files:
         digest.update(file.read_bytes())
-    return Stored(str(source), digest.hexdigest()[:16])
+    return digest.hexdigest()[:16]
 
 
 def checkpoint(run: Run, step: int | None = None) -> Path:
@@ -237,7 +266,7 @@ def is_running(run: Run) -> bool:
 
 
 def progress(run: Run) -> dict[str, Any]:
-    """What a run last said of itself: step, steps, accuracy, wall_seconds; or nothing."""
+    """What a run last said of itself: step, steps, accuracy, wall_seconds; or {}."""
     for name in ("done.json", "progress.json"):
         path = run_directory(run) / name
         if path.is_file():
@@ -253,7 +282,8 @@ def history(run: Run) -> list[dict[str, Any]]:
 def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The weights W_0 that a run starts from, in float32, and its tokenizer.
 
-    What another stage hands over is rounded to bf16 first, as a published checkpoint is.
+    What another stage hands over is rounded to bf16 first, as a published checkpoint
+    is.
     """
     if isinstance(run.start, ModelConfig):
         return build_model(run.start, run.seed), character_tokenizer()
@@ -358,7 +388,10 @@ def _confine(
 
 
 def _evaluate(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int
+    run: Run,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    step: int,
 ) -> dict[str, float]:
     """Sampled accuracies at a checkpoint: of chain, and of everything at the last."""
     if step < run.train.steps:
@@ -440,7 +473,7 @@ def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    """Library, versions and machine, for whoever wants to know where a number is from."""
+    """Library, versions and machine: where a number comes from."""
     return {
         "library": opd_geometry.__version__,
         "python": platform.python_version(),

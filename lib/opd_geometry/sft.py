@@ -31,7 +31,8 @@ class SFTConfig:
         steps: optimizer steps.
         batch_sequences: demonstrations a step.
         micro_batch: demonstrations a forward pass (memory only, never the result).
-        data: ``demonstrations`` of the tasks, or the broad ``pretraining`` mixture.
+        data: ``demonstrations`` of the tasks, or one of the broad mixtures,
+            ``pretraining`` and ``annealing`` (see ``tasks.draw_pretraining``).
         benchmarks: which task distributions the demonstrations come from.
         qualities: (quality, weight) pairs of the demonstrations.
         learn_prompt: whether prompt tokens are learned too (pretraining).
@@ -47,6 +48,13 @@ class SFTConfig:
     qualities: tuple[tuple[str, float], ...] = (("careful", 1.0),)
     learn_prompt: bool = False
     mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.data not in ("demonstrations", "pretraining", "annealing"):
+            raise ValueError(
+                f"unknown data {self.data!r}; expected demonstrations, pretraining "
+                "or annealing"
+            )
 
 
 def sft_steps(
@@ -103,8 +111,9 @@ def sft_steps(
 def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]:
     """The (prompt, response) pairs of one step."""
     rng = np.random.default_rng([seed, _STREAM, step])
-    if config.data == "pretraining":
-        return tasks.draw_pretraining(config.batch_sequences, rng)
+    if config.data != "demonstrations":
+        annealing = config.data == "annealing"
+        return tasks.draw_pretraining(config.batch_sequences, rng, annealing)
     return tasks.draw_demonstrations(
         config.batch_sequences, config.benchmarks, dict(config.qualities), rng
     )

@@ -73,7 +73,6 @@ def execute_chapter(
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     from papermill.exceptions import PapermillException, PapermillExecutionError
-    from traitlets.config import Config
 
     if not any("parameters" in _tags(c) for c in _read_notebook(notebook).cells):
         raise ValueError(
@@ -90,8 +89,6 @@ def execute_chapter(
             language="python",
             progress_bar=False,
             coalesce_streams=True,
-            # Without it every kernel warns that its local sockets are not encrypted.
-            config=Config(KernelManager={"transport_encryption": "auto"}),
         )
     except PapermillExecutionError as error:
         raise ValueError(

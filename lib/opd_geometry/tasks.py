@@ -257,15 +257,28 @@ def held_out(benchmark: str, count: int, seed: int = 0) -> list[Problem]:
 # --- pretraining: the skills, in other surface formats ---------------------------------
 
 
-def draw_pretraining(count: int, rng: Rng) -> list[tuple[str, str]]:
+def draw_pretraining(
+    count: int, rng: Rng, annealing: bool = False
+) -> list[tuple[str, str]]:
     """Draw (prompt, response) pairs of the base model's broad mixture.
 
     Sums, differences, products, remainders, divisions, comparison, maximum, sorting,
     reversing, and the three families' intermediate results in a format that no target
     prompt uses, so that fine-tuning has a format to teach and the base scores 0 on it.
+
+    Args:
+        count: number of pairs.
+        rng: decides everything about them.
+        annealing: the second half of a small model's pretraining: more running totals,
+            and steps joined by commas as in the target format (prefix, prompt and
+            ending stay foreign), or its circuits do not carry over.
     """
-    kinds = rng.integers(0, len(_SKILLS), size=count)
-    return [_SKILLS[int(kind)](rng) for kind in kinds]
+    separator = "," if annealing else ">"
+    steps = {"chain": 12 if annealing else 4, "gcd": 2, "base": 2}
+    skills = [*_ONE_STEP]
+    for family, weight in steps.items():
+        skills += [_steps_only(family, separator)] * weight
+    return [skills[int(kind)](rng) for kind in rng.integers(0, len(skills), count)]
 
 
 def _pair(rng: Rng, largest: int = 99) -> tuple[int, int]:
@@ -322,26 +335,21 @@ def _reverse(rng: Rng) -> tuple[str, str]:
     return f"r:{digits}=", digits[::-1]
 
 
-def _steps_only(benchmark: str, prefix: str) -> Callable[[Rng], tuple[str, str]]:
+def _steps_only(benchmark: str, separator: str) -> Callable[[Rng], tuple[str, str]]:
+    prefix = {"chain": "i", "gcd": "e", "base": "d"}[benchmark]
+
     def draw(rng: Rng) -> tuple[str, str]:
         problem = draw_problem(benchmark, rng)
         body = problem.prompt[2:-1].replace(",", " ")
-        return f"{prefix}:{body} ", ">".join(solution(problem)[0])
+        return f"{prefix}:{body} ", separator.join(solution(problem)[0])
 
     return draw
 
 
-_STEPS_ONLY = {
-    name: _steps_only(name, prefix)
-    for name, prefix in (("chain", "i"), ("gcd", "e"), ("base", "d"))
-}
 # Each entry is drawn equally often; what takes longest to learn stands more than once.
-_SKILLS: tuple[Callable[[Rng], tuple[str, str]], ...] = (
+_ONE_STEP: tuple[Callable[[Rng], tuple[str, str]], ...] = (
     *(_add, _add, _subtract, _subtract, _multiply, _remainder, _remainder, _divide),
     *(_compare, _sort, _maximum, _reverse),
-    *[_STEPS_ONLY["chain"]] * 4,
-    *[_STEPS_ONLY["gcd"]] * 2,
-    *[_STEPS_ONLY["base"]] * 2,
 )
 
 CHARACTERS = "0123456789+-*%/=<>,;:#?. abcdefghijklmnopqrstuvwxyz"

@@ -1,0 +1,245 @@
+"""What every chapter does: check its parameters, get its runs, publish what it found.
+
+A chapter is a notebook that papermill executes. What it publishes is stored in its
+outputs under a name, for its own text and for other pages of the book.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from opd_geometry.claims import Finding, judge
+from opd_geometry.measure import SOURCES, committed_provenance
+from opd_geometry.measure import load as load_measurements
+from opd_geometry.profiles import PROFILES, build, parse_seeds
+from opd_geometry.runs import is_done
+from opd_geometry.schedule import train_all
+from opd_geometry.statements import claim_of
+
+PARAMETERS = ("profile", "seeds", "source", "jobs")
+DIGITS = 4  # what is printed and published: another processor changes the seventh
+VERDICT_MARKS = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "inconclusive": "?",
+    "explained by a control": "≈",
+    "not measured": "–",
+}
+
+
+class ParameterError(ValueError):
+    """A parameter that no chapter has, or a value that it cannot take."""
+
+    def _render_traceback_(self) -> list[str]:
+        """One line in a notebook, instead of the frames that led here."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Checked parameters of a chapter.
+
+    Attributes:
+        profile: a key of ``profiles.PROFILES``.
+        seeds: which seeds.
+        source: one of ``measure.SOURCES``: which runs are preferred.
+        jobs: runs trained at a time, where some have to be.
+    """
+
+    profile: str
+    seeds: tuple[int, ...]
+    source: str
+    jobs: int
+
+
+def check_parameters(names: Mapping[str, object]) -> Parameters:
+    """Read a chapter's parameters; refuse unknown names and values.
+
+    papermill only warns of a parameter that the notebook does not have, and passes
+    what it cannot parse as a string.
+
+    Args:
+        names: the notebook's ``globals()`` before it defines anything else. In a
+            notebook that was checked before, further names are its own.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        ParameterError: one line, naming the known parameters or values.
+    """
+    if not any(isinstance(value, Parameters) for value in names.values()):
+        unknown = [name for name, value in names.items() if _is_given(name, value)]
+        if unknown:
+            raise ParameterError(
+                f"unknown parameter {', '.join(unknown)}; expected "
+                f"{', '.join(PARAMETERS)}"
+            )
+    missing = [name for name in PARAMETERS if name not in names]
+    if missing:
+        raise ParameterError(
+            f"no parameter {', '.join(missing)}; run the parameters cell first"
+        )
+    profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
+    _one_of("profile", profile, PROFILES)
+    _one_of("source", source, SOURCES)
+    if type(jobs) is not int or jobs < 1:
+        raise ParameterError(f"jobs {jobs!r}: expected an integer, 1 or larger")
+    try:
+        numbers = tuple(parse_seeds(str(seeds)))
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    return Parameters(str(profile), numbers, str(source), jobs)
+
+
+def _is_given(name: str, value: object) -> bool:
+    """Whether a name in a fresh notebook can be a parameter that is not known."""
+    own = name.startswith("_") or name in ("In", "Out") or name in PARAMETERS
+    return not own and not callable(value) and not isinstance(value, ModuleType)
+
+
+def _one_of(name: str, value: object, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise ParameterError(f"unknown {name} {value!r}; expected {', '.join(known)}")
+
+
+def load(
+    parameters: Parameters, arms: Iterable[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A chapter's measurements; what neither is committed nor here is trained.
+
+    Args:
+        parameters: of the chapter.
+        arms: its arms.
+
+    Returns:
+        As ``measure.load``: the tidy table, and a provenance row a run.
+
+    Raises:
+        ValueError: unknown arm, or a run that failed; the message says why.
+    """
+    profile, arms = parameters.profile, list(arms)
+    committed = set(committed_provenance(profile)["run"])
+    missing = []
+    for arm in arms:
+        for seed in parameters.seeds:
+            run = build(profile, arm, seed, parameters.source == "scratch")
+            published = build(profile, arm, seed).key() in committed
+            if not published and not is_done(run):
+                missing.append(run)
+    if missing:
+        # Not stderr, which a book must not show.
+        console = Console(file=sys.stdout, force_jupyter=False, force_terminal=False)
+        failed = train_all(profile, missing, parameters.jobs, console)
+        if failed:
+            run, reason = next(iter(failed.items()))
+            raise ValueError(f"{run.name} is not finished: {reason}")
+    return load_measurements(profile, arms, parameters.seeds, parameters.source)
+
+
+# --- what a chapter shows ----------------------------------------------------------
+
+
+def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
+    """A table as it is shown: numbers as text of a few significant digits."""
+
+    def shown(value: object) -> object:
+        if not isinstance(value, float):
+            return value
+        return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+    return frame.map(shown)
+
+
+def publish(**values: Any) -> None:
+    """Store values in the notebook's outputs, for the text of this and other pages.
+
+    Args:
+        values: name to a number (rounded to ``DIGITS`` significant digits), a text, a
+            figure, or markdown.
+    """
+    # Heavy, and needed only inside a notebook.
+    from myst_nb import glue  # type: ignore[import-untyped]
+
+    for name, value in values.items():
+        shown = float(f"{value:.{DIGITS}g}") if _is_number(value) else value
+        glue(name, shown, display=False)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or hasattr(value, "__float__")
+
+
+def markdown(text: str) -> Any:
+    """Text that a page sets as markdown, where a plain string is set as it is."""
+    from IPython.display import Markdown
+
+    return Markdown(text)
+
+
+def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
+    """One sentence: profile, seeds, which runs are from where, machines, time.
+
+    Args:
+        parameters: of the chapter.
+        provenance: of ``load``.
+    """
+    here = provenance[provenance["source"] == "this machine"]
+    kept = len(provenance) - len(here)
+    names = [f"{run.arm} (seed {run.seed})" for run in here.itertuples()]
+    trained = f"{len(here)} trained on this machine: {', '.join(names)}"
+    machines = sorted({str(name) for name in provenance["machine"]})
+    hours = provenance["wall_seconds"].sum() / 3600
+    return (
+        f"Profile {parameters.profile}, {seeds_text(parameters.seeds)}: "
+        f"{len(provenance)} runs, {kept} of them read from committed measurements, "
+        f"{trained if names else 'none trained on this machine'}. Together "
+        f"{hours:.1f} hours of training on one core each ({'; '.join(machines)})."
+    )
+
+
+def seeds_text(seeds: Iterable[int]) -> str:
+    """Seeds for a sentence.
+
+    >>> seeds_text([0, 1, 2]), seeds_text([3])
+    ('seeds 0, 1 and 2', 'seed 3')
+    """
+    *others, last = [str(seed) for seed in seeds]
+    return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
+
+
+def verdict_rows(table: pd.DataFrame, claim_ids: Iterable[str]) -> str:
+    """A chapter's claims with their verdicts, as a markdown table.
+
+    Args:
+        table: tidy.
+        claim_ids: which claims.
+
+    Raises:
+        ValueError: unknown claim.
+    """
+    lines = ["| claim | the paper | here | verdict |", "|---|---|---|---|"]
+    for claim_id in claim_ids:
+        claim = claim_of(claim_id)
+        finding = judge(claim, table)
+        verdict = f"{VERDICT_MARKS[finding.verdict]} **{finding.verdict}**"
+        said = f"{claim.statement} (`{claim.id}`)"
+        printed = f"{claim.paper_item}: {claim.paper_value}"
+        lines.append(f"| {said} | {printed} | {_here(finding)} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _here(finding: Finding) -> str:
+    """Effect, interval and seeds in a cell."""
+    if finding.verdict == "not measured":
+        return "–"
+    seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
+    between = f" [{finding.low:.3g}, {finding.high:.3g}]" if finding.n_seeds > 1 else ""
+    return f"{finding.effect:.3g}{between} ({finding.unit}; {seeds})"

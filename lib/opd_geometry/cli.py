@@ -1,0 +1,483 @@
+"""The shell: ``opd-geometry COMMAND``, each command a few calls of the library.
+
+Errors are one line on stderr and a non-zero exit code. What needs torch is imported
+when a command runs, so that ``--help`` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from opd_geometry.runs import Run
+    from opd_geometry.schedule import Row
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Kernels and workers inherit it: a chapter shows results, not bars.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code, 0 if all went well.
+
+    Args:
+        arguments: what follows ``opd-geometry``; of this process if None.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        code = commands.main(arguments, "opd-geometry", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        return _complain(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _complain("interrupted; the same command goes on from here", 130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        return _complain(str(error), 1)
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"opd-geometry: {' '.join(message.split())}", err=True)
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="opd-geometry")
+def commands() -> None:
+    """Train, measure and publish: the geometry of on-policy distillation.
+
+    \b
+    Examples:
+      opd-geometry plan --arms opd,rlvr --seeds 0-4
+      opd-geometry run --arms opd,rlvr --seeds 0-4 --jobs 2
+      opd-geometry book
+    """
+
+
+# --- options ---------------------------------------------------------------------
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _profile(command: Command) -> Command:
+    return click.option(
+        "--profile", default="laptop", show_default=True, help="Size of the runs."
+    )(command)
+
+
+def _arms(default: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--arms",
+        default=default,
+        show_default=True,
+        help="Names with commas between, reader (what make book trains) or all.",
+    )
+
+
+def _seeds(command: Command) -> Command:
+    return click.option(
+        "--seeds", default="0", show_default=True, help="Such as 3, 0,2 or 0-4."
+    )(command)
+
+
+def _jobs(command: Command) -> Command:
+    return click.option(
+        "--jobs",
+        type=click.IntRange(min=1),
+        default=_cores(),
+        show_default="every core",
+        help="Runs at a time, one process and one thread each.",
+    )(command)
+
+
+def _origin(command: Command) -> Command:
+    return click.option(
+        "--from",
+        "origin",
+        type=click.Choice(["committed", "scratch"]),
+        default="committed",
+        show_default=True,
+        help="Start from the published base and teacher, or train these, too.",
+    )(command)
+
+
+# --- training --------------------------------------------------------------------
+
+
+@commands.command()
+@_profile
+@_arms("reader")
+@_seeds
+@_jobs
+@_origin
+def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
+    """Train and measure runs, several at a time, with what they need.
+
+    A run that is finished is left as it is, one that was interrupted goes on.
+
+    \b
+    Examples:
+      opd-geometry run
+      opd-geometry run --profile smoke --arms opd --seeds 0 --jobs 1
+      opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
+      opd-geometry run --arms all --seeds 0-2 --from scratch
+    """
+    return _train(profile, _asked(profile, arms, seeds, origin), jobs)
+
+
+@commands.command()
+@_profile
+@_arms("all")
+@_seeds
+@_jobs
+@_origin
+def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
+    """List runs, their steps and the time they would take.
+
+    \b
+    Examples:
+      opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
+      opd-geometry plan --arms reader --from scratch --jobs 4
+    """
+    from opd_geometry.schedule import duration, total_seconds
+    from opd_geometry.schedule import plan as plan_runs
+
+    rows = plan_runs(profile, _asked(profile, arms, seeds, origin))
+    _print_table(
+        ["run", "steps", "estimated time", "state"],
+        [
+            [row.run.name, str(row.steps), duration(row.seconds), row.state]
+            for row in rows
+        ],
+    )
+    left = duration(total_seconds(rows, jobs))
+    click.echo(f"{_tally(rows)}. Time left, {jobs} at a time: {left}.")
+
+
+@commands.command()
+@_profile
+@_arms("all")
+@_seeds
+@_origin
+def status(profile: str, arms: str, seeds: str, origin: str) -> None:
+    """Show which runs are done, running, failed or still to do.
+
+    \b
+    Examples:
+      opd-geometry status
+      opd-geometry status --profile laptop --arms reader --seeds 0-2
+    """
+    from opd_geometry.schedule import duration
+    from opd_geometry.schedule import plan as plan_runs
+
+    rows = plan_runs(profile, _asked(profile, arms, seeds, origin))
+    _print_table(
+        ["run", "state", "step", "accuracy", "time left"],
+        [
+            [
+                row.run.name,
+                row.state,
+                f"{row.step}/{row.steps}",
+                "" if row.accuracy is None else f"{row.accuracy:.2f}",
+                "" if row.state == "done" else duration(row.seconds_left),
+            ]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row.reason:
+            click.echo(f"{row.run.name}: {row.reason}")
+    click.echo(f"{_tally(rows)}.")
+
+
+def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
+    """The runs that the options name; errors name what is wrong with them."""
+    from opd_geometry.profiles import build, parse_arms, parse_seeds
+
+    scratch = origin == "scratch"
+    return [
+        build(profile, arm, seed, scratch)
+        for seed in parse_seeds(seeds)
+        for arm in parse_arms(arms)
+    ]
+
+
+def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
+    """Train, and say in one line each what failed; the exit code."""
+    from opd_geometry.schedule import train_all
+
+    failed = train_all(profile, runs, jobs)
+    for one, reason in failed.items():
+        _complain(f"{one.name}: {reason}", 1)
+    return 1 if failed else 0
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:  # a file has no width to fit into
+        console.width = console.measure(table).maximum
+    console.print(table)
+
+
+def _tally(rows: "Iterable[Row]") -> str:
+    """How many runs are in which state."""
+    states = [row.state for row in rows]
+    known = ("done", "running", "failed", "to do")
+    return ", ".join(f"{states.count(s)} {s}" for s in known if s in states)
+
+
+# --- measurements ----------------------------------------------------------------
+
+
+@commands.command()
+@_profile
+@_arms("all")
+@_seeds
+def commit(profile: str, arms: str, seeds: str) -> None:
+    """Publish the measurements of finished runs.
+
+    Their tables and provenance go to data/measurements. Rows of the same arm and
+    seed are replaced, all others stay.
+
+    \b
+    Examples:
+      opd-geometry commit --seeds 0-2
+      opd-geometry commit --profile laptop --arms opd,rlvr --seeds 3
+    """
+    from opd_geometry import measure
+    from opd_geometry.runs import is_done
+
+    runs = _asked(profile, arms, seeds, "committed")
+    done = [run for run in runs if is_done(run)]
+    path = measure.commit(profile, done)
+    click.echo(f"{len(done)} of {len(runs)} runs are finished and now in {path}")
+
+
+@commands.command()
+@_profile
+def claims(profile: str) -> None:
+    """Judge every claim on the committed measurements.
+
+    Writes data/claims.csv.
+
+    \b
+    Examples:
+      opd-geometry claims
+      opd-geometry claims --profile laptop
+    """
+    from opd_geometry import measure
+    from opd_geometry.claims import claims_table, write_claims
+    from opd_geometry.runs import data_directory
+
+    table = measure.committed(profile)
+    if table.empty:
+        raise ValueError(
+            f"no committed measurements of profile {profile!r}: expected "
+            f"{measure.committed_path(profile)}; train with opd-geometry run, then "
+            "opd-geometry commit"
+        )
+    findings = claims_table(table)
+    path = write_claims(findings, data_directory() / "claims.csv")
+    _print_table(
+        ["claim", "seeds", "verdict"],
+        [[str(f.id), str(f.n_seeds), str(f.verdict)] for f in findings.itertuples()],
+    )
+    click.echo(f"Written to {path}")
+
+
+# --- the book --------------------------------------------------------------------
+
+
+@commands.command()
+@click.option("--profile", help="Instead of the notebooks' own default.")
+@click.option("--seeds", help="Instead of the notebooks' own default.")
+@click.argument("names", nargs=-1)
+def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> None:
+    """Execute the published chapters again, all or those named.
+
+    \b
+    Examples:
+      opd-geometry chapters
+      opd-geometry chapters --profile laptop --seeds 0-2 02_locking
+    """
+    from opd_geometry.site import execute_chapter
+
+    root = repository()
+    given = {"profile": profile, "seeds": seeds}
+    parameters = {name: value for name, value in given.items() if value is not None}
+    for notebook in _notebooks(root, names):
+        output = root / "book" / "chapters" / notebook.name
+        execute_chapter(notebook, output, parameters, root)
+        click.echo(f"Executed {output.relative_to(root)}")
+
+
+@commands.command()
+@_profile
+@_seeds
+@_jobs
+@_origin
+def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
+    """Train on this machine and build a book of these runs.
+
+    It lies under _build/book. What is not trained by default is read from the
+    committed measurements, and the pages say so. The published chapters stay as
+    they are.
+
+    \b
+    Examples:
+      opd-geometry book
+      opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
+    """
+    from opd_geometry import measure
+    from opd_geometry.claims import claims_table, write_claims
+    from opd_geometry.profiles import ARMS, parse_seeds
+    from opd_geometry.site import execute_chapter
+
+    root = repository()
+    notebooks = _notebooks(root, ())
+    source = "scratch" if origin == "scratch" else "local"
+    if code := _train(profile, _own_runs(profile, seeds, origin), jobs):
+        return code
+    parameters = {"profile": profile, "seeds": seeds, "source": source}
+    executed = []
+    for notebook in notebooks:
+        output = root / "_build" / "book" / "chapters" / notebook.name
+        execute_chapter(notebook, output, parameters, root)
+        executed.append(output)
+        click.echo(f"Executed {output.relative_to(root)}")
+    table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
+    own = root / "_build" / "book" / "claims.csv"
+    write_claims(claims_table(table), own)
+    banner = f"Your own run, not the published one. {describe(profile, provenance)}"
+    return _build(root, "book", executed, own, banner)
+
+
+@commands.command()
+def site() -> int:
+    """Build the published chapters, training nothing.
+
+    The pages lie under _build/site.
+
+    \b
+    Examples:
+      opd-geometry site
+    """
+    from opd_geometry.measure import committed_provenance
+    from opd_geometry.profiles import COMMITTED
+    from opd_geometry.runs import data_directory
+
+    root = repository()
+    published = sorted((root / "book" / "chapters").glob("*.ipynb"))
+    banner = describe(COMMITTED[0], committed_provenance(COMMITTED[0]))
+    return _build(root, "site", published, data_directory() / "claims.csv", banner)
+
+
+def repository() -> Path:
+    """The checkout that this library is installed from.
+
+    Raises:
+        ValueError: the library was copied elsewhere, away from notebooks and pages.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "_toc.yml").is_file():
+        raise ValueError(
+            f"no book beside {Path(__file__).parent}: expected a checkout of the "
+            "repository, installed with pip install -e ."
+        )
+    return root
+
+
+def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
+    """The notebooks of the names, with or without suffix; all if none is given."""
+    known = {path.stem: path for path in sorted(root.glob("notebooks/[0-9]*.ipynb"))}
+    wanted = [Path(name).stem for name in names] or list(known)
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ValueError(
+            f"no notebook {', '.join(unknown)} in {root / 'notebooks'}; expected "
+            f"{', '.join(known) or 'NN_slug.ipynb'}"
+        )
+    return [known[name] for name in wanted]
+
+
+def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
+    """What ``book`` trains: the reader's arms, and any that is not committed."""
+    from opd_geometry.measure import committed_provenance
+    from opd_geometry.profiles import READER_ARMS
+
+    shelf = set(committed_provenance(profile)["run"])
+    published = zip(
+        _asked(profile, "all", seeds, "committed"),
+        _asked(profile, "all", seeds, origin),
+        strict=True,
+    )
+    return [
+        own
+        for theirs, own in published
+        if own.arm in READER_ARMS or theirs.key() not in shelf
+    ]
+
+
+def describe(profile: str, provenance: "pd.DataFrame") -> str:
+    """Profile, seeds and machines that numbers come from, in a sentence or two.
+
+    Args:
+        profile: its name.
+        provenance: rows with seed and machine, and with source if of ``measure.load``.
+    """
+    if provenance.empty:
+        return f"No measurements of profile {profile} are committed yet."
+    seeds = ", ".join(str(seed) for seed in sorted(set(provenance["seed"])))
+    said = f"Profile {profile}, seed {seeds}." if seeds.isdecimal() else ""
+    said = said or f"Profile {profile}, seeds {seeds}."
+    sources = (
+        provenance.groupby("source") if "source" in provenance else [("", provenance)]
+    )
+    for source, rows in sources:
+        machines = "; ".join(sorted(set(rows["machine"].astype(str))))
+        runs = "1 run" if len(rows) == 1 else f"{len(rows)} runs"
+        kind = "read from the committed measurements" if source == "committed" else ""
+        kind = kind or ("trained here" if source else "")
+        said += f" {runs}{kind and f' {kind}'} ({machines})."
+    return said
+
+
+def _build(
+    root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
+) -> int:
+    """Stage, build and check a book under _build/NAME; the exit code."""
+    import shutil
+
+    from opd_geometry.site import build_site, check_site, stage_site
+
+    place = root / "_build" / name
+    source = stage_site(root, place / "source", pages, banner)
+    if claims_csv.is_file():
+        (source / "data").mkdir(exist_ok=True)
+        shutil.copy(claims_csv, source / "data" / "claims.csv")
+    page = build_site(source, place / "html")
+    problems = check_site(place / "html", source)
+    for problem in problems:
+        _complain(problem, 1)
+    click.echo(f"Open {page}")
+    return 1 if problems else 0

@@ -1,0 +1,230 @@
+"""Tiny runs, and what tests do with them in processes of their own.
+
+There a run can be killed, limited or raced without harm to the tests. Functions are
+passed by name, so they have to be in a module that both sides can import.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from io import StringIO
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opd_geometry import cli, evaluation, models, profiles, runs, schedule
+from opd_geometry.models import ModelConfig
+from opd_geometry.optimizer import OptimizerConfig
+from opd_geometry.policy import PolicyConfig
+from opd_geometry.runs import ProjectionConfig, Run
+from opd_geometry.sft import SFTConfig
+
+SHAPE = ModelConfig(width=32, layers=1, head_size=16)
+LESSONS = SFTConfig(OptimizerConfig(1e-3, "cosine", 1), steps=10, batch_sequences=8)
+REWARDS = PolicyConfig(
+    OptimizerConfig(1e-3, warmup_steps=2),
+    steps=10,
+    prompts_per_step=2,
+    group_size=2,
+    max_new_tokens=8,
+)
+ANCHOR = Run("sft", 0, LESSONS, SHAPE)
+TEACHER = Run("teacher", 0, replace(LESSONS, steps=5), replace(SHAPE, width=48))
+OPD = Run("opd", 0, REWARDS, ANCHOR, TEACHER)
+# Its anchor solves nothing, so no group has variance and it never steps.
+RLVR = Run("rlvr", 0, replace(REWARDS, alpha=0.0), ANCHOR)
+PROJECTED = Run(
+    "opd-projected", 0, REWARDS, ANCHOR, TEACHER, ProjectionConfig(2), branch=OPD
+)
+RANK = 2
+
+
+def save_foreign(directory: Path) -> None:
+    """A model whose tokenizer has a token more than that of the tiny runs."""
+    tokenizer = models.character_tokenizer()
+    tokenizer.add_tokens(["!"])
+    model = models.build_model(SHAPE, 0)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    models.save_model(model, tokenizer, directory)
+
+
+def evaluate_less() -> None:
+    """Few held-out problems: evaluation takes most of the time of a tiny run."""
+    evaluation.accuracy = partial(evaluation.accuracy, problems=4, max_new_tokens=8)
+
+
+class Child:
+    """A function that runs in a process of its own."""
+
+    def __init__(self, data: Path, function: Callable[..., Any], *arguments: Any):
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["opd_geometry.schedule"])
+        self.receiver, sender = context.Pipe(duplex=False)
+        call = (str(data), sender, function, arguments)
+        self.process = context.Process(target=_call, args=call)
+        self.process.start()
+        sender.close()
+
+    def result(self) -> Any:
+        """What the function returned; what it raised is raised here."""
+        try:
+            value = self.receiver.recv()
+        except EOFError:
+            value = None
+        self.process.join()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def was_killed(self) -> bool:
+        return self.process.exitcode == -signal.SIGKILL
+
+
+def _call(
+    data: str, sender: Connection, function: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ["OPD_GEOMETRY_DATA"] = data
+    evaluate_less()
+    try:
+        sender.send(function(*arguments))
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        sender.send(error)
+
+
+def ensure_counting(run: Run, log: Path) -> Path:
+    """``ensure``; every optimizer step adds a character to a log."""
+    loop = runs._loop
+
+    def counted(*arguments: Any) -> Any:
+        for metrics in loop(*arguments):
+            with open(log, "a") as file:
+                file.write(".")
+            yield metrics
+
+    runs._loop = counted
+    return runs.ensure(run)
+
+
+def ensure_and_die(run: Run, name: str, nth: int, after: bool) -> Path:
+    """``ensure``; SIGKILL before or after a file or folder takes its final name.
+
+    Args:
+        run: the run.
+        name: of the file or folder; any if empty.
+        nth: at which such moment, from 1.
+        after: whether it has the name by then.
+    """
+    replace_file, seen = os.replace, [0]
+
+    def deadly(source: Any, target: Any) -> None:
+        seen[0] += name in ("", Path(target).name)
+        if seen[0] == nth and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+        if seen[0] == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = deadly
+    return runs.ensure(run)
+
+
+def ensure_and_die_saving(run: Run, nth: int) -> Path:
+    """``ensure``; SIGKILL when the n-th checkpoint has weights and no tokenizer yet."""
+    tokenizer_class = type(models.character_tokenizer())
+    save, seen = tokenizer_class.save_pretrained, [0]
+
+    def deadly(*arguments: Any, **named: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(*arguments, **named)
+
+    tokenizer_class.save_pretrained = deadly
+    return runs.ensure(run)
+
+
+def ensure_with_small_files(run: Run, most_bytes: int) -> Path:
+    """``ensure`` where no file can grow beyond a size, as on a full disk."""
+    _limit_files(most_bytes)
+    return runs.ensure(run)
+
+
+def measure_with_small_files(run: Run, most_bytes: int) -> None:
+    """Measuring where no file can grow beyond a size."""
+    from opd_geometry.measure import measure_run
+
+    _limit_files(most_bytes)
+    measure_run(run, RANK)
+
+
+def _limit_files(most_bytes: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+
+def train_all(asked: list[Run], jobs: int) -> tuple[dict[Run, str], list[str]]:
+    """``schedule.train_all`` with workers that are forked, which is quick.
+
+    Returns:
+        What it returns, and the lines that it printed.
+    """
+    schedule.get_context = lambda _: get_context("fork")
+    said = StringIO()
+    failed = schedule.train_all("smoke", asked, jobs, Console(file=said))
+    return failed, said.getvalue().splitlines()
+
+
+def train_all_with(
+    arm: str, deed: str, asked: list[Run], jobs: int
+) -> tuple[dict[Run, str], list[str]]:
+    """The same, where the runs of an arm come to something after their first step.
+
+    Args:
+        arm: which.
+        deed: ``wait`` for ever, or be ``killed``.
+        asked, jobs: as of ``train_all``.
+    """
+    loop = runs._loop
+
+    def eventful(run: Run, *arguments: Any) -> Any:
+        for metrics in loop(run, *arguments):
+            yield metrics
+            if run.arm == arm and deed == "wait":
+                while True:
+                    signal.pause()
+            elif run.arm == arm:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    runs._loop = eventful
+    return train_all(asked, jobs)
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    """``opd-geometry`` at a tiny profile smoke; its exit code, stdout and stderr."""
+    schedule.get_context = lambda _: get_context("fork")
+    profiles.PROFILES["smoke"] = replace(
+        profiles.PROFILES["smoke"],
+        student=SHAPE,
+        teacher=SHAPE,
+        base=LESSONS,
+        base_annealing=LESSONS,
+        teacher_base=LESSONS,
+        sft=LESSONS,
+        teacher_sft=LESSONS,
+        policy=REWARDS,
+    )
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = cli.main(arguments)
+    return code, out.getvalue(), err.getvalue()

@@ -1,0 +1,37 @@
+"""What several test modules share: tiny finished runs, trained once."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before transformers is imported, here and in the children.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    os.environ.setdefault(name, "1")
+sys.path.insert(0, str(Path(__file__).parent))  # children.py, also for the children
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with the tiny runs of ``children``; not to be changed."""
+    import children
+
+    data = tmp_path_factory.mktemp("trained")
+    for run in (children.OPD, children.RLVR, children.PROJECTED):
+        children.Child(data, children.runs.ensure, run).result()
+    return data
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data directory."""
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def on_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data directory with the tiny runs, as the library sees it."""
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(trained))
+    return trained

@@ -1,0 +1,285 @@
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import children
+import pandas as pd
+import pytest
+from children import ANCHOR, OPD, PROJECTED, RLVR, TEACHER, Child
+from rich.console import Console
+
+from opd_geometry import runs, schedule
+from opd_geometry.measure import committed_path, kept_table
+from opd_geometry.runs import Run
+from opd_geometry.schedule import Row
+
+
+def soon(condition: Callable[[], bool], what: str) -> None:
+    """Wait until something is so; a slow machine has a minute."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"not within a minute: {what}")
+
+
+def row(run: Run, seconds: float | None, state: str = "to do") -> Row:
+    left = 0.0 if state == "done" else seconds
+    return Row(run, state, 0, 10, None, seconds, left, "")
+
+
+# --- what there is to do ---------------------------------------------------------
+
+
+def test_needs_come_first_and_once() -> None:
+    ordered = schedule.with_needs([PROJECTED, RLVR, OPD])
+    assert len(ordered) == len(set(ordered)) == 5
+    assert set(ordered) == {ANCHOR, TEACHER, OPD, PROJECTED, RLVR}
+    for run in ordered:
+        assert all(ordered.index(n) < ordered.index(run) for n in run.needs)
+
+
+def test_plan_tells_done_from_to_do(on_trained: Path) -> None:
+    other = replace(RLVR, seed=1)
+    rows = {row.run: row for row in schedule.plan("smoke", [OPD, other])}
+    assert [r.state for r in rows.values()] == ["done", "done", "done", "to do"]
+    done, waiting = rows[OPD], rows[other]
+    assert (done.step, done.steps, done.seconds_left) == (10, 10, 0.0)
+    assert done.seconds == runs.progress(OPD)["wall_seconds"]
+    assert done.accuracy is not None
+    # as long as the finished run that differs in nothing but the seed
+    assert waiting.seconds == runs.progress(RLVR)["wall_seconds"]
+    assert (waiting.step, waiting.accuracy) == (0, None)
+    new = replace(RLVR, train=replace(RLVR.train, steps=11))
+    assert schedule.plan("smoke", [new])[-1].seconds is None
+
+
+def test_committed_timings_are_the_first_choice(trained: Path, data: Path) -> None:
+    shutil.copytree(trained, data)
+    listing = committed_path("smoke").with_suffix(".runs.csv")
+    listing.parent.mkdir()
+    pd.DataFrame(
+        {
+            "run": ["a", "b", "c"],
+            "arm": ["rlvr", "rlvr", "rlvr"],
+            "steps": [10, 10, 20],
+            "wall_seconds": [100.0, 200.0, 9000.0],
+        }
+    ).to_csv(listing, index=False)
+    assert schedule.plan("smoke", [replace(RLVR, seed=1)])[-1].seconds == 150.0
+    assert schedule.plan("smoke", [replace(OPD, seed=1)])[-1].seconds is not None
+
+
+def test_interrupted_and_failed_runs_are_told_apart(data: Path) -> None:
+    assert schedule.plan("smoke", [ANCHOR])[0].state == "to do"
+    directory = runs.run_directory(ANCHOR)
+    directory.mkdir(parents=True)
+    said = {"step": 4, "steps": 10, "accuracy": 0.25, "wall_seconds": 8.0}
+    runs.write_json(directory / "progress.json", said)
+    (begun,) = schedule.plan("smoke", [ANCHOR])
+    assert (begun.state, begun.step, begun.accuracy) == ("to do", 4, 0.25)
+    assert begun.seconds_left == 12.0
+    runs.write_json(directory / "failed.json", {"reason": "no room"})
+    (failed,) = schedule.plan("smoke", [ANCHOR])
+    assert (failed.state, failed.reason) == ("failed", "no room")
+
+
+def test_pace_of_a_projected_run_counts_its_own_steps() -> None:
+    said = {"step": 4, "steps": 10, "wall_seconds": 2.0}
+    assert schedule.seconds_left(PROJECTED, said, None) == 6.0
+    assert schedule.seconds_left(OPD, said, None) == 3.0
+    assert schedule.seconds_left(PROJECTED, {}, 50.0) == 50.0
+
+
+def test_longest_chain_starts_first() -> None:
+    rows = [
+        row(ANCHOR, 10.0),
+        row(TEACHER, 1.0),
+        row(OPD, 20.0),
+        row(PROJECTED, 5.0),
+        row(RLVR, 24.0),
+    ]
+    assert schedule.priorities(rows) == {
+        ANCHOR: 35.0,
+        TEACHER: 26.0,
+        OPD: 25.0,
+        PROJECTED: 5.0,
+        RLVR: 24.0,
+    }
+    assert schedule.total_seconds(rows, 1) == 60.0
+    assert schedule.total_seconds(rows, 2) == 35.0
+    rows[0] = row(ANCHOR, 10.0, "done")
+    assert schedule.total_seconds(rows, 1) == 50.0
+    unknown = [*rows, row(replace(RLVR, seed=1), None)]
+    assert schedule.total_seconds(unknown, 1) is None
+    assert schedule.priorities(unknown)[replace(RLVR, seed=1)] == 24.0
+
+
+# --- doing it --------------------------------------------------------------------
+
+
+def test_failing_run_blocks_only_what_needs_it(trained: Path, data: Path) -> None:
+    shutil.copytree(trained, data)
+    for run in (RLVR, OPD):
+        shutil.rmtree(runs.run_directory(run))
+    for name in ("foreign", "cut"):
+        children.save_foreign(data / name)
+    weights = data / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    bad = replace(OPD, arm="bad", teacher=runs.stored("foreign"))
+    blocked = replace(PROJECTED, arm="blocked", branch=bad, teacher=bad.teacher)
+    cut = replace(ANCHOR, arm="cut", start=runs.stored("cut"))
+    asked = [blocked, cut, RLVR, OPD]
+
+    failed, lines = Child(data, children.train_all, asked, 2).result()
+    assert failed.keys() == {bad, blocked, cut}
+    assert "student and teacher tokenizers differ" in failed[bad]
+    assert "cannot load a model from" in failed[cut]
+    assert failed[blocked] == f"needs {bad.name}, which is not finished"
+    assert not any("\n" in reason for reason in failed.values())
+    for run in (bad, cut):
+        record = json.loads((runs.run_directory(run) / "failed.json").read_text())
+        assert record["reason"] == failed[run]
+        assert "Traceback" in record["traceback"]
+    assert not runs.run_directory(blocked).exists()
+    assert [kept_table(run, 2).is_file() for run in (RLVR, OPD, ANCHOR)] == [
+        True,
+        True,
+        False,  # only needed, not asked for
+    ]
+    states = {row.run: row.state for row in schedule.plan("smoke", asked)}
+    assert [states[run] for run in (bad, blocked, cut, RLVR)] == [
+        "failed",
+        "to do",
+        "failed",
+        "done",
+    ]
+    assert len([line for line in lines if "failed:" in line]) == 3
+    assert any(line.startswith("opd-s0") and "10/10" in line for line in lines)
+
+    # what was wrong is mended: the same runs are done, and nothing is left of it
+    children.save_foreign(data / "cut")
+    mended = replace(cut, start=runs.stored("cut"))
+    runs.write_json(runs.run_directory(RLVR) / "failed.json", {"reason": "once"})
+    kept_table(RLVR, 2).unlink()
+    assert Child(data, children.train_all, [mended, RLVR], 1).result()[0] == {}
+    assert not (runs.run_directory(RLVR) / "failed.json").exists()
+
+
+def test_one_after_another_in_the_order_of_the_chains(data: Path) -> None:
+    asked = [RLVR, PROJECTED]
+    assert Child(data, children.train_all, asked, 1).result()[0] == {}
+    finished = sorted(
+        schedule.with_needs(asked),
+        key=lambda run: (runs.run_directory(run) / "done.json").stat().st_mtime_ns,
+    )
+    assert set(finished[:2]) == {ANCHOR, TEACHER}
+    assert finished[2] == OPD  # PROJECTED waits for it, nothing for RLVR
+
+
+def test_killed_worker_is_a_failure_of_its_run_alone(trained: Path, data: Path) -> None:
+    shutil.copytree(trained, data)
+    for run in (OPD, RLVR):
+        shutil.rmtree(runs.run_directory(run))
+    arguments = ("opd", "killed", [OPD, RLVR], 2)
+    failed, _ = Child(data, children.train_all_with, *arguments).result()
+    assert failed.keys() == {OPD}
+    assert "SIGKILL" in failed[OPD]
+    assert runs.is_done(RLVR)
+    assert Child(data, children.train_all, [OPD], 1).result()[0] == {}
+    assert schedule.failure(OPD) == ""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_worker_outlives_the_scheduler(name: str, data: Path) -> None:
+    asked = [ANCHOR, replace(ANCHOR, seed=1)]
+    child = Child(data, children.train_all_with, "sft", "wait", asked, 2)
+    soon(lambda: all(runs.progress(run) for run in asked), "both runs train")
+    assert [r.state for r in schedule.plan("smoke", asked)] == ["running"] * 2
+    assert child.process.pid is not None
+    os.kill(child.process.pid, getattr(signal, name))
+    expected = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
+    if name in expected:
+        with pytest.raises(expected[name]):
+            child.result()
+    else:
+        child.result()
+        assert child.was_killed
+    soon(lambda: not any(runs.is_running(run) for run in asked), "the workers end")
+    assert [r.state for r in schedule.plan("smoke", asked)] == ["to do"] * 2
+
+
+def test_jobs_have_to_be_positive(data: Path) -> None:
+    with pytest.raises(ValueError, match="jobs 0: expected 1 or more"):
+        schedule.train_all("smoke", [ANCHOR], 0)
+
+
+def test_finished_runs_need_no_process(
+    trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, data)
+    kept_table(OPD, 2).touch()
+    monkeypatch.setattr(schedule, "_start", None)
+    said = StringIO()
+    assert schedule.train_all("smoke", [OPD], 1, Console(file=said)) == {}
+    assert said.getvalue().count("done in") == 3
+
+
+def test_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    before = dict(os.environ)
+    with schedule._environment(schedule.WORKER_ENVIRONMENT):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
+    assert dict(os.environ) == before
+
+
+# --- progress --------------------------------------------------------------------
+
+
+def test_a_line_says_steps_accuracy_and_time_left(data: Path) -> None:
+    assert "starting" in schedule.progress_line(ANCHOR)
+    directory = runs.run_directory(ANCHOR)
+    directory.mkdir(parents=True)
+    said = {"step": 4, "steps": 10, "accuracy": None, "wall_seconds": 800.0}
+    runs.write_json(directory / "progress.json", said)
+    line = schedule.progress_line(ANCHOR)
+    assert line.split() == ["sft-s0", "4/10", "20", "min", "left"]
+    runs.write_json(directory / "progress.json", {**said, "accuracy": 0.256})
+    assert "accuracy 0.26" in schedule.progress_line(ANCHOR)
+    runs.write_json(directory / "progress.json", {**said, "step": 10})
+    assert "measuring" in schedule.progress_line(ANCHOR)
+    assert "done in 13 min" in schedule.ended_line(ANCHOR)
+
+
+def test_log_has_a_line_now_and_then(on_trained: Path) -> None:
+    said = StringIO()
+    with schedule._Display(Console(file=said, width=40)) as display:
+        for _ in range(5):
+            display.running([OPD, RLVR], 2)
+        display.said[OPD] -= schedule.LOG_SECONDS
+        display.running([OPD, RLVR], 2)
+        display.ended(OPD, "")
+        display.ended(RLVR, "[red]a reason[/red] that is longer than forty columns")
+    lines = said.getvalue().splitlines()
+    names = ["opd-s0", "rlvr-s0", "opd-s0", "opd-s0", "rlvr-s0"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[-1].endswith("[red]a reason[/red] that is longer than forty columns")
+
+
+def test_terminal_shows_every_running_run(on_trained: Path) -> None:
+    said = StringIO()
+    console = Console(file=said, force_terminal=True, width=60, color_system=None)
+    with schedule._Display(console) as display:
+        display.running([OPD, RLVR], 3)
+    shown = said.getvalue()
+    assert "opd-s0" in shown
+    assert "rlvr-s0" in shown
+    assert "0 of 3 runs ended" in shown
