@@ -174,46 +174,42 @@ def _limit_files(most_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
 
-def train_all(asked: list[Run], jobs: int) -> tuple[dict[Run, str], list[str]]:
-    """``schedule.train_all`` with workers that are forked, which is quick.
+def train_all(
+    asked: list[Run], jobs: int, method: str = "fork"
+) -> tuple[dict[Run, str], list[str]]:
+    """``schedule.train_all``, with workers that are forked, which is quick.
+
+    Args:
+        asked, jobs: as there.
+        method: ``spawn`` for workers that start as they do in earnest.
 
     Returns:
         What it returns, and the lines that it printed.
     """
-    schedule.get_context = lambda _: get_context("fork")
+    os.setsid()  # for signals to all processes, as a terminal sends them
+    schedule.get_context = lambda _: get_context(method)
     said = StringIO()
     failed = schedule.train_all("smoke", asked, jobs, Console(file=said))
     return failed, said.getvalue().splitlines()
 
 
-def train_all_with(
-    arm: str, deed: str, asked: list[Run], jobs: int
-) -> tuple[dict[Run, str], list[str]]:
-    """The same, where the runs of an arm come to something after their first step.
-
-    Args:
-        arm: which.
-        deed: ``wait`` for ever, or be ``killed``.
-        asked, jobs: as of ``train_all``.
-    """
+def train_all_but(killed: str, asked: list[Run], jobs: int) -> dict[Run, str]:
+    """The same, where the system kills the worker of an arm after its first step."""
     loop = runs._loop
 
-    def eventful(run: Run, *arguments: Any) -> Any:
+    def deadly(run: Run, *arguments: Any) -> Any:
         for metrics in loop(run, *arguments):
             yield metrics
-            if run.arm == arm and deed == "wait":
-                while True:
-                    signal.pause()
-            elif run.arm == arm:
+            if run.arm == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    runs._loop = eventful
-    return train_all(asked, jobs)
+    runs._loop = deadly
+    return train_all(asked, jobs)[0]
 
 
-def command(*arguments: str) -> tuple[int, str, str]:
+def command(method: str, *arguments: str) -> tuple[int, str, str]:
     """``opd-geometry`` at a tiny profile smoke; its exit code, stdout and stderr."""
-    schedule.get_context = lambda _: get_context("fork")
+    schedule.get_context = lambda _: get_context(method)
     profiles.PROFILES["smoke"] = replace(
         profiles.PROFILES["smoke"],
         student=SHAPE,
@@ -228,3 +224,9 @@ def command(*arguments: str) -> tuple[int, str, str]:
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         code = cli.main(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+def command_with_small_files(most_bytes: int, *arguments: str) -> tuple[int, str, str]:
+    """The same where no file can grow beyond a size, with workers as in earnest."""
+    _limit_files(most_bytes)
+    return command("spawn", *arguments)

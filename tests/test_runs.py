@@ -162,12 +162,14 @@ def test_policy_run_starts_from_its_anchor_as_bf16(on_trained: Path) -> None:
 
 
 def test_finished_run_is_not_touched_again(
-    on_trained: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forget(ANCHOR)  # a finished run does without what it started from
     monkeypatch.setattr(runs, "_train", None)
     assert runs.ensure(OPD) == runs.run_directory(OPD)
     assert runs.is_done(OPD)
     assert not runs.is_running(OPD)
+    assert not runs.run_directory(ANCHOR).exists()
 
 
 def test_training_has_one_thread(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

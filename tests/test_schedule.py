@@ -187,8 +187,7 @@ def test_killed_worker_is_a_failure_of_its_run_alone(trained: Path, data: Path) 
     shutil.copytree(trained, data)
     for run in (OPD, RLVR):
         shutil.rmtree(runs.run_directory(run))
-    arguments = ("opd", "killed", [OPD, RLVR], 2)
-    failed, _ = Child(data, children.train_all_with, *arguments).result()
+    failed = Child(data, children.train_all_but, "opd", [OPD, RLVR], 2).result()
     assert failed.keys() == {OPD}
     assert "SIGKILL" in failed[OPD]
     assert runs.is_done(RLVR)
@@ -196,14 +195,18 @@ def test_killed_worker_is_a_failure_of_its_run_alone(trained: Path, data: Path) 
     assert schedule.failure(OPD) == ""
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_no_worker_outlives_the_scheduler(name: str, data: Path) -> None:
-    asked = [ANCHOR, replace(ANCHOR, seed=1)]
-    child = Child(data, children.train_all_with, "sft", "wait", asked, 2)
+@pytest.mark.parametrize(
+    ("name", "method"), [("SIGINT", "spawn"), ("SIGTERM", "fork"), ("SIGKILL", "spawn")]
+)
+def test_no_worker_outlives_the_scheduler(name: str, method: str, data: Path) -> None:
+    endless = replace(ANCHOR, train=replace(children.LESSONS, steps=10**6))
+    asked = [endless, replace(endless, seed=1)]
+    child = Child(data, children.train_all, asked, 2, method)
     soon(lambda: all(runs.progress(run) for run in asked), "both runs train")
     assert [r.state for r in schedule.plan("smoke", asked)] == ["running"] * 2
     assert child.process.pid is not None
-    os.kill(child.process.pid, getattr(signal, name))
+    send = os.killpg if name == "SIGINT" else os.kill
+    send(child.process.pid, getattr(signal, name))
     expected = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
     if name in expected:
         with pytest.raises(expected[name]):
@@ -213,6 +216,9 @@ def test_no_worker_outlives_the_scheduler(name: str, data: Path) -> None:
         assert child.was_killed
     soon(lambda: not any(runs.is_running(run) for run in asked), "the workers end")
     assert [r.state for r in schedule.plan("smoke", asked)] == ["to do"] * 2
+    n_steps = [runs.progress(run)["step"] for run in asked]
+    time.sleep(0.2)
+    assert [runs.progress(run)["step"] for run in asked] == n_steps
 
 
 def test_jobs_have_to_be_positive(data: Path) -> None:

@@ -155,26 +155,22 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
             return value
         return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
-    return frame.map(shown)
+    return frame.map(shown).rename_axis(index=None, columns=None)
 
 
 def publish(**values: Any) -> None:
     """Store values in the notebook's outputs, for the text of this and other pages.
 
     Args:
-        values: name to a number (rounded to ``DIGITS`` significant digits), a text, a
-            figure, or markdown.
+        values: name to an integer, a float (rounded to ``DIGITS`` significant digits),
+            a text, a figure, or what ``html`` and ``markdown`` return.
     """
     # Heavy, and needed only inside a notebook.
     from myst_nb import glue  # type: ignore[import-untyped]
 
     for name, value in values.items():
-        shown = float(f"{value:.{DIGITS}g}") if _is_number(value) else value
+        shown = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
         glue(name, shown, display=False)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or hasattr(value, "__float__")
 
 
 def markdown(text: str) -> Any:
@@ -182,6 +178,15 @@ def markdown(text: str) -> Any:
     from IPython.display import Markdown
 
     return Markdown(text)
+
+
+def html(frame: pd.DataFrame) -> Any:
+    """A table for a page: without index, its cells wrapped, in the page's style."""
+    from IPython.display import HTML
+
+    with pd.option_context("display.max_colwidth", None):
+        look: Any = {"border": 0, "classes": "table", "justify": "left"}
+        return HTML(frame.to_html(index=False, na_rep="–", **look))
 
 
 def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
@@ -215,25 +220,31 @@ def seeds_text(seeds: Iterable[int]) -> str:
     return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
 
 
-def verdict_rows(table: pd.DataFrame, claim_ids: Iterable[str]) -> str:
-    """A chapter's claims with their verdicts, as a markdown table.
+def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame:
+    """A chapter's claims and what came of them, in words.
 
     Args:
         table: tidy.
         claim_ids: which claims.
 
+    Returns:
+        One row a claim: claim, the paper, here, verdict.
+
     Raises:
         ValueError: unknown claim.
     """
-    lines = ["| claim | the paper | here | verdict |", "|---|---|---|---|"]
-    for claim_id in claim_ids:
-        claim = claim_of(claim_id)
+    rows = []
+    for claim in map(claim_of, claim_ids):
         finding = judge(claim, table)
-        verdict = f"{VERDICT_MARKS[finding.verdict]} **{finding.verdict}**"
-        said = f"{claim.statement} (`{claim.id}`)"
-        printed = f"{claim.paper_item}: {claim.paper_value}"
-        lines.append(f"| {said} | {printed} | {_here(finding)} | {verdict} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            {
+                "claim": f"{claim.statement} ({claim.id})",
+                "the paper": f"{claim.paper_item}: {claim.paper_value}",
+                "here": _here(finding),
+                "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _here(finding: Finding) -> str:
@@ -241,5 +252,54 @@ def _here(finding: Finding) -> str:
     if finding.verdict == "not measured":
         return "–"
     seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
-    between = f" [{finding.low:.3g}, {finding.high:.3g}]" if finding.n_seeds > 1 else ""
+    known = not math.isnan(finding.low)
+    between = f" [{finding.low:.3g}, {finding.high:.3g}]" if known else ""
     return f"{finding.effect:.3g}{between} ({finding.unit}; {seeds})"
+
+
+def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:
+    """What runs cost, for whoever wants to repeat them.
+
+    Args:
+        provenance: of ``load``.
+
+    Returns:
+        One row an arm: arm, runs, steps, minutes (mean over its runs, on one core).
+    """
+    by_arm = provenance.groupby("arm", sort=False)
+    minutes = by_arm["wall_seconds"].mean() / 60
+    return pd.DataFrame(
+        {
+            "arm": list(by_arm.groups),
+            "runs": by_arm.size().to_numpy(),
+            "steps": by_arm["steps"].max().to_numpy(),
+            "minutes a run": [f"{x:.1f}" for x in minutes],
+        }
+    )
+
+
+def versions_text(provenance: pd.DataFrame) -> str:
+    """Which versions of what the runs were trained with."""
+    names = ("python", "torch", "transformers", "numpy")
+    told = (f"{n} {', '.join(sorted(set(provenance[n].astype(str))))}" for n in names)
+    return "; ".join(told)
+
+
+def profile_table() -> pd.DataFrame:
+    """The profiles, their sizes and budgets."""
+    rows = []
+    for name, profile in PROFILES.items():
+        policy, student, teacher = profile.policy, profile.student, profile.teacher
+        rows.append(
+            {
+                "profile": name,
+                "student": f"{student.layers} layers of width {student.width}",
+                "teacher": f"{teacher.layers} layers of width {teacher.width}",
+                "SFT": f"{profile.sft.steps} steps of {profile.sft.batch_sequences} "
+                "demonstrations",
+                "OPD, RLVR and controls": f"{policy.steps} steps of "
+                f"{policy.prompts_per_step} prompts with {policy.group_size} responses",
+                "K": profile.rank,
+            }
+        )
+    return pd.DataFrame(rows)

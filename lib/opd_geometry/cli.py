@@ -358,7 +358,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     source = "scratch" if origin == "scratch" else "local"
     if code := _train(profile, _own_runs(profile, seeds, origin), jobs):
         return code
-    parameters = {"profile": profile, "seeds": seeds, "source": source}
+    parameters = {"profile": profile, "seeds": seeds, "source": source, "jobs": jobs}
     executed = []
     for notebook in notebooks:
         output = root / "_build" / "book" / "chapters" / notebook.name

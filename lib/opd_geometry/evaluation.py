@@ -46,8 +46,9 @@ def accuracy(
         temperature=temperature,
     )
     texts = decode_completions(rollout, tokenizer)
+    ended = rollout.ended(tokenizer.eos_token_id).tolist()
     right = [
-        tasks.verify(questions[i // rollout.group_size], text)
-        for i, text in enumerate(texts)
+        end and tasks.verify(questions[i // rollout.group_size], text)
+        for i, (text, end) in enumerate(zip(texts, ended, strict=True))
     ]
     return sum(right) / len(right)

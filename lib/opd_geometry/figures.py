@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 GREY = "#808080"  # reads on white and on black
+WIDTH = 8.0  # inches; a page of the book shows them at half size
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
@@ -221,14 +222,27 @@ def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
 
 
 def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
-    """Arms and their values, largest first.
+    """Arms and their values, largest first; ``≈`` where they look the same.
 
-    >>> ranking({"sft": 0.081, "opd": 0.516}, ".1%")
-    'OPD 51.6% > SFT 8.1%'
+    >>> ranking({"sft": 0.081, "opd": 0.516, "rlvr": 0.0811}, ".1%")
+    'OPD 51.6 % > RLVR 8.1 % ≈ SFT 8.1 %'
     """
-    ordered = sorted(values.items(), key=lambda item: -item[1])
-    named = [(ARM_STYLES[arm].label, value) for arm, value in ordered]
-    return " > ".join(f"{label} {value:{form}}" for label, value in named)
+    text, before = "", ""
+    for arm, value in sorted(values.items(), key=lambda item: -item[1]):
+        shown = f"{value:{form}}".replace("%", " %")
+        sign = " ≈ " if shown == before else " > "
+        text += f"{sign if text else ''}{ARM_STYLES[arm].label} {shown}"
+        before = shown
+    return text
+
+
+def with_null(metrics: Iterable[str]) -> list[str]:
+    """Each metric, followed by its null.
+
+    >>> with_null(["nss"])
+    ['nss', 'null_nss']
+    """
+    return [name for metric in metrics for name in (metric, f"null_{metric}")]
 
 
 def _present(table: pd.DataFrame, arms: Iterable[str]) -> list[str]:
@@ -273,11 +287,21 @@ def trajectories(
     Raises:
         ValueError: the table has none of a panel's arms.
     """
-    far = [[_null_is_far(table, panel, roles) for panel in row] for row in grid]
+    metrics = {panel.metric for row in grid for panel in row}
+    table = table[table["metric"].isin(with_null(metrics))]
+    far = [
+        [
+            any(_null_is_far(table, p, roles) for p in row if p.metric == panel.metric)
+            for panel in row
+        ]
+        for row in grid
+    ]
     heights = [h for row in far for h in ((0.3, 2.3) if any(row) else (2.6,))]
     n_columns = max(map(len, grid))
     with styled():
-        figure = plt.figure(figsize=(9.6 if n_columns > 1 else 5.6, 0.4 + sum(heights)))
+        figure = plt.figure(
+            figsize=(WIDTH if n_columns > 1 else 0.62 * WIDTH, 0.4 + sum(heights))
+        )
         places = figure.add_gridspec(len(heights), n_columns, height_ratios=heights)
         place = 0
         for panels, broken in zip(grid, far, strict=True):
@@ -491,7 +515,7 @@ def depth_profiles(
         figure, axes = plt.subplots(
             len(arms),
             len(metrics),
-            figsize=(9.6, 0.6 + 1.45 * len(arms)),
+            figsize=(WIDTH, 0.6 + 1.45 * len(arms)),
             sharex=True,
             sharey="col",
             squeeze=False,
@@ -501,7 +525,7 @@ def depth_profiles(
                 _draw_depth(ax, table, arm, metric)
             row[0].set_ylabel(ARM_STYLES[arm].label, color=ARM_STYLES[arm].colour)
         for ax, metric in zip(axes[0], metrics, strict=True):
-            ax.set_title(METRIC_LABELS[metric])
+            ax.set_title(METRIC_LABELS[metric].replace(", ", "\n"))
         for ax in axes[-1]:
             ax.set_xlabel("layer")
         _place_labels(axes[0][-1])
@@ -564,7 +588,7 @@ def mask_maps(table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd") ->
     rows.append((null_of, "null_", f"{NULL_LABEL}\nof {ARM_STYLES[null_of].label}"))
     with styled():
         figure, axes = plt.subplots(
-            len(rows), 3, figsize=(9.6, 1.5 * len(rows)), sharex=True, sharey=True
+            len(rows), 3, figsize=(WIDTH, 1.5 * len(rows)), sharex=True, sharey=True
         )
         for row, (arm, prefix, label) in zip(axes, rows, strict=True):
             for ax, metric in zip(row, MASK_METRICS, strict=True):
@@ -621,7 +645,7 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     arms = _present(table, arms)
     with styled():
         figure, axes = plt.subplots(
-            1, 3, figsize=(9.6, 0.9 + 0.42 * len(arms)), sharey=True
+            1, 3, figsize=(WIDTH, 0.9 + 0.42 * len(arms)), sharey=True
         )
         for ax, metric in zip(axes, MASK_METRICS, strict=True):
             start = 100 * MASK_ALPHA if "overlap" in metric else 0
@@ -699,7 +723,7 @@ def projected_training(
     moment = f"{100 * branch_frac:.0f} %"
     with styled():
         figure, axes = plt.subplots(
-            1, len(families), figsize=(9.6, 3.4), sharey=True, squeeze=False
+            1, len(families), figsize=(WIDTH, 3.4), sharey=True, squeeze=False
         )
         for ax, family in zip(axes[0], families, strict=True):
             names = (family, f"{family}-projected-random", f"{family}-projected")

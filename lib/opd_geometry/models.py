@@ -103,8 +103,8 @@ def load_model(
             "safetensors and a tokenizer"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -112,6 +112,11 @@ def load_model(
             f"cannot load a model from {source}: {reason}; expected complete "
             "safetensors of a causal language model"
         ) from error
+    if loaded["missing_keys"]:  # transformers would start from random numbers there
+        raise ValueError(
+            f"the checkpoint {source} lacks {sorted(loaded['missing_keys'])[0]}; "
+            "expected complete safetensors of a causal language model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     except Exception as error:
@@ -120,6 +125,12 @@ def load_model(
             f"cannot load the tokenizer beside {source}: {reason}; save one with "
             "tokenizer.save_pretrained"
         ) from error
+    if not tokenizer(CHARACTERS)["input_ids"]:  # made up from the model's type alone
+        raise ValueError(
+            f"no tokenizer beside {source}; save one with tokenizer.save_pretrained"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks say what is padding
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer beside {source} has {len(tokenizer)} tokens but the model "

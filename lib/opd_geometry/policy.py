@@ -80,10 +80,23 @@ class PolicyConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}: expected {' or '.join(known)}"
                 )
-        if self.estimator == "full" and self.alpha < 1.0:
+        if self.estimator == "full" and (
+            self.alpha < 1.0 or self.token_selection != "all"
+        ):
             raise ValueError(
-                f"estimator full with alpha {self.alpha}: the full-vocabulary reverse "
-                "KL has no per-token advantage to mix; use the sampled estimator"
+                f"estimator full with alpha {self.alpha} and {self.token_selection} "
+                "tokens: the full-vocabulary reverse KL has no per-token advantage to "
+                "mix or select; use the sampled estimator"
+            )
+        if self.token_selection == "top-gap" and not self.needs_teacher:
+            raise ValueError(
+                "token_selection top-gap with alpha 0: no teacher scores the tokens; "
+                "select at random, or set alpha above 0"
+            )
+        if not self.temperature > 0.0:
+            raise ValueError(
+                f"temperature {self.temperature}: expected above 0; a policy gradient "
+                "needs samples"
             )
 
     @property
@@ -161,6 +174,7 @@ def policy_steps(
 
         # 2. one gradient, a few prompts with their groups at a time
         kept = prompts_to_learn(config, rewards)
+        learned = rollout.mask[rollout.rows_of(kept)].sum()
         totals = {"loss": 0.0, "gap": 0.0}
         for part in kept.split(config.micro_prompts) if len(kept) else ():
             piece, rows = rollout.take(part), rollout.rows_of(part)
@@ -192,7 +206,7 @@ def policy_steps(
             share = len(part) / len(kept)
             accelerator.backward(loss * share)
             totals["loss"] += float(loss.detach()) * share
-            totals["gap"] += float(gap.sum() / piece.mask.sum()) * share
+            totals["gap"] += float(gap.sum() / learned)
 
         # 3. one optimizer step, unless no group had anything to teach
         norm = accelerator.clip_grad_norm_(
@@ -232,13 +246,12 @@ def verify_completions(
 ) -> Tensor:
     """Binary reward of every completion, (B,) float32; an unfinished one earns 0."""
     texts = decode_completions(rollout, tokenizer)
-    return torch.tensor(
-        [
-            float(tasks.verify(problems[i // rollout.group_size], text))
-            for i, text in enumerate(texts)
-        ],
-        device=rollout.mask.device,
-    )
+    right = [
+        float(tasks.verify(problems[i // rollout.group_size], text))
+        for i, text in enumerate(texts)
+    ]
+    ended = rollout.ended(tokenizer.eos_token_id)
+    return torch.tensor(right, device=ended.device) * ended
 
 
 def prompts_to_learn(config: PolicyConfig, rewards: Tensor) -> Tensor:

@@ -118,12 +118,15 @@ _POLICY_ARMS: dict[str, dict[str, object]] = {
     "mix-0.05": {"alpha": 0.05},
     "mix-0.01": {"alpha": 0.01},
 }
-_PROJECTED_ARMS: dict[str, tuple[str, str, str]] = {
-    # arm: (the arm it branches from, subspace, form)
-    "opd-projected": ("opd", "own", "gradient"),
-    "opd-projected-random": ("opd", "random", "gradient"),
-    "sft-projected": ("sft", "own", "gradient"),
-    "sft-projected-random": ("sft", "random", "gradient"),
+_PROJECTED_ARMS: dict[str, tuple[str, str, str, int]] = {
+    # arm: (the arm it branches from, subspace, form, K in units of the profile's rank)
+    "opd-projected": ("opd", "own", "gradient", 1),
+    "opd-projected-random": ("opd", "random", "gradient", 1),
+    "opd-projected-update": ("opd", "own", "update", 1),
+    "sft-projected": ("sft", "own", "gradient", 1),
+    "sft-projected-random": ("sft", "random", "gradient", 1),
+    # SFT's stable rank at the branch is about 4: the paper's rule applied to SFT itself
+    "sft-projected-wide": ("sft", "own", "gradient", 2),
 }
 ARMS = ("sft", "sft-matched", *_POLICY_ARMS, *_PROJECTED_ARMS)
 # What a reader's own run trains: each kind of arm and one control of each kind.
@@ -179,9 +182,9 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
         anchor = build(profile, "sft", seed, scratch)
         return Run(arm, seed, train, anchor, teacher)
     if arm in _PROJECTED_ARMS:
-        free_arm, subspace, form = _PROJECTED_ARMS[arm]
+        free_arm, subspace, form, factor = _PROJECTED_ARMS[arm]
         free = build(profile, free_arm, seed, scratch)
-        projection = ProjectionConfig(settings.rank, subspace, form)
+        projection = ProjectionConfig(factor * settings.rank, subspace, form)
         return replace(free, arm=arm, projection=projection, branch=free)
     raise ValueError(f"unknown arm {arm!r}; expected {_or(ARMS)}")
 

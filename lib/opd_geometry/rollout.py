@@ -1,8 +1,8 @@
 """Sampling completions, and scoring them under any model.
 
 Both share one idea: a prompt is read once for the whole group of its completions. To
-sample, its keys and values are copied to the group; to score, when all tokens are known,
-the prompt and its group are laid out as one row.
+sample, its keys and values are copied to the group; to score, when all tokens are
+known, prompt and group are laid out as one row.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from opd_geometry.losses import token_log_probs
 
 # Tokens that are scored at a time: what stays in a processor's caches is computed
 # faster, while an accelerator wants to be kept busy. No result depends on it.
-_TOKENS_PER_PASS = {"cpu": 768}
+_TOKENS_PER_PASS = {"cpu": 1024}
 _MANY_TOKENS = 32768
 
 
@@ -56,6 +56,10 @@ class Rollout:
             self.log_probs[rows, :longest],
             self.group_size,
         )
+
+    def ended(self, eos_token_id: int) -> Tensor:
+        """Which completions the model ended itself, (B,) bool; the others were cut."""
+        return ((self.completions == eos_token_id) & self.mask).any(1)
 
     def rows_of(self, prompts: Tensor) -> Tensor:
         """Row numbers of the groups of the given prompts."""

@@ -238,11 +238,11 @@ def ensure(run: Run) -> Path:
         ValueError: one line; what a run starts from is missing or broken, or the
             directory cannot be written.
     """
-    for needed in run.needs:
-        ensure(needed)
     directory = run_directory(run)
     if is_done(run):
         return directory
+    for needed in run.needs:
+        ensure(needed)
     with clear_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / "lock"), one_thread():

@@ -1,0 +1,345 @@
+import math
+import shutil
+from pathlib import Path
+
+import children
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from children import ANCHOR, OPD, PROJECTED, RANK, RLVR, Child
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opd_geometry import measure, profiles, runs, spectra
+from opd_geometry.checkpoints import list_matrices
+from opd_geometry.measure import COLUMNS, METRICS, NULL_METRICS, compare, reference
+from opd_geometry.runs import Run
+
+
+@pytest.fixture
+def copied(data: Path, trained: Path) -> Path:
+    shutil.copytree(trained, data)
+    return data
+
+
+@pytest.fixture
+def tiny_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profile smoke, whose arms are the tiny runs."""
+    known = {"sft": ANCHOR, "opd": OPD, "rlvr": RLVR, "opd-projected": PROJECTED}
+
+    def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
+        assert profile == "smoke"
+        return profiles.replace(known[arm], seed=seed + 100 * from_scratch)
+
+    monkeypatch.setattr(measure, "build", build)
+
+
+def orthonormal(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q
+
+
+# --- one matrix ------------------------------------------------------------------
+
+
+def test_planted_rotation_and_growth_are_found() -> None:
+    """W_0 = U S V^T; the last of the top k directions turns by 30 degrees."""
+    n, k = 64, 64 // measure.ANGLE_DIVISOR
+    u, v = orthonormal(n, 0), orthonormal(n, 1)
+    s = torch.linspace(n, 1, n, dtype=torch.float64)
+    angle = math.radians(30)
+    turned_u, turned_v = u.clone(), v.clone()
+    for turned, old in ((turned_u, u), (turned_v, v)):
+        a, b = old[:, k - 1].clone(), old[:, -1].clone()
+        turned[:, k - 1] = math.cos(angle) * a + math.sin(angle) * b
+        turned[:, -1] = math.cos(angle) * b - math.sin(angle) * a
+    before = reference(u * s @ v.T)
+    values = compare(before, 1.5 * (turned_u * s) @ turned_v.T)
+    for side in ("left", "right"):
+        assert values[f"angle_{side}_max_deg"] == pytest.approx(30)
+        assert values[f"angle_{side}_mean_deg"] == pytest.approx(30 / k)
+    assert values["nss"] == pytest.approx(0.5)
+
+
+def test_planted_delta_has_the_planted_numbers() -> None:
+    u, v = orthonormal(64, 2), orthonormal(32, 3)
+    s = torch.tensor([4.0, 2.0, 2.0, 1.0], dtype=torch.float64)
+    delta = (u[:, :4] * s) @ v[:, :4].T
+    w_before = torch.ones(64, 32, dtype=torch.float64) * 10
+    values = compare(reference(w_before), w_before + delta)
+    assert values["stable_rank"] == pytest.approx(25 / 16)
+    assert values["frobenius_norm"] == pytest.approx(5)
+    assert values["relative_norm"] == pytest.approx(5 / (10 * math.sqrt(64 * 32)))
+    logs = math.log(4) + 2 * math.log(2)
+    assert values["hill_alpha"] == pytest.approx(3 / logs)  # k = 32 / 8
+
+
+def test_planted_places_are_counted() -> None:
+    """A quarter of the entries change, all of them among the smallest."""
+    w_before = torch.full((32, 32), 8.0)
+    w_before[:8] = 0.5 + torch.arange(256).reshape(8, 32) / 256
+    w_after = w_before.clone()
+    w_after[:8] *= 2
+    values = compare(reference(w_before), w_after)
+    assert values["sparsity"] == 0.75
+    assert values["density"] == 0.25
+    assert values["low_magnitude_overlap"] == 1.0
+    assert values["principal_overlap"] == 0.0
+
+
+def test_change_below_bf16_is_no_visible_change() -> None:
+    w_before = torch.ones(16, 16)
+    w_after = w_before + 1e-4 * orthonormal(16, 0).float()
+    values = compare(reference(w_before), w_after)
+    assert values["sparsity"] == 1.0
+    assert values["frobenius_norm"] == pytest.approx(4e-4, rel=1e-3)
+    unseen = {name for name in METRICS if math.isnan(values[name])}
+    assert unseen == {"principal_overlap", "low_magnitude_overlap", "stable_rank_bf16"}
+
+
+def test_what_never_moved_is_nan_and_not_an_error() -> None:
+    w_before = orthonormal(16, 0)
+    values = compare(reference(w_before), w_before.clone())
+    null = measure.compare_null(reference(w_before), w_before.clone(), seed=0)
+    assert list(values) == list(METRICS)
+    assert list(null) == [f"null_{name}" for name in NULL_METRICS]
+    defined = {"sparsity": 1.0, "density": 0.0, "frobenius_norm": 0.0}
+    for name, value in values.items():
+        assert value == defined[name] if name in defined else math.isnan(value)
+    assert null["null_sparsity"] == 1.0
+    assert math.isnan(null["null_stable_rank"])
+
+
+def test_update_of_one_row_and_origin_of_zeros() -> None:
+    w_before = orthonormal(32, 0)
+    w_after = w_before.clone()
+    w_after[3] *= 2
+    values = compare(reference(w_before), w_after)
+    assert values["stable_rank"] == pytest.approx(1)
+    assert math.isnan(values["hill_alpha"])
+    zeros = torch.zeros(16, 16)
+    values = compare(reference(zeros), orthonormal(16, 1))
+    assert math.isnan(values["nss"])
+    assert math.isnan(values["relative_norm"])
+    assert values["sparsity"] == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    w_before = orthonormal(16, 0).contiguous()
+    w_after = w_before.clone()
+    w_after[0, 0] = bad
+    with pytest.raises(ValueError, match=r"NaN|inf"):
+        compare(reference(w_before), w_after)
+    paths = {}
+    for step, w in ((0, w_before), (1, w_after)):
+        paths[step] = tmp_path / f"{step}.safetensors"
+        save_file({"w": w}, paths[step])
+    with pytest.raises(ValueError, match=r"NaN|inf"):
+        measure.measure_matrix("w", paths, 2, seed=0)
+
+
+def test_null_is_gaussian_of_the_same_norm() -> None:
+    w_before = orthonormal(64, 0)
+    delta = 0.1 * torch.outer(orthonormal(64, 1)[0], orthonormal(64, 2)[0])
+    before = reference(w_before)
+    values = compare(before, w_before + delta)
+    null = measure.compare_null(before, w_before + delta, seed=0)
+    assert values["stable_rank"] == pytest.approx(1)
+    assert 12 < null["null_stable_rank"] < 22  # 64 / 4 for large Gaussian matrices
+    assert null == measure.compare_null(before, w_before + delta, seed=0)
+    assert null != measure.compare_null(before, w_before + delta, seed=1)
+
+
+def test_similarity_to_the_end(tmp_path: Path) -> None:
+    """Two of K = 2 directions in common at step 2, one at step 1."""
+    v, u = orthonormal(32, 0), orthonormal(32, 1)
+    w_before = torch.zeros(32, 32, dtype=torch.float64)
+
+    def update(first: int, second: int) -> Tensor:
+        pair = v[:, [first, second]]
+        return (u[:, :2] * torch.tensor([3.0, 2.0]).double()) @ pair.T
+
+    paths = {}
+    steps = {0: w_before, 1: update(0, 5), 2: 2 * update(1, 0), 3: update(0, 1)}
+    for step, w in steps.items():
+        paths[step] = tmp_path / f"{step}.safetensors"
+        save_file({"w": w.contiguous()}, paths[step])
+    rows = measure.measure_matrix("w", paths, 2, seed=0)
+    found = {step: value for step, name, value in rows if name == "similarity_to_end"}
+    assert found == {
+        1: pytest.approx(0.5),
+        2: pytest.approx(1.0),
+        3: pytest.approx(1.0),
+    }
+    null = {value for _, name, value in rows if name == "null_similarity_to_end"}
+    assert null == {2 / 32}
+
+
+# --- one run ---------------------------------------------------------------------
+
+
+def test_table_is_tidy_and_complete(copied: Path) -> None:
+    table = measure.measure_run(OPD, RANK)
+    assert list(table.columns) == COLUMNS
+    assert set(table["run"]) == {OPD.key()}
+    assert set(table["arm"]) == {"opd"}
+    assert set(table["seed"]) == {0}
+    assert not table.duplicated(["step", "matrix", "metric"]).any()
+    matrices = list_matrices(runs.checkpoint(OPD))
+    of_matrices = table[table["role"] != "model"]
+    assert set(of_matrices["matrix"]) == {matrix.name for matrix in matrices}
+    similarity = ["similarity_to_end", "null_similarity_to_end"]
+    wanted = {*METRICS, *(f"null_{name}" for name in NULL_METRICS), *similarity}
+    later = of_matrices[of_matrices["step"] > 0]
+    assert set(later["metric"]) == wanted
+    assert set(later["step"]) == set(OPD.checkpoint_steps())
+    assert len(later) == len(wanted) * len(matrices) * len(OPD.checkpoint_steps())
+    at_end = later[(later["step"] == 10) & (later["metric"] == "similarity_to_end")]
+    np.testing.assert_allclose(at_end["value"], 1.0)
+    model = table[table["role"] == "model"]
+    assert set(model["layer"]) == {-1}
+    assert set(model["matrix"]) == {""}
+    assert {"loss", "reward", "gap", "accuracy/chain"} <= set(model["metric"])
+
+
+def test_parameters_are_the_entries_of_each_matrix(copied: Path) -> None:
+    table = measure.measure_run(OPD, RANK)
+    rows = table[table["metric"] == "parameters"].set_index("matrix")
+    assert set(rows["step"]) == {0}
+    sizes = {
+        m.name: m.shape[0] * m.shape[1] for m in list_matrices(runs.checkpoint(OPD))
+    }
+    assert rows["value"].to_dict() == sizes
+    roles = {m.name: m.role for m in list_matrices(runs.checkpoint(OPD))}
+    assert rows["role"].to_dict() == roles
+
+
+def test_numbers_are_those_of_the_checkpoints(copied: Path) -> None:
+    table = measure.measure_run(OPD, RANK)
+    before, after = (
+        measure.read_matrix(runs.checkpoint(OPD, step), "lm_head.weight").double()
+        for step in (0, 4)
+    )
+    here = table[(table["matrix"] == "lm_head.weight") & (table["step"] == 4)]
+    values = here.set_index("metric")["value"]
+    assert values["frobenius_norm"] == pytest.approx(float((after - before).norm()))
+    s = spectra.singular_values(after - before)
+    assert values["stable_rank"] == pytest.approx(float((s**2).sum() / s[0] ** 2))
+
+
+def test_projected_run_is_measured_after_its_branch(copied: Path) -> None:
+    table = measure.measure_run(PROJECTED, RANK)
+    matrices = table[(table["role"] != "model") & (table["step"] > 0)]
+    assert set(matrices["step"]) == {4, 6, 8, 10}
+    rewards = table[table["metric"] == "reward"]
+    assert set(rewards["step"]) == set(range(1, 11))
+
+
+def test_run_that_never_moved_has_nan(copied: Path) -> None:
+    table = measure.measure_run(RLVR, RANK)
+    stable_rank = table[table["metric"] == "stable_rank"]["value"]
+    assert len(stable_rank) > 0
+    assert stable_rank.isna().all()
+    assert (table[table["metric"] == "sparsity"]["value"] == 1.0).all()
+    assert "similarity_to_end" not in set(table["metric"])
+
+
+def test_table_is_kept(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = measure.measure_run(ANCHOR, RANK)
+    monkeypatch.setattr(measure, "measure_matrix", None)
+    pd.testing.assert_frame_equal(measure.measure_run(ANCHOR, RANK), first)
+    with pytest.raises(TypeError):  # another K is another table
+        measure.measure_run(ANCHOR, RANK + 1)
+
+
+def test_missing_checkpoint_of_a_finished_run(copied: Path) -> None:
+    shutil.rmtree(runs.checkpoint(OPD, 4))
+    with pytest.raises((ValueError, OSError), match="does not exist"):
+        measure.measure_run(OPD, RANK)
+    assert not measure.kept_table(OPD, RANK).exists()
+
+
+def test_full_disk_leaves_no_table(copied: Path) -> None:
+    call = (children.measure_with_small_files, OPD, 4000)
+    with pytest.raises(ValueError, match=r"cannot write below .*; free") as error:
+        Child(copied, *call).result()
+    assert "\n" not in str(error.value)
+    names = [path.name for path in runs.run_directory(OPD).iterdir()]
+    assert not [name for name in names if "measurements" in name]
+    assert len(measure.measure_run(OPD, RANK)) > 0
+
+
+# --- committed measurements ------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_commit_replaces_the_rows_of_its_runs(copied: Path) -> None:
+    path = measure.commit("smoke", [OPD, RLVR, profiles.replace(OPD, seed=9)])
+    assert path == copied / "measurements" / "smoke.parquet"
+    table, listing = measure.committed("smoke"), measure.committed_provenance("smoke")
+    assert list(table.columns) == COLUMNS
+    assert dict(zip(listing["arm"], listing["run"], strict=True)) == {
+        "opd": OPD.key(),
+        "rlvr": RLVR.key(),
+    }
+    assert {"seed", "steps", "wall_seconds", "library", "torch", "machine"} <= set(
+        listing.columns
+    )
+    old = measure.measure_run(OPD, RANK)
+    stale = old.assign(run="stale", value=0.0)
+    stale.to_parquet(measure.kept_table(OPD, RANK), index=False)
+    measure.commit("smoke", [OPD])
+    again = measure.committed("smoke")
+    assert len(again) == len(table)
+    assert set(again[again["arm"] == "opd"]["run"]) == {"stale"}
+    kept = again[again["arm"] == "rlvr"].reset_index(drop=True)
+    before = table[table["arm"] == "rlvr"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept.astype(object), before.astype(object))
+    assert len(measure.committed_provenance("smoke")) == 2
+    assert not list(copied.rglob(".*"))
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_commit_needs_a_finished_run(data: Path) -> None:
+    with pytest.raises(ValueError, match="no finished run of profile smoke"):
+        measure.commit("smoke", [OPD])
+    assert not data.exists()
+    assert measure.committed("smoke").empty
+    assert measure.committed_provenance("smoke").empty
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_load_prefers_what_it_is_told_to(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure.commit("smoke", [OPD, ANCHOR])
+    shutil.rmtree(runs.run_directory(ANCHOR))
+    asked = ("smoke", ["opd", "sft"], [0])
+    table, rows = measure.load(*asked)
+    assert list(rows["source"]) == ["committed", "committed"]
+    assert set(table["run"]) == {OPD.key(), ANCHOR.key()}
+    local, rows = measure.load(*asked, source="local")
+    assert list(rows["source"]) == ["this machine", "committed"]
+    assert list(rows["arm"]) == ["opd", "sft"]
+    for one in (table, local):
+        opd = one[one["arm"] == "opd"]
+        assert len(opd) == len(measure.measure_run(OPD, RANK))
+    # in neither place: trained now
+    trained_now = []
+    monkeypatch.setattr(
+        measure,
+        "measure_run",
+        lambda run, rank: trained_now.append((run, rank)) or table,
+    )
+    measure.load("smoke", ["rlvr"], [0, 1])
+    rank = profiles.PROFILES["smoke"].rank
+    assert trained_now == [(profiles.replace(RLVR, seed=s), rank) for s in (0, 1)]
+    # from scratch: a run of another base is not the one that is committed
+    trained_now.clear()
+    _, rows = measure.load("smoke", ["opd"], [0], source="scratch")
+    assert list(rows["source"]) == ["committed"]
+    with pytest.raises(ValueError, match="unknown source 'x'; expected committed"):
+        measure.load(*asked, source="x")

@@ -1,0 +1,172 @@
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opd_geometry import profiles
+from opd_geometry.policy import PolicyConfig
+from opd_geometry.profiles import ARMS, READER_ARMS, build, parse_arms, parse_seeds
+from opd_geometry.runs import Run, Stored
+
+POLICY_ARMS = [arm for arm in ARMS if not arm.startswith("sft") and "proj" not in arm]
+
+
+@pytest.fixture
+def checkpoints(data: Path) -> Path:
+    """What stands for the committed base and teacher."""
+    for name in ("laptop-base", "laptop-teacher"):
+        folder = data / "checkpoints" / name
+        folder.mkdir(parents=True)
+        save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    return data / "checkpoints"
+
+
+def differences(one: Any, other: Any) -> dict[str, Any]:
+    ours, theirs = asdict(one), asdict(other)
+    return {name: ours[name] for name in ours if ours[name] != theirs[name]}
+
+
+@pytest.mark.parametrize("profile", list(profiles.PROFILES))
+def test_every_arm_and_seed_is_a_run_of_its_own(
+    profile: str, checkpoints: Path
+) -> None:
+    runs = [build(profile, arm, seed) for arm in ARMS for seed in (0, 1)]
+    assert len({run.key() for run in runs}) == 2 * len(ARMS)
+    assert [run.arm for run in runs[::2]] == list(ARMS)
+    assert [run.seed for run in runs[:2]] == [0, 1]
+
+
+def test_policy_arms_differ_from_opd_in_one_thing(data: Path) -> None:
+    opd = build("smoke", "opd", 0)
+    changed = {arm: build("smoke", arm, 0) for arm in POLICY_ARMS if arm != "opd"}
+    told = {arm: differences(run.train, opd.train) for arm, run in changed.items()}
+    assert told == {
+        "rlvr": {"alpha": 0.0},
+        "tokens-top-50": {"token_selection": "top-gap", "keep_frac": 0.5},
+        "tokens-top-25": {"token_selection": "top-gap", "keep_frac": 0.25},
+        "tokens-random-50": {"token_selection": "random", "keep_frac": 0.5},
+        "tokens-random-25": {"token_selection": "random", "keep_frac": 0.25},
+        "off-policy": {"rollouts": "teacher", "clip_low": 1.0, "clip_high": 1.0},
+        "mix-0.75": {"alpha": 0.75},
+        "mix-0.50": {"alpha": 0.5},
+        "mix-0.25": {"alpha": 0.25},
+        "mix-0.05": {"alpha": 0.05},
+        "mix-0.01": {"alpha": 0.01},
+    }
+    for arm, run in changed.items():
+        assert run.start == opd.start == build("smoke", "sft", 0)
+        assert run.teacher == (None if arm == "rlvr" else opd.teacher)
+
+
+def test_projected_arms_are_their_branch_and_a_projection(data: Path) -> None:
+    for arm in ARMS:
+        if "projected" not in arm:
+            continue
+        run = build("smoke", arm, 3)
+        free = build("smoke", arm.split("-")[0], 3)
+        assert run.branch == free
+        assert replace(run, arm=free.arm, projection=None, branch=None) == free
+        assert run.projection is not None
+        assert run.projection.rank == profiles.PROFILES["smoke"].rank
+        assert run.projection.form == "gradient"
+        assert run.projection.subspace == ("random" if "random" in arm else "own")
+
+
+def test_matched_sft_has_the_budget_of_opd(data: Path) -> None:
+    opd, matched = build("smoke", "opd", 0), build("smoke", "sft-matched", 0)
+    assert isinstance(opd.train, PolicyConfig)
+    assert matched.start == opd.start
+    assert matched.train.optimizer == opd.train.optimizer
+    assert matched.train.steps == opd.train.steps
+    assert matched.train.batch_sequences == (
+        opd.train.prompts_per_step * opd.train.group_size
+    )
+    assert matched.train.benchmarks == opd.train.benchmarks
+
+
+def test_seed_reaches_the_anchor_and_not_the_teacher(data: Path) -> None:
+    first, second = build("smoke", "opd", 0), build("smoke", "opd", 1)
+    assert isinstance(second.start, Run)
+    assert (second.seed, second.start.seed) == (1, 1)
+    assert first.teacher == second.teacher
+    assert first.start != second.start
+    assert isinstance(first.start, Run)
+    assert first.start.start == second.start.start
+
+
+def test_base_and_teacher_are_committed_or_trained(checkpoints: Path) -> None:
+    committed = build("laptop", "opd", 0)
+    assert isinstance(committed.teacher, Stored)
+    assert committed.teacher.source == "checkpoints/laptop-teacher"
+    scratch = build("laptop", "opd", 0, from_scratch=True)
+    assert scratch.teacher == build("laptop", "teacher", 0)
+    assert scratch.key() != committed.key()
+    assert isinstance(scratch.start, Run)
+    assert scratch.start.start == build("laptop", "base", 0)
+    sft = build("laptop", "sft-projected", 0, from_scratch=True)
+    assert sft.start == build("laptop", "base", 0)
+
+
+def test_reader_trains_an_arm_of_each_kind() -> None:
+    assert set(READER_ARMS) < set(ARMS)
+    needed = {"sft", "opd", "rlvr", "opd-projected", "sft-projected"}
+    controls = {"tokens-top-25", "off-policy", "mix-0.05"}
+    assert set(READER_ARMS) == needed | controls
+
+
+def test_missing_checkpoint_is_named(data: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint at checkpoints/laptop-base"):
+        build("laptop", "sft", 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: build("large", "opd", 0), "unknown profile 'large'; expected smoke"),
+        (lambda: build("smoke", "dpo", 0), "unknown arm 'dpo'; expected sft"),
+        (lambda: parse_arms("opd,dpo"), "unknown arm 'dpo'; expected sft"),
+        (lambda: parse_arms(""), "unknown arm ''"),
+        (lambda: parse_arms("opd,all"), "unknown arm 'all'"),
+    ],
+)
+def test_unknown_names_list_the_known(
+    call: Callable[[], object], said: str, data: Path
+) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("3", [3]),
+        (3, [3]),
+        ("0,2", [0, 2]),
+        ("0-4", [0, 1, 2, 3, 4]),
+        (" 2 , 0-1 ,1", [0, 1, 2]),
+        ("7-7", [7]),
+    ],
+)
+def test_seeds(text: str | int, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+NO_SEEDS = ["a", "-1", "1.0", "1-", "-", "0-1-2", "0..3", "3-1", "0-99999999999", "²"]
+
+
+@pytest.mark.parametrize("text", ["", "0,,1", "0,3-1", *NO_SEEDS, -1, 1.0, True, None])
+def test_bad_seeds(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"^seeds .*expected") as error:
+        parse_seeds(text)
+    assert repr(text) in str(error.value)
+
+
+def test_arms() -> None:
+    assert parse_arms("all") == list(ARMS)
+    assert parse_arms("reader") == list(READER_ARMS)
+    assert parse_arms("rlvr, opd,rlvr") == ["rlvr", "opd"]
