@@ -61,7 +61,10 @@ def evaluate_less() -> None:
 
 
 class Child:
-    """A function that runs in a process of its own."""
+    """A function that runs in a process of its own, with data in a given directory.
+
+    What it and its workers say on stderr is appended to the file beside the directory.
+    """
 
     def __init__(self, data: Path, function: Callable[..., Any], *arguments: Any):
         context = get_context("forkserver")
@@ -96,6 +99,7 @@ def _call(
     data: str, sender: Connection, function: Callable[..., Any], arguments: Any
 ) -> None:
     os.environ["OPD_GEOMETRY_DATA"] = data
+    os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     evaluate_less()
     try:
         sender.send(function(*arguments))

@@ -161,7 +161,7 @@ def test_run_status_plan_and_commit(data: Path) -> None:
     assert code == 0
     assert "unknown" not in out  # as long as those that are done
     code, out, _ = call("commit")
-    assert out.startswith("3 of 18 runs are finished and now in ")
+    assert out.startswith(f"3 of {len(profiles.ARMS)} runs are finished and now in ")
     rows = committed_provenance("smoke")
     assert set(rows["arm"]) == {"sft", "opd", "rlvr"}
 

@@ -71,8 +71,9 @@ def test_projected_arms_are_their_branch_and_a_projection(data: Path) -> None:
         assert run.branch == free
         assert replace(run, arm=free.arm, projection=None, branch=None) == free
         assert run.projection is not None
-        assert run.projection.rank == profiles.PROFILES["smoke"].rank
-        assert run.projection.form == "gradient"
+        factor = 2 if "wide" in arm else 1
+        assert run.projection.rank == factor * profiles.PROFILES["smoke"].rank
+        assert run.projection.form == ("update" if "update" in arm else "gradient")
         assert run.projection.subspace == ("random" if "random" in arm else "own")
 
 

@@ -291,9 +291,12 @@ def test_projected_run_continues_its_branch(copied: Path) -> None:
     ]
     assert [h for h in projected if h["step"] > 3] != [h for h in free if h["step"] > 3]
     forget(PROJECTED)
+    path = runs.run_directory(OPD) / "branch.pt"
+    torch.save({**torch.load(path), "wall_seconds": 1e6}, path)
     log = copied / "log"
     Child(copied, children.ensure_counting, PROJECTED, log).result()
     assert len(log.read_text()) == PROJECTED.train.steps - 2
+    assert runs.progress(PROJECTED)["wall_seconds"] < 1e6  # its own alone
 
 
 @pytest.mark.parametrize("subspace", ["own", "random", "pretrained"])

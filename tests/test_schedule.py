@@ -216,6 +216,8 @@ def test_no_worker_outlives_the_scheduler(name: str, method: str, data: Path) ->
         assert child.was_killed
     soon(lambda: not any(runs.is_running(run) for run in asked), "the workers end")
     assert [r.state for r in schedule.plan("smoke", asked)] == ["to do"] * 2
+    # the terminal's signal reached the workers, too: they had nothing to say to it
+    assert data.with_name("data.stderr").read_text() == ""
     n_steps = [runs.progress(run)["step"] for run in asked]
     time.sleep(0.2)
     assert [runs.progress(run)["step"] for run in asked] == n_steps

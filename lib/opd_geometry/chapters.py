@@ -155,7 +155,10 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
             return value
         return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
-    return frame.map(shown).rename_axis(index=None, columns=None)
+    def unnamed(_: object) -> None:
+        """The name of an index would take a row of its own."""
+
+    return frame.map(shown).rename_axis(index=unnamed, columns=unnamed)
 
 
 def publish(**values: Any) -> None:

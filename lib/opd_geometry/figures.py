@@ -26,7 +26,7 @@ NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
 _COLOURS = sns.color_palette("colorblind").as_hex()
-BLUE, ORANGE, GREEN, RED, PURPLE = _COLOURS[:5]
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _COLOURS[:6]
 LIGHT_BLUE = _COLOURS[9]
 # Neutral in the middle on a light and on a dark page.
 _DIVERGING = sns.blend_palette([BLUE, "#c8c8c8", RED], as_cmap=True)
@@ -57,6 +57,8 @@ ARM_STYLES = {
     "mix-0.01": ArmStyle("α = 0.01", GREEN, ":"),
     "opd-projected": ArmStyle("own early subspace", PURPLE),
     "sft-projected": ArmStyle("own early subspace", PURPLE),
+    "opd-projected-update": ArmStyle("own, update confined", LIGHT_BLUE),
+    "sft-projected-wide": ArmStyle("own, twice the rank", BROWN),
     "opd-projected-random": ArmStyle("random subspace", GREY, "--"),
     "sft-projected-random": ArmStyle("random subspace", GREY, "--"),
 }
@@ -111,10 +113,18 @@ def style() -> dict[str, Any]:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in the book's style within."""
+    """Draw in the book's style within, and leave no figure open.
+
+    A notebook shows what is still open a second time.
+    """
     settings: Any = style()  # matplotlib's own hints want one type a key
-    with plt.rc_context(settings):
-        yield
+    before = plt.get_fignums()
+    try:
+        with plt.rc_context(settings):
+            yield
+    finally:
+        for number in set(plt.get_fignums()).difference(before):
+            plt.close(number)
 
 
 # --- averages ------------------------------------------------------------------
@@ -318,7 +328,6 @@ def trajectories(
             place = end
         for ax in row:
             ax.set_xlabel("share of training")
-    plt.close(figure)
     return figure
 
 
@@ -529,7 +538,6 @@ def depth_profiles(
         for ax in axes[-1]:
             ax.set_xlabel("layer")
         _place_labels(axes[0][-1])
-    plt.close(figure)
     return figure
 
 
@@ -599,7 +607,6 @@ def mask_maps(table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd") ->
             ax.set_title(f"{METRIC_LABELS[metric]} (%)")
         for ax in axes[-1]:
             ax.set_xlabel("role of the matrix")
-    plt.close(figure)
     return figure
 
 
@@ -654,7 +661,6 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
         axes[2].sharex(axes[1])
         axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
         axes[0].invert_yaxis()
-    plt.close(figure)
     return figure
 
 
@@ -708,8 +714,8 @@ def projected_training(
 
     Args:
         table: tidy.
-        families: a panel each: the free arm, whose projected twins are named
-            ``-projected`` and ``-projected-random``.
+        families: a panel each: the free arm, whose confined twins are named
+            ``-projected`` and more.
         branch_frac: share of training after which the projection holds.
         metric: a model metric.
 
@@ -726,9 +732,9 @@ def projected_training(
             1, len(families), figsize=(WIDTH, 3.4), sharey=True, squeeze=False
         )
         for ax, family in zip(axes[0], families, strict=True):
-            names = (family, f"{family}-projected-random", f"{family}-projected")
+            twins = [arm for arm in ARM_STYLES if arm.startswith(f"{family}-projected")]
             values = over_matrices(table, metric)
-            for arm in _present(table, names):
+            for arm in _present(table, [family, *reversed(twins)]):
                 draw_curve(ax, values[values["arm"] == arm], ARM_STYLES[arm])
             parting = values[np.isclose(values["frac"], branch_frac)]
             level = parting[parting["arm"] == family]["value"].mean()
@@ -740,5 +746,4 @@ def projected_training(
         axes[0][0].set_ylabel(METRIC_LABELS.get(metric, metric))
         for ax in axes[0]:
             _place_labels(ax)
-    plt.close(figure)
     return figure

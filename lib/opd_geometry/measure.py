@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opd_geometry import spectra, updates
-from opd_geometry.checkpoints import list_matrices, read_matrix
+from opd_geometry.checkpoints import Matrix, list_matrices, read_matrix
 from opd_geometry.profiles import PROFILES, build
 from opd_geometry.runs import (
     Run,
@@ -37,11 +37,12 @@ from opd_geometry.runs import (
 )
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-TABLE = 2  # raised when the same checkpoints would give another table
+TABLE = 3  # raised when the same checkpoints would give another table
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
 PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
 HILL_DIVISOR = 8  # the paper does not state its k
 MASK_ALPHA = 0.5
+MAP_REGIONS = 16  # a side of the local maps
 METRICS = (
     "sparsity",
     "density",
@@ -212,6 +213,57 @@ def measure_matrix(
     return rows
 
 
+def local_maps(before: Reference, w_after: Tensor) -> dict[str, Tensor]:
+    """Density and overlaps region by region: the maps of the paper's Figure 3.
+
+    density = |update| / |region|, overlap = |mask AND update| / |update|, each over the
+    ``MAP_REGIONS`` x ``MAP_REGIONS`` regions that the matrix is cut into.
+
+    Args:
+        before: of W_0.
+        w_after: (n_rows, n_cols), the later weights.
+
+    Returns:
+        ``density``, ``principal_overlap``, ``low_magnitude_overlap``: each
+        (``MAP_REGIONS``, ``MAP_REGIONS``) float64 in [0, 1]; an overlap is NaN where
+        a region has no visible change.
+    """
+    visible = updates.visible_update(before.w_before, w_after)
+
+    def share(mask: Tensor) -> Tensor:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(
+            mask.double()[None, None], MAP_REGIONS
+        )
+        return pooled[0, 0]
+
+    density = share(visible)
+    return {
+        "density": density,
+        "principal_overlap": share(before.principal & visible) / density,
+        "low_magnitude_overlap": share(before.low_magnitude & visible) / density,
+    }
+
+
+def map_rows(
+    matrices: list[Matrix], origin: Path, step: int, after: Path
+) -> list[tuple[int, str, str, int, str, float]]:
+    """Rows of the local maps of one matrix: the middle layer's query projection.
+
+    A region is a row of role ``region`` and layer -1, named ``NAME[i,j]``.
+    """
+    queries = [matrix for matrix in matrices if matrix.role == "q"]
+    if not queries:
+        return []
+    name = queries[len(queries) // 2].name
+    maps = local_maps(reference(read_matrix(origin, name)), read_matrix(after, name))
+    return [
+        (step, f"{name}[{i},{j}]", "region", -1, metric, float(values[i, j]))
+        for metric, values in maps.items()
+        for i in range(MAP_REGIONS)
+        for j in range(MAP_REGIONS)
+    ]
+
+
 def kept_table(run: Run, rank: int) -> Path:
     """Where ``measure_run`` keeps the table of a run."""
     return run_directory(run) / f"measurements-{TABLE}-k{rank}.parquet"
@@ -231,9 +283,11 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     first = 0 if run.branch is None else run.branch_step()
     steps = [step for step in run.checkpoint_steps() if step > first]
     paths = {step: checkpoint(run, step) for step in [0, *steps]}
-    rows = []
+    rows: list[tuple[int, str, str, int, str, float]] = []
     with one_thread():
-        for matrix in list_matrices(paths[0]):
+        matrices = list_matrices(paths[0])
+        rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]])
+        for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             values = measure_matrix(matrix.name, paths, rank, run.seed)
             rows += [

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -43,7 +44,7 @@ class ModelConfig:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer that maps each character of ``tasks.CHARACTERS`` to one token."""
+    """A fast tokenizer: each character of ``tasks.CHARACTERS`` is one token."""
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -103,7 +104,7 @@ def load_model(
             "safetensors and a tokenizer"
         )
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
@@ -112,10 +113,11 @@ def load_model(
             f"cannot load a model from {source}: {reason}; expected complete "
             "safetensors of a causal language model"
         ) from error
-    if loaded["missing_keys"]:  # transformers would start from random numbers there
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would start from random numbers there
         raise ValueError(
-            f"the checkpoint {source} lacks {sorted(loaded['missing_keys'])[0]}; "
-            "expected complete safetensors of a causal language model"
+            f"the checkpoint {source} lacks {min(report['missing_keys'])}; expected "
+            "complete safetensors of a causal language model"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -153,8 +155,8 @@ def check_same_vocabulary(
         token = differing[0]
         raise ValueError(
             f"student and teacher tokenizers differ: token {token!r} is "
-            f"{ours.get(token)} for one and {theirs.get(token)} for the other; a teacher "
-            "scores its student's tokens, so both need one vocabulary"
+            f"{ours.get(token)} for one and {theirs.get(token)} for the other; a "
+            "teacher scores its student's tokens, so both need one vocabulary"
         )
 
 

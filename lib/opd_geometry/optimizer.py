@@ -57,9 +57,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         return config.learning_rate
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * (
-        config.final_frac + (1 - config.final_frac) * cosine
-    )
+    return config.learning_rate * (config.final_frac + (1 - config.final_frac) * cosine)
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

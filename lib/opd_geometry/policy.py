@@ -1,7 +1,8 @@
 """On-policy distillation, RLVR and every mixture of them: one loop, one advantage.
 
-Per step (arXiv:2606.07082, section 2 and appendix G): draw prompts, let the student (or
-the teacher) write a group of completions for each, score every token, form the advantage
+Per step (arXiv:2606.07082, section 2 and appendix G): draw prompts, let the student
+(or the teacher) write a group of completions for each, score every token, form the
+advantage
 
     A_t = alpha * (log pi_T(y_t) - log pi_theta(y_t)) + (1 - alpha) * A_GRPO(y),
 
@@ -148,6 +149,8 @@ def policy_steps(
     if teacher is not None:
         teacher = teacher.to(accelerator.device).eval()
     model.eval()  # no dropout anywhere; Qwen3 has none, other models may
+    author = model if config.rollouts == "student" else teacher
+    assert author is not None
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
@@ -159,7 +162,7 @@ def policy_steps(
             [problem.prompt for problem in problems], tokenizer
         )
         rollout = sample(
-            model if config.rollouts == "student" else teacher,
+            author,
             prompt_ids.to(accelerator.device),
             prompt_mask.to(accelerator.device),
             group_size=config.group_size,

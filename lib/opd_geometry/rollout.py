@@ -80,10 +80,13 @@ def encode_prompts(
 def decode_completions(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Completion texts without special tokens; ``B`` strings."""
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    ids = rollout.completions.masked_fill(~rollout.mask, pad)
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+    """Completion texts without the end-of-sequence token; ``B`` strings.
+
+    Any other special token that was sampled shows, so that no verifier misses it.
+    """
+    lengths = (rollout.mask & (rollout.completions != tokenizer.eos_token_id)).sum(1)
+    rows = zip(rollout.completions.tolist(), lengths.tolist(), strict=True)
+    return list(tokenizer.batch_decode([ids[:length] for ids, length in rows]))
 
 
 def _read_prompts(

@@ -119,9 +119,7 @@ def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]
     )
 
 
-def batched(
-    pairs: list[tuple[str, str]], size: int
-) -> Iterator[list[tuple[str, str]]]:
+def batched(pairs: list[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
     """Consecutive slices of at most ``size`` pairs."""
     return (pairs[i : i + size] for i in range(0, len(pairs), size))
 

@@ -85,7 +85,7 @@ def solve_chain(
 def solve_gcd(
     args: tuple[int, ...], perturb: Perturb = _exact
 ) -> tuple[list[str], str]:
-    """Remainders of Euclid's algorithm; a perturbed remainder still falls, so it ends."""
+    """Remainders of Euclid's algorithm; a perturbed one still falls, so it ends."""
     a, b = args
     steps = []
     while b:
@@ -108,9 +108,11 @@ def solve_base(
     return steps, digits
 
 
-SOLVERS: dict[
-    str, Callable[[tuple[int, ...], Perturb], tuple[list[str], str]]
-] = {"chain": solve_chain, "gcd": solve_gcd, "base": solve_base}
+SOLVERS: dict[str, Callable[[tuple[int, ...], Perturb], tuple[list[str], str]]] = {
+    "chain": solve_chain,
+    "gcd": solve_gcd,
+    "base": solve_base,
+}
 FAMILIES = tuple(SOLVERS)
 
 
@@ -157,15 +159,19 @@ def draw_problem(benchmark: str, rng: Rng, split: str = "train") -> Problem:
     Raises:
         ValueError: unknown benchmark or split; the message lists the known ones.
     """
-    if benchmark not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
-        raise ValueError(f"unknown benchmark {benchmark!r}; expected one of {known}")
+    _require_benchmark(benchmark)
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; expected train or test")
     while True:
         problem = _DRAW[BENCHMARKS[benchmark].family](BENCHMARKS[benchmark], rng)
         if is_held_out(problem.prompt) == (split == "test"):
             return problem
+
+
+def _require_benchmark(benchmark: str) -> None:
+    if benchmark not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(f"unknown benchmark {benchmark!r}; expected one of {known}")
 
 
 def is_held_out(prompt: str) -> bool:
@@ -237,7 +243,7 @@ def draw_demonstrations(
     qualities: Mapping[str, float],
     rng: Rng,
 ) -> list[tuple[str, str]]:
-    """Draw (prompt, response) pairs: benchmarks in equal shares, qualities by weight."""
+    """Draw (prompt, response) pairs: benchmarks in equal shares, qualities weighted."""
     names = list(qualities)
     weights = np.array([qualities[name] for name in names])
     picks = rng.choice(len(names), size=count, p=weights / weights.sum())
@@ -249,12 +255,17 @@ def draw_demonstrations(
 
 
 def held_out(benchmark: str, count: int, seed: int = 0) -> list[Problem]:
-    """A fixed evaluation set: the same problems for every run that asks."""
+    """A fixed evaluation set: the same problems for every run that asks.
+
+    Raises:
+        ValueError: unknown benchmark; the message lists the known ones.
+    """
+    _require_benchmark(benchmark)
     rng = np.random.default_rng([seed, 7919, list(BENCHMARKS).index(benchmark)])
     return [draw_problem(benchmark, rng, "test") for _ in range(count)]
 
 
-# --- pretraining: the skills, in other surface formats ---------------------------------
+# --- pretraining: the skills, in other surface formats --------------------------------
 
 
 def draw_pretraining(
@@ -353,4 +364,3 @@ _ONE_STEP: tuple[Callable[[Rng], tuple[str, str]], ...] = (
 )
 
 CHARACTERS = "0123456789+-*%/=<>,;:#?. abcdefghijklmnopqrstuvwxyz"
-

@@ -1,0 +1,222 @@
+"""Chapters refuse what they do not know, and say where their numbers come from."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from opd_geometry import chapters, measure, profiles
+from opd_geometry.chapters import ParameterError, Parameters, check_parameters
+from opd_geometry.statements import CLAIMS
+
+DEFAULTS = {"profile": "laptop", "seeds": "0-2", "source": "committed", "jobs": 2}
+# What a fresh kernel holds before a notebook defines anything.
+KERNEL = {
+    "__name__": "__main__",
+    "_ih": [""],
+    "_i1": "x = 1",
+    "In": [""],
+    "Out": {},
+    "get_ipython": print,
+    "exit": exit,
+    "chapters": chapters,
+}
+
+
+# --- parameters ----------------------------------------------------------------
+
+
+def test_reads_good_parameters() -> None:
+    chosen = check_parameters({**KERNEL, **DEFAULTS})
+    assert chosen == Parameters("laptop", (0, 1, 2), "committed", 2)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "read"), [(1, (1,)), ("1", (1,)), ("0,2", (0, 2)), ("3-5", (3, 4, 5))]
+)
+def test_reads_seeds_as_papermill_passes_them(
+    seeds: object, read: tuple[int, ...]
+) -> None:
+    assert check_parameters({**DEFAULTS, "seeds": seeds}).seeds == read
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": 1}, "unknown parameter seed; expected profile, seeds, source, jobs"),
+        ({"lr": 1e-3, "k": "8"}, "unknown parameter lr, k; expected profile, "),
+        ({"flag": None}, "unknown parameter flag; "),
+        ({"profile": "Laptop"}, "unknown profile 'Laptop'; expected smoke, laptop"),
+        ({"profile": 8}, "unknown profile 8; expected smoke, laptop"),
+        ({"profile": ["laptop"]}, r"unknown profile \['laptop'\]; expected smoke"),
+        ({"source": "web"}, "unknown source 'web'; expected committed, local, scratch"),
+        ({"seeds": "two"}, "seeds 'two': expected integers such as 3, 0,2 or 0-4"),
+        ({"seeds": 1.5}, "seeds '1.5': expected integers"),
+        ({"seeds": True}, "seeds 'True': expected integers"),
+        ({"seeds": -1}, "seeds '-1': expected integers"),
+        ({"seeds": ""}, "seeds '': expected integers"),
+        ({"jobs": 0}, "jobs 0: expected an integer, 1 or larger"),
+        ({"jobs": "2"}, "jobs '2': expected an integer, 1 or larger"),
+        ({"jobs": True}, "jobs True: expected an integer, 1 or larger"),
+    ],
+)
+def test_refuses_what_it_does_not_know(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=f"^{message}") as caught:
+        check_parameters({**KERNEL, **DEFAULTS, **given})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_is_one_line_in_a_notebook() -> None:
+    shown = ParameterError("unknown parameter seed")._render_traceback_()
+    assert shown == ["ParameterError: unknown parameter seed"]
+
+
+def test_a_cell_that_is_run_again_meets_the_notebooks_own_names() -> None:
+    names: dict[str, Any] = {**KERNEL, **DEFAULTS}
+    names["chosen"] = check_parameters(names)
+    names |= {"table": pd.DataFrame(), "angle": 3.0, "seeds": "1"}
+    assert check_parameters(names).seeds == (1,)
+
+
+def test_says_which_parameter_is_missing() -> None:
+    with pytest.raises(ParameterError, match="no parameter source, jobs; run the"):
+        check_parameters({"profile": "laptop", "seeds": "0"})
+
+
+# --- runs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """A data folder with committed smoke measurements of opd and rlvr, seed 0."""
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path))
+    runs = [profiles.build("smoke", arm, 0) for arm in ("opd", "rlvr")]
+    rows = [
+        (r.key(), r.arm, 0, 10, "", "model", -1, "accuracy/chain", 0.5) for r in runs
+    ]
+    provenance = pd.DataFrame(
+        {
+            "run": [run.key() for run in runs],
+            "arm": [run.arm for run in runs],
+            "seed": 0,
+            "steps": 10,
+            "wall_seconds": [1800.0, 3600.0],
+            "machine": "Linux x86_64",
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "numpy": "2.4.6",
+        }
+    )
+    path = measure.committed_path("smoke")
+    path.parent.mkdir(parents=True)
+    pd.DataFrame(rows, columns=measure.COLUMNS).to_parquet(path)
+    provenance.to_csv(path.with_suffix(".runs.csv"), index=False)
+    return provenance
+
+
+SMOKE = Parameters("smoke", (0,), "committed", 3)
+
+
+def test_committed_runs_are_read_and_nothing_is_trained(
+    shelf: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chapters, "train_all", None)
+    table, provenance = chapters.load(SMOKE, ["opd", "rlvr"])
+    assert set(table["arm"]) == {"opd", "rlvr"}
+    assert list(provenance["source"]) == ["committed", "committed"]
+
+
+def test_only_what_is_missing_is_trained_and_a_failure_is_one_line(
+    shelf: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def train_all(profile: str, runs: list[Any], jobs: int, console: object) -> Any:
+        asked.append((profile, [run.arm for run in runs], jobs))
+        return {runs[0]: "the disk is full"}
+
+    monkeypatch.setattr(chapters, "train_all", train_all)
+    message = r"^off-policy-s0-\w+ is not finished: the disk is full$"
+    with pytest.raises(ValueError, match=message):
+        chapters.load(SMOKE, ["opd", "off-policy", "rlvr"])
+    assert asked == [("smoke", ["off-policy"], 3)]
+
+
+def test_says_where_runs_come_from(shelf: pd.DataFrame) -> None:
+    committed = shelf.assign(source=["committed", "this machine"])
+    text = chapters.provenance_text(SMOKE, committed)
+    assert text == (
+        "Profile smoke, seed 0: 2 runs, 1 of them read from committed measurements, "
+        "1 trained on this machine: rlvr (seed 0). Together 1.5 hours of training on "
+        "one core each (Linux x86_64)."
+    )
+    text = chapters.provenance_text(SMOKE, shelf.assign(source="committed"))
+    assert "2 of them read from committed measurements, none trained on" in text
+
+
+def test_costs_are_minutes_of_a_run(shelf: pd.DataFrame) -> None:
+    more = pd.concat([shelf, shelf[:1].assign(seed=1, wall_seconds=3000.0)])
+    costs = chapters.cost_table(more).set_index("arm")
+    assert costs.loc["opd"].tolist() == [2, 10, "40.0"]
+    assert costs.loc["rlvr"].tolist() == [1, 10, "60.0"]
+
+
+def test_versions_are_named_once_each(shelf: pd.DataFrame) -> None:
+    twice = shelf.assign(torch=["2.13.0", "2.14.0"])
+    text = chapters.versions_text(twice)
+    assert text.startswith("python 3.11.7; torch 2.13.0, 2.14.0; transformers 5.23.0")
+
+
+def test_every_profile_is_described() -> None:
+    assert list(chapters.profile_table()["profile"]) == list(profiles.PROFILES)
+
+
+# --- what is shown -------------------------------------------------------------
+
+
+def test_rounds_numbers_and_leaves_the_rest() -> None:
+    frame = pd.DataFrame({"x": [0.123456, math.nan, 1234567.0], "n": [1, 2, 30]})
+    shown = chapters.rounded(frame.assign(text="a"))
+    assert shown["x"].tolist() == ["0.1235", "–", "1.235e+06"]
+    assert shown["n"].tolist() == [1, 2, 30]
+    assert shown["text"].tolist() == ["a"] * 3
+
+
+def test_rounds_tables_with_two_rows_of_columns() -> None:
+    part = pd.DataFrame({"first": [0.5], "last": [1.0]}, index=["opd"])
+    shown = chapters.rounded(pd.concat({"a": part, "b": part}, axis=1, names=["x", ""]))
+    assert shown.loc["opd"].tolist() == ["0.5", "1"] * 2
+    assert list(shown.columns.names) == [None, None]
+
+
+def test_publishes_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: dict[str, Any] = {}
+    monkeypatch.setattr("myst_nb.glue", lambda n, v, display: stored.update({n: v}))
+    chapters.publish(share=0.1234567, count=28, text="a", large=pd.Series([9.9]).sum())
+    assert stored == {"share": 0.1235, "count": 28, "text": "a", "large": 9.9}
+    assert repr(stored["large"]) == "9.9"  # not np.float64(9.9), which nbval compares
+
+
+def test_a_table_of_claims_says_what_is_not_measured() -> None:
+    empty = pd.DataFrame(columns=measure.COLUMNS)
+    shown = chapters.verdict_table(empty, [claim.id for claim in CLAIMS])
+    assert shown["verdict"].tolist() == ["– not measured"] * len(CLAIMS)
+    assert shown["here"].tolist() == ["–"] * len(CLAIMS)
+    assert all(
+        claim.id in text for claim, text in zip(CLAIMS, shown["claim"], strict=True)
+    )
+
+
+def test_every_verdict_has_a_mark() -> None:
+    from opd_geometry.verdicts import VERDICTS
+
+    assert set(chapters.VERDICT_MARKS) == set(VERDICTS)
+
+
+def test_html_escapes_and_is_never_cut() -> None:
+    text = chapters.html(pd.DataFrame({"a": ["x < y " * 40]})).data
+    assert "x &lt; y " * 39 in text
+    assert "..." not in text

@@ -1,0 +1,183 @@
+"""The chapters keep to their anatomy, and the pages print nothing that is not computed.
+
+nbval re-runs the notebooks and compares their outputs; here stands what it lets pass.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+from opd_geometry import chapters, measure, profiles
+from opd_geometry.statements import CLAIMS
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
+PAGES = sorted(ROOT.glob("book/*.md"))
+FIRST_SET = ["01_localisation", "02_locking", "03_controls"]
+SECTIONS = [
+    "The question",
+    "The runs",
+    "The check",
+    "What differs from the paper",
+    "What would change our mind",
+    "Take away",
+    "Exercise",
+]
+GLUED = re.compile(r"\{glue:(?:text|md|figure|any)?\}`?[ ]?([^\s`]+)")
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook: NotebookNode) -> str:
+    cells = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    return "\n\n".join(cells)
+
+
+def tags(cell: NotebookNode) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def published(notebook: NotebookNode) -> dict[str, Any]:
+    """What a notebook's outputs hold for its own text and for other pages."""
+    stored = {}
+    for cell in code(notebook):
+        for output in cell.outputs:
+            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
+            if name:
+                stored[name] = output["data"]
+    return stored
+
+
+def test_the_first_set_is_there() -> None:
+    assert set(FIRST_SET) <= {path.stem for path in NOTEBOOKS}
+
+
+@each_notebook
+def test_begins_with_its_parameters_and_checks_them(path: Path) -> None:
+    first, second, *others = code(read(path))
+    assert "parameters" in tags(first)
+    assert not any("parameters" in tags(cell) for cell in [second, *others])
+    names: dict[str, Any] = {}
+    exec(first.source, names)  # plain assignments of the notebook itself
+    del names["__builtins__"]
+    assert list(names) == list(chapters.PARAMETERS)
+    assert chapters.check_parameters(names).seeds == (0, 1, 2)
+    assert "chapters.check_parameters(globals())" in second.source
+
+
+@each_notebook
+def test_cells_fit_on_a_page(path: Path) -> None:
+    notebook = read(path)
+    assert 1200 <= len(prose(notebook).split()) <= 2000
+    assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= 15
+    for cell in code(notebook):
+        if "figure_" in cell.source:  # drawn, folded; a picture is not compared
+            assert {"hide-input", "nbval-ignore-output"} <= tags(cell)
+    compared = [c for c in code(notebook) if "nbval-ignore-output" not in tags(c)]
+    assert len(compared) >= 6
+
+
+@each_notebook
+def test_keeps_the_anatomy(path: Path) -> None:
+    text = prose(read(path))
+    titles = re.findall(r"^# (.+)$", text, re.MULTILINE)
+    assert len(titles) == 1
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [h for h in headings if h in SECTIONS] == SECTIONS
+    assert len(re.findall(r"^\$\$$", text, re.MULTILINE)) <= 4  # two equations
+    assert ":::{dropdown} Answer" in text
+    assert "assert " in "".join(cell.source for cell in code(read(path))[2:4])
+
+
+@each_notebook
+def test_figures_say_what_they_show_and_begin_with_the_finding(path: Path) -> None:
+    figures = re.findall(r"```\{glue:figure\}(.*?)```", prose(read(path)), re.DOTALL)
+    assert figures
+    for figure in figures:
+        options = dict(re.findall(r"^:(\w+): (.+)$", figure, re.MULTILINE))
+        assert len(options["alt"].split()) >= 20
+        assert options["name"].startswith("fig-")
+        caption = figure.strip().split("\n\n", 1)[1]
+        assert caption.startswith("**")
+        assert "seeds" in caption
+
+
+@each_notebook
+def test_belongs_to_no_machine_and_no_editor(path: Path) -> None:
+    notebook = read(path)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    assert "jupytext" not in path.read_text()
+    assert not re.search(r"/(home|root|tmp|work)/", path.read_text())
+    ids = [cell["id"] for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@each_notebook
+def test_was_executed_from_top_to_bottom(path: Path) -> None:
+    cells = code(read(path))
+    counts = [cell.execution_count for cell in cells]
+    assert counts == list(range(1, len(cells) + 1))
+    assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
+    assert not [o for c in cells for o in c.outputs if o.get("name") == "stderr"]
+
+
+@each_notebook
+def test_every_glued_value_was_published(path: Path) -> None:
+    notebook = read(path)
+    wanted = {key.partition(":")[0] for key in GLUED.findall(prose(notebook))}
+    assert wanted
+    assert wanted <= set(published(notebook))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_value_glued_on_a_page_was_published(page: Path) -> None:
+    text = page.read_text()
+    wanted = re.findall(r"chapters/(\w+)\.ipynb::([^`]+)`", text)
+    pairs = {(stem, key.rpartition(":")[0] or key) for stem, key in wanted}
+    blocks = re.findall(r"```\{glue:\} (\S+)\n:doc: chapters/(\w+)\.ipynb", text)
+    pairs |= {(stem, key) for key, stem in blocks}
+    for stem, key in pairs:
+        assert key in published(read(ROOT / "notebooks" / f"{stem}.ipynb"))
+
+
+def test_pages_name_every_metric_arm_and_claim() -> None:
+    notation = (ROOT / "book" / "notation.md").read_text()
+    for name in (*measure.METRICS, "similarity_to_end", "parameters", *profiles.ARMS):
+        assert f"`{name}`" in notation
+    judged: set[object] = set()
+    for path in NOTEBOOKS:
+        for cell in code(read(path)):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Constant):
+                    judged.add(node.value)
+    assert {claim.id for claim in CLAIMS} <= judged
+
+
+def test_an_unknown_parameter_stops_papermill_in_the_first_cell(tmp_path: Path) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    output = tmp_path / "out.ipynb"
+    with pytest.raises(PapermillExecutionError) as caught:
+        papermill.execute_notebook(
+            str(NOTEBOOKS[0]), str(output), {"seed": 1}, progress_bar=False
+        )
+    assert caught.value.evalue == (
+        "unknown parameter seed; expected profile, seeds, source, jobs"
+    )
+    executed = [cell for cell in code(read(output)) if cell.execution_count]
+    assert len(executed) == 3  # parameters, the injected ones, the check
+    (failure,) = [o for o in executed[-1].outputs if o.output_type == "error"]
+    assert len(failure.traceback) == 1

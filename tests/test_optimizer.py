@@ -1,0 +1,118 @@
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from opd_geometry.models import ModelConfig, build_model
+from opd_geometry.optimizer import (
+    OptimizerConfig,
+    adamw,
+    learning_rate,
+    set_learning_rate,
+)
+
+COSINE = OptimizerConfig(3e-4, "cosine", warmup_steps=7, final_frac=0.1)
+
+
+def rates(config: OptimizerConfig, steps: int) -> list[float]:
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "final"), [(7, 40, 0.1), (0, 25, 0.0), (10, 11, 0.5), (1, 2, 0)]
+)
+def test_cosine_is_that_of_transformers(warmup: int, steps: int, final: float) -> None:
+    """Theirs starts at zero, a step that moves nothing; ours one step up the ramp."""
+    config = replace(COSINE, warmup_steps=warmup, final_frac=final)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, warmup, steps, min_lr_rate=final
+    )
+    theirs = []
+    for _ in range(steps):
+        theirs.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    ours = rates(config, steps)
+    assert ours[:warmup] == pytest.approx([*theirs[1:warmup], 3e-4][:warmup])
+    assert ours[warmup:] == pytest.approx(theirs[warmup:])
+
+
+def test_the_ramp_has_no_idle_step_and_ends_at_the_peak() -> None:
+    ours = rates(COSINE, 30)
+    assert ours[0] == pytest.approx(3e-4 / 7)
+    assert ours[6] == ours[7] == pytest.approx(3e-4)
+    assert max(ours) == pytest.approx(3e-4)
+    assert all(a > b for a, b in pairwise(ours[7:]))
+    assert 3e-5 < ours[-1] < 3e-5 * 1.1
+
+
+def test_constant_stays() -> None:
+    config = OptimizerConfig(1e-5, "constant", warmup_steps=4)
+    assert rates(config, 8) == pytest.approx(
+        [2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5]
+    )
+    assert rates(replace(config, warmup_steps=0), 3) == [1e-5] * 3
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_shorter_than_its_ramp(schedule: str) -> None:
+    ours = rates(replace(COSINE, schedule=schedule, warmup_steps=10), 3)
+    assert ours == pytest.approx([3e-5, 6e-5, 9e-5])
+    assert all(map(math.isfinite, ours))
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"schedule 'linear'; expected constant or"):
+        OptimizerConfig(1e-3, "linear")
+
+
+def test_only_matrices_decay() -> None:
+    model = build_model(ModelConfig(32, 2, 16), seed=0)
+    config = OptimizerConfig(0.01, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizer = adamw(model, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if "norm" in name else 1.0 - 0.01 * 0.1
+        assert torch.allclose(parameter, factor * before[name], rtol=1e-6, atol=0)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.95)
+        assert group["eps"] == 1e-6
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = build_model(ModelConfig(32, 1, 16), seed=0)
+    model.lm_head.weight.requires_grad_(False)
+    optimizer = adamw(model, OptimizerConfig(1e-3))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert id(model.lm_head.weight) not in held
+
+
+def test_tied_weights_are_held_once() -> None:
+    model = build_model(ModelConfig(32, 1, 16), seed=0)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    optimizer = adamw(model, OptimizerConfig(1e-3))
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+
+
+def test_a_rate_reaches_every_group() -> None:
+    model = build_model(ModelConfig(32, 1, 16), seed=0)
+    optimizer = adamw(model, OptimizerConfig(1e-3))
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+    set_learning_rate(optimizer, 2e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-4, 2e-4]
+
+
+def test_the_default_betas_are_the_paper_s() -> None:
+    config = OptimizerConfig(1e-6)
+    assert (config.betas, config.eps, config.weight_decay) == ((0.9, 0.98), 1e-8, 0.1)
+    assert (config.schedule, config.max_grad_norm) == ("constant", 1.0)

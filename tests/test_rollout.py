@@ -1,0 +1,467 @@
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from opd_geometry import rollout as rollouts
+from opd_geometry.models import ModelConfig, build_model, character_tokenizer
+from opd_geometry.rollout import (
+    Rollout,
+    completion_log_probs,
+    completion_logits,
+    decode_completions,
+    encode_prompts,
+    sample,
+)
+
+TOKENIZER = character_tokenizer()
+PROMPTS = ["c:23+45-12=", "g:48,18=", "b:9,2=", "c:1+2+3+4+5+6=", "g:6,4="]
+IDS, MASK = encode_prompts(PROMPTS, TOKENIZER)
+EOS = 52
+LONGEST = 12
+
+
+def sharpened(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Random weights are nearly uniform over tokens; these have an opinion."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=rng))
+    return model.eval()
+
+
+def qwen(seed: int = 0) -> PreTrainedModel:
+    model = sharpened(build_model(ModelConfig(32, 2, 16), seed=0), seed)
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 2  # often the likeliest, so that lengths differ
+    return model
+
+
+MODEL = qwen(seed=2)
+SIZES = {"vocab_size": 60, "bos_token_id": None, "eos_token_id": 1}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    **SIZES,
+}
+# Gemma-3 has sliding layers beside full ones; GPT-2 learned absolute positions.
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZES)
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(sliding_window=64, sliding_window_pattern=2, **SMALL)
+    ),
+}
+
+
+def drawn(
+    model: PreTrainedModel = MODEL,
+    group_size: int = 4,
+    seed: int = 0,
+    temperature: float = 1.0,
+    longest: int = LONGEST,
+) -> Rollout:
+    return sample(
+        model,
+        IDS,
+        MASK,
+        group_size=group_size,
+        max_new_tokens=longest,
+        eos_token_id=EOS,
+        generator=torch.Generator().manual_seed(seed),
+        temperature=temperature,
+    )
+
+
+def prompt_of(rollout: Rollout, row: int) -> Tensor:
+    p = row // rollout.group_size
+    return rollout.prompt_ids[p][rollout.prompt_mask[p].bool()]
+
+
+def naive_log_probs(
+    model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0
+) -> Tensor:
+    """Each row alone, without padding, cache or mask: one plain forward pass."""
+    scored = torch.zeros(rollout.mask.shape, dtype=model.dtype)
+    for row, length in enumerate(rollout.mask.sum(1).tolist()):
+        prompt = prompt_of(rollout, row)
+        written = rollout.completions[row, :length]
+        logits = model(torch.cat([prompt, written])[None]).logits[0]
+        scores = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        scored[row, :length] = scores.gather(1, written[:, None]).squeeze(1)
+    return scored
+
+
+# --- what is drawn ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_a_row_draws_what_it_would_draw_alone(
+    group_size: int, temperature: float
+) -> None:
+    rollout = drawn(group_size=group_size, seed=3, temperature=temperature)
+    uniform = torch.rand(
+        LONGEST, len(rollout.mask), 1, generator=torch.Generator().manual_seed(3)
+    )
+    lengths = rollout.mask.sum(1)
+    if group_size == 8:  # rows finish, and leave, at many times
+        assert len(set(lengths.tolist())) > 5
+    with torch.no_grad():
+        for row in range(len(rollout.mask)):
+            ids = prompt_of(rollout, row)
+            for t in range(LONGEST):
+                probs = (MODEL(ids[None]).logits[0, -1] / temperature).softmax(-1)
+                token = (probs.double().cumsum(0) <= uniform[t, row, 0]).sum()
+                assert token == rollout.completions[row, t]
+                ids = torch.cat([ids, token[None]])
+                if token == EOS:
+                    break
+            assert lengths[row] == t + 1
+
+
+def test_a_row_ends_with_its_end_of_sequence_token() -> None:
+    rollout = drawn(group_size=8)
+    for ids, mask in zip(rollout.completions, rollout.mask, strict=True):
+        ends = (ids == EOS).nonzero().flatten().tolist()
+        length = ends[0] + 1 if ends else LONGEST
+        assert mask.tolist() == [t < length for t in range(rollout.mask.shape[1])]
+    assert torch.equal(rollout.ended(EOS), (rollout.completions == EOS).any(1) & True)
+    assert rollout.ended(EOS).any()
+    assert not rollout.ended(EOS).all()
+    assert rollout.log_probs[~rollout.mask].eq(0).all()
+    assert rollout.log_probs[rollout.mask].lt(0).all()
+
+
+def test_a_cut_row_has_not_ended_even_if_padding_looks_like_the_end() -> None:
+    ids = torch.tensor([[3, EOS, EOS], [3, 4, 5], [3, 4, EOS]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]]).bool()
+    rollout = Rollout(IDS[:1], MASK[:1], ids, mask, ids.float(), 3)
+    assert rollout.ended(EOS).tolist() == [True, False, False]
+
+
+def test_the_batch_stops_when_all_are_done() -> None:
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = MODEL.register_forward_hook(count)
+    rollout = drawn(longest=200)
+    handle.remove()
+    longest = int(rollout.mask.sum(1).max())
+    assert longest < 200
+    assert calls == longest == rollout.mask.shape[1]  # the prompt, then a token each
+
+
+def test_prompts_are_read_once_and_finished_rows_leave() -> None:
+    sizes = []
+
+    def note(_: object, __: object, inputs: dict[str, Tensor]) -> None:
+        sizes.append(tuple(inputs["input_ids"].shape))
+
+    handle = MODEL.register_forward_pre_hook(note, with_kwargs=True)
+    rollout = drawn(group_size=8)
+    handle.remove()
+    assert sizes[0] == IDS.shape
+    for t, (rows, width) in enumerate(sizes[1:], start=1):
+        running = int(rollout.mask[:, t].sum())
+        assert width == 1
+        assert running <= rows < max(running / 0.9 + 1, running + 1)
+
+
+def test_greedy_decoding_is_that_of_transformers() -> None:
+    rollout = drawn(group_size=1, temperature=0.0)
+    expected = MODEL.generate(
+        input_ids=IDS,
+        attention_mask=MASK,
+        do_sample=False,
+        max_new_tokens=LONGEST,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )[:, IDS.shape[1] :]
+    assert torch.equal(rollout.completions, expected)
+    torch.testing.assert_close(
+        rollout.log_probs, naive_log_probs(MODEL, rollout), atol=1e-5, rtol=1e-5
+    )
+
+
+def agreement(tokens: Tensor, probs: Tensor) -> float:
+    """p-value of drawing such frequencies; rare tokens count as one."""
+    expected = len(tokens) * probs
+    seen = tokens.bincount(minlength=len(probs)).double()
+    rare = expected < 5
+    bins = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (seen, expected)]
+    assert bins[1][-1] > 1
+    return float(stats.chisquare(*bins).pvalue)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_come_as_often_as_the_model_says(temperature: float) -> None:
+    rollout = sample(
+        MODEL,
+        IDS[:1],
+        MASK[:1],
+        group_size=20_000,
+        max_new_tokens=1,
+        eos_token_id=EOS,
+        generator=torch.Generator().manual_seed(0),
+        temperature=temperature,
+    )
+    with torch.no_grad():
+        logits = MODEL(prompt_of(rollout, 0)[None]).logits[0, -1]
+    probs = (logits.double() / temperature).softmax(-1)
+    assert agreement(rollout.completions[:, 0], probs) > 0.01
+
+
+def test_the_second_token_follows_the_first() -> None:
+    """Frequencies of pairs: a cache that mixed up its rows would break these."""
+    rollout = sample(
+        MODEL,
+        IDS[:2],
+        MASK[:2],
+        group_size=10_000,
+        max_new_tokens=2,
+        eos_token_id=EOS,
+        generator=torch.Generator().manual_seed(1),
+    )
+    for prompt in range(2):
+        rows = rollout.rows_of(torch.tensor([prompt]))
+        pairs = rollout.completions[rows][rollout.mask[rows, 1]]
+        first = pairs[:, 0].mode().values
+        second = pairs[pairs[:, 0] == first][:, 1]
+        ids = torch.cat([prompt_of(rollout, int(rows[0])), first[None]])
+        with torch.no_grad():
+            probs = MODEL(ids[None]).logits[0, -1].double().softmax(-1)
+        assert agreement(second, probs) > 0.01
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]).repeat(3, 1)
+    uniform = torch.tensor([[0.0], [0.5], [1.0 - 2**-24]])
+    tokens, log_probs = rollouts._draw(logits, uniform, 1.0)
+    assert tokens.tolist() == [1, 3, 3]
+    torch.testing.assert_close(
+        log_probs.exp(), torch.tensor([0.26894, 0.73106, 0.73106])
+    )
+
+
+def test_a_seed_decides_the_draw() -> None:
+    assert torch.equal(drawn(seed=5).completions, drawn(seed=5).completions)
+    assert not torch.equal(drawn(seed=5).completions, drawn(seed=6).completions)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    drawn()
+    assert torch.equal(torch.get_rng_state(), state)  # no other source is touched
+
+
+def test_members_of_a_group_differ() -> None:
+    rows = {tuple(ids.tolist()) for ids in drawn(group_size=8).completions[:8]}
+    assert len(rows) > 4
+
+
+# --- scoring ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_scores_are_those_of_a_plain_forward_pass(
+    group_size: int, temperature: float
+) -> None:
+    rollout = drawn(group_size=group_size, temperature=temperature)
+    scored = completion_log_probs(MODEL, rollout, temperature)
+    assert scored.dtype == torch.float32
+    assert scored[~rollout.mask].eq(0).all()
+    torch.testing.assert_close(
+        scored, naive_log_probs(MODEL, rollout, temperature), atol=2e-5, rtol=1e-5
+    )
+    # and what was sampled is what is scored
+    torch.testing.assert_close(rollout.log_probs, scored, atol=2e-5, rtol=1e-5)
+    other = qwen(seed=1)
+    torch.testing.assert_close(
+        completion_log_probs(other, rollout),
+        naive_log_probs(other, rollout),
+        atol=2e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_scored_alike(name: str, attention: str) -> None:
+    model = sharpened(OTHERS[name]())
+    model.set_attn_implementation(attention)
+    rollout = drawn(model, group_size=3)
+    expected = naive_log_probs(model, rollout)
+    torch.testing.assert_close(rollout.log_probs, expected, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        completion_log_probs(model, rollout), expected, atol=5e-5, rtol=1e-4
+    )
+
+
+def test_a_group_of_one_token_completions() -> None:
+    rollout = replace(
+        drawn(group_size=2),
+        completions=torch.full((10, 1), EOS),
+        mask=torch.ones(10, 1, dtype=torch.bool),
+    )
+    torch.testing.assert_close(
+        completion_log_probs(MODEL, rollout),
+        naive_log_probs(MODEL, rollout),
+        atol=2e-5,
+        rtol=1e-5,
+    )
+
+
+def test_tokens_off_the_mask_are_never_read() -> None:
+    rollout = drawn()
+    junk = rollout.completions.masked_fill(~rollout.mask, 7)
+    expected = completion_log_probs(MODEL, rollout)
+    assert torch.equal(
+        completion_log_probs(MODEL, replace(rollout, completions=junk)), expected
+    )
+    ids = rollout.prompt_ids.masked_fill(rollout.prompt_mask == 0, 7)
+    assert torch.equal(
+        completion_log_probs(MODEL, replace(rollout, prompt_ids=ids)), expected
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+def test_tokens_a_pass_change_nothing(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = drawn()
+    expected = completion_log_probs(MODEL, rollout)
+    monkeypatch.setattr(rollouts, "_TOKENS_PER_PASS", {"cpu": tokens})
+    torch.testing.assert_close(
+        completion_log_probs(MODEL, rollout), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_padding_width_changes_nothing() -> None:
+    rollout = drawn()
+    wider = Rollout(
+        torch.nn.functional.pad(rollout.prompt_ids, (5, 0)),
+        torch.nn.functional.pad(rollout.prompt_mask, (5, 0)),
+        torch.nn.functional.pad(rollout.completions, (0, 7), value=EOS),
+        torch.nn.functional.pad(rollout.mask, (0, 7)),
+        torch.nn.functional.pad(rollout.log_probs, (0, 7)),
+        rollout.group_size,
+    )
+    scored = completion_log_probs(MODEL, wider)
+    assert scored[:, -7:].eq(0).all()
+    torch.testing.assert_close(
+        scored[:, :-7], completion_log_probs(MODEL, rollout), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_taken_prompts_keep_their_groups() -> None:
+    rollout = drawn(group_size=3)
+    chosen = torch.tensor([4, 1])
+    taken = rollout.take(chosen)
+    rows = rollout.rows_of(chosen)
+    assert rows.tolist() == [12, 13, 14, 3, 4, 5]
+    width = int(rollout.mask[rows].sum(1).max())
+    assert taken.mask.shape == (6, width)
+    assert taken.prompt_mask.shape[1] == MASK[chosen].sum(1).max()
+    for name in ("completions", "mask", "log_probs"):
+        assert torch.equal(getattr(taken, name), getattr(rollout, name)[rows, :width])
+    torch.testing.assert_close(
+        completion_log_probs(MODEL, taken),
+        completion_log_probs(MODEL, rollout)[rows, :width],
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_the_gradient_through_the_shared_prompt_is_the_plain_one(
+    group_size: int,
+) -> None:
+    model = qwen(seed=2).double()  # its norms stay in float32, hence the tolerance
+    rollout = drawn(group_size=group_size)
+    weights = torch.randn(rollout.mask.shape, generator=torch.Generator()).double()
+    gradients = []
+    for score in (completion_log_probs, naive_log_probs):
+        model.zero_grad()
+        (score(model, rollout) * weights * rollout.mask).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for ours, plain in zip(*gradients, strict=True):
+        assert (ours - plain).norm() <= 1e-6 * plain.norm()
+
+
+def test_logits_are_those_of_a_plain_forward_pass() -> None:
+    rollout = drawn(group_size=2)
+    with torch.no_grad():
+        logits = completion_logits(MODEL, rollout)
+        assert logits.shape == (*rollout.mask.shape, MODEL.config.vocab_size)
+        for row, length in enumerate(rollout.mask.sum(1).tolist()):
+            prompt = prompt_of(rollout, row)
+            ids = torch.cat([prompt, rollout.completions[row, :length]])
+            plain = MODEL(ids[None]).logits[0, len(prompt) - 1 : -1]
+            torch.testing.assert_close(
+                logits[row, :length], plain, atol=2e-5, rtol=1e-4
+            )
+
+
+def test_scores_in_bfloat16_are_near() -> None:
+    rollout = drawn()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        near = completion_log_probs(MODEL, rollout)
+    assert near.dtype == torch.float32
+    assert (near - rollout.log_probs).abs()[rollout.mask].mean() < 0.05
+
+
+def test_layers_that_would_mix_completions_are_refused() -> None:
+    rollout = drawn()
+    window = SimpleNamespace(sliding_window=IDS.shape[1] + LONGEST - 1)
+    with pytest.raises(ValueError, match=r"26 tokens .* sliding window of 25"):
+        completion_logits(SimpleNamespace(config=window), rollout)
+    linear = SimpleNamespace(layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(ValueError, match=r"layers of type linear_attention"):
+        completion_logits(SimpleNamespace(config=linear), rollout)
+
+
+# --- texts ------------------------------------------------------------------------
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    assert IDS.shape == MASK.shape == (5, len(PROMPTS[3]))
+    for prompt, ids, mask in zip(PROMPTS, IDS, MASK, strict=True):
+        assert mask.tolist() == [0] * (len(mask) - len(prompt)) + [1] * len(prompt)
+        assert TOKENIZER.decode(ids[mask.bool()]) == prompt
+
+
+def test_texts_stop_before_the_end_and_hide_nothing() -> None:
+    ids = torch.tensor([TOKENIZER("68,56#56")["input_ids"]] * 3)
+    ids[1, 5:] = TOKENIZER.eos_token_id
+    ids[2, 3] = TOKENIZER.pad_token_id  # sampled: "68,6#56" would be a lie
+    mask = torch.ones_like(ids).bool()
+    mask[1, 6:] = False
+    rollout = Rollout(IDS[:1], MASK[:1], ids, mask, ids.float(), 3)
+    assert decode_completions(rollout, TOKENIZER) == [
+        "68,56#56",
+        "68,56",
+        "68,<pad>6#56",
+    ]
