@@ -99,6 +99,7 @@ def _call(
     data: str, sender: Connection, function: Callable[..., Any], arguments: Any
 ) -> None:
     os.environ["OPD_GEOMETRY_DATA"] = data
+    os.environ["ACCELERATE_USE_CPU"] = "1"  # the same bits need the same processor
     os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     evaluate_less()
     try:

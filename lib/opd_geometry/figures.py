@@ -634,6 +634,61 @@ def _draw_map(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     ax.tick_params(length=0, labelrotation=0)
 
 
+def region_maps(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
+    """Where visible changes lie within one matrix (the 3 x 3 maps of Figure 3).
+
+    Args:
+        table: tidy, with the rows of role ``region`` (see ``measure.map_rows``).
+        arms: the rows.
+
+    Returns:
+        The figure: columns as in ``mask_maps``, one square a region of the matrix,
+        means over seeds in per cent; the overlaps' colours are neutral at the mask's
+        own share.
+
+    Raises:
+        ValueError: the table has none of the arms.
+    """
+    arms = _present(table, arms)
+    regions = table[table["role"] == "region"]
+    with styled():
+        figure, axes = plt.subplots(
+            len(arms), 3, figsize=(WIDTH, 0.4 + 2.5 * len(arms)), layout="constrained"
+        )
+        for row, arm in zip(np.atleast_2d(axes), arms, strict=True):
+            of_arm = regions[regions["arm"] == arm]
+            for ax, metric in zip(row, MASK_METRICS, strict=True):
+                _draw_regions(ax, of_arm[of_arm["metric"] == metric], metric)
+            row[0].set_ylabel(ARM_STYLES[arm].label, color=ARM_STYLES[arm].colour)
+        for ax, metric in zip(np.atleast_2d(axes)[0], MASK_METRICS, strict=True):
+            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
+    return figure
+
+
+def _draw_regions(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
+    """One map of regions, per cent, mean over seeds."""
+    places = rows["matrix"].str.extract(r"\[(\d+),(\d+)\]$").astype(int)
+    share = 100 * (
+        rows.assign(row=places[0], column=places[1])
+        .groupby(["row", "column"])["value"]
+        .mean()
+        .unstack()
+    )
+    overlap = "overlap" in metric
+    sns.heatmap(
+        share,
+        ax=ax,
+        square=True,
+        cmap=_DIVERGING if overlap else "crest",
+        vmin=20 if overlap else 0,
+        vmax=80 if overlap else 100,
+        xticklabels=False,
+        yticklabels=False,
+        cbar_kws={"shrink": 0.8},
+    )
+    ax.set(xlabel="", ylabel="")
+
+
 def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """Densities and overlaps as bars (the bars of Figure 3).
 

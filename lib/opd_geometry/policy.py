@@ -172,7 +172,9 @@ def policy_steps(
             temperature=config.temperature,
         )
         rewards = verify_completions(problems, rollout, tokenizer)
-        reward_advantages = losses.group_advantage(rewards, config.group_size)
+        reward_advantages = torch.zeros_like(rewards)
+        if config.alpha < 1.0:
+            reward_advantages = losses.group_advantage(rewards, config.group_size)
         random_weights = random_token_weights(config, rollout, generator)
 
         # 2. one gradient, a few prompts with their groups at a time
