@@ -218,5 +218,6 @@ def test_every_verdict_has_a_mark() -> None:
 
 def test_html_escapes_and_is_never_cut() -> None:
     text = chapters.html(pd.DataFrame({"a": ["x < y " * 40]})).data
+    assert text.startswith('<table class="table">')
     assert "x &lt; y " * 39 in text
     assert "..." not in text

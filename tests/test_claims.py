@@ -467,6 +467,8 @@ REFUTED = [
     ("sparsity-robust", ("opd-task-gcd", "sparsity", 0.4)),
     ("rotation-order", ("rlvr", "angle_left_max_deg angle_right_max_deg", 2.0)),
     ("rotation-order", ("sft", "angle_left_max_deg angle_right_max_deg", 0.5)),
+    ("rotation-order", ("rlvr", "angle_left_max_deg", 3.0)),
+    ("rotation-order", ("rlvr", "angle_right_max_deg", 3.0)),
     ("drift-order", ("opd", "nss", 2e-3)),
     ("drift-order", ("rlvr", "nss", 3e-4)),
     ("density-order", ("rlvr", "density", 0.7)),

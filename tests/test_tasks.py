@@ -189,7 +189,7 @@ def test_guesses_have_no_steps_and_the_shape_of_an_answer(family: str) -> None:
         response = tasks.demonstrate(problem, "guess", rng)
         assert re.fullmatch(r"#[0-9]+", response)
         right += tasks.verify(problem, response)
-    assert right < 100  # a guess may be right, mostly it is not
+    assert right < 150  # a guess may be right, mostly it is not
 
 
 def test_a_slip_happens_at_a_quarter_of_the_steps_and_is_carried_on() -> None:

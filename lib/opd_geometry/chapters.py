@@ -188,8 +188,10 @@ def html(frame: pd.DataFrame) -> Any:
     from IPython.display import HTML
 
     with pd.option_context("display.max_colwidth", None):
-        look: Any = {"border": 0, "classes": "table", "justify": "left"}
-        return HTML(frame.to_html(index=False, na_rep="–", **look))
+        text = frame.to_html(index=False, border=0, classes="table", na_rep="–")
+    # The class that pandas adds would set the heads of the columns flush right.
+    text = text.replace('class="dataframe table"', 'class="table"')
+    return HTML(text.replace(' style="text-align: right;"', ""))
 
 
 def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:

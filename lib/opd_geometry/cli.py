@@ -275,6 +275,27 @@ def commit(profile: str, arms: str, seeds: str) -> None:
 
 @commands.command()
 @_profile
+def checkpoints(profile: str) -> None:
+    """Publish the base and the teacher that were trained from scratch.
+
+    They go to data/checkpoints in bf16. Runs that start from them get new names.
+
+    \b
+    Examples:
+      opd-geometry run --arms base,teacher --from scratch --jobs 2
+      opd-geometry checkpoints
+    """
+    from opd_geometry.profiles import STAGES, build
+    from opd_geometry.runs import store
+
+    for stage in STAGES:
+        source = f"checkpoints/{profile}-{stage}"
+        kept = store(build(profile, stage, 0, from_scratch=True), source)
+        click.echo(f"{stage} is now in data/{source}, digest {kept.digest}")
+
+
+@commands.command()
+@_profile
 def claims(profile: str) -> None:
     """Judge every claim on the committed measurements.
 

@@ -61,6 +61,7 @@ ARM_STYLES = {
     "sft-projected-wide": ArmStyle("own, twice the rank", BROWN),
     "opd-projected-random": ArmStyle("random subspace", GREY, "--"),
     "sft-projected-random": ArmStyle("random subspace", GREY, "--"),
+    "sft-matched-projected": ArmStyle("SFT, matched, own early subspace", RED, "--"),
 }
 METRIC_LABELS = {
     "sparsity": "update sparsity",
@@ -653,7 +654,7 @@ def region_maps(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     regions = table[table["role"] == "region"]
     with styled():
         figure, axes = plt.subplots(
-            len(arms), 3, figsize=(WIDTH, 0.4 + 2.5 * len(arms)), layout="constrained"
+            len(arms), 3, figsize=(WIDTH, 0.4 + 2.2 * len(arms)), layout="constrained"
         )
         for row, arm in zip(np.atleast_2d(axes), arms, strict=True):
             of_arm = regions[regions["arm"] == arm]

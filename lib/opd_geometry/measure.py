@@ -9,6 +9,7 @@ training metrics of every step, accuracies at the checkpoints. The metric ``para
 of every matrix, at step 0, is its number of entries: the weight of its sparsity.
 """
 
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from opd_geometry.runs import (
 )
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-TABLE = 3  # raised when the same checkpoints would give another table
+TABLE = 4  # raised when the same checkpoints would give another table
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
 PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
 HILL_DIVISOR = 8  # the paper does not state its k
@@ -157,17 +158,21 @@ def defined(metric: Callable[..., float], *arguments: object) -> float:
 NULL_METRICS = tuple(name for name in METRICS if "norm" not in name)
 
 
-def compare_null(before: Reference, w_after: Tensor, seed: int) -> dict[str, float]:
+def compare_null(
+    before: Reference, w_after: Tensor, seed: int | tuple[int, ...]
+) -> dict[str, float]:
     """The same diagnostics of a Gaussian update with the same Frobenius norm.
 
     Args:
         before, w_after: as in ``compare``.
-        seed: of the Gaussian.
+        seed: of the Gaussian; give every matrix and step one of its own, or the
+            average over them is one over the same noise.
 
     Returns:
         ``null_`` + metric to value.
     """
-    generator = torch.Generator().manual_seed(seed)
+    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0] >> 1))
     delta = w_after.double() - before.w_before.double()
     noise = updates.gaussian_null(delta, generator) if delta.any() else delta
     values = compare(before, before.w_before.double() + noise)
@@ -203,7 +208,7 @@ def measure_matrix(
     rows = []
     for step, w_after in weights.items():
         values = compare(before, w_after)
-        values |= compare_null(before, w_after, seed)
+        values |= compare_null(before, w_after, (seed, zlib.crc32(name.encode()), step))
         if step in subspaces and end in subspaces:
             values["similarity_to_end"] = spectra.subspace_similarity(
                 subspaces[step], subspaces[end]

@@ -127,8 +127,10 @@ _PROJECTED_ARMS: dict[str, tuple[str, str, str, int]] = {
     "sft-projected-random": ("sft", "random", "gradient", 1),
     # SFT's stable rank at the branch is about 4: the paper's rule applied to SFT itself
     "sft-projected-wide": ("sft", "own", "gradient", 2),
+    "sft-matched-projected": ("sft-matched", "own", "gradient", 1),
 }
 ARMS = ("sft", "sft-matched", *_POLICY_ARMS, *_PROJECTED_ARMS)
+STAGES = ("base", "teacher")  # shared by all seeds; stored in data/checkpoints
 # What a reader's own run trains: each kind of arm and one control of each kind.
 READER_ARMS = (
     "sft",
@@ -227,6 +229,8 @@ def parse_seeds(text: str | int) -> list[int]:
 def parse_arms(text: str) -> list[str]:
     """Read arms as a comma-separated list, ``reader`` or ``all``.
 
+    ``base`` and ``teacher``, the stages that all seeds share, can be named as well.
+
     Raises:
         ValueError: unknown arm, listing the known ones.
     """
@@ -236,8 +240,7 @@ def parse_arms(text: str) -> list[str]:
         return list(READER_ARMS)
     arms = [part.strip() for part in text.split(",")]
     for arm in arms:
-        if arm not in ARMS:
-            raise ValueError(
-                f"unknown arm {arm!r}; expected {_or(ARMS)}, reader or all"
-            )
+        if arm not in (*ARMS, *STAGES):
+            known = _or((*ARMS, *STAGES))
+            raise ValueError(f"unknown arm {arm!r}; expected {known}, reader or all")
     return list(dict.fromkeys(arms))

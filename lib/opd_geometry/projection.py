@@ -91,7 +91,8 @@ def project_gradients(
             )
         for parameter, v in ready.items():
             if parameter.grad is not None:
-                inside = project(parameter.grad.to(v.dtype), v)
+                # the model may have moved to another device since
+                inside = project(parameter.grad.to(v.dtype), v.to(parameter.device))
                 parameter.grad.copy_(inside)
 
     return ProjectionHandle(
@@ -132,7 +133,7 @@ def project_updates(
         for parameter, v in ready.items():
             start = w_before.pop(parameter).to(v.dtype)
             delta = parameter.to(v.dtype) - start
-            parameter.copy_(start + project(delta, v))
+            parameter.copy_(start + project(delta, v.to(parameter.device)))
 
     return ProjectionHandle(
         (

@@ -220,6 +220,26 @@ def _digest(files: tuple[tuple[Path, int], ...]) -> str:
     return digest.hexdigest()[:16]
 
 
+def store(run: Run, source: str) -> Stored:
+    """Put a finished run's last checkpoint, in bf16, where ``stored`` finds it.
+
+    Args:
+        run: a base or a teacher.
+        source: directory, relative to the data directory.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    if not is_done(run):
+        raise ValueError(
+            f"{run.arm} is not trained yet; run opd-geometry run --arms {run.arm} "
+            "--from scratch first"
+        )
+    model, tokenizer = load_model(checkpoint(run))
+    save_model(model, tokenizer, data_directory() / source, dtype=torch.bfloat16)
+    return stored(source)
+
+
 def checkpoint(run: Run, step: int | None = None) -> Path:
     """Directory of a finished run's checkpoint (None: the last one)."""
     step = run.train.steps if step is None else step

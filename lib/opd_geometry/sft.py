@@ -81,7 +81,7 @@ def sft_steps(
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
+    model.eval()  # no dropout anywhere; Qwen3 has none, other models may
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
