@@ -7,6 +7,7 @@ passed by name, so they have to be in a module that both sides can import.
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -15,7 +16,7 @@ from io import StringIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -66,6 +67,8 @@ class Child:
     What it and its workers say on stderr is appended to the file beside the directory.
     """
 
+    started: ClassVar[list["Child"]] = []
+
     def __init__(self, data: Path, function: Callable[..., Any], *arguments: Any):
         context = get_context("forkserver")
         context.set_forkserver_preload(["opd_geometry.schedule"])
@@ -73,6 +76,7 @@ class Child:
         call = (str(data), sender, function, arguments)
         self.process = context.Process(target=_call, args=call)
         self.process.start()
+        self.started.append(self)
         sender.close()
 
     def result(self) -> Any:
@@ -101,6 +105,7 @@ def _call(
     os.environ["OPD_GEOMETRY_DATA"] = data
     os.environ["ACCELERATE_USE_CPU"] = "1"  # the same bits need the same processor
     os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    threading.Thread(target=schedule._end_with_parent, daemon=True).start()
     evaluate_less()
     try:
         sender.send(function(*arguments))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in (children.OPD, children.RLVR, children.PROJECTED):
         children.Child(data, children.runs.ensure, run).result()
     return data
+
+
+@pytest.fixture(autouse=True)
+def no_child_outlives_its_test() -> Iterator[None]:
+    """A test that fails half-way leaves no training behind."""
+    yield
+    if "children" in sys.modules:
+        started = sys.modules["children"].Child.started
+        while started:
+            started.pop().kill()
 
 
 @pytest.fixture

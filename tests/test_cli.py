@@ -9,6 +9,7 @@ import pytest
 from children import Child
 
 from opd_geometry import cli, measure, profiles, runs, schedule, site
+from opd_geometry.checkpoints import list_matrices
 from opd_geometry.measure import committed_provenance
 
 
@@ -35,9 +36,18 @@ def test_help_shows_examples(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"opd-geometry {name}" in out.split("Examples:")[1]
 
 
-def test_commands_are_those_of_the_readme() -> None:
-    known = {"run", "status", "plan", "commit", "claims", "chapters", "book", "site"}
-    assert set(cli.commands.commands) == known
+def test_commands_are_known() -> None:
+    assert set(cli.commands.commands) == {
+        "run",
+        "status",
+        "plan",
+        "commit",
+        "checkpoints",
+        "claims",
+        "chapters",
+        "book",
+        "site",
+    }
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -94,6 +104,7 @@ def test_wrong_usage_is_one_line(
     [
         (["run"], "no checkpoint at checkpoints/laptop-base: expected a directory"),
         (["plan", "--profile", "laptop"], "no checkpoint at checkpoints/laptop-base"),
+        (["checkpoints", "--profile", "smoke"], "base is not trained yet; run opd-g"),
         (["claims"], "no committed measurements of profile 'laptop'"),
         (["commit", "--profile", "smoke"], "no finished run of profile smoke"),
         (["chapters", "99_none"], "no notebook 99_none in"),
@@ -164,6 +175,12 @@ def test_run_status_plan_and_commit(data: Path) -> None:
     assert out.startswith(f"3 of {len(profiles.ARMS)} runs are finished and now in ")
     rows = committed_provenance("smoke")
     assert set(rows["arm"]) == {"sft", "opd", "rlvr"}
+    code, out, _ = call("checkpoints")
+    base, teacher = out.splitlines()
+    assert base.startswith("base is now in data/checkpoints/smoke-base, digest ")
+    kept = data / "checkpoints" / "smoke-teacher"
+    assert {m.dtype for m in list_matrices(kept)} == {"bfloat16"}
+    assert teacher.endswith(runs.stored(kept).digest)
 
 
 def test_failures_are_one_line_each(data: Path) -> None:

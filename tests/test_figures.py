@@ -58,6 +58,10 @@ def _planted(arms: tuple[str, ...], seeds: tuple[int, ...], layers: int) -> Any:
                         for metric, value in values_at(level, frac).items():
                             key = (run, arm, seed, step, name, role, layer)
                             rows.append((*key, metric, value))
+            for i, j in np.ndindex(2, 3):
+                region = (run, arm, seed, 120, f"w[{i},{j}]", "region", -1)
+                level = (10 * i + j + seed) / 100 + place / 10
+                rows += [(*region, metric, level) for metric in figures.MASK_METRICS]
             for frac, step in STEPS.items():
                 accuracy = ("accuracy/chain", 0.3 + place / 50 + seed / 100 + frac / 3)
                 rows.append((run, arm, seed, step, "", "model", -1, *accuracy))
@@ -101,6 +105,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
         table, MAIN, ("angle_left_mean_deg", "nss")
     ),
     "maps": lambda table: figures.mask_maps(table, ("opd", "rlvr")),
+    "regions": lambda table: figures.region_maps(table, ("opd", "rlvr")),
     "bars": lambda table: figures.mask_bars(table, MAIN),
     "confined": figures.projected_training,
 }
@@ -258,6 +263,27 @@ def test_maps_show_each_matrix_and_end_with_the_null() -> None:
     assert last.get_ylabel().startswith(figures.NULL_LABEL)
 
 
+def test_regions_lie_where_their_names_say_and_average_over_seeds() -> None:
+    names = ["run", "arm", "matrix", "role", "metric"]  # as they are stored
+    table = planted().astype(dict.fromkeys(names, "category"))
+    figure = figures.region_maps(table, ("opd", "rlvr"))
+    maps = [ax for ax in figure.axes if not colour_bar(ax)]
+    for row, place in enumerate((2, 3)):
+        expected = 100 * (np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10)
+        for ax in maps[3 * row : 3 * row + 3]:
+            shown = ax.collections[0].get_array().reshape(2, 3)
+            np.testing.assert_allclose(shown, expected)
+
+
+def test_regions_are_no_matrices() -> None:
+    table = planted(["opd"], [0])
+    without = table[table["role"] != "region"]
+    for metric in figures.MASK_METRICS:
+        pd.testing.assert_frame_equal(
+            figures.over_matrices(table, metric), figures.over_matrices(without, metric)
+        )
+
+
 def test_depth_shows_matrices_layers_and_the_null_of_the_same_arm() -> None:
     table = planted()
     ax = figures.depth_profiles(table, ("rlvr",), ("nss",)).axes[0]
@@ -291,18 +317,24 @@ def test_draws_with_one_seed_and_with_missing_arms(
     name: str, arms: tuple[str, ...], seeds: tuple[int, ...]
 ) -> None:
     figure = drawn(name, arms, seeds)
-    assert all(ax.get_xlabel() or ax.get_ylabel() or outer(ax) for ax in figure.axes)
-    if name not in ("maps", "bars"):
+    named = [ax.get_xlabel() or ax.get_ylabel() or outer(ax) for ax in figure.axes]
+    assert all(named)
+    if name not in ("maps", "bars", "regions"):
         known = {figures.NULL_LABEL, figures.SUBSPACE_NULL_LABEL, "as at 20 %"}
         assert known & set(labels(figure))
     if len(seeds) == 1 and name in ("course", "similarity", "grid", "confined"):
         assert not any(ax.collections for ax in figure.axes)
 
 
+def colour_bar(ax: Axes) -> bool:
+    return ax.get_label() == "<colorbar>"
+
+
 def outer(ax: Axes) -> bool:
     """Whether neighbours or a title above name what the axes show."""
     spec = ax.get_subplotspec()
-    return spec is not None and not (spec.is_first_col() and spec.is_last_row())
+    corner = spec is not None and spec.is_first_col() and spec.is_last_row()
+    return colour_bar(ax) or not corner
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -326,12 +358,12 @@ def test_is_transparent_and_its_text_reads_on_light_and_dark(name: str) -> None:
     figure = drawn(name, ALL, (0, 1, 2))
     assert figure.dpi == 144
     assert figure.get_facecolor()[3] == 0
-    assert all(ax.get_facecolor()[3] == 0 for ax in figure.axes)
+    assert all(ax.get_facecolor()[3] == 0 for ax in figure.axes if not colour_bar(ax))
     written = {
         to_hex(text.get_color())
         for ax in figure.axes
         for text in (*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label)
-        if text.get_text() and name != "maps"
+        if text.get_text() and name not in ("maps", "regions")
     }
     allowed = {GREY, *(to_hex(style.colour) for style in ARM_STYLES.values())}
     assert written <= allowed

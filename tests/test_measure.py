@@ -150,7 +150,41 @@ def test_null_is_gaussian_of_the_same_norm() -> None:
     assert values["stable_rank"] == pytest.approx(1)
     assert 12 < null["null_stable_rank"] < 22  # 64 / 4 for large Gaussian matrices
     assert null == measure.compare_null(before, w_before + delta, seed=0)
-    assert null != measure.compare_null(before, w_before + delta, seed=1)
+    for other in (1, (0, 1), (0, 1, 2)):
+        assert null != measure.compare_null(before, w_before + delta, seed=other)
+
+
+def test_every_matrix_and_step_has_noise_of_its_own(tmp_path: Path) -> None:
+    """Two equal matrices that take the same step twice: four draws."""
+    w, delta = orthonormal(32, 0).contiguous(), 0.1 * orthonormal(32, 1)
+    paths = {}
+    for step, after in {0: w, 1: w + delta, 2: w + delta}.items():
+        paths[step] = tmp_path / f"{step}.safetensors"
+        save_file({"a": after.clone(), "b": after.clone()}, paths[step])
+    draws = [
+        value
+        for name in ("a", "b")
+        for _, metric, value in measure.measure_matrix(name, paths, 2, seed=0)
+        if metric == "null_stable_rank"
+    ]
+    assert len(set(draws)) == 4
+
+
+def test_planted_region_is_where_the_map_shows_it() -> None:
+    side = measure.MAP_REGIONS
+    w_before = torch.full((4 * side, 2 * side), 8.0)
+    w_before[:4, :2] = 0.5  # the region in the corner holds the smallest weights
+    w_after = w_before.clone()
+    w_after[:4, :2] *= 2
+    w_after[4, 2] *= 2  # one of the eight entries of the next region on the diagonal
+    maps = measure.local_maps(reference(w_before), w_after)
+    density = torch.zeros(side, side).double()
+    density[0, 0], density[1, 1] = 1.0, 1 / 8
+    assert torch.equal(maps["density"], density)
+    for name in ("principal_overlap", "low_magnitude_overlap"):
+        assert torch.equal(maps[name].isnan(), density == 0)
+    assert maps["low_magnitude_overlap"][0, 0] == 1.0
+    assert maps["principal_overlap"][0, 0] == 0.0
 
 
 def test_similarity_to_the_end(tmp_path: Path) -> None:
@@ -189,7 +223,7 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     assert set(table["seed"]) == {0}
     assert not table.duplicated(["step", "matrix", "metric"]).any()
     matrices = list_matrices(runs.checkpoint(OPD))
-    of_matrices = table[table["role"] != "model"]
+    of_matrices = table[~table["role"].isin(["model", "region"])]
     assert set(of_matrices["matrix"]) == {matrix.name for matrix in matrices}
     similarity = ["similarity_to_end", "null_similarity_to_end"]
     wanted = {*METRICS, *(f"null_{name}" for name in NULL_METRICS), *similarity}
@@ -203,6 +237,21 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     assert set(model["layer"]) == {-1}
     assert set(model["matrix"]) == {""}
     assert {"loss", "reward", "gap", "accuracy/chain"} <= set(model["metric"])
+
+
+def test_map_is_of_a_query_projection_at_the_end(copied: Path) -> None:
+    table = measure.measure_run(OPD, RANK)
+    regions = table[table["role"] == "region"]
+    assert set(regions["step"]) == {10}
+    assert set(regions["layer"]) == {-1}
+    assert len(regions) == 3 * measure.MAP_REGIONS**2
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert set(regions["matrix"].str.partition("[")[0]) == {name}
+    whole = table[(table["matrix"] == name) & (table["step"] == 10)]
+    density = whole.set_index("metric")["value"]["density"]
+    assert regions[regions["metric"] == "density"]["value"].mean() == pytest.approx(
+        density
+    )
 
 
 def test_parameters_are_the_entries_of_each_matrix(copied: Path) -> None:
@@ -232,7 +281,7 @@ def test_numbers_are_those_of_the_checkpoints(copied: Path) -> None:
 
 def test_projected_run_is_measured_after_its_branch(copied: Path) -> None:
     table = measure.measure_run(PROJECTED, RANK)
-    matrices = table[(table["role"] != "model") & (table["step"] > 0)]
+    matrices = table[(table["metric"] == "density") & (table["role"] != "region")]
     assert set(matrices["step"]) == {4, 6, 8, 10}
     rewards = table[table["metric"] == "reward"]
     assert set(rewards["step"]) == set(range(1, 11))
@@ -244,6 +293,9 @@ def test_run_that_never_moved_has_nan(copied: Path) -> None:
     assert len(stable_rank) > 0
     assert stable_rank.isna().all()
     assert (table[table["metric"] == "sparsity"]["value"] == 1.0).all()
+    regions = table[table["role"] == "region"]
+    assert (regions[regions["metric"] == "density"]["value"] == 0.0).all()
+    assert regions[regions["metric"] != "density"]["value"].isna().all()
     assert "similarity_to_end" not in set(table["metric"])
 
 

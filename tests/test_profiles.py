@@ -67,7 +67,7 @@ def test_projected_arms_are_their_branch_and_a_projection(data: Path) -> None:
         if "projected" not in arm:
             continue
         run = build("smoke", arm, 3)
-        free = build("smoke", arm.split("-")[0], 3)
+        free = build("smoke", arm.split("-projected")[0], 3)
         assert run.branch == free
         assert replace(run, arm=free.arm, projection=None, branch=None) == free
         assert run.projection is not None
@@ -110,6 +110,9 @@ def test_base_and_teacher_are_committed_or_trained(checkpoints: Path) -> None:
     assert scratch.start.start == build("laptop", "base", 0)
     sft = build("laptop", "sft-projected", 0, from_scratch=True)
     assert sft.start == build("laptop", "base", 0)
+    for stage in profiles.STAGES:
+        assert build("laptop", stage, 0).arm == stage
+        assert build("laptop", stage, 5) == build("laptop", stage, 0, True)
 
 
 def test_reader_trains_an_arm_of_each_kind() -> None:
@@ -171,3 +174,4 @@ def test_arms() -> None:
     assert parse_arms("all") == list(ARMS)
     assert parse_arms("reader") == list(READER_ARMS)
     assert parse_arms("rlvr, opd,rlvr") == ["rlvr", "opd"]
+    assert parse_arms("base,teacher") == list(profiles.STAGES)

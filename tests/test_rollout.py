@@ -438,6 +438,9 @@ def test_layers_that_would_mix_completions_are_refused() -> None:
     window = SimpleNamespace(sliding_window=IDS.shape[1] + LONGEST - 1)
     with pytest.raises(ValueError, match=r"26 tokens .* sliding window of 25"):
         completion_logits(SimpleNamespace(config=window), rollout)
+    flash = SimpleNamespace(_attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match=r"flash_attention_2: expected sdpa or eager"):
+        completion_logits(SimpleNamespace(config=flash), rollout)
     linear = SimpleNamespace(layer_types=["full_attention", "linear_attention"])
     with pytest.raises(ValueError, match=r"layers of type linear_attention"):
         completion_logits(SimpleNamespace(config=linear), rollout)

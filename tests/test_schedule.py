@@ -21,12 +21,12 @@ from opd_geometry.schedule import Row
 
 
 def soon(condition: Callable[[], bool], what: str) -> None:
-    """Wait until something is so; a slow machine has a minute."""
-    for _ in range(600):
+    """Wait until something is so; a busy machine has five minutes."""
+    for _ in range(3000):
         if condition():
             return
         time.sleep(0.1)
-    raise AssertionError(f"not within a minute: {what}")
+    raise AssertionError(f"not within five minutes: {what}")
 
 
 def row(run: Run, seconds: float | None, state: str = "to do") -> Row:

@@ -5,6 +5,7 @@ when a command runs, so that ``--help`` answers at once.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -336,6 +337,9 @@ def claims(profile: str) -> None:
 def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> None:
     """Execute the published chapters again, all or those named.
 
+    With the notebooks' own defaults the notebooks get the same outputs, which the
+    tests then compare with what they print when run again.
+
     \b
     Examples:
       opd-geometry chapters
@@ -349,6 +353,8 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     for notebook in _notebooks(root, names):
         output = root / "book" / "chapters" / notebook.name
         execute_chapter(notebook, output, parameters, root)
+        if not parameters:
+            shutil.copyfile(output, notebook)
         click.echo(f"Executed {output.relative_to(root)}")
 
 

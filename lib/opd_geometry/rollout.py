@@ -291,6 +291,12 @@ def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _require_masked_attention(model: PreTrainedModel, rollout: Rollout) -> None:
     """Refuse layers that would not keep the completions of a row apart."""
+    how = getattr(model.config, "_attn_implementation", "sdpa")
+    if how not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attention {how}: expected sdpa or eager, which take a mask for every "
+            "pair of tokens; call model.set_attn_implementation('sdpa')"
+        )
     kinds = set(getattr(model.config, "layer_types", None) or ())
     others = sorted(kinds - {"full_attention", "sliding_attention"})
     if others:
