@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from opd_geometry import checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from opd_geometry import checkpoints
 
 BLOCK = "model.layers.{}.self_attn.{}_proj.weight"
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from opd_geometry import losses
 from torch import Tensor
+
+from opd_geometry import losses
 
 VOCABULARY = 5
 LENGTH = 3

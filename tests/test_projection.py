@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from opd_geometry import projection
-from opd_geometry.projection import project_gradients, project_updates
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from opd_geometry import projection
+from opd_geometry.projection import project_gradients, project_updates
 
 N_ROWS, N_COLS, RANK = 12, 10, 3
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opd_geometry import spectra, updates
 from torch import Tensor
+
+from opd_geometry import spectra, updates
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
