@@ -213,6 +213,51 @@ def test_rotation_obeys_wedins_bound():
     assert 0 < float(torch.deg2rad(torch.maximum(left[-1], right[-1])).sin()) <= bound
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e-2])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_no_subspace_turns_further_than_wedin_allows(size: float, k: int):
+    w = planted(30, 20, torch.linspace(10, 1, 20, dtype=torch.float64))[0]
+    for seed in range(5):
+        delta = size * gaussian(30, 20, seed=seed)
+        left, right = spectra.subspace_angles_deg(w, w + delta, k)
+        before, after = spectra.singular_values(w), spectra.singular_values(w + delta)
+        norm = float(spectra.singular_values(delta)[0])
+        bound = spectra.wedin_bound_deg(before, after, norm, k)
+        assert max(float(left[-1]), float(right[-1])) <= bound < 90
+
+
+def test_wedins_bound_is_met_by_a_turn_within_a_plane():
+    # diag(3, 1) plus e (off-diagonal): the bound is tight to first order
+    w, e = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)), 1e-5
+    after = w + e * torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    left, _ = spectra.subspace_angles_deg(w, after, 1)
+    s_before, s_after = spectra.singular_values(w), spectra.singular_values(after)
+    bound = spectra.wedin_bound_deg(s_before, s_after, e, 1)
+    assert bound == pytest.approx(float(left[0]), rel=1e-4)
+
+
+def test_wedins_bound_says_nothing_once_the_update_fills_the_gap():
+    s = torch.tensor([3.0, 2.0])
+    assert spectra.wedin_bound_deg(s, s, norm=1.0, k=1) == 90.0
+    with pytest.raises(ValueError, match="k"):
+        spectra.wedin_bound_deg(s, s, norm=1.0, k=3)
+
+
+def test_mirskys_bound_is_met_by_a_common_shift():
+    s = torch.tensor([4.0, 3.0], dtype=torch.float64)
+    shift = spectra.normalised_spectral_shift(s, s + 1)
+    assert spectra.mirsky_bound(s, math.sqrt(2)) == pytest.approx(shift)
+    with pytest.raises(ValueError, match="zero"):
+        spectra.mirsky_bound(torch.zeros(2), 1.0)
+
+
+@pytest.mark.parametrize(("divergence", "curvature"), [(-1.0, 1.0), (1.0, 0.0)])
+def test_the_anchors_bound_needs_a_curvature(divergence: float, curvature: float):
+    assert spectra.anchor_bound(0.5, 1.0) == 1.0
+    with pytest.raises(ValueError, match="curvature"):
+        spectra.anchor_bound(divergence, curvature)
+
+
 # ------------------------------------------------------------------------ spectra
 
 

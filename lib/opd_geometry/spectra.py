@@ -4,6 +4,7 @@ Everything runs on the CPU: an SVD on an accelerator can be unstable when the tw
 matrices are nearly identical, which is the case that matters here.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -308,6 +309,96 @@ def normalised_spectral_shift(s_before: Tensor, s_after: Tensor) -> float:
         torch.linalg.vector_norm((after - before) / scale)
         / torch.linalg.vector_norm(before / scale)
     )
+
+
+def wedin_bound_deg(s_before: Tensor, s_after: Tensor, norm: float, k: int) -> float:
+    """How far an update of that spectral norm can turn the top-k subspaces (Gate II).
+
+    sin theta <= ||delta||_2 / (s_after_k - s_before_{k+1})
+
+    The paper writes the gap of W_0 alone, s_before_k - s_before_{k+1}, which is no
+    bound once the update is as large as the gap; this is Wedin's.
+
+    Args:
+        s_before: (m,) singular values of W_0, descending.
+        s_after: (m,) singular values of W_+, descending.
+        norm: spectral norm of the update.
+        k: from 1 to m; at m there is nothing left to turn towards within the spectrum,
+            and s_before_{m+1} counts as 0.
+
+    Returns:
+        Degrees in [0, 90]; 90 where the gap is no larger than the update.
+
+    Raises:
+        ValueError: lengths differ, NaN or inf, or k outside 1 to m.
+
+    Source: arXiv:2606.07082, the three-gate account; Wedin (1972).
+
+    >>> s = torch.tensor([3.0, 1.0])
+    >>> round(wedin_bound_deg(s, s, norm=1.0, k=1), 3)
+    30.0
+    """
+    before, after = _spectrum(s_before, "s_before"), _spectrum(s_after, "s_after")
+    check_same_shape(before, after, ("s_before", "s_after"))
+    check_rank(k, before.shape)
+    below = float(before[k]) if k < len(before) else 0.0
+    gap = float(after[k - 1]) - below
+    return 90.0 if gap <= norm else math.degrees(math.asin(norm / gap))
+
+
+def mirsky_bound(s_before: Tensor, norm: float) -> float:
+    """The largest spectral shift that an update of that Frobenius norm can cause.
+
+    NSS <= ||delta||_F / ||s_before||_2
+
+    Args:
+        s_before: (m,) singular values of W_0.
+        norm: Frobenius norm of the update, which is Gate I's to bound.
+
+    Returns:
+        Upper bound of `normalised_spectral_shift`, without unit.
+
+    Raises:
+        ValueError: NaN or inf, a negative value, or s_before zero.
+
+    Source: arXiv:2606.07082, the three-gate account; Mirsky (1960).
+
+    >>> mirsky_bound(torch.tensor([4.0, 3.0]), norm=1.0)
+    0.2
+    """
+    before = _spectrum(s_before, "s_before")
+    size = float(torch.linalg.vector_norm(before))
+    if size == 0.0:
+        raise ValueError("s_before is zero, expected a non-zero spectrum; leave it out")
+    return norm / size
+
+
+def anchor_bound(divergence: float, curvature: float) -> float:
+    """How far weights can move while their output distribution stays near (Gate I).
+
+    ||delta||_F <= sqrt(2 divergence / curvature)
+
+    Args:
+        divergence: largest divergence from the anchor's distribution, in nats.
+        curvature: smallest curvature of that divergence in the weights, above 0.
+
+    Returns:
+        Upper bound of the Frobenius norm, in units of the weights.
+
+    Raises:
+        ValueError: a negative divergence, or a curvature that is not above 0.
+
+    Source: arXiv:2606.07082, the three-gate account.
+
+    >>> anchor_bound(divergence=0.02, curvature=4.0)
+    0.1
+    """
+    if not (divergence >= 0.0 and curvature > 0.0):
+        raise ValueError(
+            f"divergence {divergence!r} and curvature {curvature!r}: expected at least "
+            "0 and above 0; estimate both at the anchor"
+        )
+    return math.sqrt(2.0 * divergence / curvature)
 
 
 def spectrum_stable_rank(s: Tensor) -> float:
