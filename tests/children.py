@@ -81,6 +81,9 @@ class Child:
 
     def result(self) -> Any:
         """What the function returned; what it raised is raised here."""
+        if not self.receiver.poll(300):  # a test that hangs is worse than a red one
+            self.kill()
+            raise TimeoutError("the process gave no result within five minutes")
         try:
             value = self.receiver.recv()
         except EOFError:
@@ -107,6 +110,8 @@ def _call(
     os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     threading.Thread(target=schedule._end_with_parent, daemon=True).start()
     evaluate_less()
+    # A background job starts with SIGINT ignored, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sender.send(function(*arguments))
     except (Exception, KeyboardInterrupt, SystemExit) as error:
