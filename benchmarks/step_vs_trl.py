@@ -36,9 +36,13 @@ from opd_geometry.policy import PolicyConfig, draw_prompts, policy_steps
 from opd_geometry.sft import SFTConfig, sft_steps
 
 PROMPTS, GROUP, LONGEST = 24, 8, 40
-STUDENT, TEACHER = ModelConfig(width=128, layers=4), ModelConfig(width=192, layers=4)
+STUDENT, LARGER = ModelConfig(width=128, layers=4), ModelConfig(width=192, layers=4)
 OPTIMIZER = OptimizerConfig(1e-6, warmup_steps=0)  # small: the lengths stay as they are
-ARMS = {"OPD": 1.0, "RLVR": 0.0}  # name: alpha
+ARMS: dict[str, tuple[float, ModelConfig | None]] = {
+    "OPD": (1.0, STUDENT),  # name: alpha, teacher
+    "OPD+": (1.0, LARGER),
+    "RLVR": (0.0, None),
+}
 WARM_UP = 2  # steps that are not counted
 Seconds = tuple[float, float]  # wall, processor
 MIXED = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
@@ -65,8 +69,8 @@ def main(threads: int, steps: int, model: str | None, sft_steps: int) -> None:
         len(rewards) // config.group_size
     )
     ours = {
-        name: our_steps(alpha, student, tokenizer, steps + WARM_UP)
-        for name, alpha in ARMS.items()
+        name: our_steps(alpha, teacher, student, tokenizer, steps + WARM_UP)
+        for name, (alpha, teacher) in ARMS.items()
     }
     seconds, tokens = race(ours, student, tokenizer, steps + WARM_UP)
     report(seconds, tokens, threads)
@@ -91,6 +95,7 @@ def briefly_trained(steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 def our_steps(
     alpha: float,
+    teacher_shape: ModelConfig | None,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
@@ -106,7 +111,7 @@ def our_steps(
     )
     model = copy.deepcopy(student)
     optimizer = adamw(model, config.optimizer)
-    teacher = build_model(TEACHER, seed=1) if alpha else None
+    teacher = build_model(teacher_shape, seed=1) if teacher_shape else None
     return policy_steps(config, model, teacher, tokenizer, optimizer, seed=0)
 
 
@@ -225,7 +230,8 @@ def report(
             statistics.median, zip(*timed[WARM_UP:], strict=True)
         )
         length = statistics.mean(tokens[name][WARM_UP:])
-        work = step_gflop(length, teacher=name == "OPD")
+        teacher = ARMS[name][1] if name in ARMS else None
+        work = step_gflop(length, teacher)
         click.echo(
             f"{name:6}{wall[name]:9.3f}{processor[name]:13.3f}{length:8.1f}{work:7.1f}"
             f"{work / rate / wall[name]:20.0%}"
@@ -237,7 +243,7 @@ def report(
         )
 
 
-def step_gflop(tokens: float, teacher: bool) -> float:
+def step_gflop(tokens: float, teacher: ModelConfig | None) -> float:
     """Multiplications and additions that a step needs at least, in units of 1e9.
 
     2 N for a token that is read, written or scored, 6 N for one that is learned from,
@@ -247,7 +253,9 @@ def step_gflop(tokens: float, teacher: bool) -> float:
     prompts = same_prompts(20)["prompt"]
     read = PROMPTS * sum(map(len, prompts)) / len(prompts)
     written = PROMPTS * GROUP * tokens
-    weights = 8 * matrix_weights(STUDENT) + 2 * matrix_weights(TEACHER) * teacher
+    weights = 8 * matrix_weights(STUDENT)
+    if teacher is not None:
+        weights += 2 * matrix_weights(teacher)
     return weights * (read + written) / 1e9
 
 
