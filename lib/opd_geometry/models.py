@@ -91,13 +91,19 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: a directory with a Hugging Face checkpoint, or a hub id.
+        source: a directory with a Hugging Face checkpoint, or a hub id, with
+            ``@revision`` or the newest.
         dtype: the dtype of the loaded weights (float32: master weights).
 
     Raises:
         ValueError: one line that says what is missing or broken.
     """
     path = Path(source)
+    where, _, revision = str(source).partition("@")
+    at: dict[str, Any] = (
+        {"revision": revision} if revision and not path.exists() else {}
+    )
+    where = where if at else str(source)
     if (path.exists() or path.is_absolute()) and not (path / "config.json").is_file():
         raise ValueError(
             f"no checkpoint at {path}: expected a directory with config.json, "
@@ -105,7 +111,7 @@ def load_model(
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **at
         )
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -120,7 +126,7 @@ def load_model(
             "complete safetensors of a causal language model"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **at)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -139,6 +145,21 @@ def load_model(
             f"has {model.config.vocab_size}; use the tokenizer it was trained with"
         )
     return model.eval(), tokenizer
+
+
+def check_reads_tasks(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot write and read the characters of the tasks.
+
+    Raises:
+        ValueError: the first character that does not come back.
+    """
+    for character in CHARACTERS:
+        ids = tokenizer(f"1{character}1", add_special_tokens=False)["input_ids"]
+        if character not in tokenizer.decode(ids)[1:-1]:
+            raise ValueError(
+                f"the tokenizer cannot read {character!r}, which the tasks use; expected "
+                "the tokenizer that the checkpoint was trained with"
+            )
 
 
 def check_same_vocabulary(

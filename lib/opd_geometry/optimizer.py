@@ -81,3 +81,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def check_finite(grad_norm: float, step: int, rate: float) -> None:
+    """Stop before a broken gradient reaches the weights.
+
+    Args:
+        grad_norm: 2-norm of the step's gradient.
+        step, rate: of the step, for the message.
+
+    Raises:
+        ValueError: the norm is NaN or infinite.
+    """
+    if not math.isfinite(grad_norm):
+        raise ValueError(
+            f"step {step}: the gradient's norm is {grad_norm} at learning rate {rate:g}, "
+            "expected a finite number; check the starting weights for NaN, or lower the "
+            "learning rate"
+        )

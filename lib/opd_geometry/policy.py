@@ -21,7 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry import losses, tasks
-from opd_geometry.optimizer import OptimizerConfig, learning_rate, set_learning_rate
+from opd_geometry.optimizer import (
+    OptimizerConfig,
+    check_finite,
+    learning_rate,
+    set_learning_rate,
+)
 from opd_geometry.rollout import (
     Rollout,
     completion_log_probs,
@@ -137,10 +142,12 @@ def policy_steps(
     Yields:
         ``reward`` (share of verified completions), ``gap`` (mean r_t in nats, when a
         teacher scores), ``loss``, ``grad_norm``, ``tokens`` (mean completion length),
+        ``learned_frac`` (share of the prompts that had something to teach),
         ``learning_rate``.
 
     Raises:
-        ValueError: the configuration needs a teacher and none is given.
+        ValueError: the configuration needs a teacher and none is given, or a gradient
+            is not finite.
     """
     if config.needs_teacher and teacher is None:
         raise ValueError(f"alpha {config.alpha} needs a teacher; give one, or alpha 0")
@@ -214,9 +221,12 @@ def policy_steps(
             totals["gap"] += float(gap.sum() / learned)
 
         # 3. one optimizer step, unless no group had anything to teach
-        norm = accelerator.clip_grad_norm_(
-            model.parameters(), config.optimizer.max_grad_norm
+        norm = float(
+            accelerator.clip_grad_norm_(
+                model.parameters(), config.optimizer.max_grad_norm
+            )
         )
+        check_finite(norm, step, rate)
         if len(kept):
             optimizer.step()
         optimizer.zero_grad()
@@ -225,7 +235,7 @@ def policy_steps(
             "reward": float(rewards.mean()),
             "tokens": float(rollout.mask.sum() / len(rewards)),
             "learned_frac": len(kept) / len(problems),
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "learning_rate": rate,
         }
 

@@ -42,6 +42,7 @@ from opd_geometry.models import (
     ModelConfig,
     build_model,
     character_tokenizer,
+    check_reads_tasks,
     check_same_vocabulary,
     load_model,
     round_to_bfloat16,
@@ -69,8 +70,10 @@ class Stored:
     """A checkpoint that is not a run: a directory below data/, any directory, a hub id.
 
     Attributes:
-        source: directory (absolute, or relative to the data directory) or hub id.
-        digest: SHA-256 of its weights, or the hub revision; part of a run's identity.
+        source: directory (absolute, or relative to the data directory), or hub id with
+            its revision, ``owner/name@revision``.
+        digest: SHA-256 of its files, tokenizer and config included, or the revision;
+            part of a run's identity.
     """
 
     source: str
@@ -184,7 +187,7 @@ def _description(value: Any) -> Any:
 def data_directory() -> Path:
     """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
     default = Path(__file__).resolve().parents[2] / "data"
-    return Path(os.environ.get("OPD_GEOMETRY_DATA", default))
+    return Path(os.environ.get("OPD_GEOMETRY_DATA") or default)
 
 
 def run_directory(run: Run) -> Path:
@@ -193,30 +196,38 @@ def run_directory(run: Run) -> Path:
 
 
 def stored(source: str | Path) -> Stored:
-    """Describe a checkpoint on disk by its place and the digest of its weights.
+    """Describe a checkpoint by its place and what stands there.
 
     Args:
-        source: a directory, relative to the data directory or absolute.
+        source: a directory, relative to the data directory or absolute, or a hub id
+            with its revision, ``owner/name@revision``.
 
     Raises:
-        ValueError: no safetensors there.
+        ValueError: no safetensors there, or a hub id without a revision.
     """
-    files = sorted((data_directory() / source).glob("*.safetensors"))
-    if not files:
+    directory = data_directory() / source
+    name, _, revision = str(source).partition("@")
+    if revision and not directory.exists():
+        return Stored(str(source), revision)
+    if not any(directory.glob("*.safetensors")):
         raise ValueError(
             f"no checkpoint at {source}: expected a directory with safetensors below "
-            f"{data_directory()}, or an absolute path"
+            f"{data_directory()}, an absolute path, or a hub id with its revision, "
+            f"{name}@REVISION"
         )
-    states = tuple((file, file.stat().st_mtime_ns) for file in files)
-    return Stored(str(source), _digest(states))
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    return Stored(
+        str(source), _digest(tuple((file, file.stat().st_mtime_ns) for file in files))
+    )
 
 
 @lru_cache
 def _digest(files: tuple[tuple[Path, int], ...]) -> str:
-    """SHA-256 of the files, read again only when one was modified."""
+    """SHA-256 of names and contents, read again only when a file was modified."""
     digest = hashlib.sha256()
     for file, _ in files:
-        digest.update(file.read_bytes())
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -287,16 +298,19 @@ def is_running(run: Run) -> bool:
 
 def progress(run: Run) -> dict[str, Any]:
     """What a run last said of itself: step, steps, accuracy, wall_seconds; or {}."""
-    for name in ("done.json", "progress.json"):
-        path = run_directory(run) / name
-        if path.is_file():
-            return dict(json.loads(path.read_text()))
-    return {}
+    directory = run_directory(run)
+    if (directory / "done.json").is_file():
+        return read_json(directory / "done.json", *SUMMARY)
+    try:
+        return read_json(directory / "progress.json", *SUMMARY)
+    except ValueError:  # not there yet, or damaged: it is for watching only
+        return {}
 
 
 def history(run: Run) -> list[dict[str, Any]]:
     """A finished run's per-step metrics and evaluations: step, metric, value."""
-    return list(json.loads((run_directory(run) / "history.json").read_text()))
+    records = read_json(run_directory(run) / "history.json", "records")["records"]
+    return list(records)
 
 
 def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -326,7 +340,8 @@ def _train(run: Run, directory: Path) -> None:
     (directory / "failed.json").unlink(missing_ok=True)
     write_json(directory / "run.json", dataclasses.asdict(run))
     model, tokenizer = starting_model(run)
-    if not checkpoint(run, 0).is_dir():
+    check_reads_tasks(tokenizer)
+    if not (checkpoint(run, 0) / "config.json").is_file():
         save_model(model, tokenizer, checkpoint(run, 0))
     optimizer = adamw(model, run.train.optimizer)
     state = _restore(run, directory, model, optimizer)
@@ -347,7 +362,7 @@ def _train(run: Run, directory: Path) -> None:
         if step in wanted or step % save_every == 0:
             _save_state(directory / "state.pt", model, optimizer, state)
         write_json(directory / "progress.json", _summary(run, state))
-    write_json(directory / "history.json", state["history"])
+    write_json(directory / "history.json", {"records": state["history"]})
     write_json(directory / "done.json", {**_summary(run, state), **provenance()})
     (directory / "state.pt").unlink(missing_ok=True)
 
@@ -477,6 +492,9 @@ def _records(step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:
     return [{"step": step, "metric": k, "value": v} for k, v in metrics.items()]
 
 
+SUMMARY = ("step", "steps", "accuracy", "wall_seconds")
+
+
 def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     """What a watcher wants to know."""
     recent = [
@@ -534,6 +552,26 @@ def write_json(path: Path, content: Any) -> None:
         draft.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What ``write_json`` wrote, if it is whole.
+
+    Args:
+        path: of a file in a run's directory.
+        keys: that the content must have.
+
+    Raises:
+        ValueError: one line naming the file, if it is missing, damaged or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {**content, **{key: content[key] for key in keys}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged, expected {', '.join(keys) or 'an object'}; "
+            f"remove {path.parent} to train that run anew"
+        ) from error
+
+
 def _clear_drafts(directory: Path) -> None:
     """Remove what a killed process left half-written; the caller holds the lock."""
     for draft in (*directory.glob(".*"), *directory.glob("checkpoints/.*")):
@@ -553,8 +591,8 @@ def clear_write_errors(place: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise ValueError(
-            f"cannot write below {place}: {reason}; free some space, "
-            "or name a writable folder in OPD_GEOMETRY_DATA"
+            f"cannot write below {place}: {reason}; make room there, or name a "
+            "writable folder in OPD_GEOMETRY_DATA"
         ) from error
 
 

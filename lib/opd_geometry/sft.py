@@ -17,7 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry import tasks
 from opd_geometry.losses import sft_loss
-from opd_geometry.optimizer import OptimizerConfig, learning_rate, set_learning_rate
+from opd_geometry.optimizer import (
+    OptimizerConfig,
+    check_finite,
+    learning_rate,
+    set_learning_rate,
+)
 
 _STREAM = 1  # separates this loop's random numbers from the policy loop's
 
@@ -78,6 +83,9 @@ def sft_steps(
 
     Yields:
         ``loss`` (nats a token), ``grad_norm`` (before clipping), ``learning_rate``.
+
+    Raises:
+        ValueError: a gradient that is not finite.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -100,12 +108,15 @@ def sft_steps(
             loss = sft_loss(logits, ids[:, 1:], mask, denominator=total)
             accelerator.backward(loss)
             loss_sum += loss.item()
-        norm = accelerator.clip_grad_norm_(
-            model.parameters(), config.optimizer.max_grad_norm
+        norm = float(
+            accelerator.clip_grad_norm_(
+                model.parameters(), config.optimizer.max_grad_norm
+            )
         )
+        check_finite(norm, step, rate)
         optimizer.step()
         optimizer.zero_grad()
-        yield {"loss": loss_sum, "grad_norm": float(norm), "learning_rate": rate}
+        yield {"loss": loss_sum, "grad_norm": norm, "learning_rate": rate}
 
 
 def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tens
 
     |b - a| > eta * max(|a|, |b|), a = bf16(w_before), b = bf16(w_after)
 
-    Neighbouring bf16 numbers are more than 2^-8 apart relative to the larger one,
+    Neighbouring bf16 numbers are at least 2^-8 apart relative to the larger one,
     so below that eta this says "the bf16 values differ", with 0 equal to -0.
 
     Args:
