@@ -63,6 +63,39 @@ def test_planted_rotation_and_growth_are_found() -> None:
     assert values["nss"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "rank"), [(64, 8, 1), (128, 16, 2), (4096, 512, 64)]
+)
+def test_ranks_are_those_of_the_paper_at_its_width(n: int, k: int, rank: int) -> None:
+    assert spectra.default_rank((n, 3 * n), measure.ANGLE_DIVISOR) == k
+    assert spectra.default_rank((n, 3 * n), measure.PRINCIPAL_DIVISOR) == rank
+
+
+def test_sides_turn_apart() -> None:
+    """Only the right subspace of a matrix that is not square turns, by 20 degrees."""
+    u, v = orthonormal(96, 4)[:, :64], orthonormal(64, 5)
+    s = torch.linspace(64, 1, 64, dtype=torch.float64)
+    angle, turned = math.radians(20), v.clone()
+    turned[:, 7] = math.cos(angle) * v[:, 7] + math.sin(angle) * v[:, 8]
+    turned[:, 8] = math.cos(angle) * v[:, 8] - math.sin(angle) * v[:, 7]
+    values = compare(reference(u * s @ v.T), u * s @ turned.T)
+    assert values["angle_left_max_deg"] < 1e-6
+    assert values["angle_right_max_deg"] == pytest.approx(20)
+    assert values["angle_right_mean_deg"] == pytest.approx(20 / 8)
+
+
+def test_stored_readout_rounds_both_sides() -> None:
+    """Between two bf16 numbers nothing is stored, so a common shift is rank one."""
+    w_before = torch.full((32, 32), 1 + 2**-10)  # stored as 1
+    step = torch.full((32, 32), 2**-7)  # the next bf16 number
+    values = compare(reference(w_before), w_before + step)
+    assert values["stable_rank_bf16"] == pytest.approx(1)
+    uneven = w_before + 2**-10 * torch.eye(32)  # both sides are stored as 1 ...
+    uneven[0, 0] += 0.5  # ... but for one entry
+    values = compare(reference(uneven.fill_diagonal_(1 + 2**-9)), uneven + step)
+    assert values["stable_rank_bf16"] == pytest.approx(1)
+
+
 def test_planted_delta_has_the_planted_numbers() -> None:
     u, v = orthonormal(64, 2), orthonormal(32, 3)
     s = torch.tensor([4.0, 2.0, 2.0, 1.0], dtype=torch.float64)
@@ -297,6 +330,47 @@ def test_run_that_never_moved_has_nan(copied: Path) -> None:
     assert (regions[regions["metric"] == "density"]["value"] == 0.0).all()
     assert regions[regions["metric"] != "density"]["value"].isna().all()
     assert "similarity_to_end" not in set(table["metric"])
+
+
+def test_map_is_of_the_middle_layer(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(4)]
+    paths = [tmp_path / f"{name}.safetensors" for name in ("before", "after")]
+    for seed, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(seed)
+        save_file({n: torch.randn(32, 32, generator=generator) for n in names}, path)
+    rows = measure.map_rows(list_matrices(paths[0]), paths[0], 5, paths[1], seed=0)
+    assert {row[1].partition("[")[0] for row in rows} == {names[2]}
+    assert len(rows) == 2 * 3 * 16 * 16
+    assert {row[4].startswith("null_") for row in rows} == {True, False}
+
+
+def test_damaged_kept_table_is_measured_again(copied: Path) -> None:
+    whole = measure.measure_run(OPD, RANK)
+    kept = measure.kept_table(OPD, RANK)
+    kept.write_bytes(kept.read_bytes()[:500])
+    assert not measure.is_measured(OPD, RANK)
+    pd.testing.assert_frame_equal(measure.measure_run(OPD, RANK), whole)
+    assert measure.is_measured(OPD, RANK)
+
+
+@pytest.mark.parametrize("content", ["", "run,arm\n1,2\n", "{]"])
+def test_damaged_provenance_is_named(content: str, data: Path) -> None:
+    path = measure.committed_path("smoke").with_suffix(".runs.csv")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"smoke\.runs\.csv is damaged"):
+        measure.committed_provenance("smoke")
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_listed_run_without_rows_is_an_error(copied: Path) -> None:
+    measure.commit("smoke", [OPD, RLVR])
+    path = measure.committed_path("smoke")
+    table = pd.read_parquet(path)
+    table[table["arm"] == "rlvr"].to_parquet(path)
+    assert len(measure.load("smoke", ["rlvr"], [0])[0]) > 0
+    with pytest.raises(ValueError, match="has no rows of run"):
+        measure.load("smoke", ["opd"], [0])
 
 
 def test_table_is_kept(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -12,12 +14,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
+from opd_geometry import models
 from opd_geometry.models import (
     ModelConfig,
     build_model,
     character_tokenizer,
+    check_reads_tasks,
     check_same_vocabulary,
     load_model,
     round_to_bfloat16,
@@ -314,3 +319,34 @@ def test_the_same_tokens_under_other_numbers_are_refused(stored: Path) -> None:
     _, swapped = load_model(stored)
     with pytest.raises(ValueError, match=r"token '1' is 3 for one and 4 for the other"):
         check_same_vocabulary(TOKENIZER, swapped)
+
+
+def test_revision_of_a_hub_id_reaches_both_downloads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def model(name: str, **options: Any) -> Any:
+        asked.append((name, options["revision"]))
+        return build_model(ModelConfig(32, 1, 16), 0), {"missing_keys": set()}
+
+    def tokenizer(name: str, **options: Any) -> Any:
+        asked.append((name, options["revision"]))
+        return character_tokenizer()
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", model)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", tokenizer)
+    load_model("owner/name@abc")
+    assert asked == [("owner/name", "abc")] * 2
+
+
+def test_tokenizer_without_a_character_of_the_tasks_is_refused() -> None:
+    whole = character_tokenizer()
+    check_reads_tasks(whole)
+    core = json.loads(whole.backend_tokenizer.to_str())
+    core["model"]["vocab"].pop("7")
+    lacking = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), pad_token="<pad>"
+    )
+    with pytest.raises(ValueError, match="cannot read '7'"):
+        check_reads_tasks(lacking)

@@ -497,3 +497,32 @@ def test_settings_that_make_no_sense_are_refused(
 def test_a_missing_teacher_is_noticed(config: PolicyConfig) -> None:
     with pytest.raises(ValueError, match="needs a teacher"):
         trained(config, teacher=None)
+
+
+# --- what reaches the loss --------------------------------------------------------
+
+
+def test_clips_and_temperature_reach_the_loss_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    policy_loss = losses.policy_loss
+
+    def watched(*arguments: Any, **named: Any) -> Tensor:
+        seen.append(arguments[5:7])
+        return policy_loss(*arguments, **named)
+
+    monkeypatch.setattr(losses, "policy_loss", watched)
+    trained(replace(OPD, steps=1, clip_low=0.1, clip_high=0.7))
+    assert seen == [(0.1, 0.7)]
+
+
+def test_the_teacher_is_asked_at_the_temperature_of_the_rollouts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Same model, same temperature: no gap. At another temperature there is one."""
+    pieces = spy(monkeypatch)
+    config = replace(OPD, steps=1, temperature=2.0)
+    _, (metrics,) = trained(config, teacher=tiny())
+    assert len(pieces) == 1
+    assert abs(metrics["gap"]) < 1e-5

@@ -26,6 +26,7 @@ from opd_geometry.models import (
 from opd_geometry.projection import leaked_energy
 from opd_geometry.runs import ProjectionConfig, Run, Stored
 from opd_geometry.spectra import singular_values, top_right_subspace
+from opd_geometry.tasks import BENCHMARKS
 
 
 @pytest.fixture
@@ -321,6 +322,35 @@ def test_update_projected_change_stays_in_its_subspace(
             assert leaked_energy(change, top_right_subspace(origin, 2)) < 1e-8
 
 
+def test_gradient_projected_change_leaks_out_of_its_subspace(copied: Path) -> None:
+    """Adam scales entries apart; only the update form stays inside (see above)."""
+    before, leaks = branch_state(OPD), []
+    for matrix in list_matrices(runs.checkpoint(PROJECTED)):
+        after = read_matrix(runs.checkpoint(PROJECTED), matrix.name)
+        origin = read_matrix(runs.checkpoint(OPD, 0), matrix.name)
+        early = read_matrix(runs.checkpoint(OPD, 2), matrix.name)
+        v = top_right_subspace(early.double() - origin.double(), 2)
+        leaks.append(leaked_energy(after - before[matrix.name], v))
+    assert max(leaks) > 1e-3
+
+
+def test_last_checkpoint_is_judged_on_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def accuracy(*_: object, samples: int = 2, temperature: float = 1.0) -> float:
+        asked.append((_[2], samples, temperature))
+        return 0.5
+
+    monkeypatch.setattr(runs.evaluation, "accuracy", accuracy)
+    assert set(runs._evaluate(OPD, None, None, 9)) == {"accuracy/chain"}
+    assert asked.pop() == ("chain", 2, 1.0)
+    scores = runs._evaluate(OPD, None, None, 10)
+    assert set(scores) == {*(f"accuracy/{b}" for b in BENCHMARKS), "greedy/chain"}
+    assert asked == [*((b, 4, 1.0) for b in BENCHMARKS), ("chain", 2, 0)]
+
+
 def test_projected_run_needs_the_state_of_its_branch(copied: Path) -> None:
     forget(PROJECTED)
     (runs.run_directory(OPD) / "branch.pt").unlink()
@@ -355,6 +385,57 @@ def test_truncated_or_missing_checkpoint(copied: Path, trained: Path) -> None:
     )
     Child(copied, runs.ensure, OPD).result()
     assert files_of(OPD, copied) == files_of(OPD, trained)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
+def test_damaged_records_are_named_or_ignored(content: str, copied: Path) -> None:
+    directory = runs.run_directory(OPD)
+    for name, reader in (("history.json", runs.history), ("done.json", runs.progress)):
+        (directory / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} is missing or damaged") as error:
+            reader(OPD)
+        assert str(directory) in one_line(error)
+    (directory / "done.json").unlink()
+    (directory / "progress.json").write_text(content)  # for watching only
+    assert runs.progress(OPD) == {}
+
+
+def test_weights_that_are_not_numbers_train_nothing(copied: Path) -> None:
+    model, tokenizer = load_model(runs.checkpoint(ANCHOR))
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = torch.nan
+    save_model(model, tokenizer, runs.checkpoint(ANCHOR))
+    with pytest.raises(ValueError, match="gradient's norm is nan") as error:
+        Child(copied, runs.ensure, Run("next", 0, children.LESSONS, ANCHOR)).result()
+    one_line(error)
+
+
+def test_tokenizer_and_config_are_part_of_what_is_stored(
+    data: Path, trained: Path
+) -> None:
+    source = trained / "runs" / ANCHOR.name / "checkpoints" / "step-000010"
+    shutil.copytree(source, data / "base")
+    digest = runs.stored("base").digest
+    for name in ("tokenizer.json", "config.json"):
+        path = data / "base" / name
+        before = path.read_text()
+        path.write_text(before.replace("1", "7", 1))
+        assert runs.stored("base").digest != digest
+        path.write_text(before)
+    assert runs.stored("base").digest == digest
+
+
+def test_hub_id_is_told_apart_by_its_revision(data: Path) -> None:
+    assert runs.stored("owner/name@abc") == Stored("owner/name@abc", "abc")
+    with pytest.raises(ValueError, match="@REVISION"):
+        runs.stored("owner/name")
+
+
+def test_empty_name_of_the_data_directory_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", "")
+    assert (runs.data_directory() / "checkpoints").is_dir()
 
 
 def test_damaged_state_is_named(copied: Path) -> None:

@@ -5,6 +5,7 @@ outputs under a name, for its own text and for other pages of the book.
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from opd_geometry.schedule import train_all
 from opd_geometry.statements import claim_of
 
 PARAMETERS = ("profile", "seeds", "source", "jobs")
+# What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
+KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
 VERDICT_MARKS = {
     "reproduced": "✓",
@@ -100,7 +103,7 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
 
 def _is_given(name: str, value: object) -> bool:
     """Whether a name in a fresh notebook can be a parameter that is not known."""
-    own = name.startswith("_") or name in ("In", "Out") or name in PARAMETERS
+    own = KERNEL_NAMES.fullmatch(name) is not None or name in PARAMETERS
     return not own and not callable(value) and not isinstance(value, ModuleType)
 
 

@@ -309,8 +309,12 @@ def claims(profile: str) -> None:
     """
     from opd_geometry import measure
     from opd_geometry.claims import claims_table, write_claims
+    from opd_geometry.profiles import PROFILES
     from opd_geometry.runs import data_directory
 
+    if profile not in PROFILES:
+        known = ", ".join(PROFILES)
+        raise ValueError(f"unknown profile {profile!r}; expected {known}")
     table = measure.committed(profile)
     if table.empty:
         raise ValueError(
@@ -378,10 +382,12 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     from opd_geometry import measure
     from opd_geometry.claims import claims_table, write_claims
     from opd_geometry.profiles import ARMS, parse_seeds
-    from opd_geometry.site import execute_chapter
+    from opd_geometry.site import execute_chapter, read_notebook
 
     root = repository()
     notebooks = _notebooks(root, ())
+    for notebook in notebooks:
+        read_notebook(notebook)  # a broken one must not cost the training first
     source = "scratch" if origin == "scratch" else "local"
     if code := _train(profile, _own_runs(profile, seeds, origin), jobs):
         return code
@@ -415,7 +421,13 @@ def site() -> int:
 
     root = repository()
     published = sorted((root / "book" / "chapters").glob("*.ipynb"))
-    banner = describe(COMMITTED[0], committed_provenance(COMMITTED[0]))
+    provenance = committed_provenance(COMMITTED[0])
+    if provenance.empty:
+        raise ValueError(
+            f"no committed measurements of profile {COMMITTED[0]}: a page has to say "
+            "where its numbers come from; take data/ from version control"
+        )
+    banner = describe(COMMITTED[0], provenance)
     return _build(root, "site", published, data_directory() / "claims.csv", banner)
 
 
@@ -472,8 +484,6 @@ def describe(profile: str, provenance: "pd.DataFrame") -> str:
         profile: its name.
         provenance: rows with seed and machine, and with source if of ``measure.load``.
     """
-    if provenance.empty:
-        return f"No measurements of profile {profile} are committed yet."
     seeds = ", ".join(str(seed) for seed in sorted(set(provenance["seed"])))
     said = f"Profile {profile}, seed {seeds}." if seeds.isdecimal() else ""
     said = said or f"Profile {profile}, seeds {seeds}."
@@ -493,15 +503,12 @@ def _build(
     root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
 ) -> int:
     """Stage, build and check a book under _build/NAME; the exit code."""
-    import shutil
-
     from opd_geometry.site import build_site, check_site, stage_site
 
     place = root / "_build" / name
     source = stage_site(root, place / "source", pages, banner)
-    if claims_csv.is_file():
-        (source / "data").mkdir(exist_ok=True)
-        shutil.copy(claims_csv, source / "data" / "claims.csv")
+    (source / "data").mkdir(exist_ok=True)
+    shutil.copy(claims_csv, source / "data" / "claims.csv")
     page = build_site(source, place / "html")
     problems = check_site(place / "html", source)
     for problem in problems:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from opd_geometry import spectra, updates
@@ -38,7 +41,7 @@ from opd_geometry.runs import (
 )
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-TABLE = 4  # raised when the same checkpoints would give another table
+TABLE = 5  # raised when the same checkpoints would give another table
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
 PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
 HILL_DIVISOR = 8  # the paper does not state its k
@@ -171,12 +174,25 @@ def compare_null(
     Returns:
         ``null_`` + metric to value.
     """
+    values = compare(before, null_weights(before, w_after, seed))
+    return {f"null_{name}": values[name] for name in NULL_METRICS}
+
+
+def null_weights(
+    before: Reference, w_after: Tensor, seed: int | tuple[int, ...]
+) -> Tensor:
+    """W_0 plus a Gaussian update of the same Frobenius norm, float64.
+
+    Args:
+        before, w_after, seed: as in ``compare_null``.
+    """
     state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0] >> 1))
-    delta = w_after.double() - before.w_before.double()
-    noise = updates.gaussian_null(delta, generator) if delta.any() else delta
-    values = compare(before, before.w_before.double() + noise)
-    return {f"null_{name}": values[name] for name in NULL_METRICS}
+    w_before = before.w_before.double()
+    delta = w_after.double() - w_before
+    return (
+        w_before + updates.gaussian_null(delta, generator) if delta.any() else w_after
+    )
 
 
 def measure_matrix(
@@ -208,7 +224,7 @@ def measure_matrix(
     rows = []
     for step, w_after in weights.items():
         values = compare(before, w_after)
-        values |= compare_null(before, w_after, (seed, zlib.crc32(name.encode()), step))
+        values |= compare_null(before, w_after, null_seed(seed, name, step))
         if step in subspaces and end in subspaces:
             values["similarity_to_end"] = spectra.subspace_similarity(
                 subspaces[step], subspaces[end]
@@ -216,6 +232,11 @@ def measure_matrix(
             values["null_similarity_to_end"] = rank / before.w_before.shape[1]
         rows += [(step, metric, value) for metric, value in values.items()]
     return rows
+
+
+def null_seed(seed: int, name: str, step: int) -> tuple[int, ...]:
+    """Seed of the null of one matrix at one step: no two share their noise."""
+    return seed, zlib.crc32(name.encode()), step
 
 
 def local_maps(before: Reference, w_after: Tensor) -> dict[str, Tensor]:
@@ -250,17 +271,21 @@ def local_maps(before: Reference, w_after: Tensor) -> dict[str, Tensor]:
 
 
 def map_rows(
-    matrices: list[Matrix], origin: Path, step: int, after: Path
+    matrices: list[Matrix], origin: Path, step: int, after: Path, seed: int
 ) -> list[tuple[int, str, str, int, str, float]]:
     """Rows of the local maps of one matrix: the middle layer's query projection.
 
-    A region is a row of role ``region`` and layer -1, named ``NAME[i,j]``.
+    A region is a row of role ``region`` and layer -1, named ``NAME[i,j]``; the maps of
+    the Gaussian null are those of the metrics with ``null_`` in front.
     """
     queries = [matrix for matrix in matrices if matrix.role == "q"]
     if not queries:
         return []
     name = queries[len(queries) // 2].name
-    maps = local_maps(reference(read_matrix(origin, name)), read_matrix(after, name))
+    before, w_after = reference(read_matrix(origin, name)), read_matrix(after, name)
+    noise = null_weights(before, w_after, null_seed(seed, name, step))
+    null = {f"null_{key}": value for key, value in local_maps(before, noise).items()}
+    maps = local_maps(before, w_after) | null
     return [
         (step, f"{name}[{i},{j}]", "region", -1, metric, float(values[i, j]))
         for metric, values in maps.items()
@@ -274,6 +299,15 @@ def kept_table(run: Run, rank: int) -> Path:
     return run_directory(run) / f"measurements-{TABLE}-k{rank}.parquet"
 
 
+def is_measured(run: Run, rank: int) -> bool:
+    """Whether a run's table is kept, and whole."""
+    try:
+        pq.read_metadata(kept_table(run, rank))
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
+
+
 def measure_run(run: Run, rank: int) -> pd.DataFrame:
     """The tidy table of one run, trained first if need be; kept beside it.
 
@@ -283,7 +317,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     """
     ensure(run)
     kept = kept_table(run, rank)
-    if kept.is_file():
+    if is_measured(run, rank):
         return pd.read_parquet(kept)
     first = 0 if run.branch is None else run.branch_step()
     steps = [step for step in run.checkpoint_steps() if step > first]
@@ -291,7 +325,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     rows: list[tuple[int, str, str, int, str, float]] = []
     with one_thread():
         matrices = list_matrices(paths[0])
-        rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]])
+        rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             values = measure_matrix(matrix.name, paths, rank, run.seed)
@@ -326,15 +360,35 @@ def committed(profile: str) -> pd.DataFrame:
     path = committed_path(profile)
     if not path.is_file():
         return pd.DataFrame(columns=COLUMNS)
-    return pd.read_parquet(path)
+    try:
+        return _with_columns(pd.read_parquet(path), COLUMNS, path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
 
 
 def committed_provenance(profile: str) -> pd.DataFrame:
     """One row a committed run: run, arm, seed, steps, seconds, versions, machine."""
     path = committed_path(profile).with_suffix(".runs.csv")
     if not path.is_file():
-        return pd.DataFrame(columns=["run", "arm", "seed", "wall_seconds", "machine"])
-    return pd.read_csv(path)
+        return pd.DataFrame(columns=PROVENANCE)
+    try:
+        return _with_columns(pd.read_csv(path), PROVENANCE, path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
+
+
+PROVENANCE = ["run", "arm", "seed", "steps", "wall_seconds", "machine"]
+RESTORE = "take it from version control, or commit the runs again"
+
+
+def _with_columns(table: pd.DataFrame, columns: list[str], path: Path) -> pd.DataFrame:
+    """The table, refused if it lacks a column."""
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise ValueError(
+            f"{path} is damaged: it has no column {', '.join(missing)}; {RESTORE}"
+        )
+    return table
 
 
 def provenance_of(run: Run) -> dict[str, object]:
@@ -365,7 +419,8 @@ def load(
         (``committed`` or ``this machine``).
 
     Raises:
-        ValueError: unknown profile, arm or source.
+        ValueError: unknown profile, arm or source, or committed files that do not
+            agree.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; expected {', '.join(SOURCES)}")
@@ -379,6 +434,12 @@ def load(
         local_first = source != "committed" and is_done(run)
         if key in on_shelf and not local_first:
             tables.append(shelf[shelf["run"] == key])
+            if tables[-1].empty:
+                raise ValueError(
+                    f"{committed_path(profile)} has no rows of run {key} "
+                    f"({run.arm}, seed {run.seed}), which is listed beside it; "
+                    f"{RESTORE}"
+                )
             row = shelf_rows[shelf_rows["run"] == key].iloc[0].to_dict()
             rows.append({**row, "source": "committed"})
         else:
@@ -404,16 +465,21 @@ def commit(profile: str, runs: Iterable[Run]) -> Path:
     path = committed_path(profile)
     fresh = pd.concat([measure_run(run, PROFILES[profile].rank) for run in runs])
     rows = pd.DataFrame([provenance_of(run) for run in runs])
+    listing = path.with_suffix(".runs.csv")
     with clear_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    table = _replace(committed(profile), fresh)
-    for column in ("run", "arm", "matrix", "role", "metric"):
-        table[column] = table[column].astype("category")
-    with clear_write_errors(path), replacing(path) as draft:
-        table.to_parquet(draft, index=False, compression="zstd")
-    listing = path.with_suffix(".runs.csv")
-    with clear_write_errors(listing), replacing(listing) as draft:
-        _replace(committed_provenance(profile), rows).to_csv(draft, index=False)
+        # both are whole before either takes its name; one commit at a time
+        with (
+            FileLock(path.with_suffix(".lock")),
+            replacing(path) as table_draft,
+            replacing(listing) as rows_draft,
+        ):
+            table = _replace(committed(profile), fresh)
+            for column in ("run", "arm", "matrix", "role", "metric"):
+                table[column] = table[column].astype("category")
+            table.to_parquet(table_draft, index=False, compression="zstd")
+            merged = _replace(committed_provenance(profile), rows)
+            merged.to_csv(rows_draft, index=False)
     return path
 
 

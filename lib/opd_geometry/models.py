@@ -157,8 +157,8 @@ def check_reads_tasks(tokenizer: PreTrainedTokenizerBase) -> None:
         ids = tokenizer(f"1{character}1", add_special_tokens=False)["input_ids"]
         if character not in tokenizer.decode(ids)[1:-1]:
             raise ValueError(
-                f"the tokenizer cannot read {character!r}, which the tasks use; expected "
-                "the tokenizer that the checkpoint was trained with"
+                f"the tokenizer cannot read {character!r}, which the tasks use; "
+                "expected the tokenizer that the checkpoint was trained with"
             )
 
 

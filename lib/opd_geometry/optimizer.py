@@ -95,7 +95,7 @@ def check_finite(grad_norm: float, step: int, rate: float) -> None:
     """
     if not math.isfinite(grad_norm):
         raise ValueError(
-            f"step {step}: the gradient's norm is {grad_norm} at learning rate {rate:g}, "
-            "expected a finite number; check the starting weights for NaN, or lower the "
-            "learning rate"
+            f"step {step}: the gradient's norm is {grad_norm} at learning rate "
+            f"{rate:g}, expected a finite number; check the starting weights for "
+            "NaN, or lower the learning rate"
         )

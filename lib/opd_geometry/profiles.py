@@ -214,16 +214,21 @@ def parse_seeds(text: str | int) -> list[int]:
     seeds: list[int] = []
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not all(map(_is_number, (first, last) if dash else (first,))):
             raise ValueError(f"seeds {text!r}: expected integers such as 3, 0,2 or 0-4")
-        span = range(int(first), int(last if dash else first) + 1)
-        if not 1 <= len(span) <= MOST_SEEDS:
+        low, high = int(first), int(last if dash else first)
+        if not 0 <= high - low < MOST_SEEDS:
             raise ValueError(
-                f"seeds {text!r}: {part.strip()} is a range of {len(span)} seeds; "
+                f"seeds {text!r}: {part.strip()} is a range of {high - low + 1} seeds; "
                 f"expected the smaller end first, and at most {MOST_SEEDS}"
             )
-        seeds += span
+        seeds += range(low, high + 1)
     return sorted(set(seeds))
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a seed: ASCII digits, of a length that NumPy takes."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
 def parse_arms(text: str) -> list[str]:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from opd_geometry.measure import committed_provenance, kept_table, measure_run
+from opd_geometry.measure import committed_provenance, is_measured, measure_run
 from opd_geometry.profiles import PROFILES
 from opd_geometry.runs import (
     Run,
@@ -36,6 +36,7 @@ from opd_geometry.runs import (
     is_running,
     one_thread,
     progress,
+    read_json,
     run_directory,
     write_json,
 )
@@ -129,8 +130,10 @@ def run_state(run: Run) -> str:
 
 def failure(run: Run) -> str:
     """The one-line reason why the run's last attempt failed; empty if it did not."""
-    path = run_directory(run) / "failed.json"
-    return str(json.loads(path.read_text())["reason"]) if path.is_file() else ""
+    try:
+        return str(read_json(run_directory(run) / "failed.json", "reason")["reason"])
+    except ValueError:  # it did not fail, or nobody can tell any more
+        return ""
 
 
 def first_step(run: Run) -> int:
@@ -170,9 +173,10 @@ def estimate(run: Run, timings: pd.DataFrame) -> float | None:
 def _local_seconds(run: Run) -> Iterator[float]:
     train = json.loads(json.dumps(asdict(run.train)))
     for path in data_directory().glob(f"runs/{run.arm}-s*/done.json"):
-        described = json.loads(path.with_name("run.json").read_text())
-        if described["arm"] == run.arm and described["train"] == train:
-            yield float(json.loads(path.read_text())["wall_seconds"])
+        with suppress(ValueError):  # another run's damaged file tells nothing
+            described = read_json(path.with_name("run.json"), "arm", "train")
+            if described["arm"] == run.arm and described["train"] == train:
+                yield float(read_json(path, "wall_seconds")["wall_seconds"])
 
 
 def priorities(rows: Iterable[Row]) -> dict[Run, float]:
@@ -275,7 +279,7 @@ def train_all(
 
 def is_finished(run: Run, rank: int | None) -> bool:
     """Whether nothing is left to do: trained, and measured if a rank is given."""
-    return is_done(run) and (rank is None or kept_table(run, rank).is_file())
+    return is_done(run) and (rank is None or is_measured(run, rank))
 
 
 # --- workers ---------------------------------------------------------------------

@@ -74,7 +74,7 @@ def execute_chapter(
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     from papermill.exceptions import PapermillException, PapermillExecutionError
 
-    if not any("parameters" in _tags(c) for c in _read_notebook(notebook).cells):
+    if not any("parameters" in _tags(c) for c in read_notebook(notebook).cells):
         raise ValueError(
             f"{notebook.name} has no cell tagged 'parameters': tag the cell with "
             "the defaults"
@@ -161,9 +161,16 @@ def _reject_unfinished(executed: NotebookNode, name: str) -> None:
             )
 
 
-def _read_notebook(path: Path) -> NotebookNode:
+def read_notebook(path: Path) -> NotebookNode:
+    """A notebook from a file.
+
+    Raises:
+        ValueError: no such file, or it is no valid notebook.
+    """
     try:
-        return nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        return notebook
     except FileNotFoundError:
         raise ValueError(f"no notebook at {path}: give one of notebooks/") from None
     except Exception as error:  # nbformat raises many kinds for a damaged file
@@ -171,7 +178,7 @@ def _read_notebook(path: Path) -> NotebookNode:
 
 
 def _tags(cell: NotebookNode) -> list[str]:
-    return list(cell.metadata.get("tags", []))
+    return list(cell.metadata.get("tags") or [])
 
 
 def _first_line(error: object) -> str:
@@ -221,14 +228,43 @@ def stage_site(
     for chapter in chapters:
         shutil.copy(chapter, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
-    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf8"))
+    config = read_config(root / "_config.yml")
     config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
     (fresh / "_config.yml").write_text(
         yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf8"
     )
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(fresh, target)
+    _replace_folder(fresh, target)
     return target
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of Jupyter Book.
+
+    Raises:
+        ValueError: no YAML, or not a table of settings with a table ``html``.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} is no YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("html", {}), dict):
+        raise ValueError(f"{path}: expected settings, and settings below html")
+    return config
+
+
+def _replace_folder(fresh: Path, target: Path) -> None:
+    """Give a finished folder its name; what had it goes only after it has lost it.
+
+    Killed in between, this leaves no folder of that name, never half of one.
+    """
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def build_site(source: Path, out: Path) -> Path:
@@ -273,8 +309,7 @@ def build_site(source: Path, out: Path) -> Path:
         ]
         first = said[0].replace(f"{source.resolve()}{os.sep}", "") if said else "?"
         raise ValueError(f"the book does not build: {first} (all of it: {log})")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(built, out)
+    _replace_folder(built, out)
     shutil.rmtree(work)
     return out / "index.html"
 
