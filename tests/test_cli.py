@@ -44,6 +44,7 @@ def test_commands_are_known() -> None:
         "commit",
         "checkpoints",
         "claims",
+        "report",
         "chapters",
         "book",
         "site",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from opd_geometry import cli_report
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -63,6 +65,9 @@ def commands() -> None:
       opd-geometry run --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry book
     """
+
+
+commands.add_command(cli_report.report)
 
 
 # --- options ---------------------------------------------------------------------

@@ -89,9 +89,9 @@ def leading_right(delta: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Up to a smaller side of ``EXACT_SIDE`` from the eigenvectors of the smaller Gram
     matrix in float64; beyond it by randomised subspace iteration with k + 8 further
-    directions, whose error falls with (s_{2k + 8} / s_i)^(2 ``ITERATIONS`` + 1): below
-    1e-6 where the spectrum halves over these directions, and some per cent of the
-    subspace where it is flat, as that of noise is.
+    directions. Against the full SVD at 1024 x 1024 and k = 16, errors of s_1 and Sim_K
+    of the subspaces: stable rank 8: 5e-7 and 1 - 4e-7; 63: 7e-7 and 0.9993; noise
+    (stable rank 254), whose subspace means nothing: 4e-3 and 0.78.
 
     Args:
         delta: (n_rows, n_cols), finite, not zero.
