@@ -13,6 +13,8 @@ from torch import Tensor
 # How far from orthonormal a basis may be: float32 storage leaves about 1e-6,
 # handing over the wrong matrix (vh for v, an unnormalised basis) about 1.
 ORTHONORMAL_TOLERANCE = 1e-4
+# Below this a basis is used as it is: its angles are off by less than 1e-9 degrees.
+ORTHONORMAL_ALREADY = 1e-11
 
 
 def finite_float64(tensor: Tensor, name: str) -> Tensor:
@@ -155,6 +157,8 @@ def _orthonormal(basis: Tensor, name: str) -> Tensor:
             f"{float(gram_error):.1e}, expected at most {ORTHONORMAL_TOLERANCE:.0e}; "
             "pass u[:, :k] or vh[:k].T of an SVD"
         )
+    if float(gram_error) < ORTHONORMAL_ALREADY:
+        return columns
     # A basis that was stored in float32 is orthonormal to 1e-7 only, which would
     # be read as an angle of 1e-5 degrees.
     return torch.linalg.qr(columns).Q
