@@ -92,6 +92,9 @@ class Settings:
         return max(2, _rank(self.hill_k, shape, HILL_DIVISOR))
 
 
+DEFAULTS = Settings()
+
+
 def _rank(asked: int | None, shape: tuple[int, ...], divisor: int) -> int:
     return min(asked or spectra.default_rank(shape, divisor), *shape)
 
@@ -106,7 +109,7 @@ class Reference:
     """
 
     w_before: Tensor
-    settings: Settings = Settings()
+    settings: Settings = DEFAULTS
 
     @cached_property
     def decomposition(self) -> Decomposition:
@@ -147,7 +150,7 @@ class Reference:
         return updates.norm(self.w_before)
 
 
-def reference(w_before: Tensor, settings: Settings = Settings()) -> Reference:
+def reference(w_before: Tensor, settings: Settings = DEFAULTS) -> Reference:
     """W_0, to compare later checkpoints with.
 
     Args:

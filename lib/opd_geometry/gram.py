@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -86,20 +87,85 @@ def leading_values(w: Tensor, top: int) -> Tensor:
         top: how many, from 1 to min(w.shape).
 
     Returns:
-        (top,) float64, descending, each within 1e-9 of itself and, where the matrix
-        is of lower rank, with rounding in place of zeros.
+        (top,) or more, float64, descending, each within 1e-9 of itself; in a matrix
+        of lower rank, rounding stands in place of the zeros.
 
     Raises:
         ValueError: not a finite floating-point matrix, or top out of range.
     """
     check_rank(top, w.shape, "top")
     if min(w.shape) > DIRECT_SIDE:
-        squares = torch.linalg.eigvalsh(gram(w), UPLO="U").flip(0)[:top]
-        # An error of 1e-14 s_1^2 in the square is one of 1e-9 in a value that
-        # stands at least this far above it.
-        if float(squares[-1]) > 1e-5 * float(squares[0]):
-            return squares.sqrt()
-    return torch.linalg.svdvals(finite_matrix(w, "w"))[:top]
+        squares = _eigenvalues(gram(w))
+        if _well_above_rounding(squares, top):
+            return squares[:top].sqrt()
+    return torch.linalg.svdvals(finite_matrix(w, "w"))
+
+
+def leading_right(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor | None]:
+    """The largest singular values and the top-k right subspace, k much below top.
+
+    Args:
+        w: (n_rows, n_cols), any floating dtype.
+        top: how many values, from k to min(w.shape).
+        k: dimension of the subspace, at least 1.
+
+    Returns:
+        Values as `leading_values`; (n_cols, k) float64 with orthonormal columns, None
+        where the matrix is of a rank below k.
+
+    Raises:
+        ValueError: not a finite floating-point matrix, or top or k out of range.
+
+    Source: arXiv:2606.07082 Fig. 5.
+    """
+    check_rank(top, w.shape, "top")
+    check_rank(k, (top,))
+    if min(w.shape) > DIRECT_SIDE:
+        products = gram(w)
+        squares = _eigenvalues(products)
+        if _well_above_rounding(squares, top):
+            right = _iterated_right(_tall(w) is w, w, products, squares, k)
+            if right is not None:
+                return squares[:top].sqrt(), right
+    _, s, vh = svd(w)
+    floor = float(s[0]) * max(w.shape) * EPS
+    return s, vh[:k].T.contiguous() if int((s > floor).sum()) >= k else None
+
+
+def _eigenvalues(upper: Tensor) -> Tensor:
+    """Descending, of a symmetric matrix given by its upper triangle."""
+    return torch.linalg.eigvalsh(upper, UPLO="U").flip(0)
+
+
+def _well_above_rounding(squares: Tensor, top: int) -> bool:
+    """Whether rounding, 1e-14 s_1^2, moves no value down to s_top by 1e-9 of itself."""
+    return float(squares[top - 1]) > 1e-5 * float(squares[0])
+
+
+def _iterated_right(
+    tall: bool, w: Tensor, upper: Tensor, squares: Tensor, k: int
+) -> Tensor | None:
+    """Top-k right vectors by Lanczos iteration; None where they are not certain.
+
+    The iteration is checked against the eigenvalues, which are all known, so it cannot
+    have missed one.
+    """
+    symmetric = upper.triu() + upper.triu(1).T
+    start = np.random.default_rng(0).standard_normal(len(squares))
+    try:
+        _, found = scipy.sparse.linalg.eigsh(symmetric.numpy(), k, v0=start, tol=0)
+    except scipy.sparse.linalg.ArpackError:
+        return None
+    inner = torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(found[:, ::-1]))).Q
+    images = symmetric @ inner
+    lengths = (inner * images).sum(0).clamp_min(0.0).sqrt()
+    if float((lengths**2 - squares[:k]).abs().max()) > ROUNDING * float(squares[0]):
+        return None
+    residuals = images - inner * lengths**2
+    error = _subspace_error_deg(residuals, lengths, squares.clamp_min(0.0).sqrt())
+    if error > ANGLE_ERROR_DEG:
+        return None
+    return inner if tall else torch.linalg.qr(w.T.double() @ inner).Q
 
 
 def gram(w: Tensor) -> Tensor:
