@@ -38,11 +38,16 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(CHUNK_ENTRIES) for tensor in flat), strict=True)
 
 
-def _magnitudes(w: Tensor) -> np.ndarray:
-    """Integers in the order of |w|, flat; for finite entries one to one."""
+def _bits(w: Tensor) -> np.ndarray:
+    """The stored bits as integers, flat; a view where w is contiguous."""
     integers, _ = BITS[w.dtype]
-    bits = w.detach().to("cpu").reshape(-1).view(integers).numpy()
-    return bits & np.array(torch.iinfo(integers).max, bits.dtype)
+    bits: np.ndarray = w.detach().to("cpu").reshape(-1).view(integers).numpy()
+    return bits
+
+
+def _magnitudes(bits: np.ndarray) -> np.ndarray:
+    """Integers in the order of |w|; for finite entries one to one."""
+    return bits & np.array(np.iinfo(bits.dtype).max, bits.dtype)
 
 
 def count_nonfinite(w: Tensor) -> tuple[int, int]:
@@ -60,48 +65,44 @@ def count_nonfinite(w: Tensor) -> tuple[int, int]:
     infinity = BITS[w.dtype][1]
     n_nan = n_inf = 0
     for (chunk,) in _chunks(w):
-        magnitudes = _magnitudes(chunk)
+        magnitudes = _magnitudes(_bits(chunk))
         if int(magnitudes.max()) >= infinity:
             n_nan += int(np.count_nonzero(magnitudes > infinity))
             n_inf += int(np.count_nonzero(magnitudes == infinity))
     return n_nan, n_inf
 
 
-def _bf16_bits(w: Tensor, name: str) -> np.ndarray:
-    """Bits of the bf16 cast of a finite chunk."""
+def _bf16_bits(w: Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of the bf16 cast of a finite chunk, and those without the sign."""
     cast = w.to(torch.bfloat16)
-    if cast.numel() and int(_magnitudes(cast).max()) >= BITS[torch.bfloat16][1]:
+    bits = _bits(cast)
+    magnitudes = _magnitudes(bits)
+    if int(magnitudes.max()) >= BITS[torch.bfloat16][1]:
         finite_float64(w, name)  # its message tells NaN from what bf16 cannot hold
         finite_float64(cast, f"{name} cast to bf16")
-    return cast.view(torch.int16).numpy()
+    return bits, magnitudes
 
 
-def _visible(before: np.ndarray, after: np.ndarray, eta: float) -> np.ndarray:
-    """`visible_update` of the bits of two chunks."""
+def _visible(before: Tensor, after: Tensor, eta: float, out: np.ndarray) -> None:
+    """`visible_update` of two chunks, into a flat boolean array."""
+    a, magnitudes = _bf16_bits(before, "w_before")
+    b, _ = _bf16_bits(after, "w_after")
     if eta >= BF16_STEP:
-        a, b = (
-            torch.from_numpy(bits).view(torch.bfloat16).double()
-            for bits in (before, after)
-        )
-        return ((b - a).abs() > eta * torch.maximum(a.abs(), b.abs())).numpy()
-    changed: np.ndarray = before != after
-    opposite = np.flatnonzero((before ^ after) == SIGN_16)
-    zeros = opposite[(before[opposite] & ~SIGN_16) == 0]  # 0 against -0
-    changed[zeros] = False
-    return changed
+        x, y = (torch.from_numpy(v).view(torch.bfloat16).double() for v in (a, b))
+        out[:] = ((y - x).abs() > eta * torch.maximum(x.abs(), y.abs())).numpy()
+        return
+    np.not_equal(a, b, out=out)
+    if int(magnitudes.min()) == 0:
+        out[(magnitudes == 0) & ((a ^ b) == SIGN_16)] = False  # 0 against -0
 
 
-def _visible_chunks(w_before: Tensor, w_after: Tensor, eta: float) -> Iterator:
+def _check_comparable(w_before: Tensor, w_after: Tensor, eta: float) -> None:
     if not 0.0 <= eta < 1.0:
         raise ValueError(f"eta = {eta!r}, expected 0 <= eta < 1; the paper uses 1e-3")
     check_same_shape(w_before, w_after, ("w_before", "w_after"))
     for name, w in (("w_before", w_before), ("w_after", w_after)):
         if not w.is_floating_point() or w.numel() == 0:
             finite_float64(w, name)
-    return (
-        _visible(_bf16_bits(a, "w_before"), _bf16_bits(b, "w_after"), eta)
-        for a, b in _chunks(w_before, w_after)
-    )
 
 
 def count_visible(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> int:
@@ -113,8 +114,13 @@ def count_visible(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> int:
     Raises:
         ValueError: as `visible_update`.
     """
-    chunks = _visible_chunks(w_before, w_after, eta)
-    return sum(int(np.count_nonzero(chunk)) for chunk in chunks)
+    _check_comparable(w_before, w_after, eta)
+    buffer, count = np.empty(CHUNK_ENTRIES, bool), 0
+    for before, after in _chunks(w_before, w_after):
+        changed = buffer[: before.numel()]
+        _visible(before, after, eta, changed)
+        count += int(np.count_nonzero(changed))
+    return count
 
 
 def difference_norm(w_before: Tensor, w_after: Tensor) -> float:
@@ -187,11 +193,12 @@ def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tens
     >>> visible_update(torch.tensor([1.0, 1.0]), torch.tensor([1.001, 1.01])).tolist()
     [False, True]
     """
+    _check_comparable(w_before, w_after, eta)
     mask = torch.empty(w_before.shape, dtype=torch.bool)
-    flat, start = mask.view(-1).numpy(), 0
-    for chunk in _visible_chunks(w_before, w_after, eta):
-        flat[start : start + len(chunk)] = chunk
-        start += len(chunk)
+    flat = mask.view(-1).numpy().reshape(-1)
+    for i, (before, after) in enumerate(_chunks(w_before, w_after)):
+        start = i * CHUNK_ENTRIES
+        _visible(before, after, eta, flat[start : start + before.numel()])
     return mask
 
 
@@ -222,41 +229,68 @@ def update_sparsity(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> flo
     return (w_before.numel() - n_visible) / w_before.numel()
 
 
-def _lowest_share(keys: np.ndarray, alpha: float) -> np.ndarray:
-    """Mask of the round(alpha * size) lowest keys; ties go to lower indices.
+def _share(bits: np.ndarray, alpha: float, largest: bool) -> np.ndarray:
+    """Mask of the round(alpha * size) smallest or largest magnitudes, in one pass.
 
-    A threshold (`keys <= quantile`) takes a whole run of ties or none of it, and
-    bf16 weights are full of ties; `torch.quantile` also stops at 16 M entries.
+    Ties go to lower indices. A threshold (`magnitudes <= quantile`) takes a whole run
+    of ties or none of it, and bf16 weights are full of ties; `torch.quantile` also
+    stops at 16 M entries.
+
+    A sample says between which two magnitudes the threshold must lie. What is lower is
+    taken at once, the few in between are sorted; should the sample mislead, all are.
     """
     if not 0.0 < alpha <= 1.0:
         raise ValueError(f"alpha = {alpha!r}, expected 0 < alpha <= 1; try 0.5")
-    count = round(alpha * keys.size)
+    mask = np.zeros(bits.size, bool)
+    count = round(alpha * bits.size)
     if count == 0:
-        return np.zeros(keys.size, bool)
-    threshold = _nth_lowest(keys, count)
-    mask = keys < threshold
-    tied = np.flatnonzero(keys == threshold)
-    mask[tied[: count - np.count_nonzero(mask)]] = True
+        return mask
+    low, high = _bracket(bits, alpha, largest)
+    n_lower, places, keys = _below(bits, low, high, largest, mask)
+    if not n_lower < count <= n_lower + keys.size:
+        mask[:] = False
+        n_lower, places, keys = 0, np.arange(bits.size), _keys(bits, largest)
+    threshold = np.partition(keys, count - n_lower - 1)[count - n_lower - 1]
+    lower = places[keys < threshold]
+    mask[lower] = True
+    mask[places[keys == threshold][: count - n_lower - lower.size]] = True
     return mask
 
 
-def _nth_lowest(keys: np.ndarray, n: int) -> np.generic:
-    """The n-th lowest key, n from 1: exact, in about two passes over the keys.
+def _bracket(
+    bits: np.ndarray, alpha: float, largest: bool
+) -> tuple[np.integer, np.integer]:
+    """Two keys that the alpha quantile of all lies between, almost surely."""
+    # Random places: a stride would meet the same columns again and again.
+    places = np.random.default_rng(0).integers(bits.size, size=SAMPLE)
+    sample = np.sort(_keys(bits[places], largest))
+    margin = 2.0 * len(sample) ** 0.5  # four standard deviations at the median
+    place, last = alpha * len(sample), len(sample) - 1
+    return sample[int(max(0, place - margin))], sample[int(min(last, place + margin))]
 
-    A sample says between which two keys it must lie; the few in between are sorted.
-    Should the sample mislead, all are.
-    """
-    sample = np.sort(keys[:: max(1, keys.size // SAMPLE)])
-    place = n / keys.size * len(sample)
-    margin = 3.0 * len(sample) ** 0.5  # six standard deviations at the median
-    low = sample[int(max(0, place - margin))]
-    high = sample[int(min(len(sample) - 1, place + margin))]
-    n_below = np.count_nonzero(keys < low)
-    inside = keys[(keys >= low) & (keys <= high)]
-    rank = n - n_below - 1
-    if 0 <= rank < inside.size:
-        return np.partition(inside, rank)[rank]
-    return np.partition(keys, n - 1)[n - 1]
+
+def _below(
+    bits: np.ndarray, low: np.integer, high: np.integer, largest: bool, mask: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Mark keys below low; their number, places of those up to high, and their keys."""
+    unsigned = np.dtype(f"u{bits.dtype.itemsize}")
+    width = np.array(int(high) - int(low), unsigned)
+    n_lower, places, keys = 0, [], []
+    for start in range(0, bits.size, CHUNK_ENTRIES):
+        part = _keys(bits[start : start + CHUNK_ENTRIES], largest)
+        lower = np.less(part, low, out=mask[start : start + CHUNK_ENTRIES])
+        n_lower += int(np.count_nonzero(lower))
+        # One comparison instead of two: what is lower wraps round to the top.
+        within = np.flatnonzero((part - low).view(unsigned) <= width)
+        places.append(within + start)
+        keys.append(part[within])
+    return n_lower, np.concatenate(places), np.concatenate(keys)
+
+
+def _keys(bits: np.ndarray, largest: bool) -> np.ndarray:
+    """Integers whose lowest are the smallest magnitudes, or the largest."""
+    keys = _magnitudes(bits)
+    return np.invert(keys, out=keys) if largest else keys
 
 
 def principal_mask(w_before: Tensor, rank: int, alpha: float = 0.5) -> Tensor:
@@ -303,8 +337,7 @@ def reconstruction_mask(
     Raises:
         ValueError: alpha out of range.
     """
-    keys = _magnitudes((left * s) @ right.T)
-    mask = _lowest_share(np.invert(keys, out=keys), alpha)
+    mask = _share(_bits((left * s) @ right.T), alpha, largest=True)
     return torch.from_numpy(mask).reshape(left.shape[0], right.shape[0])
 
 
@@ -335,7 +368,7 @@ def low_magnitude_mask(w_before: Tensor, alpha: float = 0.5) -> Tensor:
         or any(count_nonfinite(w_before))
     ):
         w_before = finite_float64(w_before, "w_before")
-    mask = _lowest_share(_magnitudes(w_before), alpha)
+    mask = _share(_bits(w_before), alpha, largest=False)
     return torch.from_numpy(mask).reshape(w_before.shape)
 
 
