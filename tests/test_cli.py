@@ -47,6 +47,8 @@ def test_commands_are_known() -> None:
         "chapters",
         "book",
         "site",
+        "measure",
+        "trajectory",
     }
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 # Second copies in another layout, and files of other models below this one.
 UNWANTED = ["consolidated*", "*/*"]
