@@ -15,7 +15,7 @@ import torch
 from records import record, seconds
 from torch import Tensor
 
-from opd_geometry import comparison, pairs, updates
+from opd_geometry import bits, comparison, pairs, updates
 from opd_geometry.printing import print_table
 
 SIZES = "1024x1024,2048x2048,4096x4096,1024x4096,4096x12288"
@@ -162,9 +162,9 @@ def bandwidth(rows: int, cols: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         "copy": (copy, 2),
         "sparsity": (lambda: updates.count_visible(before, after), 2),
         "update_mask": (lambda: updates.visible_update(before, after), 2),
-        "norm_of_update": (lambda: updates.difference_norm(before, after), 2),
-        "norm": (lambda: updates.norm(before), 1),
-        "nonfinite": (lambda: updates.count_nonfinite(before), 1),
+        "norm_of_update": (lambda: bits.difference_norm(before, after), 2),
+        "norm": (lambda: bits.norm(before), 1),
+        "nonfinite": (lambda: bits.count_nonfinite(before), 1),
         "low_magnitude_mask": (lambda: updates.low_magnitude_mask(before), 1),
     }
     copy()

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from opd_geometry import comparison, gram, updates
+from opd_geometry import bits, comparison, gram
 from opd_geometry.comparison import METRICS, Settings, compare, reference
 
 
@@ -154,7 +154,7 @@ def test_null_has_the_norm_of_the_update() -> None:
     before = weights(300, 290, dtype=torch.bfloat16)
     after = changed(before)
     null = comparison.null_weights(reference(before), after, 3)
-    size = updates.difference_norm(before, after)
-    assert updates.difference_norm(before, null) == pytest.approx(size, rel=1e-12)
+    size = bits.difference_norm(before, after)
+    assert bits.difference_norm(before, null) == pytest.approx(size, rel=1e-12)
     assert torch.equal(null, comparison.null_weights(reference(before), after, 3))
     assert not torch.equal(null, comparison.null_weights(reference(before), after, 4))

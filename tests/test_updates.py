@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_geometry import spectra, updates
+from opd_geometry import bits, spectra, updates
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -331,10 +331,10 @@ def test_bad_input_is_refused_in_one_line(call, message):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_of_what_is_not_finite(dtype):
     w = gaussian(300, 301).to(dtype)
-    assert updates.count_nonfinite(w) == (0, 0)
+    assert bits.count_nonfinite(w) == (0, 0)
     w[0, 0], w[-1, -1], w[150, 7] = math.nan, math.nan, -math.inf
-    assert updates.count_nonfinite(w) == (2, 1)
-    assert updates.count_nonfinite(w.T) == (2, 1)
+    assert bits.count_nonfinite(w) == (2, 1)
+    assert bits.count_nonfinite(w.T) == (2, 1)
 
 
 @pytest.mark.parametrize("dtypes", [(DTYPES[0], DTYPES[0]), (DTYPES[2], DTYPES[3])])
@@ -342,9 +342,9 @@ def test_norms_are_torchs(dtypes):
     before, after = gaussian(300, 301).to(dtypes[0]), gaussian(300, 301, seed=1)
     after = after.to(dtypes[1])
     expected = float((after.double() - before.double()).norm())
-    assert updates.difference_norm(before, after) == pytest.approx(expected, rel=1e-12)
+    assert bits.difference_norm(before, after) == pytest.approx(expected, rel=1e-12)
     size = float(before.double().norm())
-    assert updates.norm(before.T) == pytest.approx(size, rel=1e-12)
+    assert bits.norm(before.T) == pytest.approx(size, rel=1e-12)
 
 
 def test_count_is_that_of_the_mask_over_many_chunks():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry import gram, spectra, updates
+from opd_geometry import bits, gram, spectra, updates
 from opd_geometry.gram import Decomposition
 
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
@@ -147,7 +147,7 @@ class Reference:
     @cached_property
     def norm(self) -> float:
         """Frobenius norm."""
-        return updates.norm(self.w_before)
+        return bits.norm(self.w_before)
 
 
 def reference(w_before: Tensor, settings: Settings = DEFAULTS) -> Reference:
@@ -160,13 +160,13 @@ def reference(w_before: Tensor, settings: Settings = DEFAULTS) -> Reference:
     Raises:
         ValueError: not a finite floating-point matrix.
     """
-    if w_before.ndim != 2 or w_before.dtype not in updates.BITS or _damaged(w_before):
+    if w_before.ndim != 2 or w_before.dtype not in bits.BITS or _damaged(w_before):
         spectra.finite_matrix(w_before, "w_before")
     return Reference(w_before, settings)
 
 
 def _damaged(w: Tensor) -> bool:
-    return w.numel() == 0 or any(updates.count_nonfinite(w))
+    return w.numel() == 0 or any(bits.count_nonfinite(w))
 
 
 def compare(
@@ -193,9 +193,9 @@ def compare(
     unknown = sorted({*names} - {*METRICS, *ANGLE_QUALITY})
     if unknown:
         raise ValueError(f"unknown metrics {unknown}, expected some of {METRICS}")
-    if w_after.dtype not in updates.BITS or _damaged(w_after):
+    if w_after.dtype not in bits.BITS or _damaged(w_after):
         spectra.finite_matrix(w_after, "w_after")
-    norm = updates.difference_norm(before.w_before, w_after)
+    norm = bits.difference_norm(before.w_before, w_after)
     values = {"sparsity": 1.0, "density": 0.0, "frobenius_norm": 0.0}
     if norm > 0.0:  # else a run that never stepped (RLVR without reward variance)
         wanted = set(names)
@@ -258,12 +258,18 @@ def _spread(
     """How many directions the update has."""
     values: dict[str, float] = {}
     if wanted & {"stable_rank", "hill_alpha"}:
-        delta = w_after.double() - before.w_before.double()
+        delta = difference(before.w_before, w_after)
         values |= spread(delta, norm, before.settings.hill_rank(delta.shape))
     if "stable_rank_bf16" in wanted:
         stored = w_after.bfloat16().double() - before.w_before.bfloat16().double()
         values["stable_rank_bf16"] = defined(spectra.stable_rank, stored)
     return values
+
+
+def difference(w_before: Tensor, w_after: Tensor) -> Tensor:
+    """w_after - w_before in float64, exact where both are stored in less."""
+    spectra.check_same_shape(w_before, w_after, ("w_before", "w_after"))
+    return w_after.to(torch.float64, copy=True).sub_(w_before)
 
 
 def spread(delta: Tensor, norm: float, hill_k: int) -> dict[str, float]:
@@ -322,7 +328,7 @@ def null_weights(
     Args:
         before, w_after, seed: as in ``compare_null``.
     """
-    norm = updates.difference_norm(before.w_before, w_after)
+    norm = bits.difference_norm(before.w_before, w_after)
     if norm == 0.0:
         return w_after
     state = np.random.SeedSequence(seed).generate_state(1, np.uint64)

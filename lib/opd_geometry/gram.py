@@ -19,6 +19,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from opd_geometry.bits import BITS, count_nonfinite
 from opd_geometry.spectra import check_rank, finite_matrix, svd
 
 ANGLE_ERROR_DEG = 1e-6  # a larger bound is not accepted from a Gram matrix
@@ -30,6 +31,9 @@ CHUNK_ENTRIES = 2**24  # converted to float64 at a time, 128 MiB
 BLOCK = 512  # columns of the Gram matrix at a time: only its upper half is computed
 ROUNDING = 100 * torch.finfo(torch.float64).eps  # of eigenvalues, relative to s_1^2
 EPS = torch.finfo(torch.float64).eps
+INDEPENDENT = (
+    1e-3  # largest cosine between eigenvectors before they are orthonormalised
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,32 @@ class Decomposition:
     def gap(self) -> float:
         """(s_k - s_{k+1}) / s_1, from 0 to 1; nothing lies below the last value."""
         return _gap(self.spectrum, self.left.shape[1])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A matrix with at least as many rows as columns, to be read in float64.
+
+    What fits into one chunk is converted once, all else whenever it is read.
+    """
+
+    tall: Tensor
+    transposed: bool
+
+    @staticmethod
+    def of(w: Tensor) -> "_Rows":
+        """Of any matrix; NaN and inf are refused."""
+        transposed = w.shape[0] < w.shape[1]
+        if w.numel() <= CHUNK_ENTRIES:
+            w = finite_matrix(w, "w")
+        elif w.dtype not in BITS or any(count_nonfinite(w)):
+            finite_matrix(w, "w")
+        return _Rows(w.T if transposed else w, transposed)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Row blocks in float64."""
+        for chunk in self.tall.split(max(1, CHUNK_ENTRIES // self.tall.shape[1])):
+            yield chunk.to(torch.float64)
 
 
 def decompose(w: Tensor, k: int) -> Decomposition:
@@ -121,10 +151,11 @@ def leading_right(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor | None]:
     check_rank(top, w.shape, "top")
     check_rank(k, (top,))
     if min(w.shape) > DIRECT_SIDE:
-        products = gram(w)
+        rows = _Rows.of(w)
+        products = _products(rows)
         squares = _eigenvalues(products)
         if _well_above_rounding(squares, top):
-            right = _iterated_right(_tall(w) is w, w, products, squares, k)
+            right = _iterated_right(rows, products, squares, k)
             if right is not None:
                 return squares[:top].sqrt(), right
     _, s, vh = svd(w)
@@ -143,7 +174,7 @@ def _well_above_rounding(squares: Tensor, top: int) -> bool:
 
 
 def _iterated_right(
-    tall: bool, w: Tensor, upper: Tensor, squares: Tensor, k: int
+    rows: _Rows, upper: Tensor, squares: Tensor, k: int
 ) -> Tensor | None:
     """Top-k right vectors by Lanczos iteration; None where they are not certain.
 
@@ -165,7 +196,9 @@ def _iterated_right(
     error = _subspace_error_deg(residuals, lengths, squares.clamp_min(0.0).sqrt())
     if error > ANGLE_ERROR_DEG:
         return None
-    return inner if tall else torch.linalg.qr(w.T.double() @ inner).Q
+    if not rows.transposed:
+        return inner
+    return torch.linalg.qr(torch.cat([chunk @ inner for chunk in rows.chunks()])).Q
 
 
 def gram(w: Tensor) -> Tensor:
@@ -183,23 +216,16 @@ def gram(w: Tensor) -> Tensor:
     Raises:
         ValueError: NaN or inf.
     """
-    tall = _tall(w)
-    n = tall.shape[1]
+    return _products(_Rows.of(w))
+
+
+def _products(rows: _Rows) -> Tensor:
+    n = rows.tall.shape[1]
     products = torch.zeros(n, n, dtype=torch.float64)
-    for chunk in _chunks(tall):
+    for chunk in rows.chunks():
         for i in range(0, n, BLOCK):
             products[i : i + BLOCK, i:].addmm_(chunk[:, i : i + BLOCK].T, chunk[:, i:])
     return products
-
-
-def _tall(w: Tensor) -> Tensor:
-    return w if w.shape[0] >= w.shape[1] else w.T
-
-
-def _chunks(tall: Tensor) -> Iterator[Tensor]:
-    """Row blocks in float64; NaN and inf are refused."""
-    for chunk in tall.split(max(1, CHUNK_ENTRIES // tall.shape[1])):
-        yield finite_matrix(chunk, "w")
 
 
 def _decompose_directly(w: Tensor, k: int) -> Decomposition:
@@ -222,32 +248,32 @@ def _degrees(sine: float) -> float:
 
 def _decompose_gram(w: Tensor, k: int) -> Decomposition | None:
     """As `decompose`; None where squaring has lost what the answer needs."""
-    tall = _tall(w)
-    reduced = _Tridiagonal.of(gram(w))
+    rows = _Rows.of(w)
+    reduced = _Tridiagonal.of(_products(rows))
     squares = reduced.eigenvalues()
     largest = float(squares[-1])
     if largest <= 0.0:
         return None
-    inner = reduced.eigenvectors(len(squares) - k, len(squares)).flip(1)
-    spectrum = _values(tall, reduced, squares)
+    spectrum = _values(rows, reduced, squares)
     if spectrum is None:
         return None
-    outer, images = _both_sides(tall, inner)
+    inner = reduced.top_eigenvectors(squares, k)
+    outer, images = _both_sides(rows, inner)
     lengths = torch.linalg.vector_norm(outer, dim=0)
     error = _subspace_error_deg(images - inner * lengths**2, lengths, spectrum)
     if error > ANGLE_ERROR_DEG:
         return None
     outer /= lengths
-    sides = (outer, inner) if tall is w else (inner, outer)
+    sides = (inner, outer) if rows.transposed else (outer, inner)
     return Decomposition(spectrum, *sides, error)
 
 
-def _both_sides(tall: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+def _both_sides(rows: _Rows, inner: Tensor) -> tuple[Tensor, Tensor]:
     """W V and W^T (W V), a chunk of rows at a time."""
-    outer = torch.empty(tall.shape[0], inner.shape[1], dtype=torch.float64)
+    outer = torch.empty(len(rows.tall), inner.shape[1], dtype=torch.float64)
     images = torch.zeros_like(inner)
     start = 0
-    for chunk in _chunks(tall):
+    for chunk in rows.chunks():
         part = outer[start : start + chunk.shape[0]]
         torch.mm(chunk, inner, out=part)
         images.addmm_(chunk.T, part)
@@ -272,7 +298,7 @@ def _subspace_error_deg(residuals: Tensor, lengths: Tensor, s: Tensor) -> float:
     return _degrees(float(torch.linalg.vector_norm(leaks)))
 
 
-def _values(tall: Tensor, reduced: "_Tridiagonal", squares: Tensor) -> Tensor | None:
+def _values(rows: _Rows, reduced: "_Tridiagonal", squares: Tensor) -> Tensor | None:
     """Singular values, descending; the small ones from W on their own subspace."""
     values = squares.clamp_min(0.0).sqrt()
     n_small = int((values < SMALL * float(values[-1])).sum())
@@ -280,7 +306,7 @@ def _values(tall: Tensor, reduced: "_Tridiagonal", squares: Tensor) -> Tensor | 
         return None
     if n_small:
         basis = reduced.eigenvectors(0, n_small)
-        images = torch.cat([chunk @ basis for chunk in _chunks(tall)])
+        images = torch.cat([chunk @ basis for chunk in rows.chunks()])
         values[:n_small] = torch.linalg.svdvals(images).flip(0)
     return values.sort(descending=True).values
 
@@ -315,6 +341,21 @@ class _Tridiagonal:
             )
         return torch.from_numpy(values)
 
+    def top_eigenvectors(self, values: Tensor, k: int) -> Tensor:
+        """(n, k), of the k largest of all ascending values, largest first.
+
+        One vector at a time, as LAPACK does it, takes longer than all at once and
+        orthonormalising them after; where that fails, LAPACK does it.
+        """
+        n = len(values)
+        theta = values[n - k :].flip(0).numpy()
+        small = torch.from_numpy(_twisted_vectors(self.diagonal, self.beside, theta))
+        overlap = small.T @ small
+        overlap.diagonal().sub_(1.0)
+        if not float(overlap.abs().max()) < INDEPENDENT:
+            return self.eigenvectors(n - k, n).flip(1)
+        return self._back(torch.linalg.qr(small).Q.contiguous())
+
     def eigenvectors(self, first: int, after: int) -> Tensor:
         """(n, after - first), of the ascending eigenvalues first to after - 1."""
         _, small = scipy.linalg.eigh_tridiagonal(
@@ -324,7 +365,54 @@ class _Tridiagonal:
             select_range=(first, after - 1),
             lapack_driver="stemr",
         )
-        vectors = torch.from_numpy(np.ascontiguousarray(small))
+        return self._back(torch.from_numpy(np.ascontiguousarray(small)))
+
+    def _back(self, vectors: Tensor) -> Tensor:
+        """Q times vectors of T, in place."""
         below = self.reflectors[1:, :-1]
         vectors[1:] = torch.ormqr(below, self.scales, vectors[1:])
         return vectors
+
+
+def _twisted_vectors(
+    diagonal: np.ndarray, beside: np.ndarray, theta: np.ndarray
+) -> np.ndarray:
+    """Eigenvectors of a tridiagonal matrix, all at once, from known eigenvalues.
+
+    T - theta = L D L^T from above and U E U^T from below meet in the row r where
+    |d_r + e_r - (a_r - theta)| is smallest; from x_r = 1 both halves follow by
+    substitution. Vectors of close eigenvalues come out less than orthogonal.
+
+    Args:
+        diagonal: (n,).
+        beside: (n - 1,).
+        theta: (k,) eigenvalues.
+
+    Returns:
+        (n, k) with unit columns.
+
+    Source: Dhillon and Parlett (2004), twisted factorisations.
+    """
+    n, k = len(diagonal), len(theta)
+    shifted = diagonal[:, None] - theta
+    above, below = np.empty((n, k)), np.empty((n, k))
+    square = beside**2
+    # A pivot that is exactly zero would end the recurrence; LAPACK nudges it, too.
+    tiny = EPS**2 * float(np.abs(diagonal).max())
+    above[0], below[-1] = shifted[0], shifted[-1]
+    for i in range(1, n):
+        pivot = above[i - 1]
+        pivot[pivot == 0.0] = tiny
+        np.subtract(shifted[i], square[i - 1] / pivot, out=above[i])
+    for i in range(n - 2, -1, -1):
+        pivot = below[i + 1]
+        pivot[pivot == 0.0] = tiny
+        np.subtract(shifted[i], square[i] / pivot, out=below[i])
+    twist = np.abs(above + below - shifted).argmin(0)
+    vectors = np.zeros((n, k))
+    vectors[twist, np.arange(k)] = 1.0
+    for i in range(n - 2, -1, -1):
+        vectors[i] += (i < twist) * vectors[i + 1] * (-beside[i] / above[i])
+    for i in range(1, n):
+        vectors[i] += (i > twist) * vectors[i - 1] * (-beside[i - 1] / below[i])
+    return vectors / np.linalg.norm(vectors, axis=0)

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd_geometry import comparison, gram, spectra, updates
+from opd_geometry import bits, comparison, gram, spectra
 from opd_geometry.checkpoints import (
     Skipped,
     StoredPair,
@@ -229,9 +229,8 @@ def _spread_of(
     w_before: Tensor, w_after: Tensor, k: int, settings: Settings
 ) -> tuple[dict[str, float], Tensor | None]:
     """Norm, stable rank and Hill exponent of an update, and its top subspace."""
-    spectra.check_same_shape(w_before, w_after, ("w_before", "w_after"))
-    delta = w_after.double() - w_before.double()
-    norm = updates.norm(delta)
+    delta = comparison.difference(w_before, w_after)
+    norm = bits.norm(delta)
     if norm == 0.0:
         nothing = {"stable_rank": math.nan, "hill_alpha": math.nan}
         return {"frobenius_norm": 0.0, **nothing}, None
@@ -299,7 +298,7 @@ def _damage(tensors: dict[str, Tensor]) -> str:
     """Which of the tensors hold how many NaN and inf; nothing if none does."""
     found = []
     for name, w in tensors.items():
-        n_nan, n_inf = updates.count_nonfinite(w)
+        n_nan, n_inf = bits.count_nonfinite(w)
         if n_nan or n_inf:
             found.append(f"{n_nan} NaN and {n_inf} inf {name}")
     return ", ".join(found)

@@ -4,13 +4,21 @@ What needs no singular values runs at the speed of memory: on the bits of the st
 numbers, a chunk at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opd_geometry import gram
+from opd_geometry.bits import (
+    BITS,
+    CHUNK_ENTRIES,
+    bits_of,
+    chunks,
+    count_nonfinite,
+    magnitudes_of,
+)
 from opd_geometry.spectra import (
     check_rank,
     check_same_shape,
@@ -18,65 +26,17 @@ from opd_geometry.spectra import (
     finite_matrix,
 )
 
-CHUNK_ENTRIES = 2**16  # in float64 half a megabyte: it stays in a core's cache
 # Neighbouring bf16 numbers are at least this far apart, relative to the larger one.
 BF16_STEP = 2.0**-8
-# dtype -> integers of its size and the bits of its infinity, above which are NaN
-BITS = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F80_0000),
-    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
-}
 SAMPLE = 2**16  # entries from which the place of a quantile is guessed
 SIGN_16 = np.int16(-(2**15))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same entries of each tensor, in row-major order."""
-    flat = [tensor.detach().to("cpu").reshape(-1) for tensor in tensors]
-    return zip(*(tensor.split(CHUNK_ENTRIES) for tensor in flat), strict=True)
-
-
-def _bits(w: Tensor) -> np.ndarray:
-    """The stored bits as integers, flat; a view where w is contiguous."""
-    integers, _ = BITS[w.dtype]
-    bits: np.ndarray = w.detach().to("cpu").reshape(-1).view(integers).numpy()
-    return bits
-
-
-def _magnitudes(bits: np.ndarray) -> np.ndarray:
-    """Integers in the order of |w|; for finite entries one to one."""
-    return bits & np.array(np.iinfo(bits.dtype).max, bits.dtype)
-
-
-def count_nonfinite(w: Tensor) -> tuple[int, int]:
-    """How many entries are NaN and how many infinite.
-
-    Args:
-        w: any shape, bf16, fp16, fp32 or fp64.
-
-    Returns:
-        (n_nan, n_inf), exact.
-
-    >>> count_nonfinite(torch.tensor([1.0, float("nan"), -float("inf")]))
-    (1, 1)
-    """
-    infinity = BITS[w.dtype][1]
-    n_nan = n_inf = 0
-    for (chunk,) in _chunks(w):
-        magnitudes = _magnitudes(_bits(chunk))
-        if int(magnitudes.max()) >= infinity:
-            n_nan += int(np.count_nonzero(magnitudes > infinity))
-            n_inf += int(np.count_nonzero(magnitudes == infinity))
-    return n_nan, n_inf
 
 
 def _bf16_bits(w: Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Bits of the bf16 cast of a finite chunk, and those without the sign."""
     cast = w.to(torch.bfloat16)
-    bits = _bits(cast)
-    magnitudes = _magnitudes(bits)
+    bits = bits_of(cast)
+    magnitudes = magnitudes_of(bits)
     if int(magnitudes.max()) >= BITS[torch.bfloat16][1]:
         finite_float64(w, name)  # its message tells NaN from what bf16 cannot hold
         finite_float64(cast, f"{name} cast to bf16")
@@ -116,55 +76,11 @@ def count_visible(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> int:
     """
     _check_comparable(w_before, w_after, eta)
     buffer, count = np.empty(CHUNK_ENTRIES, bool), 0
-    for before, after in _chunks(w_before, w_after):
+    for before, after in chunks(w_before, w_after):
         changed = buffer[: before.numel()]
         _visible(before, after, eta, changed)
         count += int(np.count_nonzero(changed))
     return count
-
-
-def difference_norm(w_before: Tensor, w_after: Tensor) -> float:
-    """Frobenius norm of an update, without a float64 copy of it.
-
-    sqrt(sum_ij (w_after_ij - w_before_ij)^2)
-
-    Args:
-        w_before: any shape, finite, any floating dtype.
-        w_after: the same shape; its dtype may be another one.
-
-    Returns:
-        The norm in the unit of the weights, in float64; NaN or inf if an entry is.
-
-    Raises:
-        ValueError: shapes differ.
-
-    Source: arXiv:2606.07082 Fig. 4b.
-
-    >>> difference_norm(torch.zeros(2), torch.tensor([3.0, 4.0]))
-    5.0
-    """
-    check_same_shape(w_before, w_after, ("w_before", "w_after"))
-    one = torch.empty(CHUNK_ENTRIES, dtype=torch.float64)
-    other = torch.empty_like(one)
-    square = 0.0
-    for a, b in _chunks(w_before, w_after):
-        difference = one[: a.numel()].copy_(b).sub_(other[: a.numel()].copy_(a))
-        square += float(torch.dot(difference, difference))
-    return square**0.5
-
-
-def norm(w: Tensor) -> float:
-    """`spectra.frobenius_norm` a chunk at a time.
-
-    Args:
-        w: any shape, any floating dtype.
-    """
-    buffer = torch.empty(CHUNK_ENTRIES, dtype=torch.float64)
-    square = 0.0
-    for (chunk,) in _chunks(w):
-        values = buffer[: chunk.numel()].copy_(chunk)
-        square += float(torch.dot(values, values))
-    return square**0.5
 
 
 def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tensor:
@@ -196,7 +112,7 @@ def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tens
     _check_comparable(w_before, w_after, eta)
     mask = torch.empty(w_before.shape, dtype=torch.bool)
     flat = mask.view(-1).numpy().reshape(-1)
-    for i, (before, after) in enumerate(_chunks(w_before, w_after)):
+    for i, (before, after) in enumerate(chunks(w_before, w_after)):
         start = i * CHUNK_ENTRIES
         _visible(before, after, eta, flat[start : start + before.numel()])
     return mask
@@ -289,7 +205,7 @@ def _below(
 
 def _keys(bits: np.ndarray, largest: bool) -> np.ndarray:
     """Integers whose lowest are the smallest magnitudes, or the largest."""
-    keys = _magnitudes(bits)
+    keys = magnitudes_of(bits)
     return np.invert(keys, out=keys) if largest else keys
 
 
@@ -337,7 +253,7 @@ def reconstruction_mask(
     Raises:
         ValueError: alpha out of range.
     """
-    mask = _share(_bits((left * s) @ right.T), alpha, largest=True)
+    mask = _share(bits_of((left * s) @ right.T), alpha, largest=True)
     return torch.from_numpy(mask).reshape(left.shape[0], right.shape[0])
 
 
@@ -368,7 +284,7 @@ def low_magnitude_mask(w_before: Tensor, alpha: float = 0.5) -> Tensor:
         or any(count_nonfinite(w_before))
     ):
         w_before = finite_float64(w_before, "w_before")
-    mask = _share(_bits(w_before), alpha, largest=False)
+    mask = _share(bits_of(w_before), alpha, largest=False)
     return torch.from_numpy(mask).reshape(w_before.shape)
 
 
