@@ -29,11 +29,10 @@ TAIL_SHARE = 0.25  # with more small values than this, an SVD is cheaper
 DIRECT_SIDE = 256
 CHUNK_ENTRIES = 2**24  # converted to float64 at a time, 128 MiB
 BLOCK = 512  # columns of the Gram matrix at a time: only its upper half is computed
-ROUNDING = 100 * torch.finfo(torch.float64).eps  # of eigenvalues, relative to s_1^2
 EPS = torch.finfo(torch.float64).eps
-INDEPENDENT = (
-    1e-3  # largest cosine between eigenvectors before they are orthonormalised
-)
+ROUNDING = 100 * EPS  # of eigenvalues, relative to s_1^2
+NOTHING = 1e-30  # of a unit vector's entries
+INDEPENDENT = 1e-3  # largest cosine between vectors that are then orthonormalised
 
 
 @dataclass(frozen=True)
@@ -354,7 +353,7 @@ class _Tridiagonal:
         overlap.diagonal().sub_(1.0)
         if not float(overlap.abs().max()) < INDEPENDENT:
             return self.eigenvectors(n - k, n).flip(1)
-        return self._back(torch.linalg.qr(small).Q.contiguous())
+        return self._back(torch.linalg.qr(small).Q)
 
     def eigenvectors(self, first: int, after: int) -> Tensor:
         """(n, after - first), of the ascending eigenvalues first to after - 1."""
@@ -415,4 +414,7 @@ def _twisted_vectors(
         vectors[i] += (i < twist) * vectors[i + 1] * (-beside[i] / above[i])
     for i in range(1, n):
         vectors[i] += (i > twist) * vectors[i - 1] * (-beside[i - 1] / below[i])
-    return vectors / np.linalg.norm(vectors, axis=0)
+    vectors /= np.linalg.norm(vectors, axis=0)
+    # Far from its twist a vector decays into numbers that processors are slow with.
+    vectors[np.abs(vectors) < NOTHING] = 0.0
+    return vectors
