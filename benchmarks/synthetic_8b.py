@@ -1,7 +1,7 @@
 """Make a synthetic pair of checkpoints at Qwen3-8B's shapes and time its measurement.
 
 The pair is sharded bf16 safetensors, written to a directory that is removed at the end.
-At full size it takes 33 GB of disk; --layers and --shrink make it smaller. See README.md.
+At full size it takes 33 GB of disk; --layers and --shrink make it smaller.
 """
 
 import json

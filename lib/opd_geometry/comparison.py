@@ -219,7 +219,7 @@ def _changes(before: Reference, w_after: Tensor, wanted: set[str]) -> dict[str, 
         density = updates.count_visible(w_before, w_after, eta) / w_after.numel()
         return {"sparsity": 1.0 - density, "density": density}
     visible = updates.visible_update(w_before, w_after, eta)
-    density = int(visible.sum()) / visible.numel()
+    density = int(np.count_nonzero(visible.numpy())) / visible.numel()
     values = {"sparsity": 1.0 - density, "density": density}
     if density > 0.0:
         if "principal_overlap" in overlaps:

@@ -72,10 +72,10 @@ class _Rows:
     def of(w: Tensor) -> "_Rows":
         """Of any matrix; NaN and inf are refused."""
         transposed = w.shape[0] < w.shape[1]
-        if w.numel() <= CHUNK_ENTRIES:
+        if w.dtype not in BITS or w.device.type != "cpu" or any(count_nonfinite(w)):
             w = finite_matrix(w, "w")
-        elif w.dtype not in BITS or any(count_nonfinite(w)):
-            finite_matrix(w, "w")
+        if w.numel() <= CHUNK_ENTRIES:
+            w = w.detach().to(torch.float64)
         return _Rows(w.T if transposed else w, transposed)
 
     def chunks(self) -> Iterator[Tensor]:
@@ -253,10 +253,12 @@ def _decompose_gram(w: Tensor, k: int) -> Decomposition | None:
     largest = float(squares[-1])
     if largest <= 0.0:
         return None
-    spectrum = _values(rows, reduced, squares)
-    if spectrum is None:
+    values = squares.clamp_min(0.0).sqrt()
+    n_small = int((values < SMALL * float(values[-1])).sum())
+    if n_small > TAIL_SHARE * len(values):
         return None
-    inner = reduced.top_eigenvectors(squares, k)
+    tail, inner = reduced.eigenvectors(squares, n_small, k)
+    spectrum = _with_small_values(rows, values, tail)
     outer, images = _both_sides(rows, inner)
     lengths = torch.linalg.vector_norm(outer, dim=0)
     error = _subspace_error_deg(images - inner * lengths**2, lengths, spectrum)
@@ -297,16 +299,11 @@ def _subspace_error_deg(residuals: Tensor, lengths: Tensor, s: Tensor) -> float:
     return _degrees(float(torch.linalg.vector_norm(leaks)))
 
 
-def _values(rows: _Rows, reduced: "_Tridiagonal", squares: Tensor) -> Tensor | None:
-    """Singular values, descending; the small ones from W on their own subspace."""
-    values = squares.clamp_min(0.0).sqrt()
-    n_small = int((values < SMALL * float(values[-1])).sum())
-    if n_small > TAIL_SHARE * len(values):
-        return None
-    if n_small:
-        basis = reduced.eigenvectors(0, n_small)
-        images = torch.cat([chunk @ basis for chunk in rows.chunks()])
-        values[:n_small] = torch.linalg.svdvals(images).flip(0)
+def _with_small_values(rows: _Rows, values: Tensor, tail: Tensor) -> Tensor:
+    """Singular values, descending; the smallest from W on their own subspace."""
+    if tail.shape[1]:
+        images = torch.cat([chunk @ tail for chunk in rows.chunks()])
+        values[: tail.shape[1]] = torch.linalg.svdvals(images).flip(0)
     return values.sort(descending=True).values
 
 
@@ -340,37 +337,46 @@ class _Tridiagonal:
             )
         return torch.from_numpy(values)
 
-    def top_eigenvectors(self, values: Tensor, k: int) -> Tensor:
-        """(n, k), of the k largest of all ascending values, largest first.
+    def eigenvectors(
+        self, values: Tensor, lowest: int, highest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Orthonormal vectors of some of all ascending values.
 
-        One vector at a time, as LAPACK does it, takes longer than all at once and
-        orthonormalising them after; where that fails, LAPACK does it.
+        One at a time, as LAPACK does it, takes longer than all at once and
+        orthonormalising them after (by Cholesky, exact enough for what is nearly
+        orthonormal); where that fails, LAPACK does it.
+
+        Returns:
+            (n, lowest) of the lowest, ascending; (n, highest), largest first.
         """
-        n = len(values)
-        theta = values[n - k :].flip(0).numpy()
-        small = torch.from_numpy(_twisted_vectors(self.diagonal, self.beside, theta))
-        overlap = small.T @ small
-        overlap.diagonal().sub_(1.0)
-        if not float(overlap.abs().max()) < INDEPENDENT:
-            return self.eigenvectors(n - k, n).flip(1)
-        return self._back(torch.linalg.qr(small).Q)
-
-    def eigenvectors(self, first: int, after: int) -> Tensor:
-        """(n, after - first), of the ascending eigenvalues first to after - 1."""
-        _, small = scipy.linalg.eigh_tridiagonal(
-            self.diagonal,
-            self.beside,
-            select="i",
-            select_range=(first, after - 1),
-            lapack_driver="stemr",
-        )
-        return self._back(torch.from_numpy(np.ascontiguousarray(small)))
-
-    def _back(self, vectors: Tensor) -> Tensor:
-        """Q times vectors of T, in place."""
+        theta = torch.cat([values[:lowest], values[len(values) - highest :].flip(0)])
+        small = _twisted_vectors(self.diagonal, self.beside, theta.numpy())
+        basis = torch.from_numpy(small)
+        overlap = basis.T @ basis
+        distance = (overlap - torch.eye(len(overlap), dtype=torch.float64)).abs().max()
+        if float(distance) < INDEPENDENT:
+            root = torch.linalg.cholesky(overlap)
+            basis = torch.linalg.solve_triangular(root.T, basis, upper=True, left=False)
+        else:
+            basis = self._lapack_vectors(lowest, highest)
         below = self.reflectors[1:, :-1]
-        vectors[1:] = torch.ormqr(below, self.scales, vectors[1:])
-        return vectors
+        basis[1:] = torch.ormqr(below, self.scales, basis[1:])
+        return basis[:, :lowest], basis[:, lowest:].contiguous()
+
+    def _lapack_vectors(self, lowest: int, highest: int) -> Tensor:
+        n = len(self.diagonal)
+        parts = [
+            scipy.linalg.eigh_tridiagonal(
+                self.diagonal,
+                self.beside,
+                select="i",
+                select_range=(first, last - 1),
+                lapack_driver="stemr",
+            )[1][:, ::order]
+            for first, last, order in ((0, lowest, 1), (n - highest, n, -1))
+            if last > first
+        ]
+        return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
 def _twisted_vectors(

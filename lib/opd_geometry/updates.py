@@ -316,13 +316,14 @@ def mask_overlap(mask: Tensor, update: Tensor) -> float:
                 "compute it with this module's mask functions"
             )
     check_same_shape(mask, update, ("mask", "update"))
-    n_updated = int(update.sum())
+    updated = update.cpu().numpy()
+    n_updated = int(np.count_nonzero(updated))
     if n_updated == 0:
         raise ValueError(
             "the update changes no entry, expected at least one: "
             "its overlap is undefined; leave this matrix out"
         )
-    return int((mask & update).sum()) / n_updated
+    return int(np.count_nonzero(mask.cpu().numpy() & updated)) / n_updated
 
 
 def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
