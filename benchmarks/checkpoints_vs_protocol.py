@@ -5,9 +5,9 @@ README.md for what is and what is not compared.
 """
 
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -188,19 +188,23 @@ def bandwidth(rows: int, cols: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 # --- memory ----------------------------------------------------------------------
 
 
-def _resident_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _peak_mib() -> float:
+    """Most memory that this process has held; Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _peak(rows: int, cols: int, null: bool) -> float:
     """Peak of a process of its own, above what the libraries take, in MiB."""
     torch.set_num_threads(1)
     pairs.measure_tensors(*matrix_pair(300, 300))  # loads every library
-    start = _resident_mib()
-    before, after = matrix_pair(rows, cols)
-    # Making the matrices takes float32 copies; they count, as reading them would.
-    pairs.measure_tensors(before, after, null=null)
-    return _resident_mib() - start
+    start = _peak_mib()
+    w = torch.empty(rows, cols, dtype=torch.bfloat16)
+    for part in w.split(256):
+        part.copy_(torch.randn(part.shape) * 0.02)
+    after = (w.view(torch.int16) + 1).view(torch.bfloat16)
+    pairs.measure_tensors(w, after, null=null)
+    return _peak_mib() - start
 
 
 def memory(rows: int, cols: int) -> list[dict[str, Any]]:

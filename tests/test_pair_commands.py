@@ -174,6 +174,7 @@ def test_a_full_place_is_one_line(
     [
         (["--roles", "queries"], "expected a collection out of"),
         (["--metrics", "speed"], "unknown metric 'speed', expected a group"),
+        (["--metrics", ","], "no metric asked for"),
         (["--alpha", "0"], "expected 0 < alpha"),
         (["--eta", "1"], "0 <= eta < 1"),
     ],
@@ -199,7 +200,9 @@ def test_values_that_are_not_finite_fail_at_the_end(
     out = tmp_path / "t.csv"
     assert cli.main(["measure", pair[0], str(b), "--out", str(out)]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"1 of 7 matrices hold values that are not finite, {name}: 1 NaN" in said
+    assert (
+        f"1 of 7 matrices could not be measured, {name}: 1 NaN and 0 inf after" in said
+    )
     assert len(tables.read_table(out).dropna(subset="nss")) == 6
 
 
@@ -211,7 +214,7 @@ def test_angles_without_a_gap_are_warned_of(
         save_file({"w": torch.eye(64) + 1e-3 * i * noise(64, 64, seed=0)}, file)
     arguments = ["measure", *map(str, files), "--out", str(tmp_path / "t.csv")]
     assert cli.main(arguments) == 0
-    assert "Warning: w: angles uncertain by 9.0e+01" in capsys.readouterr().err
+    assert "Warning: angles uncertain by 9.0e+01" in capsys.readouterr().err
 
 
 # --- interrupted -----------------------------------------------------------------

@@ -244,9 +244,7 @@ def _turns(before: Reference, w_after: Tensor, wanted: set[str]) -> dict[str, fl
     }
     if wanted & {*ANGLES}:
         for side in ("left", "right"):
-            angles = spectra.principal_angles_deg(
-                getattr(old, side), getattr(new, side)
-            )
+            angles = spectra.angles_between_deg(getattr(old, side), getattr(new, side))
             values[f"angle_{side}_mean_deg"] = float(angles.mean())
             values[f"angle_{side}_max_deg"] = float(angles.max())
     return values

@@ -180,7 +180,7 @@ def _iterated_right(
     The iteration is checked against the eigenvalues, which are all known, so it cannot
     have missed one.
     """
-    symmetric = upper.triu() + upper.triu(1).T
+    symmetric = upper.triu_() + upper.triu(1).T
     start = np.random.default_rng(0).standard_normal(len(squares))
     try:
         _, found = scipy.sparse.linalg.eigsh(symmetric.numpy(), k, v0=start, tol=0)
@@ -209,8 +209,8 @@ def gram(w: Tensor) -> Tensor:
         w: (n_rows, n_cols), any floating dtype; converted a chunk at a time.
 
     Returns:
-        (m, m) float64, m = min(w.shape): the upper triangle, the rest is zero or not
-        to be read.
+        (m, m) float64, m = min(w.shape): the upper triangle; the rest is not to be
+        read.
 
     Raises:
         ValueError: NaN or inf.
@@ -220,10 +220,11 @@ def gram(w: Tensor) -> Tensor:
 
 def _products(rows: _Rows) -> Tensor:
     n = rows.tall.shape[1]
-    products = torch.zeros(n, n, dtype=torch.float64)
-    for chunk in rows.chunks():
+    products = torch.empty(n, n, dtype=torch.float64)
+    for n_before, chunk in enumerate(rows.chunks()):
         for i in range(0, n, BLOCK):
-            products[i : i + BLOCK, i:].addmm_(chunk[:, i : i + BLOCK].T, chunk[:, i:])
+            block, left = products[i : i + BLOCK, i:], chunk[:, i : i + BLOCK].T
+            torch.addmm(block, left, chunk[:, i:], beta=float(n_before > 0), out=block)
     return products
 
 

@@ -150,9 +150,10 @@ def measure_command(
         locate(before), locate(after), settings, asked, _names(roles), null, seed
     )
     _announce(plan)
-    _project(plan, asked, null, jobs)
+    forecasts = {"Projected time:": (asked, null)}
     if len(asked) < len(METRICS):
-        _project(plan, tuple(METRICS), True, jobs, "The full suite would take")
+        forecasts["The full suite would take"] = (tuple(METRICS), True)
+    _project(plan, jobs, forecasts)
     table = _run(plan, out, jobs, resume)
     _print_summary(summarise(table))
     return _verdict(plan, table, out)
@@ -207,7 +208,7 @@ def trajectory_command(
         steps,
     )
     _announce(plan)
-    _project(plan, ("stable_rank",), False, jobs)
+    _project(plan, jobs, {"Projected time:": (("stable_rank",), False)})
     table = _run(plan, out, jobs, resume)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
     means = table.groupby("step")[[*metrics, "similarity_null"]].mean().reset_index()
@@ -248,16 +249,15 @@ def _folded(names: Iterable[str]) -> str:
 
 
 def _project(
-    plan: "Plan",
-    metrics: tuple[str, ...],
-    null: bool,
-    jobs: int,
-    what: str = "Projected time:",
+    plan: "Plan", jobs: int, forecasts: dict[str, tuple[tuple[str, ...], bool]]
 ) -> None:
+    """How long it will take, before it starts."""
     from opd_geometry.forecast import probe_speed, projected_seconds
 
-    seconds = projected_seconds(plan, probe_speed(), metrics, null) / jobs
-    _say(f"{what} about {duration(max(1.0, seconds))} on this machine")
+    speed = probe_speed()
+    for what, (metrics, null) in forecasts.items():
+        seconds = projected_seconds(plan, speed, metrics, null) / jobs
+        _say(f"{what} about {duration(max(1.0, seconds))} on this machine")
 
 
 def _run(plan: "Plan", out: Path, jobs: int, resume: bool) -> "pd.DataFrame":
@@ -344,15 +344,24 @@ def _number(name: str, value: float) -> str:
 
 def _verdict(plan: "Plan", table: "pd.DataFrame", out: Path) -> int:
     """Where the table is, and what in it is not to be trusted; the exit code."""
+    from opd_geometry.pairs import REFUSED
+
     click.echo(f"Written to {out}")
     noted = table[table["note"] != ""].drop_duplicates("matrix")
-    damaged = noted["note"].str.contains("NaN and")
-    for row in noted[~damaged].itertuples():
-        _say(f"Warning: {row.matrix}: {row.note}")
-    if not damaged.any():
+    refused = noted["note"].str.startswith(REFUSED)
+    uncertain = noted[~refused]
+    if len(uncertain):
+        _say(
+            f"Warning: {uncertain['note'].iloc[0]}; so in {len(uncertain)} matrices: "
+            f"{_folded(uncertain['matrix'])}"
+        )
+    if not refused.any():
         return 0
-    said = "; ".join(f"{row.matrix}: {row.note}" for row in noted[damaged].itertuples())
+    said = "; ".join(
+        f"{row.matrix}: {row.note.removeprefix(REFUSED)}"
+        for row in noted[refused].itertuples()
+    )
     raise ValueError(
-        f"{damaged.sum()} of {len(plan.tasks)} matrices hold values that are not "
-        f"finite, {said}; their rows are empty, repair the checkpoint"
+        f"{refused.sum()} of {len(plan.tasks)} matrices could not be measured, {said}; "
+        "their rows are empty, repair the checkpoint"
     )

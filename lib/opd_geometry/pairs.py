@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ TRAJECTORY_COLUMNS = (
 )
 # An update that is zero turns nothing, exactly.
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
+REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
+# What one matrix may raise without harm to the others.
+REFUSALS = (ValueError, torch.linalg.LinAlgError)
 FORMAT = 1  # raised when the same checkpoints would give other rows
 
 
@@ -117,6 +121,8 @@ def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
                 f"a column ({', '.join(METRICS)})"
             )
         wanted |= set(GROUPS.get(name, (name,)))
+    if not wanted:
+        raise ValueError(f"no metric asked for, expected some of {', '.join(GROUPS)}")
     return tuple(name for name in METRICS if name in wanted)
 
 
@@ -280,28 +286,26 @@ class PairTask:
             "dtype_after": after.dtype,
         }
         w_before, w_after = self.pair.read()
-        note = _damage({"before": w_before, "after": w_after})
-        if note:
-            return [row | _complete({}) | {"note": note}]
-        values = measure_tensors(
-            w_before,
-            w_after,
-            self.settings,
-            self.metrics,
-            self.null,
-            null_seed(self.seed, before.name, 0),
-        )
+        seed = null_seed(self.seed, before.name, 0)
+        try:
+            _refuse_damage({"before": w_before, "after": w_after})
+            values = measure_tensors(
+                w_before, w_after, self.settings, self.metrics, self.null, seed
+            )
+        except REFUSALS as error:
+            return [row | _complete({}) | {"note": f"{REFUSED}{error}"}]
         return [row | values | {"note": _warning(values)}]
 
 
-def _damage(tensors: dict[str, Tensor]) -> str:
-    """Which of the tensors hold how many NaN and inf; nothing if none does."""
+def _refuse_damage(tensors: dict[str, Tensor]) -> None:
+    """Say which of the tensors hold how many NaN and inf, in few words."""
     found = []
     for name, w in tensors.items():
         n_nan, n_inf = bits.count_nonfinite(w)
         if n_nan or n_inf:
             found.append(f"{n_nan} NaN and {n_inf} inf {name}")
-    return ", ".join(found)
+    if found:
+        raise ValueError(", ".join(found))
 
 
 def _warning(values: dict[str, float]) -> str:
@@ -343,26 +347,21 @@ class TrajectoryTask:
 
         def later(step: int) -> Tensor:
             w = pair_of[step].read_after()
-            if note := _damage({"before": w_before, f"at step {step}": w}):
-                raise _Damaged(note)
+            _refuse_damage({"before": w_before, f"at step {step}": w})
             return w
 
         try:
             found = follow_tensors(w_before, later, self.steps, self.k, self.settings)
-        except _Damaged as error:
+        except REFUSALS as error:
             empty = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
             return [
-                empty | identity | {"step": step, "note": str(error)}
+                empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
                 for step in self.steps
             ]
         return [
             {name: (identity | row | {"note": ""})[name] for name in TRAJECTORY_COLUMNS}
             for row in found
         ]
-
-
-class _Damaged(Exception):
-    """A tensor of a trajectory holds NaN or inf."""
 
 
 Task = PairTask | TrajectoryTask
@@ -630,6 +629,11 @@ def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]
         futures = {pool.submit(_rows, task): task for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process was killed, perhaps for want of memory, expected none; finished "
+            "matrices are kept, go on with --resume and fewer --jobs"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

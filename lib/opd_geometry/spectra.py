@@ -232,12 +232,23 @@ def principal_angles_deg(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     53.1301
     """
     check_same_shape(basis_a, basis_b, ("basis_a", "basis_b"))
-    a = _orthonormal(basis_a, "basis_a")
-    b = _orthonormal(basis_b, "basis_b")
+    return angles_between_deg(
+        _orthonormal(basis_a, "basis_a"), _orthonormal(basis_b, "basis_b")
+    )
+
+
+def angles_between_deg(a: Tensor, b: Tensor) -> Tensor:
+    """`principal_angles_deg` of bases that are known to be orthonormal.
+
+    Args:
+        a: (n, k) float64, orthonormal to 1e-11.
+        b: (n, k) float64, the same.
+    """
     overlap = a.T @ b
-    cosines = torch.linalg.svdvals(overlap)
     sines = _residual_sines(b - a @ overlap)
-    return torch.rad2deg(torch.atan2(sines, cosines))
+    if float(sines[-1]) < 0.5:  # far from where the sine alone loses accuracy
+        return torch.rad2deg(torch.asin(sines))
+    return torch.rad2deg(torch.atan2(sines, torch.linalg.svdvals(overlap)))
 
 
 def subspace_angles_deg(
