@@ -83,6 +83,20 @@ def test_bound_holds_and_the_svd_decides_where_it_is_too_large() -> None:
     assert largest_angle_deg(found.right, v[:, :20]) < found.error_deg
 
 
+def test_what_the_bound_does_not_allow_is_decided_by_the_svd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w = gaussian(300, 280)
+    bound = gram.decompose(w, 20).error_deg
+    assert gram._decompose_gram(w, 20) is not None
+    monkeypatch.setattr(gram, "ANGLE_ERROR_DEG", bound / 2)
+    assert gram._decompose_gram(w, 20) is None
+    u, _, vh = scipy.linalg.svd(w.numpy(), full_matrices=False)
+    found = gram.decompose(w, 20)
+    assert largest_angle_deg(found.left, torch.from_numpy(u[:, :20].copy())) < bound
+    assert largest_angle_deg(found.right, torch.from_numpy(vh[:20].T.copy())) < bound
+
+
 def test_a_narrow_gap_shows_in_the_bound() -> None:
     s = torch.linspace(3, 1, 280, dtype=torch.float64)
     s[20] = s[19] * (1 - 1e-9)
