@@ -48,6 +48,8 @@ def test_commands_are_known() -> None:
         "chapters",
         "book",
         "site",
+        "measure",
+        "trajectory",
     }
 
 

@@ -18,12 +18,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from opd_geometry import __version__, figures, measure
-from opd_geometry.runs import clear_write_errors, data_directory, replacing
+from opd_geometry import __version__, figures, measure, tables
+from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.pairs import COLUMNS, METRICS, REFUSED, summarise
+from opd_geometry.runs import data_directory
 
 YOURS = "yours"
 OURS = ("sft", "sft-matched", "opd", "rlvr")
@@ -46,8 +47,8 @@ RENAMED = {
     "null_update_density": "null_density",
     "similarity_null": "null_similarity_to_end",
 }
-METRICS = tuple(figures.METRIC_LABELS)
 ANGLES = tuple(name for name in METRICS if name.startswith("angle_"))
+DRAWN = tuple(figures.METRIC_LABELS)  # metrics that the book's figures have a name for
 EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down")
 ROLE_ORDER = (*figures.LAYER_ROLES, *EXPERT_ROLES, "router", "embed", "head", "other")
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
@@ -102,33 +103,19 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, an unreadable file, columns missing, no rows.
+        ValueError: another suffix, an unreadable file, columns missing, no rows, or no
+            numbers where numbers belong.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".csv": pd.read_csv,
-        ".parquet": pd.read_parquet,
-        ".json": pd.read_json,
-    }
-    if path.suffix not in readers:
-        raise ValueError(
-            f"{path} has the suffix {path.suffix!r}, expected .csv, .parquet or .json; "
-            "give a table of opd-geometry measure or trajectory"
-        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a table; check it")
     try:
-        table = readers[path.suffix](path)
-    except (ValueError, pa.ArrowException, OSError) as error:
+        return _checked(tables.read_table(path), path)
+    except OSError as error:
         raise ValueError(
-            f"{path} cannot be read ({_first_line(error)}), expected a whole "
-            f"{path.suffix[1:]} file; measure again"
+            f"{path} cannot be read ({error.strerror or error}), expected a table; "
+            "measure again"
         ) from error
-    return _checked(table, path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -143,16 +130,20 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         )
     if table.empty:
         raise ValueError(f"{path} has no rows, expected one a matrix; measure again")
-    for name in table.columns.intersection([*METRICS, *base, *RENAMED]):
+    for name in table.columns.intersection([*DRAWN, *base, *RENAMED]):
         if name in ("matrix", "role"):
             continue
         try:
             table[name] = pd.to_numeric(table[name])
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path}: column {name} holds {_first_line(error)}, expected numbers; "
-                "measure again"
+                f"{path}: column {name} is {error}, expected numbers; measure again"
             ) from error
+    if base is PAIR_BASE:  # what was not asked for may be absent
+        rest = [name for name in table if name not in COLUMNS]
+        table = table.reindex(columns=[*COLUMNS, *rest])
+    if "note" in table:
+        table["note"] = table["note"].fillna("").astype(str)
     return table
 
 
@@ -176,7 +167,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
         n, m = wide["rows"].astype(float), wide["cols"].astype(float)
         wide["null_stable_rank"] = n * m / (np.sqrt(n) + np.sqrt(m)) ** 2
         wide["parameters"] = n * m
-    known = {*METRICS, *figures.with_null(METRICS), "parameters"}
+    known = {*figures.with_null(DRAWN), "parameters"}
     keys = ["step", "matrix", "role", "layer"]
     long = wide.melt(
         keys, [name for name in wide if name in known], "metric", "value"
@@ -189,6 +180,12 @@ def paper_numbers(file: str) -> pd.DataFrame:
     path = data_directory() / "paper" / file
     columns = ["item", "arm", "metric", "relation", "value", "unit"]
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
+
+
+def _arm(name: str) -> str:
+    """An arm of the paper, as it is written."""
+    look = figures.ARM_STYLES.get(name)
+    return look.label if look else re.sub(r"^opd ", "OPD ", name)
 
 
 def _with_ours(own: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -230,7 +227,7 @@ def build_report(
         own = tidy(pair)
         both, arms = _with_ours(own)
         sections += [
-            _overview(pair, own),
+            _overview(pair),
             _sparsity(own, both, arms),
             _places(own, both, arms),
             _rotation(own),
@@ -349,11 +346,16 @@ def _layer_roles(own: pd.DataFrame) -> list[str]:
     return _roles_in(own, (*figures.LAYER_ROLES, *EXPERT_ROLES))
 
 
-def _against(own: pd.DataFrame, metric: str, form: Callable[[float], str]) -> str:
+def _against(
+    own: pd.DataFrame,
+    metric: str,
+    form: Callable[[float], str],
+    roles: Sequence[str] = ROLE_ORDER,
+) -> str:
     """A mean, and what its null has."""
-    null = _mean(own, f"null_{metric}")
+    null = _mean(own, f"null_{metric}", roles)
     tail = f" (Gaussian null {form(null)})" if np.isfinite(null) else ""
-    return f"{form(_mean(own, metric))}{tail}"
+    return f"{form(_mean(own, metric, roles))}{tail}"
 
 
 def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
@@ -368,46 +370,33 @@ def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
 
 # --- sections ------------------------------------------------------------------------
 
-SUMMARY = (
-    "sparsity",
-    "null_sparsity",
-    "angle_left_mean_deg",
-    "angle_right_mean_deg",
-    "null_angle_right_mean_deg",
-    "nss",
-    "principal_overlap",
-    "low_magnitude_overlap",
-    "stable_rank",
-    "relative_norm",
-    "hill_alpha",
-)
-SHARES = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
+SUMMARY = ("matrices", *METRICS)
+PERCENT = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 
 
 def _label(metric: str) -> str:
-    plain = metric.removeprefix("null_")
-    name = figures.METRIC_LABELS[plain] + (" (%)" if plain in SHARES else "")
-    return f"null: {name}" if metric.startswith("null_") else name
+    plain = RENAMED.get(metric, metric)
+    name = figures.METRIC_LABELS.get(plain, plain)
+    return f"{name} (%)" if plain in PERCENT else name
 
 
-def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
+def _shown(metric: str, value: float) -> str:
+    return _short(100 * value if RENAMED.get(metric, metric) in PERCENT else value)
+
+
+def _overview(pair: pd.DataFrame) -> Section:
     """Means by role and over all, and what the table does not have."""
-    there = [metric for metric in SUMMARY if _has(own, metric)]
+    means = summarise(pair)
+    there = [name for name in METRICS if name in means]
+    roles = [role for role in ROLE_ORDER if role in set(means["role"])]
     rows = []
-    for role in [*_roles_in(own), "all"]:
-        chosen = _roles_in(own) if role == "all" else [role]
-        count = int((pair["role"].isin(chosen)).sum())
-        cells = [
-            _short((100 if m.removeprefix("null_") in SHARES else 1) * value)
-            for m in there
-            for value in [_mean(own, m, chosen)]
-        ]
-        rows.append((role, str(count), *cells))
-    absent = [
-        figures.METRIC_LABELS[m] for m in SUMMARY if m in METRICS and m not in there
-    ]
+    for _, row in means.set_index("role").loc[[*roles, "all"]].iterrows():
+        cells = [_cell(row, name) for name in there]
+        rows.append((str(row.name), f"{row['matrices']:.0f}", *cells))
+    absent = [_label(name) for name in METRICS if name not in there]
     texts = [
-        "Means over matrices without weights, sparsity by parameters, as in Table 1."
+        "Means over matrices without weights, sparsity and density by parameters, as "
+        "in Table 1. In brackets the Gaussian null."
     ]
     if absent:
         texts.append(f"Not in the table, so not on this page: {', '.join(absent)}.")
@@ -415,7 +404,7 @@ def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
     return Section(
         "overview",
         "By role and over all",
-        tuple(texts),
+        (*texts, *_warnings(pair)),
         tables=(Table("Means by role", columns, tuple(rows), ("all",)),),
         reading=(
             "A null says what the same diagnostic gives for a Gaussian update with the "
@@ -426,15 +415,42 @@ def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
     )
 
 
+def _cell(row: "pd.Series[Any]", name: str) -> str:
+    """A mean, and its null if there is one."""
+    null = row.get(f"null_{name}", np.nan)
+    tail = f" ({_shown(name, null)})" if np.isfinite(null) else ""
+    return f"{_shown(name, row[name])}{tail}"
+
+
+def _warnings(pair: pd.DataFrame) -> list[str]:
+    """What in the table is missing or not to be trusted."""
+    said = []
+    noted = pair[pair["note"] != ""]
+    refused = noted[noted["note"].str.startswith(REFUSED)]
+    if len(refused):
+        reasons = [
+            f"{row.matrix} ({str(row.note).removeprefix(REFUSED)})"
+            for row in refused.head(5).itertuples()
+        ]
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        said.append(
+            f"Not measured, {len(refused)} of {len(pair)} matrices: "
+            f"{', '.join(reasons)}{more}."
+        )
+    if others := len(noted) - len(refused):
+        said.append(
+            f"Angles of {others} matrices are uncertain, because the singular values of "
+            "the start have hardly a gap at k; the table at the end says by how much."
+        )
+    return said
+
+
 def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section:
     """Table 1: the reader's model, the paper's rows, this book's."""
     value, null = _mean(own, "sparsity"), _mean(own, "null_sparsity")
     rows = [("your model", value, null, figures.ARM_STYLES[YOURS].colour)]
-    names = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
     for line in paper_numbers("table_1.csv").itertuples():
-        label = (
-            f"paper: {names.get(str(line.arm), str(line.arm).replace('opd ', 'OPD '))}"
-        )
+        label = f"paper: {_arm(str(line.arm))}"
         rows.append((label, float(line.value) / 100, np.nan, figures.GREY))
     ends, nulls = (
         figures.at_end(both, f"{prefix}sparsity").groupby("arm")["value"].mean()
@@ -470,10 +486,10 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
         reading=(
             "Sparsity grows as the update shrinks: a step below half a unit in the "
             "last place of a bf16 weight is invisible. Compare with the null before "
-            "you compare with another model. Above the null, the update avoids or spares "
-            "entries more than chance would; at the null, it is small.",
-            "Both checkpoints must be stored as they were published: a checkpoint that "
-            "was once cast to fp16 or quantised differs everywhere.",
+            "you compare with another model. Above the null, the update avoids or "
+            "spares entries more than chance would; at the null, it is small.",
+            "Compare checkpoints in the dtype that was published: one that was cast to "
+            "fp16 or quantised in between differs nearly everywhere.",
         ),
     )
 
@@ -505,8 +521,11 @@ def _sparsity_bars(rows: list[tuple[str, float, float, str]]) -> Figure:
 
 def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section | None:
     """Figure 3: masks."""
-    if not all(_has(own, metric) for metric in figures.MASK_METRICS):
+    if not all(_has(own, metric) for metric in figures.MASK_METRICS) or not (
+        set(own["role"]) & {*figures.LAYER_ROLES}
+    ):
         return None
+    roles = _layer_roles(own)
     overlaps = [
         f"{name} mask {_against(own, metric, _percent)}"
         for name, metric in (
@@ -514,7 +533,7 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
             ("low-magnitude", "low_magnitude_overlap"),
         )
     ]
-    maps = figures.mask_maps(own, [YOURS], YOURS, _layer_roles(own))
+    maps = figures.mask_maps(own, [YOURS], YOURS, roles)
     bars = figures.mask_bars(both, arms)
     printed = paper_numbers("figures.csv")
     printed = printed[printed["item"] == "Figure 3"]
@@ -522,7 +541,10 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
         index="arm", columns="metric", values="value", sort=False
     )
     rows = tuple(
-        (str(arm), *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS))
+        (
+            _arm(str(arm)),
+            *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS),
+        )
         for arm, row in table.iterrows()
     )
     columns = ("paper", *(_label(metric) for metric in figures.MASK_METRICS))
@@ -556,9 +578,9 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
             "The principal mask holds the half of the entries that is largest in a "
             "low-rank copy of the start, the low-magnitude mask the half with the "
             "smallest weights. Small weights have a finer bf16 grid, so a uniform "
-            "update shows there first: an enriched low-magnitude mask is what the null "
-            "has, too. The baseline of 50 % is the wrong yardstick for it, the null is the "
-            "right one.",
+            "update shows there first: an enriched low-magnitude mask is what the "
+            "null has, too. The baseline of 50 % is the wrong yardstick for it, the "
+            "null is the right one.",
         ),
     )
 
@@ -572,7 +594,8 @@ def _rotation(own: pd.DataFrame) -> Section | None:
     roles = _layer_roles(own)
     drawings = []
     finding = "; ".join(
-        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short)}" for m in means
+        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short, roles or ROLE_ORDER)}"
+        for m in means
     )
     positive = own[(own["value"] > 0) | ~own["metric"].str.contains("angle|nss")]
     if roles:
@@ -601,9 +624,9 @@ def _rotation(own: pd.DataFrame) -> Section | None:
         reading=(
             "An angle is that between the top-k singular subspaces before and after. "
             "It is small when the update is small or keeps within the subspace, and "
-            "large where the gap between the k-th and the next singular value is small, "
-            "whatever the update was. The null has the same gaps, so its angle is the "
-            "one to compare with.",
+            "large where the gap between the k-th and the next singular value is "
+            "small, whatever the update was. The null has the same gaps, so its angle "
+            "is the one to compare with.",
             "The spectral shift NSS is bounded by the relative norm. A random update "
             "spreads over all directions and shifts the spectrum least; well above its "
             "null, the update is aligned with what was there.",
@@ -617,7 +640,7 @@ def _printed(item: str) -> tuple[Table, ...]:
     lines = lines[lines["item"] == item]
     rows = tuple(
         (
-            str(x.arm),
+            _arm(str(x.arm)),
             str(x.metric).replace("_", " "),
             f"{x.relation} {x.value} {x.unit}",
         )
@@ -634,8 +657,8 @@ def _spectra(own: pd.DataFrame) -> Section | None:
     roles = _layer_roles(own)
     if not there or not roles:
         return None
-    rank = f"Stable rank {_against(own, 'stable_rank', _short)}"
-    size = f"relative norm {_short(_mean(own, 'relative_norm'))}"
+    rank = f"Stable rank {_against(own, 'stable_rank', _short, roles)}"
+    size = f"relative norm {_short(_mean(own, 'relative_norm', roles))}"
     return Section(
         "spectra",
         "The update's own spectrum",
