@@ -143,7 +143,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         rest = [name for name in table if name not in COLUMNS]
         table = table.reindex(columns=[*COLUMNS, *rest])
     if "note" in table:
-        table["note"] = table["note"].fillna("").astype(str)
+        table["note"] = table["note"].astype(object).where(table["note"].notna(), "")
     return table
 
 
@@ -439,8 +439,8 @@ def _warnings(pair: pd.DataFrame) -> list[str]:
         )
     if others := len(noted) - len(refused):
         said.append(
-            f"Angles of {others} matrices are uncertain, because the singular values of "
-            "the start have hardly a gap at k; the table at the end says by how much."
+            f"Angles of {others} matrices are uncertain, because the singular values "
+            "of the start have hardly a gap at k; the table at the end says how much."
         )
     return said
 
@@ -527,7 +527,7 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
         return None
     roles = _layer_roles(own)
     overlaps = [
-        f"{name} mask {_against(own, metric, _percent)}"
+        f"{name} mask {_against(own, metric, _percent, roles)}"
         for name, metric in (
             ("principal", "principal_overlap"),
             ("low-magnitude", "low_magnitude_overlap"),
@@ -627,9 +627,9 @@ def _rotation(own: pd.DataFrame) -> Section | None:
             "large where the gap between the k-th and the next singular value is "
             "small, whatever the update was. The null has the same gaps, so its angle "
             "is the one to compare with.",
-            "The spectral shift NSS is bounded by the relative norm. A random update "
-            "spreads over all directions and shifts the spectrum least; well above its "
-            "null, the update is aligned with what was there.",
+            "The spectral shift NSS is at most the relative norm. A random update "
+            "spends nearly all of its norm on turning; well above its null, an update changes "
+            "the singular values themselves.",
         ),
     )
 
