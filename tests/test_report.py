@@ -1,4 +1,4 @@
-"""The report: says what the tables hold, stands alone, tells what is wrong with them."""
+"""The report says what its tables hold, stands alone, and tells what is wrong."""
 
 import base64
 import functools
@@ -82,9 +82,9 @@ def rows_of(page: BeautifulSoup, section: str, number: int = 0) -> dict[str, lis
 
 def test_means_are_those_of_the_table() -> None:
     table, page = pair(), BeautifulSoup(full(), "html.parser")
-    rows = rows_of(page, "overview")
+    rows = rows_of(page, "overview", 1)
     assert list(rows) == ["q", "k", "v", "o", "down", "head", "all"]
-    heads = [cell.get_text() for cell in page.select("#overview th")][1:]
+    heads = [c.get_text() for c in page.select("#overview table")[1].select("th")][1:]
     sizes = table["rows"] * table["cols"]
     weighted = 100 * np.average(table["sparsity_bf16"], weights=sizes)
     null = 100 * np.average(table["null_sparsity_bf16"], weights=sizes)
@@ -213,12 +213,36 @@ def test_refused_and_uncertain_matrices_are_named() -> None:
     table.loc[0, "note"] = "refused: 3 NaN and 0 inf after"
     table.loc[0, list(METRICS)] = np.nan
     table.loc[1, "note"] = "angles uncertain by 1.0e-03 degrees: hardly a gap"
-    text = page_of(table).get_text()
-    assert (
+    refused, uncertain = report._warnings(table)
+    assert refused == (
         "Not measured, 1 of 11 matrices: model.layers.0.q_proj.weight (3 NaN and 0 inf "
-        "after)." in text
+        "after)."
     )
-    assert "Angles of 1 matrices are uncertain" in text
+    assert uncertain.startswith("Angles of 1 matrices are uncertain")
+
+
+@pytest.mark.parametrize(
+    ("factors", "verdict"),
+    [
+        ([1.2] * 11, "above its null"),
+        ([0.8] * 11, "below its null"),
+        ([1.2] * 10 + [0.9], "above its null"),
+        ([1.2] * 9 + [0.9] * 2, "at its null"),  # too few on one side
+        ([1.05] * 11, "at its null"),  # too near
+        ([0.9] * 10 + [9.0], "at its null"),  # one matrix carries the mean
+        ([1.0] * 11, "at its null"),
+    ],
+)
+def test_what_stands_out_from_its_null(factors: list[float], verdict: str) -> None:
+    table = pair()
+    table["null_nss"] = 0.3
+    table["nss"] = 0.3 * np.array(factors)
+    found = report.against_null(table)
+    assert list(found.index) == list(NULL_METRICS)
+    assert found.loc["nss", "verdict"] == verdict
+    assert found.loc["nss", "ratio"] == pytest.approx(np.mean(factors))
+    table["null_nss"] = np.nan
+    assert "nss" not in report.against_null(table).index
 
 
 def test_many_layers_and_experts_are_drawn() -> None:
@@ -226,7 +250,7 @@ def test_many_layers_and_experts_are_drawn() -> None:
     table["role"] = table["role"].replace("down", "expert_down")
     page = page_of(table)
     assert len(page.select("img")) == 6
-    rows = rows_of(page, "overview")
+    rows = rows_of(page, "overview", 1)
     assert "expert_down" in rows
 
 
@@ -290,8 +314,8 @@ def test_a_bad_table_is_one_line(
 def test_a_page_is_replaced_only_by_force_and_only_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table, out = tmp_path / "pair.csv", tmp_path / "report.html"
-    pair().to_csv(table, index=False)
+    table, out = tmp_path / "run.csv", tmp_path / "report.html"
+    steps().to_csv(table, index=False)
     out.write_text("earlier")
     assert cli.main(["report", str(table), "--out", str(out)]) == 1
     assert "report.html exists; give --force to replace it" in capsys.readouterr().err
@@ -306,8 +330,8 @@ def test_a_page_is_replaced_only_by_force_and_only_whole(
     monkeypatch.undo()
     assert cli.main(["report", str(table), "--out", str(out), "--force"]) == 0
     assert capsys.readouterr().out == f"Open {out}\n"
-    assert "pair: where the weights moved" in out.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pair.csv", "report.html"]
+    assert "run: where the weights moved" in out.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run.csv"]
 
 
 def test_two_tables_of_one_kind_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,14 +17,16 @@ import pandas as pd
 from rich.console import Console
 
 from opd_geometry.claims import Finding, judge
+from opd_geometry.hub import locate
 from opd_geometry.measure import SOURCES, committed_provenance
 from opd_geometry.measure import load as load_measurements
 from opd_geometry.profiles import PROFILES, build, parse_seeds
-from opd_geometry.runs import is_done
+from opd_geometry.runs import data_directory, is_done
 from opd_geometry.schedule import train_all
 from opd_geometry.statements import claim_of
 
 PARAMETERS = ("profile", "seeds", "source", "jobs")
+PAIR_PARAMETERS = ("before", "after", "out", "seed", "jobs")
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
@@ -77,33 +80,96 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     Raises:
         ParameterError: one line, naming the known parameters or values.
     """
-    if not any(isinstance(value, Parameters) for value in names.values()):
-        unknown = [name for name, value in names.items() if _is_given(name, value)]
-        if unknown:
-            raise ParameterError(
-                f"unknown parameter {', '.join(unknown)}; expected "
-                f"{', '.join(PARAMETERS)}"
-            )
-    missing = [name for name in PARAMETERS if name not in names]
-    if missing:
-        raise ParameterError(
-            f"no parameter {', '.join(missing)}; run the parameters cell first"
-        )
-    profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
+    profile, seeds, source, jobs = _values(names, PARAMETERS)
     _one_of("profile", profile, PROFILES)
     _one_of("source", source, SOURCES)
-    if type(jobs) is not int or jobs < 1:
-        raise ParameterError(f"jobs {jobs!r}: expected an integer, 1 or larger")
+    _check_integer("jobs", jobs, 1)
     try:
         numbers = tuple(parse_seeds(str(seeds)))
     except ValueError as error:
         raise ParameterError(str(error)) from None
-    return Parameters(str(profile), numbers, str(source), jobs)
+    return Parameters(str(profile), numbers, str(source), int(jobs))
 
 
-def _is_given(name: str, value: object) -> bool:
+@dataclass(frozen=True)
+class PairParameters:
+    """Checked parameters of the chapter on the reader's own checkpoints.
+
+    Attributes:
+        before, after: the two checkpoints, on this machine.
+        out: folder for the table and the page; None to write neither.
+        seed: of the Gaussian nulls.
+        jobs: matrices measured at a time.
+    """
+
+    before: Path
+    after: Path
+    out: Path | None
+    seed: int
+    jobs: int
+
+
+def check_pair_parameters(names: Mapping[str, object]) -> PairParameters:
+    """Read the parameters of a chapter about two checkpoints.
+
+    A checkpoint is a path, a path below the data directory, or a hub id with an
+    optional revision, which is fetched.
+
+    Args:
+        names: as for ``check_parameters``.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        ParameterError: one line, naming the known parameters or what is missing.
+    """
+    before, after, out, seed, jobs = _values(names, PAIR_PARAMETERS)
+    _check_integer("seed", seed, 0)
+    _check_integer("jobs", jobs, 1)
+    folder = Path(str(out)).expanduser() if out else None
+    if folder is not None and not folder.is_dir():
+        raise ParameterError(f"out {str(out)!r}: no such folder; make it first")
+    try:
+        places = [_located(str(before)), _located(str(after))]
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    return PairParameters(places[0], places[1], folder, int(seed), int(jobs))
+
+
+def _located(source: str) -> Path:
+    """A checkpoint of the reader's, or one of the book's own below data/."""
+    own = data_directory() / source
+    return own if not Path(source).exists() and own.exists() else locate(source)
+
+
+def _values(names: Mapping[str, object], known: tuple[str, ...]) -> list[Any]:
+    """The values of all known parameters; refused if one is unknown or missing."""
+    checked = (Parameters, PairParameters)
+    if not any(isinstance(value, checked) for value in names.values()):
+        unknown = [n for n, value in names.items() if _is_given(n, value, known)]
+        if unknown:
+            raise ParameterError(
+                f"unknown parameter {', '.join(unknown)}; expected {', '.join(known)}"
+            )
+    missing = [name for name in known if name not in names]
+    if missing:
+        raise ParameterError(
+            f"no parameter {', '.join(missing)}; run the parameters cell first"
+        )
+    return [names[name] for name in known]
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ParameterError(
+            f"{name} {value!r}: expected an integer, {least} or larger"
+        )
+
+
+def _is_given(name: str, value: object, known: tuple[str, ...]) -> bool:
     """Whether a name in a fresh notebook can be a parameter that is not known."""
-    own = KERNEL_NAMES.fullmatch(name) is not None or name in PARAMETERS
+    own = KERNEL_NAMES.fullmatch(name) is not None or name in known
     return not own and not callable(value) and not isinstance(value, ModuleType)
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from opd_geometry import __version__, figures, measure, tables
 from opd_geometry.files import clear_write_errors, replacing
-from opd_geometry.pairs import COLUMNS, METRICS, REFUSED, summarise
+from opd_geometry.pairs import COLUMNS, METRICS, NULL_METRICS, REFUSED, summarise
 from opd_geometry.runs import data_directory
 
 YOURS = "yours"
@@ -51,6 +51,8 @@ ANGLES = tuple(name for name in METRICS if name.startswith("angle_"))
 DRAWN = tuple(figures.METRIC_LABELS)  # metrics that the book's figures have a name for
 EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down")
 ROLE_ORDER = (*figures.LAYER_ROLES, *EXPERT_ROLES, "router", "embed", "head", "other")
+ONE_SIDE = 0.9  # share of the matrices that have to lie on one side of their null
+FAR_ENOUGH = 0.1  # relative difference of the means
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
 Cells = tuple[str, ...]
 
@@ -405,12 +407,19 @@ def _overview(pair: pd.DataFrame) -> Section:
         "overview",
         "By role and over all",
         (*texts, *_warnings(pair)),
-        tables=(Table("Means by role", columns, tuple(rows), ("all",)),),
+        tables=(
+            *_verdicts(pair),
+            Table("Means by role", columns, tuple(rows), ("all",)),
+        ),
         reading=(
             "A null says what the same diagnostic gives for a Gaussian update with the "
             "same Frobenius norm in every matrix. A value that equals its null tells "
             "the size of the update and nothing else; only the difference tells where "
             "it went.",
+            f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "
+            "one side of their own null and the means differ by "
+            f"{100 * FAR_ENOUGH:.0f} %. Matrices of one model are not independent, so "
+            "this sorts, and tests nothing.",
         ),
     )
 
@@ -420,6 +429,66 @@ def _cell(row: "pd.Series[Any]", name: str) -> str:
     null = row.get(f"null_{name}", np.nan)
     tail = f" ({_shown(name, null)})" if np.isfinite(null) else ""
     return f"{_shown(name, row[name])}{tail}"
+
+
+def against_null(pair: pd.DataFrame) -> pd.DataFrame:
+    """Which diagnostics stand out from their null, by a rule.
+
+    A diagnostic *stands out* if at least ``ONE_SIDE`` of the matrices lie on the same
+    side of their own null, and its mean differs from the null's by at least
+    ``FAR_ENOUGH`` of it. Matrices of one model are not independent, so this is a rule
+    to sort by and no significance test.
+
+    Args:
+        pair: a table of ``measure`` with nulls.
+
+    Returns:
+        One row a diagnostic with a null: mean, null, ratio, above (share of the
+        matrices above their null, ties counted half), verdict (``above its null``,
+        ``below its null`` or ``at its null``). Means are plain, over matrices that
+        have both.
+    """
+    rows = {}
+    for name in NULL_METRICS:
+        both = pair[[name, f"null_{name}"]].dropna()
+        if both.empty:
+            continue
+        value, null = both[name], both[f"null_{name}"]
+        above = float(((value > null) + 0.5 * (value == null)).mean())
+        ratio = float(value.mean() / null.mean()) if null.mean() else float("nan")
+        far = abs(ratio - 1.0) >= FAR_ENOUGH
+        verdict = "at its null"
+        if far and above >= ONE_SIDE and ratio > 1:
+            verdict = "above its null"
+        elif far and above <= 1 - ONE_SIDE and ratio < 1:
+            verdict = "below its null"
+        rows[name] = {
+            "mean": float(value.mean()),
+            "null": float(null.mean()),
+            "ratio": ratio,
+            "above": above,
+            "verdict": verdict,
+        }
+    columns = ["mean", "null", "ratio", "above", "verdict"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def _verdicts(pair: pd.DataFrame) -> tuple[Table, ...]:
+    """``against_null`` as a table of the page."""
+    found = against_null(pair)
+    rows = tuple(
+        (
+            _label(str(name)).removesuffix(" (%)"),
+            _short(row["mean"]),
+            _short(row["null"]),
+            f"{row['ratio']:.2f}",
+            _percent(row["above"]),
+            str(row["verdict"]),
+        )
+        for name, row in found.iterrows()
+    )
+    columns = ("diagnostic", "mean", "null", "ratio", "matrices above", "verdict")
+    return (Table("What stands out from its null", columns, rows),) if rows else ()
 
 
 def _warnings(pair: pd.DataFrame) -> list[str]:
@@ -628,8 +697,8 @@ def _rotation(own: pd.DataFrame) -> Section | None:
             "small, whatever the update was. The null has the same gaps, so its angle "
             "is the one to compare with.",
             "The spectral shift NSS is at most the relative norm. A random update "
-            "spends nearly all of its norm on turning; well above its null, an update changes "
-            "the singular values themselves.",
+            "spends nearly all of its norm on turning; well above its null, an update "
+            "changes the singular values themselves.",
         ),
     )
 
