@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import children
+import nbformat
 import pandas as pd
 import pytest
 from children import Child
@@ -212,7 +214,7 @@ def test_full_disk_leaves_nothing_half_written(data: Path) -> None:
     first, second, third = err.splitlines()[-3:]
     assert first.startswith("opd-geometry: base-early-s0-")
     assert "File too large" in first
-    assert "free some space" in first
+    assert "make room there" in first
     assert "needs base-early-s0-" in second
     assert "needs base-s0-" in third
     (directory,) = (data / "runs").iterdir()
@@ -238,7 +240,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "root"
     for name in ("notebooks/01_a.ipynb", "notebooks/02_b.ipynb", "notebooks/x.ipynb"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("source")
+        (root / name).write_text(nbformat.writes(nbformat.v4.new_notebook()))
     (root / "book" / "chapters").mkdir(parents=True)
     for name in ("01_a.ipynb", "02_b.ipynb"):
         (root / "book" / "chapters" / name).write_text("published")
@@ -286,6 +288,26 @@ def test_chapters_are_executed_with_what_is_given(
 
 def provenance(**columns: list[Any]) -> pd.DataFrame:
     return pd.DataFrame(columns)
+
+
+def shelve(profile: str, arms: Sequence[str] = profiles.ARMS) -> None:
+    """List the arms' smoke runs as a profile's committed ones."""
+    listing = measure.committed_path(profile).with_suffix(".runs.csv")
+    listing.parent.mkdir(parents=True)
+    known = [profiles.build("smoke", arm, 0) for arm in arms]
+    rows = [{"run": run.key(), "arm": run.arm, "seed": 0, "steps": 10} for run in known]
+    table = pd.DataFrame(rows).assign(wall_seconds=1.0, machine="theirs")
+    table.to_csv(listing, index=False)
+
+
+def test_book_reads_its_notebooks_before_it_trains(
+    checkout: Path, pretended: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "notebooks" / "02_b.ipynb").write_text("broken")
+    code, line = complaint(capsys, "book", "--profile", "smoke")
+    assert code == 1
+    assert "02_b.ipynb is no notebook" in line
+    assert pretended == []
 
 
 @pytest.fixture
@@ -351,15 +373,7 @@ def test_book_is_the_readers_own(
 def test_book_trains_the_readers_arms_where_the_rest_is_committed(
     checkout: Path, pretended: list[Any], data: Path
 ) -> None:
-    listing = measure.committed_path("smoke").with_suffix(".runs.csv")
-    listing.parent.mkdir(parents=True)
-    known = [profiles.build("smoke", arm, 0) for arm in profiles.ARMS]
-    provenance(
-        run=[run.key() for run in known],
-        arm=[run.arm for run in known],
-        steps=[10] * len(known),
-        wall_seconds=[1.0] * len(known),
-    ).to_csv(listing, index=False)
+    shelve("smoke")
     assert cli.main(["book", "--profile", "smoke", "--from", "scratch"]) == 0
     assert pretended[0][1] == sorted(profiles.READER_ARMS)
     assert pretended[1] == ("smoke", [0], "scratch")
@@ -388,10 +402,16 @@ def test_site_renders_the_published_chapters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(schedule, "train_all", None)
+    code, line = complaint(capsys, "site")
+    assert code == 1
+    assert "no committed measurements of profile laptop" in line
+    shelve("laptop", ["sft"])
+    (data / "claims.csv").write_text("claim\n")
     assert cli.main(["site"]) == 0
     source = checkout / "_build" / "site" / "source"
     assert set(chapters_of(source / "book" / "chapters").values()) == {"published"}
-    assert "No measurements of profile laptop" in (source / "_config.yml").read_text()
+    banner = (source / "_config.yml").read_text()
+    assert "Profile laptop, seed 0. 1 run (theirs)." in " ".join(banner.split())
     monkeypatch.setattr(site, "check_site", lambda *_: ["a.html: bad", "b.html: bad"])
     (checkout / "_build" / "site" / "html").rmdir()
     assert cli.main(["site"]) == 1

@@ -277,7 +277,7 @@ def test_map_is_of_a_query_projection_at_the_end(copied: Path) -> None:
     regions = table[table["role"] == "region"]
     assert set(regions["step"]) == {10}
     assert set(regions["layer"]) == {-1}
-    assert len(regions) == 3 * measure.MAP_REGIONS**2
+    assert len(regions) == 2 * 3 * measure.MAP_REGIONS**2
     name = "model.layers.0.self_attn.q_proj.weight"
     assert set(regions["matrix"].str.partition("[")[0]) == {name}
     whole = table[(table["matrix"] == name) & (table["step"] == 10)]
@@ -328,7 +328,7 @@ def test_run_that_never_moved_has_nan(copied: Path) -> None:
     assert (table[table["metric"] == "sparsity"]["value"] == 1.0).all()
     regions = table[table["role"] == "region"]
     assert (regions[regions["metric"] == "density"]["value"] == 0.0).all()
-    assert regions[regions["metric"] != "density"]["value"].isna().all()
+    assert regions[~regions["metric"].str.endswith("density")]["value"].isna().all()
     assert "similarity_to_end" not in set(table["metric"])
 
 
@@ -390,7 +390,7 @@ def test_missing_checkpoint_of_a_finished_run(copied: Path) -> None:
 
 def test_full_disk_leaves_no_table(copied: Path) -> None:
     call = (children.measure_with_small_files, OPD, 4000)
-    with pytest.raises(ValueError, match=r"cannot write below .*; free") as error:
+    with pytest.raises(ValueError, match=r"cannot write below .*; make room") as error:
         Child(copied, *call).result()
     assert "\n" not in str(error.value)
     names = [path.name for path in runs.run_directory(OPD).iterdir()]

@@ -462,7 +462,7 @@ def test_data_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "file" / "data"))
-    with pytest.raises(ValueError, match="Not a directory; free some space") as error:
+    with pytest.raises(ValueError, match="Not a directory; make room there") as error:
         runs.ensure(ANCHOR)
     one_line(error)
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "data"))
@@ -471,7 +471,7 @@ def test_data_folder_that_cannot_be_written(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(ValueError, match="Read-only file system; free some") as error:
+    with pytest.raises(ValueError, match="Read-only file system; make room") as error:
         runs.ensure(ANCHOR)
     one_line(error)
     assert not runs.is_running(ANCHOR)
@@ -483,7 +483,7 @@ def test_full_disk_leaves_nothing_half_written(
 ) -> None:
     """No room for a checkpoint; room for it, but not for the state to resume from."""
     child = Child(data, children.ensure_with_small_files, ANCHOR, most_bytes)
-    with pytest.raises(ValueError, match=r"File too large.*; free some") as error:
+    with pytest.raises(ValueError, match=r"File too large.*; make room") as error:
         child.result()
     one_line(error)
     directory = runs.run_directory(ANCHOR)

@@ -15,7 +15,7 @@ from children import ANCHOR, OPD, PROJECTED, RLVR, TEACHER, Child
 from rich.console import Console
 
 from opd_geometry import runs, schedule
-from opd_geometry.measure import committed_path, kept_table
+from opd_geometry.measure import committed_path, kept_table, measure_run
 from opd_geometry.runs import Run
 from opd_geometry.schedule import Row
 
@@ -68,6 +68,8 @@ def test_committed_timings_are_the_first_choice(trained: Path, data: Path) -> No
         {
             "run": ["a", "b", "c"],
             "arm": ["rlvr", "rlvr", "rlvr"],
+            "seed": [0, 1, 2],
+            "machine": ["theirs"] * 3,
             "steps": [10, 10, 20],
             "wall_seconds": [100.0, 200.0, 9000.0],
         }
@@ -231,7 +233,7 @@ def test_finished_runs_need_no_process(
     trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, data)
-    kept_table(OPD, 2).touch()
+    measure_run(OPD, 2)
     monkeypatch.setattr(schedule, "_start", None)
     said = StringIO()
     assert schedule.train_all("smoke", [OPD], 1, Console(file=said)) == {}
