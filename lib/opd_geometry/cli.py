@@ -213,7 +213,7 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
     return [
         build(profile, arm, seed, scratch)
         for seed in parse_seeds(seeds)
-        for arm in parse_arms(arms)
+        for arm in parse_arms(arms, profile)
     ]
 
 
