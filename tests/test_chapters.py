@@ -110,10 +110,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
             "numpy": "2.4.6",
         }
     )
-    path = measure.committed_path("smoke")
+    path = measure.provenance_path()
     path.parent.mkdir(parents=True)
-    pd.DataFrame(rows, columns=measure.COLUMNS).to_parquet(path)
-    provenance.to_csv(path.with_suffix(".runs.csv"), index=False)
+    table = pd.DataFrame(rows, columns=measure.COLUMNS)
+    for run in runs:
+        of_run = table[table["run"] == run.key()]
+        of_run.to_parquet(measure.committed_path(run))
+    provenance.to_csv(path, index=False)
     return provenance
 
 

@@ -61,7 +61,11 @@ def test_help_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--profile", "large", "unknown profile 'large'; expected smoke, laptop"),
+        ("--profile", "large", "unknown profile 'large'; expected smoke, laptop, pub"),
+            "--profile",
+            "large",
+            "unknown profile 'large'; expected smoke, laptop, published",
+        ),
         ("--arms", "dpo", "unknown arm 'dpo'; expected sft,"),
         ("--seeds", "one", "seeds 'one': expected integers such as 3, 0,2 or 0-4"),
         ("--seeds", "0.5", "seeds '0.5': expected integers"),
@@ -175,7 +179,7 @@ def test_run_status_plan_and_commit(data: Path) -> None:
     assert "unknown" not in out  # as long as those that are done
     code, out, _ = call("commit")
     assert out.startswith(f"3 of {len(profiles.ARMS)} runs are finished and now in ")
-    rows = committed_provenance("smoke")
+    rows = committed_provenance()
     assert set(rows["arm"]) == {"sft", "opd", "rlvr"}
     code, out, _ = call("checkpoints")
     base, teacher = out.splitlines()
@@ -290,9 +294,9 @@ def provenance(**columns: list[Any]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def shelve(profile: str, arms: Sequence[str] = profiles.ARMS) -> None:
-    """List the arms' smoke runs as a profile's committed ones."""
-    listing = measure.committed_path(profile).with_suffix(".runs.csv")
+def shelve(arms: Sequence[str] = profiles.ARMS) -> None:
+    """List the arms' smoke runs as committed ones."""
+    listing = measure.provenance_path()
     listing.parent.mkdir(parents=True)
     known = [profiles.build("smoke", arm, 0) for arm in arms]
     rows = [{"run": run.key(), "arm": run.arm, "seed": 0, "steps": 10} for run in known]
@@ -373,7 +377,7 @@ def test_book_is_the_readers_own(
 def test_book_trains_the_readers_arms_where_the_rest_is_committed(
     checkout: Path, pretended: list[Any], data: Path
 ) -> None:
-    shelve("smoke")
+    shelve()
     assert cli.main(["book", "--profile", "smoke", "--from", "scratch"]) == 0
     assert pretended[0][1] == sorted(profiles.READER_ARMS)
     assert pretended[1] == ("smoke", [0], "scratch")
@@ -402,16 +406,17 @@ def test_site_renders_the_published_chapters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(schedule, "train_all", None)
+    monkeypatch.setattr(profiles, "COMMITTED", ("smoke",))
     code, line = complaint(capsys, "site")
     assert code == 1
-    assert "no committed measurements of profile laptop" in line
-    shelve("laptop", ["sft"])
+    assert "no committed measurements of profile smoke" in line
+    shelve(["sft"])
     (data / "claims.csv").write_text("claim\n")
     assert cli.main(["site"]) == 0
     source = checkout / "_build" / "site" / "source"
     assert set(chapters_of(source / "book" / "chapters").values()) == {"published"}
     banner = (source / "_config.yml").read_text()
-    assert "Profile laptop, seed 0. 1 run (theirs)." in " ".join(banner.split())
+    assert "Profile smoke, seed 0. 1 run (theirs)." in " ".join(banner.split())
     monkeypatch.setattr(site, "check_site", lambda *_: ["a.html: bad", "b.html: bad"])
     (checkout / "_build" / "site" / "html").rmdir()
     assert cli.main(["site"]) == 1

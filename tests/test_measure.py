@@ -33,6 +33,8 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         return profiles.replace(known[arm], seed=seed + 100 * from_scratch)
 
     monkeypatch.setattr(measure, "build", build)
+    settings = profiles.replace(profiles.PROFILES["smoke"], arms=tuple(known))
+    monkeypatch.setitem(measure.PROFILES, "smoke", settings)
 
 
 def orthonormal(n: int, seed: int) -> Tensor:
@@ -355,21 +357,26 @@ def test_damaged_kept_table_is_measured_again(copied: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "run,arm\n1,2\n", "{]"])
 def test_damaged_provenance_is_named(content: str, data: Path) -> None:
-    path = measure.committed_path("smoke").with_suffix(".runs.csv")
+    path = measure.provenance_path()
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"smoke\.runs\.csv is damaged"):
-        measure.committed_provenance("smoke")
+    with pytest.raises(ValueError, match=r"runs\.csv is damaged"):
+        measure.committed_provenance()
 
 
 @pytest.mark.usefixtures("tiny_profile")
-def test_listed_run_without_rows_is_an_error(copied: Path) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut", "columns"])
+def test_listed_run_without_its_table_is_an_error(damage: str, copied: Path) -> None:
     measure.commit("smoke", [OPD, RLVR])
-    path = measure.committed_path("smoke")
-    table = pd.read_parquet(path)
-    table[table["arm"] == "rlvr"].to_parquet(path)
+    path = measure.committed_path(OPD)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        pd.read_parquet(path).drop(columns="value").to_parquet(path)
     assert len(measure.load("smoke", ["rlvr"], [0])[0]) > 0
-    with pytest.raises(ValueError, match="has no rows of run"):
+    with pytest.raises(ValueError, match=f"{path.name} is .*; take it from version"):
         measure.load("smoke", ["opd"], [0])
 
 
@@ -402,10 +409,10 @@ def test_full_disk_leaves_no_table(copied: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_profile")
-def test_commit_replaces_the_rows_of_its_runs(copied: Path) -> None:
-    path = measure.commit("smoke", [OPD, RLVR, profiles.replace(OPD, seed=9)])
-    assert path == copied / "measurements" / "smoke.parquet"
-    table, listing = measure.committed("smoke"), measure.committed_provenance("smoke")
+def test_commit_replaces_its_runs(copied: Path) -> None:
+    folder = measure.commit("smoke", [OPD, RLVR, profiles.replace(OPD, seed=9)])
+    assert folder == copied / "measurements"
+    table, listing = measure.committed("smoke"), measure.committed_provenance()
     assert list(table.columns) == COLUMNS
     assert dict(zip(listing["arm"], listing["run"], strict=True)) == {
         "opd": OPD.key(),
@@ -424,7 +431,7 @@ def test_commit_replaces_the_rows_of_its_runs(copied: Path) -> None:
     kept = again[again["arm"] == "rlvr"].reset_index(drop=True)
     before = table[table["arm"] == "rlvr"].reset_index(drop=True)
     pd.testing.assert_frame_equal(kept.astype(object), before.astype(object))
-    assert len(measure.committed_provenance("smoke")) == 2
+    assert len(measure.committed_provenance()) == 2
     assert not list(copied.rglob(".*"))
 
 
@@ -434,7 +441,7 @@ def test_commit_needs_a_finished_run(data: Path) -> None:
         measure.commit("smoke", [OPD])
     assert not data.exists()
     assert measure.committed("smoke").empty
-    assert measure.committed_provenance("smoke").empty
+    assert measure.committed_provenance().empty
 
 
 @pytest.mark.usefixtures("tiny_profile")

@@ -129,7 +129,7 @@ def load(
         ValueError: unknown arm, or a run that failed; the message says why.
     """
     profile, arms = parameters.profile, list(arms)
-    committed = set(committed_provenance(profile)["run"])
+    committed = set(committed_provenance()["run"])
     missing = []
     for arm in arms:
         for seed in parameters.seeds:

@@ -157,7 +157,7 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
     from opd_geometry.schedule import duration, total_seconds
     from opd_geometry.schedule import plan as plan_runs
 
-    rows = plan_runs(profile, _asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin))
     _print_table(
         ["run", "steps", "estimated time", "state"],
         [
@@ -185,7 +185,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
     from opd_geometry.schedule import duration
     from opd_geometry.schedule import plan as plan_runs
 
-    rows = plan_runs(profile, _asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin))
     _print_table(
         ["run", "state", "step", "accuracy", "time left"],
         [
@@ -309,17 +309,15 @@ def claims(profile: str) -> None:
     """
     from opd_geometry import measure
     from opd_geometry.claims import claims_table, write_claims
-    from opd_geometry.profiles import PROFILES
+    from opd_geometry.profiles import settings_of
     from opd_geometry.runs import data_directory
 
-    if profile not in PROFILES:
-        known = ", ".join(PROFILES)
-        raise ValueError(f"unknown profile {profile!r}; expected {known}")
+    settings_of(profile)
     table = measure.committed(profile)
     if table.empty:
         raise ValueError(
-            f"no committed measurements of profile {profile!r}: expected "
-            f"{measure.committed_path(profile)}; train with opd-geometry run, then "
+            f"no committed measurements of profile {profile!r}: expected some below "
+            f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
     findings = claims_table(table)
@@ -415,13 +413,15 @@ def site() -> int:
     Examples:
       opd-geometry site
     """
-    from opd_geometry.measure import committed_provenance
+    from opd_geometry.measure import committed_provenance, committed_runs
     from opd_geometry.profiles import COMMITTED
     from opd_geometry.runs import data_directory
 
     root = repository()
     published = sorted((root / "book" / "chapters").glob("*.ipynb"))
-    provenance = committed_provenance(COMMITTED[0])
+    listed = committed_provenance()
+    published_runs = [run.key() for run in committed_runs(COMMITTED[0])]
+    provenance = listed[listed["run"].isin(published_runs)]
     if provenance.empty:
         raise ValueError(
             f"no committed measurements of profile {COMMITTED[0]}: a page has to say "
@@ -464,7 +464,7 @@ def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
     from opd_geometry.measure import committed_provenance
     from opd_geometry.profiles import READER_ARMS
 
-    shelf = set(committed_provenance(profile)["run"])
+    shelf = set(committed_provenance()["run"])
     published = zip(
         _asked(profile, "all", seeds, "committed"),
         _asked(profile, "all", seeds, origin),

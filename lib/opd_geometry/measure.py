@@ -349,26 +349,23 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
 
 # --- committed measurements ------------------------------------------------------
 
-
-def committed_path(profile: str) -> Path:
-    """Where a profile's committed table lies; its provenance stands beside it."""
-    return data_directory() / "measurements" / f"{profile}.parquet"
+PROVENANCE = ["run", "arm", "seed", "steps", "wall_seconds", "machine"]
+RESTORE = "take it from version control, or commit the runs again"
 
 
-def committed(profile: str) -> pd.DataFrame:
-    """A profile's committed table; empty when there is none."""
-    path = committed_path(profile)
-    if not path.is_file():
-        return pd.DataFrame(columns=COLUMNS)
-    try:
-        return _with_columns(pd.read_parquet(path), COLUMNS, path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
+def provenance_path() -> Path:
+    """Where the list of all committed runs lies; their tables stand beside it."""
+    return data_directory() / "measurements" / "runs.csv"
 
 
-def committed_provenance(profile: str) -> pd.DataFrame:
+def committed_path(run: Run) -> Path:
+    """Where the table of a committed run lies."""
+    return provenance_path().with_name(f"{run.name}.parquet")
+
+
+def committed_provenance() -> pd.DataFrame:
     """One row a committed run: run, arm, seed, steps, seconds, versions, machine."""
-    path = committed_path(profile).with_suffix(".runs.csv")
+    path = provenance_path()
     if not path.is_file():
         return pd.DataFrame(columns=PROVENANCE)
     try:
@@ -377,8 +374,13 @@ def committed_provenance(profile: str) -> pd.DataFrame:
         raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
 
 
-PROVENANCE = ["run", "arm", "seed", "steps", "wall_seconds", "machine"]
-RESTORE = "take it from version control, or commit the runs again"
+def committed_table(run: Run) -> pd.DataFrame:
+    """The table of a run that is listed as committed."""
+    path = committed_path(run)
+    try:
+        return _with_columns(pd.read_parquet(path), COLUMNS, path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}; {RESTORE}") from error
 
 
 def _with_columns(table: pd.DataFrame, columns: list[str], path: Path) -> pd.DataFrame:
@@ -389,6 +391,24 @@ def _with_columns(table: pd.DataFrame, columns: list[str], path: Path) -> pd.Dat
             f"{path} is damaged: it has no column {', '.join(missing)}; {RESTORE}"
         )
     return table
+
+
+def committed_runs(profile: str) -> list[Run]:
+    """A profile's runs that are listed as committed."""
+    rows = committed_provenance()
+    listed = set(rows["run"])
+    return [
+        run
+        for seed in sorted(set(rows["seed"]))
+        for arm in PROFILES[profile].arms
+        if (run := build(profile, arm, int(seed))).key() in listed
+    ]
+
+
+def committed(profile: str) -> pd.DataFrame:
+    """The table of a profile's committed runs; empty when there are none."""
+    tables = [committed_table(run) for run in committed_runs(profile)]
+    return pd.concat([pd.DataFrame(columns=COLUMNS), *tables], ignore_index=True)
 
 
 def provenance_of(run: Run) -> dict[str, object]:
@@ -419,39 +439,34 @@ def load(
         (``committed`` or ``this machine``).
 
     Raises:
-        ValueError: unknown profile, arm or source, or committed files that do not
-            agree.
+        ValueError: unknown profile, arm or source, or a committed file that is missing
+            or damaged.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; expected {', '.join(SOURCES)}")
-    pairs = [(arm, seed) for arm in arms for seed in seeds]
-    local_runs = {pair: build(profile, *pair, source == "scratch") for pair in pairs}
-    shelf, shelf_rows = committed(profile), committed_provenance(profile)
-    on_shelf = set(shelf_rows["run"])
+    listed = committed_provenance().set_index("run", drop=False)
     tables, rows = [], []
-    for pair, run in local_runs.items():
-        key = build(profile, *pair).key()
-        local_first = source != "committed" and is_done(run)
-        if key in on_shelf and not local_first:
-            tables.append(shelf[shelf["run"] == key])
-            if tables[-1].empty:
-                raise ValueError(
-                    f"{committed_path(profile)} has no rows of run {key} "
-                    f"({run.arm}, seed {run.seed}), which is listed beside it; "
-                    f"{RESTORE}"
-                )
-            row = shelf_rows[shelf_rows["run"] == key].iloc[0].to_dict()
+    for arm, seed in [(arm, seed) for arm in arms for seed in seeds]:
+        own = build(profile, arm, seed, source == "scratch")
+        published = build(profile, arm, seed)
+        local_first = source != "committed" and is_done(own)
+        if published.key() in listed.index and not local_first:
+            tables.append(committed_table(published))
+            row = listed.loc[published.key()].to_dict()
             rows.append({**row, "source": "committed"})
         else:
-            tables.append(measure_run(run, PROFILES[profile].rank))
-            rows.append({**provenance_of(run), "source": "this machine"})
+            tables.append(measure_run(own, PROFILES[profile].rank))
+            rows.append({**provenance_of(own), "source": "this machine"})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
 
 def commit(profile: str, runs: Iterable[Run]) -> Path:
-    """Put finished runs' tables and provenance into the profile's committed files.
+    """Put finished runs' tables and provenance where the committed ones lie.
 
-    Rows of the same arm and seed are replaced, all others stay.
+    A run takes the place of an earlier one of its name; all others stay.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: none of the runs is finished, or the files cannot be written.
@@ -462,31 +477,24 @@ def commit(profile: str, runs: Iterable[Run]) -> Path:
             f"no finished run of profile {profile} to commit: expected one at least; "
             "train with opd-geometry run"
         )
-    path = committed_path(profile)
-    fresh = pd.concat([measure_run(run, PROFILES[profile].rank) for run in runs])
-    rows = pd.DataFrame([provenance_of(run) for run in runs])
-    listing = path.with_suffix(".runs.csv")
-    with clear_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # both are whole before either takes its name; one commit at a time
-        with (
-            FileLock(path.with_suffix(".lock")),
-            replacing(path) as table_draft,
-            replacing(listing) as rows_draft,
-        ):
-            table = _replace(committed(profile), fresh)
-            for column in ("run", "arm", "matrix", "role", "metric"):
-                table[column] = table[column].astype("category")
-            table.to_parquet(table_draft, index=False, compression="zstd")
-            merged = _replace(committed_provenance(profile), rows)
-            merged.to_csv(rows_draft, index=False)
-    return path
+    listing = provenance_path()
+    with clear_write_errors(listing):
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        for run in runs:  # the tables first: what is listed is there
+            table = measure_run(run, PROFILES[profile].rank)
+            with replacing(committed_path(run)) as draft:
+                _narrow(table).to_parquet(draft, index=False, compression="zstd")
+        rows = pd.DataFrame([provenance_of(run) for run in runs])
+        with FileLock(listing.with_suffix(".lock")), replacing(listing) as draft:
+            old = committed_provenance()
+            old = old[~old["run"].isin(rows["run"])]
+            parts = [part for part in (old, rows) if len(part)]
+            merged = pd.concat(parts).sort_values(["arm", "seed"], kind="stable")
+            merged.to_csv(draft, index=False)
+    return listing.parent
 
 
-def _replace(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """``old`` without the (arm, seed) pairs of ``new``, then ``new``; sorted."""
-    taken = set(zip(new["arm"], new["seed"], strict=True))
-    kept = [pair not in taken for pair in zip(old["arm"], old["seed"], strict=True)]
-    parts = [part for part in (old[np.array(kept, bool)], new) if len(part)]
-    order = [c for c in ("arm", "seed", "step", "matrix", "metric") if c in new.columns]
-    return pd.concat(parts).sort_values(order, kind="stable", ignore_index=True)
+def _narrow(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its repeated words stored once."""
+    words = ["run", "arm", "matrix", "role", "metric"]
+    return table.astype(dict.fromkeys(words, "category"))

@@ -242,9 +242,7 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
     Raises:
         ValueError: unknown profile or arm; the message lists the known ones.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(profile)
     if arm == "base":
         return _base(settings, settings.student, _base_seed(settings, seed))
     if arm == "teacher":
@@ -281,8 +279,18 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
         train = replace(settings.policy, **_POLICY_ARMS[arm])  # type: ignore[arg-type]
         teacher = _shared_teacher(settings, from_scratch)
         return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
-    known = _or(settings.arms)
-    raise ValueError(f"unknown arm {arm!r}; expected {known}")
+    raise ValueError(f"unknown arm {arm!r}; expected {_or(settings.arms)}")
+
+
+def settings_of(profile: str) -> Profile:
+    """Sizes and budgets of a profile.
+
+    Raises:
+        ValueError: unknown profile; the message lists the known ones.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
+    return PROFILES[profile]
 
 
 def _base(settings: Profile, shape: ModelConfig, seed: int) -> Run:
@@ -393,15 +401,16 @@ def parse_arms(text: str, profile: str) -> list[str]:
     ``base`` and ``teacher``, the stages that all seeds share, can be named as well.
 
     Raises:
-        ValueError: unknown arm, listing the known ones.
+        ValueError: unknown profile or arm, listing the known ones.
     """
+    settings = settings_of(profile)
     if text == "all":
-        return list(PROFILES[profile].arms)
+        return list(settings.arms)
     if text == "reader":
         return list(READER_ARMS)
     arms = [part.strip() for part in text.split(",")]
     for arm in arms:
         if arm not in (*PUBLISHED_ARMS, *STAGES):
-            known = _or((*PUBLISHED_ARMS, *STAGES))
+            known = _or((*settings.arms, *STAGES))
             raise ValueError(f"unknown arm {arm!r}; expected {known}, reader or all")
     return list(dict.fromkeys(arms))
