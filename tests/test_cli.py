@@ -62,10 +62,6 @@ def test_help_does_not_wait_for_torch() -> None:
     ("option", "value", "said"),
     [
         ("--profile", "large", "unknown profile 'large'; expected smoke, laptop, pub"),
-            "--profile",
-            "large",
-            "unknown profile 'large'; expected smoke, laptop, published",
-        ),
         ("--arms", "dpo", "unknown arm 'dpo'; expected sft,"),
         ("--seeds", "one", "seeds 'one': expected integers such as 3, 0,2 or 0-4"),
         ("--seeds", "0.5", "seeds '0.5': expected integers"),

@@ -61,7 +61,9 @@ def _planted(arms: tuple[str, ...], seeds: tuple[int, ...], layers: int) -> Any:
             for i, j in np.ndindex(2, 3):
                 region = (run, arm, seed, 120, f"w[{i},{j}]", "region", -1)
                 level = (10 * i + j + seed) / 100 + place / 10
-                rows += [(*region, metric, level) for metric in figures.MASK_METRICS]
+                for metric in figures.MASK_METRICS:
+                    rows.append((*region, metric, level))
+                    rows.append((*region, f"null_{metric}", 0.9 * level))
             for frac, step in STEPS.items():
                 accuracy = ("accuracy/chain", 0.3 + place / 50 + seed / 100 + frac / 3)
                 rows.append((run, arm, seed, step, "", "model", -1, *accuracy))
@@ -158,6 +160,18 @@ def test_a_mean_with_an_undefined_matrix_is_left_out() -> None:
     table.loc[table[broken].index[0], "value"] = np.nan
     assert figures.over_matrices(table, "nss")["step"].max() == 96
     assert figures.at_end(table, "nss").empty
+
+
+def test_an_arm_that_never_moved_is_left_out() -> None:
+    table = planted(MAIN)
+    still = (table["arm"] == "rlvr") & table["metric"].str.contains("stable_rank")
+    table.loc[still, "value"] = np.nan
+    figure = figures.trajectories(table, [[Panel("stable_rank", MAIN)]])
+    assert figures.ARM_STYLES["opd"].label in labels(figure)
+    assert figures.ARM_STYLES["rlvr"].label not in labels(figure)
+    course = figures.first_last(table, "stable_rank", MAIN)
+    assert course.loc["rlvr"].isna().all()
+    assert "RLVR" not in figures.ranking(course["last"])
 
 
 def test_progress_is_a_share_of_each_runs_own_length() -> None:
@@ -268,8 +282,10 @@ def test_regions_lie_where_their_names_say_and_average_over_seeds() -> None:
     table = planted().astype(dict.fromkeys(names, "category"))
     figure = figures.region_maps(table, ("opd", "rlvr"))
     maps = [ax for ax in figure.axes if not colour_bar(ax)]
-    for row, place in enumerate((2, 3)):
-        expected = 100 * (np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10)
+    assert len(maps) == 9
+    for row, (place, factor) in enumerate(((2, 1), (3, 1), (2, 0.9))):
+        level = np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10
+        expected = factor * 100 * level
         for ax in maps[3 * row : 3 * row + 3]:
             shown = ax.collections[0].get_array().reshape(2, 3)
             np.testing.assert_allclose(shown, expected)

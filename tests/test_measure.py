@@ -414,6 +414,7 @@ def test_commit_replaces_its_runs(copied: Path) -> None:
     assert folder == copied / "measurements"
     table, listing = measure.committed("smoke"), measure.committed_provenance()
     assert list(table.columns) == COLUMNS
+    assert table["value"].dtype == float
     assert dict(zip(listing["arm"], listing["run"], strict=True)) == {
         "opd": OPD.key(),
         "rlvr": RLVR.key(),

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.claims import Finding, judge
+from opd_geometry.claims import Finding, claim_card, judge
 from opd_geometry.measure import SOURCES, committed_provenance
 from opd_geometry.measure import load as load_measurements
 from opd_geometry.profiles import PROFILES, build, parse_seeds
@@ -263,6 +263,29 @@ def _here(finding: Finding) -> str:
     known = not math.isnan(finding.low)
     between = f" [{finding.low:.3g}, {finding.high:.3g}]" if known else ""
     return f"{finding.effect:.3g}{between} ({finding.unit}; {seeds})"
+
+
+def claim_cards(
+    claim_ids: Iterable[str],
+    table: pd.DataFrame,
+    provenance: pd.DataFrame,
+    parameters: Parameters,
+) -> Any:
+    """The cards of a chapter's claims, for a page.
+
+    Args:
+        claim_ids: which claims.
+        table, provenance: of ``load``.
+        parameters: of the chapter; its profile says at what scale the runs are.
+    """
+    settings = PROFILES[parameters.profile]
+    scale = (
+        f"student of {settings.student.layers} layers of width "
+        f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
+        f"width {settings.teacher.width}"
+    )
+    cards = [claim_card(key, table, provenance, scale) for key in claim_ids]
+    return markdown("\n".join(cards))
 
 
 def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = commands.main(arguments, "opd-geometry", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         return _complain(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

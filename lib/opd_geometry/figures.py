@@ -212,12 +212,13 @@ def first_last(
         roles: the attention projections, as in the paper's trajectories.
 
     Returns:
-        One row an arm, columns first and last.
+        One row an arm, columns first and last; NaN where every seed is undefined.
     """
     arms = _present(table, arms)
     values = over_matrices(table[table["arm"].isin(arms)], metric, roles)
     by_arm = values.groupby(["arm", "frac"])["value"].mean().groupby("arm")
-    return pd.DataFrame({"first": by_arm.first(), "last": by_arm.last()}).loc[arms]
+    ends = pd.DataFrame({"first": by_arm.first(), "last": by_arm.last()})
+    return ends.reindex(arms)
 
 
 def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
@@ -237,10 +238,14 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
 
     >>> ranking({"sft": 0.081, "opd": 0.516, "rlvr": 0.0811}, ".1%")
     'OPD 51.6 % > RLVR 8.1 % ≈ SFT 8.1 %'
+
+    Between a number and its per cent sign stands a space that does not break; an
+    undefined value is left out.
     """
     text, before = "", ""
-    for arm, value in sorted(values.items(), key=lambda item: -item[1]):
-        shown = f"{value:{form}}".replace("%", " %")
+    known = {arm: value for arm, value in values.items() if not np.isnan(value)}
+    for arm, value in sorted(known.items(), key=lambda item: -item[1]):
+        shown = f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
         sign = " ≈ " if shown == before else " > "
         text += f"{sign if text else ''}{ARM_STYLES[arm].label} {shown}"
         before = shown
@@ -358,6 +363,8 @@ def _draw_panel(
     values = over_matrices(table, panel.metric, roles)
     for arm in _present(table, panel.arms):
         curve = values[values["arm"] == arm]
+        if curve.empty:  # an arm that never moved has no such metric
+            continue
         draw_curve(ax, curve, ARM_STYLES[arm])
         if panel.metric.endswith("norm"):
             _draw_independent_steps(ax, curve)
@@ -635,12 +642,15 @@ def _draw_map(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     ax.tick_params(length=0, labelrotation=0)
 
 
-def region_maps(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
+def region_maps(
+    table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd"
+) -> Figure:
     """Where visible changes lie within one matrix (the 3 x 3 maps of Figure 3).
 
     Args:
         table: tidy, with the rows of role ``region`` (see ``measure.map_rows``).
         arms: the rows.
+        null_of: the arm whose Gaussian null is the last row.
 
     Returns:
         The figure: columns as in ``mask_maps``, one square a region of the matrix,
@@ -650,18 +660,23 @@ def region_maps(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     Raises:
         ValueError: the table has none of the arms.
     """
-    arms = _present(table, arms)
+    rows = [(arm, "") for arm in _present(table, arms)]
+    rows += [(arm, "null_") for arm in _present(table, [null_of])]
     regions = table[table["role"] == "region"]
     with styled():
         figure, axes = plt.subplots(
-            len(arms), 3, figsize=(WIDTH, 0.4 + 2.2 * len(arms)), layout="constrained"
+            len(rows), 3, figsize=(WIDTH, 0.4 + 2.2 * len(rows)), layout="constrained"
         )
-        for row, arm in zip(np.atleast_2d(axes), arms, strict=True):
+        for row, (arm, prefix) in zip(axes, rows, strict=True):
             of_arm = regions[regions["arm"] == arm]
             for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_regions(ax, of_arm[of_arm["metric"] == metric], metric)
-            row[0].set_ylabel(ARM_STYLES[arm].label, color=ARM_STYLES[arm].colour)
-        for ax, metric in zip(np.atleast_2d(axes)[0], MASK_METRICS, strict=True):
+                _draw_regions(ax, of_arm[of_arm["metric"] == prefix + metric], metric)
+            label, colour = ARM_STYLES[arm].label, ARM_STYLES[arm].colour
+            row[0].set_ylabel(
+                f"Gaussian null\nof {label}" if prefix else label,
+                color=GREY if prefix else colour,
+            )
+        for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
             ax.set_title(f"{METRIC_LABELS[metric]} (%)")
     return figure
 

@@ -408,7 +408,9 @@ def committed_runs(profile: str) -> list[Run]:
 def committed(profile: str) -> pd.DataFrame:
     """The table of a profile's committed runs; empty when there are none."""
     tables = [committed_table(run) for run in committed_runs(profile)]
-    return pd.concat([pd.DataFrame(columns=COLUMNS), *tables], ignore_index=True)
+    if not tables:
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.concat(tables, ignore_index=True)
 
 
 def provenance_of(run: Run) -> dict[str, object]:
