@@ -234,10 +234,10 @@ def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
 
 
 def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
-    """Arms and their values, largest first; ``≈`` where they look the same.
+    r"""Arms and their values, largest first; ``≈`` where they look the same.
 
     >>> ranking({"sft": 0.081, "opd": 0.516, "rlvr": 0.0811}, ".1%")
-    'OPD 51.6 % > RLVR 8.1 % ≈ SFT 8.1 %'
+    'OPD 51.6\xa0% > RLVR 8.1\xa0% ≈ SFT 8.1\xa0%'
 
     Between a number and its per cent sign stands a space that does not break; an
     undefined value is left out.
