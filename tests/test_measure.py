@@ -263,6 +263,12 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     similarity = ["similarity_to_end", "null_similarity_to_end"]
     wanted = {*METRICS, *(f"null_{name}" for name in NULL_METRICS), *similarity}
     later = of_matrices[of_matrices["step"] > 0]
+    varied = later[later["metric"].str.contains("@|bound|gap_share")]
+    at_all_steps = varied["metric"].str.contains("@K=")
+    assert set(varied[~at_all_steps]["step"]) == {10}
+    assert {"sparsity@eta=1e-2", "null_bound_nss"} <= set(varied["metric"])
+    assert "similarity_to_end@K=8" in set(varied[at_all_steps]["metric"])
+    later = later.drop(varied.index)
     assert set(later["metric"]) == wanted
     assert set(later["step"]) == set(OPD.checkpoint_steps())
     assert len(later) == len(wanted) * len(matrices) * len(OPD.checkpoint_steps())
@@ -272,6 +278,23 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     assert set(model["layer"]) == {-1}
     assert set(model["matrix"]) == {""}
     assert {"loss", "reward", "gap", "accuracy/chain"} <= set(model["metric"])
+
+
+def test_leak_is_that_of_the_confined_weights(copied: Path) -> None:
+    table = measure.measure_run(PROJECTED, RANK)
+    leaks = table[table["metric"] == "leak"]
+    assert set(leaks["step"]) == {4, 6, 8, 10}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    origin, start = (
+        measure.read_matrix(runs.checkpoint(OPD, step), name).double()
+        for step in (0, 2)
+    )
+    end = measure.read_matrix(runs.checkpoint(PROJECTED), name).double()
+    v = spectra.top_right_subspace(start - origin, 2)
+    inside = ((end - start) @ v).norm() ** 2 / (end - start).norm() ** 2
+    shown = leaks[(leaks["matrix"] == name) & (leaks["step"] == 10)]["value"]
+    assert shown.item() == pytest.approx(1 - float(inside), abs=1e-9)
+    assert "leak" not in set(measure.measure_run(OPD, RANK)["metric"])
 
 
 def test_map_is_of_a_query_projection_at_the_end(copied: Path) -> None:

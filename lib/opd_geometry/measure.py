@@ -25,11 +25,14 @@ from torch import Tensor
 
 from opd_geometry import spectra, updates
 from opd_geometry.checkpoints import Matrix, list_matrices, read_matrix
+from opd_geometry.choices import choices
 from opd_geometry.profiles import PROFILES, build
+from opd_geometry.projection import leaked_energy
 from opd_geometry.runs import (
     Run,
     checkpoint,
     clear_write_errors,
+    confining_bases,
     data_directory,
     ensure,
     history,
@@ -41,12 +44,13 @@ from opd_geometry.runs import (
 )
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-TABLE = 5  # raised when the same checkpoints would give another table
+TABLE = 6  # raised when the same checkpoints would give another table
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
 PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
 HILL_DIVISOR = 8  # the paper does not state its k
 MASK_ALPHA = 0.5
 MAP_REGIONS = 16  # a side of the local maps
+SIMILARITY_RANKS = (1, 4, 8, 16)  # further K of Sim_K
 METRICS = (
     "sparsity",
     "density",
@@ -212,25 +216,80 @@ def measure_matrix(
     (_, origin), *later = sorted(checkpoints.items())
     before = reference(read_matrix(origin, name))
     weights = {step: read_matrix(path, name) for step, path in later}
-    rank = min(rank, *before.w_before.shape)
-    origin_weights = before.w_before.double()
-    subspaces = {}
-    for step, w in weights.items():
-        with suppress(ValueError):  # an update of lower rank has no such subspace
-            subspaces[step] = spectra.top_right_subspace(
-                w.double() - origin_weights, rank
-            )
-    end = max(weights)
-    rows = []
+    end, w_before = max(weights), before.w_before.double()
+    deltas = {step: w.double() - w_before for step, w in weights.items()}
+    similarity = similarities(deltas, rank, "")
+    for other in SIMILARITY_RANKS:
+        similarity |= similarities(deltas, other, f"@K={other}")
+    rows = [(step, metric, value) for (step, metric), value in similarity.items()]
     for step, w_after in weights.items():
         values = compare(before, w_after)
         values |= compare_null(before, w_after, null_seed(seed, name, step))
-        if step in subspaces and end in subspaces:
-            values["similarity_to_end"] = spectra.subspace_similarity(
-                subspaces[step], subspaces[end]
-            )
-            values["null_similarity_to_end"] = rank / before.w_before.shape[1]
+        if step == end:
+            noise = null_weights(before, w_after, null_seed(seed, name, step))
+            varied = choices(before.w_before, noise)
+            values |= choices(before.w_before, w_after)
+            values |= {f"null_{metric}": value for metric, value in varied.items()}
         rows += [(step, metric, value) for metric, value in values.items()]
+    return rows
+
+
+def similarities(
+    deltas: dict[int, Tensor], rank: int, suffix: str
+) -> dict[tuple[int, str], float]:
+    """Sim_K of every checkpoint's update with the last one, and its null, K/n.
+
+    Args:
+        deltas: step to W_t - W_0.
+        rank: K, at most the smaller side.
+        suffix: of the metric's name.
+
+    Returns:
+        (step, metric) to value; without the steps at which the update has no such
+        subspace, being of lower rank.
+    """
+    n_cols = deltas[max(deltas)].shape[1]
+    rank = min(rank, *deltas[max(deltas)].shape)
+    subspaces = {}
+    for step, delta in deltas.items():
+        with suppress(ValueError):
+            subspaces[step] = spectra.top_right_subspace(delta, rank)
+    last = subspaces.get(max(deltas))
+    if last is None:
+        return {}
+    values: dict[tuple[int, str], float] = {}
+    for step, basis in subspaces.items():
+        shared = spectra.subspace_similarity(basis, last)
+        values[step, f"similarity_to_end{suffix}"] = shared
+        values[step, f"null_similarity_to_end{suffix}"] = rank / n_cols
+    return values
+
+
+def leak_rows(
+    run: Run, matrices: list[Matrix], paths: dict[int, Path]
+) -> list[tuple[int, str, str, int, str, float]]:
+    """Of a confined run: how much of its update since the branch left the subspace.
+
+    leak = 1 - ||D V V^T||_F^2 / ||D||_F^2, D = W_t - W_branch
+
+    Rows of the metric ``leak``, from 0 (all inside) to 1.
+
+    Source: ours; the paper projects gradients and shows no leak.
+    """
+    if run.branch is None:
+        return []
+    bases = confining_bases(run)
+    origin = checkpoint(run.branch, run.branch_step())
+    rows = []
+    for matrix in matrices:
+        if matrix.name not in bases:
+            continue
+        start = read_matrix(origin, matrix.name).double()
+        for step, path in paths.items():
+            delta = read_matrix(path, matrix.name).double() - start
+            leak = defined(leaked_energy, delta, bases[matrix.name])
+            place = (matrix.name, matrix.role, matrix.layer)
+            rows.append((step, *place, "leak", leak))
     return rows
 
 
@@ -326,6 +385,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     with one_thread():
         matrices = list_matrices(paths[0])
         rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
+        rows += leak_rows(run, matrices, {step: paths[step] for step in steps})
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             values = measure_matrix(matrix.name, paths, rank, run.seed)
@@ -378,7 +438,8 @@ def committed_table(run: Run) -> pd.DataFrame:
     """The table of a run that is listed as committed."""
     path = committed_path(run)
     try:
-        return _with_columns(pd.read_parquet(path), COLUMNS, path)
+        table = _with_columns(pd.read_parquet(path), COLUMNS, path)
+        return table.astype({"value": float})
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path} is missing or damaged: {error}; {RESTORE}") from error
 
@@ -497,6 +558,9 @@ def commit(profile: str, runs: Iterable[Run]) -> Path:
 
 
 def _narrow(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with its repeated words stored once."""
+    """The table in a third of the space: words once, values to seven digits.
+
+    Another processor changes the seventh anyway.
+    """
     words = ["run", "arm", "matrix", "role", "metric"]
-    return table.astype(dict.fromkeys(words, "category"))
+    return table.astype({**dict.fromkeys(words, "category"), "value": np.float32})

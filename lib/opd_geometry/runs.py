@@ -409,26 +409,39 @@ def _confine(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put the projection on the optimizer, for every weight matrix of the model."""
+    bases, parameters = confining_bases(run), dict(model.named_parameters())
+    project = project_gradients if projection.form == "gradient" else project_updates
+    project(optimizer, {parameters[name]: basis for name, basis in bases.items()})
+
+
+def confining_bases(run: Run) -> dict[str, Tensor]:
+    """The right subspaces that a projected run is confined to.
+
+    Args:
+        run: with a projection; the run it branches from, and a donor, are finished.
+
+    Returns:
+        Name of a weight matrix to V_K, (n_cols, K).
+    """
     assert run.branch is not None
-    giver = run.donor or run.branch
+    assert run.projection is not None
+    giver, rank = run.donor or run.branch, run.projection.rank
     origin, _ = load_model(checkpoint(giver, 0))
     early, _ = load_model(checkpoint(giver, giver.branch_step()))
-    before, after = dict(origin.named_parameters()), dict(early.named_parameters())
+    after = dict(early.named_parameters())
     generator = torch.Generator().manual_seed(run.seed)
-    bases: dict[Tensor, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    bases = {}
+    for name, parameter in origin.named_parameters():
         if parameter.ndim != 2:
             continue
-        w_before, w_after = before[name].detach(), after[name].detach()
-        if projection.subspace in ("own", "donor"):
-            basis = spectra.top_right_subspace(w_after - w_before, projection.rank)
-        elif projection.subspace == "pretrained":
-            basis = spectra.top_right_subspace(w_before, projection.rank)
+        w_before, w_after = parameter.detach(), after[name].detach()
+        if run.projection.subspace in ("own", "donor"):
+            bases[name] = spectra.top_right_subspace(w_after - w_before, rank)
+        elif run.projection.subspace == "pretrained":
+            bases[name] = spectra.top_right_subspace(w_before, rank)
         else:
-            basis = random_subspace(parameter.shape[1], projection.rank, generator)
-        bases[parameter] = basis
-    project = project_gradients if projection.form == "gradient" else project_updates
-    project(optimizer, bases)
+            bases[name] = random_subspace(parameter.shape[1], rank, generator)
+    return bases
 
 
 def _evaluate(
