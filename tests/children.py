@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from rich.console import Console
 
 from opd_geometry import cli, evaluation, models, profiles, runs, schedule
@@ -245,3 +246,19 @@ def command_with_small_files(most_bytes: int, *arguments: str) -> tuple[int, str
     """The same where no file can grow beyond a size, with workers as in earnest."""
     _limit_files(most_bytes)
     return command("spawn", *arguments)
+
+
+def peak_of_measuring(before: Path, after: Path) -> int:
+    """Bytes that measuring adds to what this process has held at any time before."""
+    from opd_geometry import pairs
+
+    small = torch.randn(300, 300)
+    pairs.measure_tensors(small, small + 0.01 * torch.randn(300, 300))
+    held = _peak_kib()
+    pairs.measure_checkpoints(before, after)
+    return (_peak_kib() - held) * 1024
+
+
+def _peak_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])

@@ -49,6 +49,8 @@ def test_commands_are_known() -> None:
         "chapters",
         "book",
         "site",
+        "measure",
+        "trajectory",
     }
 
 

@@ -11,9 +11,10 @@ from children import ANCHOR, OPD, PROJECTED, RANK, RLVR, Child
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry import measure, profiles, runs, spectra
+from opd_geometry import comparison, measure, profiles, runs, spectra
 from opd_geometry.checkpoints import list_matrices
-from opd_geometry.measure import COLUMNS, METRICS, NULL_METRICS, compare, reference
+from opd_geometry.comparison import METRICS, NULL_METRICS, compare, reference
+from opd_geometry.measure import COLUMNS
 from opd_geometry.runs import Run
 
 
@@ -69,8 +70,8 @@ def test_planted_rotation_and_growth_are_found() -> None:
     ("n", "k", "rank"), [(64, 8, 1), (128, 16, 2), (4096, 512, 64)]
 )
 def test_ranks_are_those_of_the_paper_at_its_width(n: int, k: int, rank: int) -> None:
-    assert spectra.default_rank((n, 3 * n), measure.ANGLE_DIVISOR) == k
-    assert spectra.default_rank((n, 3 * n), measure.PRINCIPAL_DIVISOR) == rank
+    assert spectra.default_rank((n, 3 * n), comparison.ANGLE_DIVISOR) == k
+    assert spectra.default_rank((n, 3 * n), comparison.PRINCIPAL_DIVISOR) == rank
 
 
 def test_sides_turn_apart() -> None:
@@ -137,7 +138,7 @@ def test_change_below_bf16_is_no_visible_change() -> None:
 def test_what_never_moved_is_nan_and_not_an_error() -> None:
     w_before = orthonormal(16, 0)
     values = compare(reference(w_before), w_before.clone())
-    null = measure.compare_null(reference(w_before), w_before.clone(), seed=0)
+    null = comparison.compare_null(reference(w_before), w_before.clone(), seed=0)
     assert list(values) == list(METRICS)
     assert list(null) == [f"null_{name}" for name in NULL_METRICS]
     defined = {"sparsity": 1.0, "density": 0.0, "frobenius_norm": 0.0}
@@ -181,12 +182,12 @@ def test_null_is_gaussian_of_the_same_norm() -> None:
     delta = 0.1 * torch.outer(orthonormal(64, 1)[0], orthonormal(64, 2)[0])
     before = reference(w_before)
     values = compare(before, w_before + delta)
-    null = measure.compare_null(before, w_before + delta, seed=0)
+    null = comparison.compare_null(before, w_before + delta, seed=0)
     assert values["stable_rank"] == pytest.approx(1)
     assert 12 < null["null_stable_rank"] < 22  # 64 / 4 for large Gaussian matrices
-    assert null == measure.compare_null(before, w_before + delta, seed=0)
+    assert null == comparison.compare_null(before, w_before + delta, seed=0)
     for other in (1, (0, 1), (0, 1, 2)):
-        assert null != measure.compare_null(before, w_before + delta, seed=other)
+        assert null != comparison.compare_null(before, w_before + delta, seed=other)
 
 
 def test_every_matrix_and_step_has_noise_of_its_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from children import ANCHOR, OPD, PROJECTED, RLVR, Child
 
-from opd_geometry import runs
+from opd_geometry import files, runs
 from opd_geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.models import (
     build_model,
@@ -531,7 +531,7 @@ def files_of_checkpoints(run: Run) -> dict[str, bytes]:
 def test_other_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="shape"),
-        runs.clear_write_errors(tmp_path),
+        files.clear_write_errors(tmp_path),
     ):
         raise RuntimeError("a shape that does not fit")
 
@@ -548,7 +548,7 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None
         runs.write_json(path, object())
     with (
         pytest.raises(KeyboardInterrupt),
-        runs.replacing(path) as draft,
+        files.replacing(path) as draft,
     ):
         interrupted(draft)
     assert json.loads(path.read_text()) == 1

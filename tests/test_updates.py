@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_geometry import spectra, updates
+from opd_geometry import bits, spectra, updates
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -323,3 +323,65 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------- bits and chunks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_counts_of_what_is_not_finite(dtype):
+    w = gaussian(300, 301).to(dtype)
+    assert bits.count_nonfinite(w) == (0, 0)
+    w[0, 0], w[-1, -1], w[150, 7] = math.nan, math.nan, -math.inf
+    assert bits.count_nonfinite(w) == (2, 1)
+    assert bits.count_nonfinite(w.T) == (2, 1)
+
+
+@pytest.mark.parametrize("dtypes", [(DTYPES[0], DTYPES[0]), (DTYPES[2], DTYPES[3])])
+def test_norms_are_torchs(dtypes):
+    before, after = gaussian(300, 301).to(dtypes[0]), gaussian(300, 301, seed=1)
+    after = after.to(dtypes[1])
+    expected = float((after.double() - before.double()).norm())
+    assert bits.difference_norm(before, after) == pytest.approx(expected, rel=1e-12)
+    size = float(before.double().norm())
+    assert bits.norm(before.T) == pytest.approx(size, rel=1e-12)
+
+
+def test_count_is_that_of_the_mask_over_many_chunks():
+    before = gaussian(300, 301).bfloat16()
+    after = before.clone()
+    after[::3] *= 1.01
+    before[5, 5], after[5, 5] = 0.0, -0.0
+    before[6, 5], after[6, 5] = -0.0, 1e-30
+    mask = updates.visible_update(before, after)
+    assert torch.equal(mask, before != after)
+    assert not mask[5, 5]
+    assert mask[6, 5]
+    assert updates.count_visible(before, after) == int(mask.sum())
+    assert updates.count_visible(before.T, after.T) == int(mask.sum())
+    with pytest.raises(ValueError, match="1 NaN"):
+        updates.count_visible(before, after.index_fill(0, torch.tensor([9]), math.nan))
+
+
+def by_sorting(w, alpha, largest):
+    """The mask by a stable sort: exact counts, ties in row-major order."""
+    keys = w.double().abs().reshape(-1) * (-1 if largest else 1)
+    order = torch.argsort(keys, stable=True)[: round(alpha * w.numel())]
+    mask = torch.zeros(w.numel(), dtype=torch.bool)
+    mask[order] = True
+    return mask.reshape(w.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", [1e-4, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("sample", [2**16, 3])
+def test_masks_over_many_chunks_are_those_of_a_sort(dtype, alpha, sample, monkeypatch):
+    monkeypatch.setattr(updates, "SAMPLE", sample)  # 3 misleads
+    w = gaussian(300, 301).to(dtype)
+    w[:, ::7] = 0.5  # a run of ties
+    mask = updates.low_magnitude_mask(w, alpha)
+    assert torch.equal(mask, by_sorting(w, alpha, largest=False))
+    left, right = gaussian(300, 2), gaussian(301, 2, seed=1)
+    s = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    mask = updates.reconstruction_mask(left, s, right, alpha)
+    assert torch.equal(mask, by_sorting((left * s) @ right.T, alpha, largest=True))

@@ -142,6 +142,27 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class StoredPair:
+    """One matrix in two checkpoints, not read yet; small enough to be sent around."""
+
+    before: Matrix
+    after: Matrix
+    parts: tuple[_Part, _Part]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Both, in the dtypes they are stored in, in memory of their own."""
+        return self.read_before(), self.read_after()
+
+    def read_before(self) -> Tensor:
+        """The earlier one alone."""
+        return _read(self.parts[0])
+
+    def read_after(self) -> Tensor:
+        """The later one alone."""
+        return _read(self.parts[1])
+
+
+@dataclass(frozen=True)
 class _Contents:
     parts: dict[str, _Part]
     skipped: dict[str, Skipped]
@@ -241,6 +262,30 @@ def iter_pairs(
     Names and shapes are checked at the call, before the first tensor is read.
 
     Args:
+        before, after, roles, missing: as `list_pairs`.
+
+    Returns:
+        Iterator over (name, role, layer, w_before, w_after), in natural order.
+
+    Raises:
+        FileNotFoundError, ValueError: as `list_pairs`.
+    """
+    pairs = list_pairs(before, after, roles, missing)
+    return (
+        MatrixPair(p.before.name, p.before.role, p.before.layer, *p.read())
+        for p in pairs
+    )
+
+
+def list_pairs(
+    before: str | Path,
+    after: str | Path,
+    roles: Collection[str] | None = None,
+    missing: str = "raise",
+) -> list[StoredPair]:
+    """Matching matrices of two checkpoints, from their headers alone.
+
+    Args:
         before: as `list_matrices`.
         after: as `list_matrices`.
         roles: only these roles, such as ("q", "k", "v", "o"); None for all.
@@ -248,7 +293,7 @@ def iter_pairs(
             the common ones (`missing_names` lists the rest).
 
     Returns:
-        Iterator over (name, role, layer, w_before, w_after), in natural order.
+        Pairs in natural order of their names.
 
     Raises:
         FileNotFoundError, ValueError: as `list_matrices`; shapes differ, matrices
@@ -276,10 +321,19 @@ def iter_pairs(
             + ", expected two checkpoints of one architecture; see list_matrices"
         )
     _refuse_shapes([(a.matrix, b.matrix) for a, b in pairs])
-    return (
-        MatrixPair(a.matrix.name, a.matrix.role, a.matrix.layer, _read(a), _read(b))
-        for a, b in pairs
-    )
+    return [StoredPair(a.matrix, b.matrix, (a, b)) for a, b in pairs]
+
+
+def list_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint that hold its tensors.
+
+    Args:
+        path: as `list_matrices`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `list_matrices`.
+    """
+    return sorted({tensor.file for tensor in _stored(Path(path))})
 
 
 def _refuse_missing(

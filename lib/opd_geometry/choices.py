@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from opd_geometry import spectra, updates
+from opd_geometry.comparison import (
+    ANGLE_DIVISOR,
+    MASK_ALPHA,
+    PRINCIPAL_DIVISOR,
+    defined,
+)
 
 ETAS = {"1e-4": 1e-4, "1e-2": 1e-2}  # relative tolerance; the default is 1e-3
 TOLERANCES = {"1e-5": 1e-5}  # absolute, in place of the relative one
@@ -20,8 +26,7 @@ MASK_RANKS = {"n/16": 16, "n/8": 8, "n/4": 4}  # r of the principal mask; defaul
 MASK_SHARES = {"0.1": 0.1, "0.3": 0.3, "0.7": 0.7}  # alpha of both masks; default 0.5
 HILL_RANKS = {"n/32": 32, "n/16": 16, "n/4": 4, "n/2": 2}  # Hill's k; default n/8
 
-# The defaults that a varied choice is held against (arXiv:2606.07082; ours for Hill).
-ANGLE_DIVISOR, MASK_DIVISOR, MASK_SHARE, ETA = 8, 64, 0.5, 1e-3
+ETA = 1e-3
 
 
 def unchanged_share(
@@ -96,7 +101,7 @@ def overlaps(w_before: Tensor, w_after: Tensor) -> dict[str, float]:
         ``principal_overlap@r=...``; NaN where nothing changed visibly.
     """
     visible = updates.visible_update(w_before, w_after)
-    default = spectra.default_rank(w_before.shape, MASK_DIVISOR)
+    default = spectra.default_rank(w_before.shape, PRINCIPAL_DIVISOR)
     values = {}
     for name, alpha in MASK_SHARES.items():
         masks = {
@@ -107,7 +112,7 @@ def overlaps(w_before: Tensor, w_after: Tensor) -> dict[str, float]:
             values[f"{kind}_overlap@alpha={name}"] = _overlap(mask, visible)
     for name, divisor in MASK_RANKS.items():
         rank = spectra.default_rank(w_before.shape, divisor)
-        mask = updates.principal_mask(w_before, rank, MASK_SHARE)
+        mask = updates.principal_mask(w_before, rank, MASK_ALPHA)
         values[f"principal_overlap@r={name}"] = _overlap(mask, visible)
     return values
 
@@ -122,10 +127,7 @@ def tails(w_before: Tensor, w_after: Tensor) -> dict[str, float]:
     values = {}
     for name, divisor in HILL_RANKS.items():
         k = max(2, spectra.default_rank(w_before.shape, divisor))
-        try:
-            values[f"hill_alpha@k={name}"] = spectra.hill_exponent(s, k)
-        except ValueError:
-            values[f"hill_alpha@k={name}"] = float("nan")
+        values[f"hill_alpha@k={name}"] = defined(spectra.hill_exponent, s, k)
     return values
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from opd_geometry.evidence import arms_matching
+from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.measure import COLUMNS
-from opd_geometry.runs import clear_write_errors, replacing
 from opd_geometry.statements import CLAIMS, RATIO, Claim, claim_of
 from opd_geometry.verdicts import (
     Control,

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from opd_geometry.pair_commands import measure_command, trajectory_command
+from opd_geometry.printing import duration, print_table
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -65,7 +68,12 @@ def commands() -> None:
       opd-geometry plan --arms opd,rlvr --seeds 0-4
       opd-geometry run --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry book
+      opd-geometry measure path/to/before path/to/after --out table.csv
     """
+
+
+commands.add_command(measure_command)
+commands.add_command(trajectory_command)
 
 
 # --- options ---------------------------------------------------------------------
@@ -157,11 +165,11 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
     """
-    from opd_geometry.schedule import duration, total_seconds
     from opd_geometry.schedule import plan as plan_runs
+    from opd_geometry.schedule import total_seconds
 
     rows = plan_runs(_asked(profile, arms, seeds, origin))
-    _print_table(
+    print_table(
         ["run", "steps", "estimated time", "state"],
         [
             [row.run.name, str(row.steps), duration(row.seconds), row.state]
@@ -185,11 +193,10 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
       opd-geometry status
       opd-geometry status --profile laptop --arms reader --seeds 0-2
     """
-    from opd_geometry.schedule import duration
     from opd_geometry.schedule import plan as plan_runs
 
     rows = plan_runs(_asked(profile, arms, seeds, origin))
-    _print_table(
+    print_table(
         ["run", "state", "step", "accuracy", "time left"],
         [
             [
@@ -228,19 +235,6 @@ def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
     for one, reason in failed.items():
         _complain(f"{one.name}: {reason}", 1)
     return 1 if failed else 0
-
-
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:  # a file has no width to fit into
-        console.width = console.measure(table).maximum
-    console.print(table)
 
 
 def _tally(rows: "Iterable[Row]") -> str:
@@ -325,7 +319,7 @@ def claims(profile: str) -> None:
         )
     findings = claims_table(table)
     path = write_claims(findings, data_directory() / "claims.csv")
-    _print_table(
+    print_table(
         ["claim", "seeds", "verdict"],
         [[str(f.id), str(f.n_seeds), str(f.verdict)] for f in findings.itertuples()],
     )

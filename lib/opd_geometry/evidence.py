@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import pandas as pd
 
-from opd_geometry.measure import MASK_ALPHA
+from opd_geometry.comparison import MASK_ALPHA
 from opd_geometry.runs import BRANCH_FRAC
 from opd_geometry.tasks import BENCHMARKS
 from opd_geometry.verdicts import (

@@ -9,10 +9,8 @@ training metrics of every step, accuracies at the checkpoints. The metric ``para
 of every matrix, at step 0, is its number of entries: the weight of its sparsity.
 """
 
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,21 @@ from torch import Tensor
 from opd_geometry import spectra, updates
 from opd_geometry.checkpoints import Matrix, list_matrices, read_matrix
 from opd_geometry.choices import choices
+from opd_geometry.comparison import (
+    Reference,
+    compare,
+    compare_null,
+    defined,
+    null_seed,
+    null_weights,
+    reference,
+)
+from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.profiles import PROFILES, build
 from opd_geometry.projection import leaked_energy
 from opd_geometry.runs import (
     Run,
     checkpoint,
-    clear_write_errors,
     confining_bases,
     data_directory,
     ensure,
@@ -39,164 +46,13 @@ from opd_geometry.runs import (
     is_done,
     one_thread,
     progress,
-    replacing,
     run_directory,
 )
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
 TABLE = 6  # raised when the same checkpoints would give another table
-ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
-PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
-HILL_DIVISOR = 8  # the paper does not state its k
-MASK_ALPHA = 0.5
 MAP_REGIONS = 16  # a side of the local maps
 SIMILARITY_RANKS = (1, 4, 8, 16)  # further K of Sim_K
-METRICS = (
-    "sparsity",
-    "density",
-    "angle_left_mean_deg",
-    "angle_left_max_deg",
-    "angle_right_mean_deg",
-    "angle_right_max_deg",
-    "nss",
-    "principal_overlap",
-    "low_magnitude_overlap",
-    "stable_rank",
-    "stable_rank_bf16",
-    "frobenius_norm",
-    "relative_norm",
-    "hill_alpha",
-)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the diagnostics need of W_0, computed once for all later checkpoints."""
-
-    w_before: Tensor
-    left: Tensor  # (n_rows, k), top-k left singular vectors
-    right: Tensor  # (n_cols, k)
-    spectrum: Tensor  # (min(shape),), descending
-    principal: Tensor  # bool mask
-    low_magnitude: Tensor  # bool mask
-
-
-def reference(w_before: Tensor) -> Reference:
-    """Decompose W_0: float64, ranks scaled to its smaller side."""
-    u, s, vh = spectra.svd(w_before)
-    k = spectra.default_rank(w_before.shape, ANGLE_DIVISOR)
-    rank = spectra.default_rank(w_before.shape, PRINCIPAL_DIVISOR)
-    return Reference(
-        w_before,
-        u[:, :k],
-        vh[:k].T,
-        s,
-        updates.principal_mask(w_before, rank, MASK_ALPHA),
-        updates.low_magnitude_mask(w_before, MASK_ALPHA),
-    )
-
-
-def compare(before: Reference, w_after: Tensor) -> dict[str, float]:
-    """Every single-checkpoint diagnostic of one matrix (see the notation page).
-
-    Args:
-        before: of W_0.
-        w_after: (n_rows, n_cols), the later weights.
-
-    Returns:
-        The ``METRICS``; NaN where one is undefined: overlaps when no entry changed
-        visibly, the Hill exponent of an update of too low a rank, everything but
-        sparsity, density and norm when nothing changed at all.
-
-    Raises:
-        ValueError: shapes differ, or a value is not finite.
-    """
-    delta = w_after.double() - before.w_before.double()
-    norm = spectra.frobenius_norm(delta)
-    if norm == 0.0:  # a run that never stepped (RLVR without reward variance)
-        unmoved = {"sparsity": 1.0, "density": 0.0, "frobenius_norm": 0.0}
-        return {name: unmoved.get(name, float("nan")) for name in METRICS}
-    u, s_after, vh = spectra.svd(w_after)
-    k = before.left.shape[1]
-    left = spectra.principal_angles_deg(before.left, u[:, :k])
-    right = spectra.principal_angles_deg(before.right, vh[:k].T)
-    visible = updates.visible_update(before.w_before, w_after)
-    density = float(visible.double().mean())
-    s_delta = spectra.singular_values(delta)
-    stored = w_after.bfloat16().double() - before.w_before.bfloat16().double()
-    hill_k = max(2, spectra.default_rank(delta.shape, HILL_DIVISOR))
-    values = {
-        "sparsity": 1.0 - density,
-        "density": density,
-        "angle_left_mean_deg": float(left.mean()),
-        "angle_left_max_deg": float(left.max()),
-        "angle_right_mean_deg": float(right.mean()),
-        "angle_right_max_deg": float(right.max()),
-        "nss": defined(spectra.normalised_spectral_shift, before.spectrum, s_after),
-        "stable_rank": spectra.spectrum_stable_rank(s_delta),
-        "frobenius_norm": norm,
-        "relative_norm": norm / (spectra.frobenius_norm(before.w_before) or np.nan),
-        "hill_alpha": defined(spectra.hill_exponent, s_delta, hill_k),
-    }
-    if density > 0.0:
-        values |= {
-            "principal_overlap": updates.mask_overlap(before.principal, visible),
-            "low_magnitude_overlap": updates.mask_overlap(
-                before.low_magnitude, visible
-            ),
-            "stable_rank_bf16": spectra.stable_rank(stored),
-        }
-    return {name: values.get(name, float("nan")) for name in METRICS}
-
-
-def defined(metric: Callable[..., float], *arguments: object) -> float:
-    """A metric's value, NaN where it refuses its arguments.
-
-    Only for matrices that were checked to be finite: what is left to refuse is a metric
-    that this update does not have.
-    """
-    try:
-        return metric(*arguments)
-    except ValueError:
-        return float("nan")
-
-
-# Norms of the null equal the update's own by construction.
-NULL_METRICS = tuple(name for name in METRICS if "norm" not in name)
-
-
-def compare_null(
-    before: Reference, w_after: Tensor, seed: int | tuple[int, ...]
-) -> dict[str, float]:
-    """The same diagnostics of a Gaussian update with the same Frobenius norm.
-
-    Args:
-        before, w_after: as in ``compare``.
-        seed: of the Gaussian; give every matrix and step one of its own, or the
-            average over them is one over the same noise.
-
-    Returns:
-        ``null_`` + metric to value.
-    """
-    values = compare(before, null_weights(before, w_after, seed))
-    return {f"null_{name}": values[name] for name in NULL_METRICS}
-
-
-def null_weights(
-    before: Reference, w_after: Tensor, seed: int | tuple[int, ...]
-) -> Tensor:
-    """W_0 plus a Gaussian update of the same Frobenius norm, float64.
-
-    Args:
-        before, w_after, seed: as in ``compare_null``.
-    """
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0] >> 1))
-    w_before = before.w_before.double()
-    delta = w_after.double() - w_before
-    return (
-        w_before + updates.gaussian_null(delta, generator) if delta.any() else w_after
-    )
 
 
 def measure_matrix(
@@ -291,11 +147,6 @@ def leak_rows(
             place = (matrix.name, matrix.role, matrix.layer)
             rows.append((step, *place, "leak", leak))
     return rows
-
-
-def null_seed(seed: int, name: str, step: int) -> tuple[int, ...]:
-    """Seed of the null of one matrix at one step: no two share their noise."""
-    return seed, zlib.crc32(name.encode()), step
 
 
 def local_maps(before: Reference, w_after: Tensor) -> dict[str, Tensor]:

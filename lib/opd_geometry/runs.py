@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch import Tensor
 
 import opd_geometry
 from opd_geometry import evaluation, spectra, tasks
+from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.models import (
     ModelConfig,
     build_model,
@@ -557,17 +557,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to a draft beside ``path``; it takes the name only once it is whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that readers see the old file or the new one."""
     with replacing(path) as draft:
@@ -601,29 +590,3 @@ def _clear_drafts(directory: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def clear_write_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one clear line."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _write_error(error)
-        if reason is None:
-            raise
-        raise ValueError(
-            f"cannot write below {place}: {reason}; make room there, or name a "
-            "writable folder in OPD_GEOMETRY_DATA"
-        ) from error
-
-
-def _write_error(error: BaseException) -> str | None:
-    """What the system said when writing failed; None if the error is another one."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError):  # how safetensors reports any of them
-        return str(error)
-    # torch.save raises a RuntimeError of its own while it handles the OSError
-    inner = error.__context__
-    return _write_error(inner) if isinstance(inner, OSError) else None

@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.text import Text
 
 from opd_geometry.measure import committed_provenance, is_measured, measure_run
+from opd_geometry.printing import duration
 from opd_geometry.profiles import PROFILES
 from opd_geometry.runs import (
     Run,
@@ -477,17 +478,3 @@ def _standing(said: Mapping[str, float | None]) -> str:
     shown = "" if accuracy is None else f"accuracy {accuracy:.2f}"
     steps = f"{said['step']}/{said['steps']}"
     return f"{steps:>9}  {shown:<13}"
-
-
-def duration(seconds: float | None) -> str:
-    """A time to read at a glance.
-
-    >>> duration(8.4), duration(200), duration(7500), duration(None)
-    ('8 s', '3 min', '2 h 05 min', 'unknown')
-    """
-    if seconds is None:
-        return "unknown"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

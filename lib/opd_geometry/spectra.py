@@ -13,6 +13,8 @@ from torch import Tensor
 # How far from orthonormal a basis may be: float32 storage leaves about 1e-6,
 # handing over the wrong matrix (vh for v, an unnormalised basis) about 1.
 ORTHONORMAL_TOLERANCE = 1e-4
+# Below this a basis is used as it is: its angles are off by less than 1e-9 degrees.
+ORTHONORMAL_ALREADY = 1e-11
 
 
 def finite_float64(tensor: Tensor, name: str) -> Tensor:
@@ -155,6 +157,8 @@ def _orthonormal(basis: Tensor, name: str) -> Tensor:
             f"{float(gram_error):.1e}, expected at most {ORTHONORMAL_TOLERANCE:.0e}; "
             "pass u[:, :k] or vh[:k].T of an SVD"
         )
+    if float(gram_error) < ORTHONORMAL_ALREADY:
+        return columns
     # A basis that was stored in float32 is orthonormal to 1e-7 only, which would
     # be read as an angle of 1e-5 degrees.
     return torch.linalg.qr(columns).Q
@@ -189,6 +193,18 @@ def _check_determined(s: Tensor, k: int, shape: Sequence[int], name: str) -> Non
         )
 
 
+def _residual_sines(residual: Tensor) -> Tensor:
+    """Singular values of a tall (n, k) matrix, ascending.
+
+    Squares are three times as fast, and exact to 1e-9 while none of them falls below
+    1e-6 of the largest.
+    """
+    squares = torch.linalg.eigvalsh(residual.T @ residual)
+    if float(squares[0]) > 1e-6 * float(squares[-1]):
+        return squares.sqrt()
+    return torch.linalg.svdvals(residual).flip(0)
+
+
 def principal_angles_deg(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     """Principal angles between two subspaces of the same dimension.
 
@@ -216,12 +232,23 @@ def principal_angles_deg(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     53.1301
     """
     check_same_shape(basis_a, basis_b, ("basis_a", "basis_b"))
-    a = _orthonormal(basis_a, "basis_a")
-    b = _orthonormal(basis_b, "basis_b")
+    return angles_between_deg(
+        _orthonormal(basis_a, "basis_a"), _orthonormal(basis_b, "basis_b")
+    )
+
+
+def angles_between_deg(a: Tensor, b: Tensor) -> Tensor:
+    """`principal_angles_deg` of bases that are known to be orthonormal.
+
+    Args:
+        a: (n, k) float64, orthonormal to 1e-11.
+        b: (n, k) float64, the same.
+    """
     overlap = a.T @ b
-    cosines = torch.linalg.svdvals(overlap)
-    sines = torch.linalg.svdvals(b - a @ overlap).flip(0)
-    return torch.rad2deg(torch.atan2(sines, cosines))
+    sines = _residual_sines(b - a @ overlap)
+    if float(sines[-1]) < 0.5:  # far from where the sine alone loses accuracy
+        return torch.rad2deg(torch.asin(sines))
+    return torch.rad2deg(torch.atan2(sines, torch.linalg.svdvals(overlap)))
 
 
 def subspace_angles_deg(

@@ -1,21 +1,86 @@
-"""Which entries an update changes, where they sit, and the Gaussian null of it."""
+"""Which entries an update changes, where they sit, and the Gaussian null of it.
 
+What needs no singular values runs at the speed of memory: on the bits of the stored
+numbers, a chunk at a time.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from opd_geometry import gram
+from opd_geometry.bits import (
+    BITS,
+    CHUNK_ENTRIES,
+    bits_of,
+    chunks,
+    count_nonfinite,
+    magnitudes_of,
+)
 from opd_geometry.spectra import (
     check_rank,
     check_same_shape,
     finite_float64,
     finite_matrix,
-    svd,
 )
 
+# Neighbouring bf16 numbers are at least this far apart, relative to the larger one.
+BF16_STEP = 2.0**-8
+SAMPLE = 2**16  # entries from which the place of a quantile is guessed
+SIGN_16 = np.int16(-(2**15))
 
-def _as_bf16_values(w: Tensor, name: str) -> Tensor:
-    """Float64 values of the bf16 cast: exact, so differences are not rounded."""
-    cast = finite_float64(w, name).to(torch.bfloat16)
-    return finite_float64(cast, f"{name} cast to bf16")
+
+def _bf16_bits(w: Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of the bf16 cast of a finite chunk, and those without the sign."""
+    cast = w.to(torch.bfloat16)
+    bits = bits_of(cast)
+    magnitudes = magnitudes_of(bits)
+    if int(magnitudes.max()) >= BITS[torch.bfloat16][1]:
+        finite_float64(w, name)  # its message tells NaN from what bf16 cannot hold
+        finite_float64(cast, f"{name} cast to bf16")
+    return bits, magnitudes
+
+
+def _visible(before: Tensor, after: Tensor, eta: float, out: np.ndarray) -> None:
+    """`visible_update` of two chunks, into a flat boolean array."""
+    a, magnitudes = _bf16_bits(before, "w_before")
+    b, _ = _bf16_bits(after, "w_after")
+    if eta >= BF16_STEP:
+        x, y = (torch.from_numpy(v).view(torch.bfloat16).double() for v in (a, b))
+        out[:] = ((y - x).abs() > eta * torch.maximum(x.abs(), y.abs())).numpy()
+        return
+    np.not_equal(a, b, out=out)
+    if int(magnitudes.min()) == 0:
+        out[(magnitudes == 0) & ((a ^ b) == SIGN_16)] = False  # 0 against -0
+
+
+def _check_comparable(w_before: Tensor, w_after: Tensor, eta: float) -> None:
+    if not 0.0 <= eta < 1.0:
+        raise ValueError(f"eta = {eta!r}, expected 0 <= eta < 1; the paper uses 1e-3")
+    check_same_shape(w_before, w_after, ("w_before", "w_after"))
+    for name, w in (("w_before", w_before), ("w_after", w_after)):
+        if not w.is_floating_point() or w.numel() == 0:
+            finite_float64(w, name)
+
+
+def count_visible(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> int:
+    """Number of True entries of `visible_update`, without the mask.
+
+    Args:
+        w_before, w_after, eta: as `visible_update`.
+
+    Raises:
+        ValueError: as `visible_update`.
+    """
+    _check_comparable(w_before, w_after, eta)
+    buffer, count = np.empty(CHUNK_ENTRIES, bool), 0
+    for before, after in chunks(w_before, w_after):
+        changed = buffer[: before.numel()]
+        _visible(before, after, eta, changed)
+        count += int(np.count_nonzero(changed))
+    return count
 
 
 def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tensor:
@@ -23,8 +88,9 @@ def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tens
 
     |b - a| > eta * max(|a|, |b|), a = bf16(w_before), b = bf16(w_after)
 
-    Neighbouring bf16 numbers are at least 2^-8 apart relative to the larger one,
-    so below that eta this says "the bf16 values differ", with 0 equal to -0.
+    Neighbouring bf16 numbers are at least 2^-8 apart relative to the larger one, so
+    below that eta this says "the bf16 values differ", with 0 equal to -0, and is
+    decided on their bits.
 
     Args:
         w_before: any shape, any floating dtype.
@@ -43,13 +109,13 @@ def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tens
     >>> visible_update(torch.tensor([1.0, 1.0]), torch.tensor([1.001, 1.01])).tolist()
     [False, True]
     """
-    if not 0.0 <= eta < 1.0:
-        raise ValueError(f"eta = {eta!r}, expected 0 <= eta < 1; the paper uses 1e-3")
-    check_same_shape(w_before, w_after, ("w_before", "w_after"))
-    before = _as_bf16_values(w_before, "w_before")
-    after = _as_bf16_values(w_after, "w_after")
-    larger = torch.maximum(before.abs(), after.abs())
-    return (after - before).abs() > eta * larger
+    _check_comparable(w_before, w_after, eta)
+    mask = torch.empty(w_before.shape, dtype=torch.bool)
+    flat = mask.view(-1).numpy().reshape(-1)
+    for i, (before, after) in enumerate(chunks(w_before, w_after)):
+        start = i * CHUNK_ENTRIES
+        _visible(before, after, eta, flat[start : start + before.numel()])
+    return mask
 
 
 def update_sparsity(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> float:
@@ -75,27 +141,72 @@ def update_sparsity(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> flo
     >>> update_sparsity(torch.ones(2, 2), torch.diag(torch.ones(2)))
     0.5
     """
-    visible = visible_update(w_before, w_after, eta)
-    return (visible.numel() - int(visible.sum())) / visible.numel()
+    n_visible = count_visible(w_before, w_after, eta)
+    return (w_before.numel() - n_visible) / w_before.numel()
 
 
-def _top_share(score: Tensor, alpha: float) -> Tensor:
-    """Mask of the round(alpha * numel) largest scores; ties go to lower indices.
+def _share(bits: np.ndarray, alpha: float, largest: bool) -> np.ndarray:
+    """Mask of the round(alpha * size) smallest or largest magnitudes, in one pass.
 
-    A threshold (`score >= quantile`) takes a whole run of ties or none of it, and
-    bf16 weights are full of ties; `torch.quantile` also stops at 16 M entries.
+    Ties go to lower indices. A threshold (`magnitudes <= quantile`) takes a whole run
+    of ties or none of it, and bf16 weights are full of ties; `torch.quantile` also
+    stops at 16 M entries.
+
+    A sample says between which two magnitudes the threshold must lie. What is lower is
+    taken at once, the few in between are sorted; should the sample mislead, all are.
     """
     if not 0.0 < alpha <= 1.0:
         raise ValueError(f"alpha = {alpha!r}, expected 0 < alpha <= 1; try 0.5")
-    flat = score.reshape(-1)
-    count = round(alpha * flat.numel())
+    mask = np.zeros(bits.size, bool)
+    count = round(alpha * bits.size)
     if count == 0:
-        return torch.zeros(score.shape, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
-    mask = flat > threshold
-    tied = torch.nonzero(flat == threshold).reshape(-1)
-    mask[tied[: count - int(mask.sum())]] = True
-    return mask.reshape(score.shape)
+        return mask
+    low, high = _bracket(bits, alpha, largest)
+    n_lower, places, keys = _below(bits, low, high, largest, mask)
+    if not n_lower < count <= n_lower + keys.size:
+        mask[:] = False
+        n_lower, places, keys = 0, np.arange(bits.size), _keys(bits, largest)
+    threshold = np.partition(keys, count - n_lower - 1)[count - n_lower - 1]
+    lower = places[keys < threshold]
+    mask[lower] = True
+    mask[places[keys == threshold][: count - n_lower - lower.size]] = True
+    return mask
+
+
+def _bracket(
+    bits: np.ndarray, alpha: float, largest: bool
+) -> tuple[np.integer, np.integer]:
+    """Two keys that the alpha quantile of all lies between, almost surely."""
+    # Random places: a stride would meet the same columns again and again.
+    places = np.random.default_rng(0).integers(bits.size, size=SAMPLE)
+    sample = np.sort(_keys(bits[places], largest))
+    margin = 2.0 * len(sample) ** 0.5  # four standard deviations at the median
+    place, last = alpha * len(sample), len(sample) - 1
+    return sample[int(max(0, place - margin))], sample[int(min(last, place + margin))]
+
+
+def _below(
+    bits: np.ndarray, low: np.integer, high: np.integer, largest: bool, mask: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Mark keys below low; their number, places of those up to high, and their keys."""
+    unsigned = np.dtype(f"u{bits.dtype.itemsize}")
+    width = np.array(int(high) - int(low), unsigned)
+    n_lower, places, keys = 0, [], []
+    for start in range(0, bits.size, CHUNK_ENTRIES):
+        part = _keys(bits[start : start + CHUNK_ENTRIES], largest)
+        lower = np.less(part, low, out=mask[start : start + CHUNK_ENTRIES])
+        n_lower += int(np.count_nonzero(lower))
+        # One comparison instead of two: what is lower wraps round to the top.
+        within = np.flatnonzero((part - low).view(unsigned) <= width)
+        places.append(within + start)
+        keys.append(part[within])
+    return n_lower, np.concatenate(places), np.concatenate(keys)
+
+
+def _keys(bits: np.ndarray, largest: bool) -> np.ndarray:
+    """Integers whose lowest are the smallest magnitudes, or the largest."""
+    keys = magnitudes_of(bits)
+    return np.invert(keys, out=keys) if largest else keys
 
 
 def principal_mask(w_before: Tensor, rank: int, alpha: float = 0.5) -> Tensor:
@@ -119,9 +230,31 @@ def principal_mask(w_before: Tensor, rank: int, alpha: float = 0.5) -> Tensor:
     """
     matrix = finite_matrix(w_before, "w_before")
     check_rank(rank, matrix.shape, "rank")
-    u, s, vh = svd(matrix)
-    reconstruction = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    return _top_share(reconstruction.abs(), alpha)
+    found = gram.decompose(matrix, rank)
+    return reconstruction_mask(found.left, found.spectrum[:rank], found.right, alpha)
+
+
+def reconstruction_mask(
+    left: Tensor, s: Tensor, right: Tensor, alpha: float = 0.5
+) -> Tensor:
+    """`principal_mask` from singular vectors that are at hand already.
+
+    top-alpha share by |left diag(s) right^T|
+
+    Args:
+        left: (n_rows, r) float64.
+        s: (r,) float64.
+        right: (n_cols, r) float64.
+        alpha: share of entries, above 0 to 1.
+
+    Returns:
+        Boolean (n_rows, n_cols), as `principal_mask`.
+
+    Raises:
+        ValueError: alpha out of range.
+    """
+    mask = _share(bits_of((left * s) @ right.T), alpha, largest=True)
+    return torch.from_numpy(mask).reshape(left.shape[0], right.shape[0])
 
 
 def low_magnitude_mask(w_before: Tensor, alpha: float = 0.5) -> Tensor:
@@ -145,7 +278,14 @@ def low_magnitude_mask(w_before: Tensor, alpha: float = 0.5) -> Tensor:
     >>> low_magnitude_mask(torch.tensor([[3.0, -1.0], [1.0, 1.0]])).tolist()
     [[False, True], [True, False]]
     """
-    return _top_share(-finite_float64(w_before, "w_before").abs(), alpha)
+    if (
+        w_before.dtype not in BITS
+        or w_before.numel() == 0
+        or any(count_nonfinite(w_before))
+    ):
+        w_before = finite_float64(w_before, "w_before")
+    mask = _share(bits_of(w_before), alpha, largest=False)
+    return torch.from_numpy(mask).reshape(w_before.shape)
 
 
 def mask_overlap(mask: Tensor, update: Tensor) -> float:
@@ -176,13 +316,14 @@ def mask_overlap(mask: Tensor, update: Tensor) -> float:
                 "compute it with this module's mask functions"
             )
     check_same_shape(mask, update, ("mask", "update"))
-    n_updated = int(update.sum())
+    updated = update.cpu().numpy()
+    n_updated = int(np.count_nonzero(updated))
     if n_updated == 0:
         raise ValueError(
             "the update changes no entry, expected at least one: "
             "its overlap is undefined; leave this matrix out"
         )
-    return int((mask & update).sum()) / n_updated
+    return int(np.count_nonzero(mask.cpu().numpy() & updated)) / n_updated
 
 
 def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -203,11 +344,29 @@ def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
     Source: ours; the paper shows no null.
     """
     values = finite_float64(delta, "delta")
-    norm = torch.linalg.vector_norm(values)
-    if float(norm) == 0.0:
+    size = torch.linalg.vector_norm(values)
+    if float(size) == 0.0:
         raise ValueError(
             "delta is zero, expected a non-zero update: "
             "its null is zero as well; leave this matrix out"
         )
-    noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-    return noise * (norm / torch.linalg.vector_norm(noise))
+    return gaussian_noise(values.shape, float(size), generator)
+
+
+def gaussian_noise(
+    shape: Sequence[int], size: float, generator: torch.Generator
+) -> Tensor:
+    """Independent Gaussian entries, scaled to a Frobenius norm.
+
+    size * z / ||z||_F, z_ij ~ N(0, 1)
+
+    Args:
+        shape: of the result.
+        size: its Frobenius norm.
+        generator: a CPU generator.
+
+    Returns:
+        Float64 tensor.
+    """
+    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    return noise.mul_(size / float(torch.linalg.vector_norm(noise)))

@@ -1,0 +1,52 @@
+"""Writing files so that nothing half-written ever carries its final name."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+WRITABLE_DATA = "make room there, or name a writable folder in OPD_GEOMETRY_DATA"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to a draft beside ``path``; it takes the name only once it is whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def clear_write_errors(place: Path, remedy: str = WRITABLE_DATA) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into one clear line.
+
+    Args:
+        place: what could not be written to.
+        remedy: what the reader can do about it.
+
+    Raises:
+        ValueError: instead of any error that writing gives.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _write_error(error)
+        if reason is None:
+            raise
+        raise ValueError(f"cannot write below {place}: {reason}; {remedy}") from error
+
+
+def _write_error(error: BaseException) -> str | None:
+    """What the system said when writing failed; None if the error is another one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):  # how safetensors reports any of them
+        return str(error)
+    # torch.save raises a RuntimeError of its own while it handles the OSError
+    inner = error.__context__
+    return _write_error(inner) if isinstance(inner, OSError) else None

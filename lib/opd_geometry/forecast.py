@@ -1,0 +1,93 @@
+"""How long a table of checkpoints will take, before it is begun."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+
+from opd_geometry import comparison, gram
+from opd_geometry.comparison import ANGLES, reference
+from opd_geometry.pairs import GROUPS, METRICS, Plan, TrajectoryTask, parse_metrics
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds on this machine, from which larger matrices are projected."""
+
+    cheap: float  # an entry
+    product: float  # of m^2 M, m and M the sides: Gram matrix and projections
+    reduction: float  # of m^3: all singular values, top vectors
+    values: float  # of m^3: all singular values alone
+    noise: float  # an entry of a Gaussian null
+
+
+PROBE = 768  # side of the matrices that are timed
+
+
+def probe_speed() -> Speed:
+    """Time one small matrix of each kind, about a second.
+
+    A tridiagonalisation slows down once the matrix leaves the processor's caches, so
+    large matrices take up to twice as long as projected from a small one; the factor
+    below was measured between this size and 4096.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(PROBE, PROBE, generator=generator)
+    other = w + 0.01 * torch.randn(PROBE, PROBE, generator=generator)
+    w, other = w.bfloat16(), other.bfloat16()
+    gram.decompose(w, PROBE // 8)  # the first call loads libraries
+    product = _seconds(lambda: gram.gram(w))
+    whole = _seconds(lambda: gram.decompose(w, PROBE // 8))
+    values = _seconds(lambda: gram.leading_values(w, PROBE // 8))
+    before = reference(w)
+    names = [METRICS[name] for name in GROUPS["cheap"]]
+    cheap = _seconds(lambda: comparison.compare(before, other, names))
+    noise = _seconds(lambda: comparison.null_weights(before, other, 0))
+    cube, square = PROBE**3, PROBE**2
+    return Speed(
+        cheap / square,
+        1.6 * product / cube,
+        OUT_OF_CACHE * max(whole - 1.6 * product, 0.0) / cube,
+        max(values - product, 0.0) / cube,
+        noise / square,
+    )
+
+
+OUT_OF_CACHE = 1.5
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def projected_seconds(
+    plan: Plan, speed: Speed, metrics: Collection[str], null: bool
+) -> float:
+    """About how long a plan takes in one process.
+
+    Args:
+        plan: of `plan_pair` or `plan_trajectory`.
+        speed: of `probe_speed`.
+        metrics: that are measured of a pair.
+        null: whether its null is.
+    """
+    asked = set(parse_metrics(metrics))
+    turns = len(asked & {*ANGLES, "nss"}) > 0
+    whole = (2 + null) * turns
+    whole = max(whole, int("principal_overlap" in asked))
+    spread = int(len(asked & {"stable_rank", "hill_alpha"}) > 0)
+    seconds = 0.0
+    for task in plan.tasks:
+        short, long = sorted(task.shape)
+        product, cube = short * short * long, short**3
+        if isinstance(task, TrajectoryTask):
+            n = len(task.steps)
+            seconds += n * (2 * speed.product * product + 2 * speed.values * cube)
+            continue
+        seconds += short * long * (speed.cheap + (speed.noise + speed.cheap) * null)
+        seconds += whole * (speed.product * product + speed.reduction * cube)
+        seconds += spread * (speed.product * product / 1.6 + speed.values * cube)
+    return seconds

@@ -1,0 +1,367 @@
+"""The commands that measure anyone's checkpoints.
+
+Tables go to a file, the summary to standard output, everything else to stderr. What
+needs torch is imported when a command runs.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from opd_geometry.printing import duration, print_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from opd_geometry.pairs import Plan, Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+WEIGHTED = "sparsity_bf16", "update_density", "null_sparsity_bf16"
+
+
+def _options(command: Command) -> Command:
+    """Options of both commands."""
+    for option in reversed(
+        (
+            click.option(
+                "--out",
+                required=True,
+                type=click.Path(path_type=Path),
+                help="Table to write: .csv, .parquet or .json.",
+            ),
+            click.option(
+                "--roles",
+                metavar="NAMES",
+                help="Only these, such as q,k,v,o or expert_gate; default: all.",
+            ),
+            click.option(
+                "--hill-k",
+                type=click.IntRange(min=2),
+                show_default="n/8",
+                help="Singular values in the Hill estimate.",
+            ),
+            click.option(
+                "--jobs",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Processes, one thread and one matrix in memory each.",
+            ),
+            click.option(
+                "--resume",
+                is_flag=True,
+                help="Go on from what an interrupted measurement has finished.",
+            ),
+            click.option(
+                "--force", is_flag=True, help="Replace a table that is there already."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("measure")
+@click.argument("before")
+@click.argument("after")
+@_options
+@click.option(
+    "--rank-k",
+    type=click.IntRange(min=1),
+    show_default="n/8",
+    help="Dimension of the subspaces whose angles are measured; n: the smaller side.",
+)
+@click.option(
+    "--principal-rank",
+    type=click.IntRange(min=1),
+    show_default="n/64",
+    help="Rank of the reconstruction behind the principal mask.",
+)
+@click.option(
+    "--alpha", default=0.5, show_default=True, help="Share of entries in either mask."
+)
+@click.option(
+    "--eta",
+    default=1e-3,
+    show_default=True,
+    help="Relative change below which a bf16 value counts as unchanged.",
+)
+@click.option(
+    "--metrics",
+    default="all",
+    show_default=True,
+    metavar="NAMES",
+    help="Columns or groups: all, cheap (no singular values), angles, overlaps, "
+    "norms, spread.",
+)
+@click.option(
+    "--null/--no-null",
+    default=True,
+    show_default=True,
+    help="Also measure a Gaussian update of the same norm.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of that Gaussian.")
+def measure_command(
+    before: str,
+    after: str,
+    out: Path,
+    roles: str | None,
+    hill_k: int | None,
+    jobs: int,
+    resume: bool,
+    force: bool,
+    rank_k: int | None,
+    principal_rank: int | None,
+    alpha: float,
+    eta: float,
+    metrics: str,
+    null: bool,
+    seed: int,
+) -> int:
+    """Compare two checkpoints, a row a matrix.
+
+    BEFORE and AFTER: a directory with safetensors (one file or shards), one
+    .safetensors file, or a hub id with an optional @revision. Nothing is unpickled
+    or run. Matrices are read one at a time.
+
+    \b
+    Examples:
+      opd-geometry measure base trained --out table.csv
+      opd-geometry measure base trained --out cheap.csv --metrics cheap --no-null
+      opd-geometry measure owner/base@main owner/tuned --out table.parquet --jobs 4
+      opd-geometry measure base trained --out qkvo.json --roles q,k,v,o --rank-k 64
+      opd-geometry measure base trained --out table.csv --resume
+    """
+    from opd_geometry.comparison import Settings
+    from opd_geometry.hub import locate
+    from opd_geometry.pairs import METRICS, parse_metrics, plan_pair, summarise
+    from opd_geometry.tables import check_output
+
+    check_output(out, force, resume)
+    settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
+    asked = parse_metrics(_names(metrics) or ())
+    plan = plan_pair(
+        locate(before), locate(after), settings, asked, _names(roles), null, seed
+    )
+    _announce(plan)
+    forecasts = {"Projected time:": (asked, null)}
+    if len(asked) < len(METRICS):
+        forecasts["The full suite would take"] = (tuple(METRICS), True)
+    _project(plan, jobs, forecasts)
+    table = _run(plan, out, jobs, resume)
+    _print_summary(summarise(table))
+    return _verdict(plan, table, out)
+
+
+@click.command("trajectory")
+@click.argument("before")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CKPT...")
+@_options
+@click.option(
+    "--k",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Dimension of the top right subspaces that are compared.",
+)
+def trajectory_command(
+    before: str,
+    checkpoints: tuple[str, ...],
+    out: Path,
+    roles: str | None,
+    hill_k: int | None,
+    jobs: int,
+    resume: bool,
+    force: bool,
+    k: int,
+) -> int:
+    """Follow the update of a run over its checkpoints, a row a matrix and step.
+
+    Steps are the numbers that the names of CKPT... end in; the largest is the end,
+    to which the subspaces of all others are compared. BEFORE is the start.
+
+    \b
+    Examples:
+      opd-geometry trajectory base run/checkpoint-* --out run.csv
+      opd-geometry trajectory base run/checkpoint-* --k 16 --roles q,k,v,o --out run.csv
+      opd-geometry trajectory base run/step_100 run/step_200 --out run.parquet --jobs 2
+    """
+    from opd_geometry.comparison import Settings
+    from opd_geometry.hub import locate
+    from opd_geometry.pairs import plan_trajectory, step_of
+    from opd_geometry.tables import check_output
+
+    check_output(out, force, resume)
+    steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    plan = plan_trajectory(
+        locate(before),
+        [locate(checkpoint) for checkpoint in checkpoints],
+        k,
+        Settings(hill_k=hill_k),
+        _names(roles),
+        steps,
+    )
+    _announce(plan)
+    _project(plan, jobs, {"Projected time:": (("stable_rank",), False)})
+    table = _run(plan, out, jobs, resume)
+    metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
+    means = table.groupby("step")[[*metrics, "similarity_null"]].mean().reset_index()
+    print_table(
+        [str(name) for name in means],
+        [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()],
+    )
+    return _verdict(plan, table, out)
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _announce(plan: "Plan") -> None:
+    """What will be measured, and everything that will not be."""
+    _say(f"{len(plan.tasks)} matrices, {plan.entries:.3g} entries")
+    reasons: dict[str, list[str]] = {}
+    for skip in plan.skipped:
+        reasons.setdefault(skip.reason, []).append(skip.name)
+    for reason, names in reasons.items():
+        _say(f"Skipped {len(names)}, {reason}: {_folded(names)}")
+    for place in dict.fromkeys(place for _, place in plan.missing):
+        names = [name for name, lacking in plan.missing if lacking == place]
+        _say(f"Missing {len(names)} in {place}: {_folded(names)}")
+
+
+def _folded(names: Iterable[str]) -> str:
+    """Names that differ only in the layer as one, with their number."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
+    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+
+
+def _project(
+    plan: "Plan", jobs: int, forecasts: dict[str, tuple[tuple[str, ...], bool]]
+) -> None:
+    """How long it will take, before it starts."""
+    from opd_geometry.forecast import probe_speed, projected_seconds
+
+    speed = probe_speed()
+    for what, (metrics, null) in forecasts.items():
+        seconds = projected_seconds(plan, speed, metrics, null) / jobs
+        _say(f"{what} about {duration(max(1.0, seconds))} on this machine")
+
+
+def _run(plan: "Plan", out: Path, jobs: int, resume: bool) -> "pd.DataFrame":
+    from opd_geometry.pairs import run_plan
+    from opd_geometry.tables import partial_path
+
+    try:
+        with _Display(len(plan.tasks)) as display:
+            return run_plan(plan, out, jobs, resume, display.show)
+    except KeyboardInterrupt:
+        kept = partial_path(out)
+        raise _Interrupted(
+            f"interrupted; finished matrices are kept in {kept}, go on with --resume"
+        ) from None
+
+
+class _Interrupted(click.ClickException):
+    exit_code = 130  # as of a process that SIGINT has ended
+
+
+class _Display(AbstractContextManager["_Display"]):
+    """A bar on a terminal, a line a matrix anywhere else."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            *Progress.get_default_columns()[:-1],
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._terminal = self._bar.console.is_terminal
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> "_Display":
+        if self._terminal:
+            self._bar.start()
+        return self
+
+    def show(self, progress: "Progress") -> None:
+        """Tell of a finished matrix."""
+        if self._terminal:
+            self._bar.update(
+                self._task, completed=progress.done, description=progress.name
+            )
+        else:
+            took = duration(progress.seconds)
+            _say(f"{progress.done}/{progress.total} {progress.name}, {took}")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._terminal:
+            self._bar.stop()
+
+
+def _print_summary(summary: "pd.DataFrame") -> None:
+    """A row a metric, a column a role: more metrics than roles are worth reading."""
+    roles = [str(role) for role in summary["role"]]
+    rows = [
+        [str(name), *(_number(str(name), value) for value in summary[name])]
+        for name in summary.columns
+        if name != "role"
+    ]
+    click.echo("Means over matrices; sparsity and density weighted by parameters.")
+    print_table(["", *roles], rows)
+
+
+def _number(name: str, value: float) -> str:
+    if value != value:
+        return "-"
+    if name in ("matrices", "parameters", "step"):
+        return str(int(value))
+    if name in WEIGHTED:
+        return f"{100 * value:.2f} %"
+    return f"{value:.4g}"
+
+
+def _verdict(plan: "Plan", table: "pd.DataFrame", out: Path) -> int:
+    """Where the table is, and what in it is not to be trusted; the exit code."""
+    from opd_geometry.pairs import REFUSED
+
+    click.echo(f"Written to {out}")
+    noted = table[table["note"] != ""].drop_duplicates("matrix")
+    refused = noted["note"].str.startswith(REFUSED)
+    uncertain = noted[~refused]
+    if len(uncertain):
+        _say(
+            f"Warning: {uncertain['note'].iloc[0]}; so in {len(uncertain)} matrices: "
+            f"{_folded(uncertain['matrix'])}"
+        )
+    if not refused.any():
+        return 0
+    said = "; ".join(
+        f"{row.matrix}: {row.note.removeprefix(REFUSED)}"
+        for row in noted[refused].itertuples()
+    )
+    raise ValueError(
+        f"{refused.sum()} of {len(plan.tasks)} matrices could not be measured, {said}; "
+        "their rows are empty, repair the checkpoint"
+    )

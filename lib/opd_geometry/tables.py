@@ -1,0 +1,179 @@
+"""Tables a reader asks for: written whole, resumable while they grow."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+
+from opd_geometry.files import clear_write_errors, replacing
+
+SUFFIXES = (".csv", ".parquet", ".json")
+Row = dict[str, Any]
+
+
+def check_output(out: Path, force: bool, resume: bool) -> None:
+    """Refuse an output that cannot or must not be written, before anything is computed.
+
+    Args:
+        out: where the table will lie.
+        force: whether an earlier table may be replaced, and an interrupted one lost.
+        resume: whether an interrupted one is to be completed.
+
+    Raises:
+        ValueError: an unknown suffix, no such directory, the table is there already,
+            or an interrupted one is.
+    """
+    if out.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{out} ends in {out.suffix or 'nothing'!r}, expected "
+            f"{', '.join(SUFFIXES)}; rename it"
+        )
+    if not out.parent.is_dir():
+        raise ValueError(
+            f"{out.parent} is no directory, expected one to write {out.name} to; "
+            "make it first"
+        )
+    if out.is_dir():
+        raise ValueError(f"{out} is a directory, expected a file; rename it")
+    if out.exists() and not force:
+        raise ValueError(
+            f"{out} exists, expected a new file; pass --force to replace it"
+        )
+    if partial_path(out).exists() and not (force or resume):
+        raise ValueError(
+            f"{partial_path(out)} is left from an interrupted measurement; go on from "
+            "it with --resume, or start anew with --force"
+        )
+
+
+def partial_path(out: Path) -> Path:
+    """Where the finished rows of an unfinished table lie."""
+    return out.with_name(f"{out.name}.partial")
+
+
+class Partial:
+    """Finished rows of a table in the making, one JSON line an item.
+
+    The first line describes what is measured; only rows of the same description are
+    gone on from.
+    """
+
+    def __init__(self, file: TextIO, done: dict[str, list[Row]]) -> None:
+        self._file = file
+        self.done = done
+
+    def add(self, item: str, rows: list[Row]) -> None:
+        """Keep an item's rows; they are on disk when this returns."""
+        self._file.write(json.dumps([item, rows]) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done[item] = rows
+
+
+@contextmanager
+def growing(
+    out: Path, description: Mapping[str, Any], resume: bool
+) -> Iterator[Partial]:
+    """The rows finished so far, to be added to; removed by `finish`, not by an error.
+
+    Args:
+        out: where the table will lie.
+        description: what is measured, as JSON can hold it.
+        resume: whether rows of an interrupted measurement are taken over.
+
+    Raises:
+        ValueError: the interrupted one measured something else, or the place cannot
+            be written to.
+    """
+    path = partial_path(out)
+    done = _kept(path, dict(description)) if resume and path.exists() else {}
+    remedy = "make room there or name another file with --out"
+    with clear_write_errors(out, remedy), replacing(path) as draft:
+        # A line that was cut short by a kill must not be written behind.
+        lines = [json.dumps(dict(description)), *map(json.dumps, done.items())]
+        draft.write_text("".join(f"{line}\n" for line in lines))
+    with path.open("a") as file:
+        yield Partial(file, done)
+
+
+def _kept(path: Path, description: Mapping[str, Any]) -> dict[str, list[Row]]:
+    first, *rest = path.read_text().split("\n")
+    try:
+        earlier = json.loads(first)
+    except ValueError:
+        earlier = None
+    if earlier != json.loads(json.dumps(description)):
+        names = sorted(
+            name
+            for name in description
+            if not isinstance(earlier, dict) or earlier.get(name) != description[name]
+        )
+        raise ValueError(
+            f"{path} is of another measurement (it differs in {', '.join(names)}), "
+            "expected the same checkpoints and options; start anew with --force"
+        )
+    done = {}
+    for line in rest:
+        try:
+            item, rows = json.loads(line)
+        except ValueError:  # the end of the file, or a line cut short
+            break
+        done[item] = rows
+    return done
+
+
+def finish(out: Path, table: pd.DataFrame) -> None:
+    """Write a whole table under its final name, and drop its partial file.
+
+    Raises:
+        ValueError: the place cannot be written to.
+    """
+    remedy = "make room there or name another file with --out"
+    with clear_write_errors(out, remedy), replacing(out) as draft:
+        write_table(table, draft, out.suffix)
+    partial_path(out).unlink(missing_ok=True)
+
+
+def write_table(table: pd.DataFrame, path: Path, suffix: str) -> None:
+    """Write .csv, .parquet or .json (a list of records, null for NaN).
+
+    Numbers keep all their digits.
+    """
+    if suffix == ".csv":
+        table.to_csv(path, index=False)
+    elif suffix == ".parquet":
+        table.to_parquet(path, index=False)
+    else:
+        path.write_text(json.dumps(_records(table), indent=1, allow_nan=False) + "\n")
+
+
+def _records(table: pd.DataFrame) -> list[Row]:
+    records: Sequence[Row] = table.to_dict("records")
+    return [
+        {
+            str(name): None if isinstance(v, float) and math.isnan(v) else v
+            for name, v in record.items()
+        }
+        for record in records
+    ]
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table that `finish` wrote.
+
+    Raises:
+        ValueError: an unknown suffix or a damaged file.
+    """
+    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {SUFFIXES}")
+    try:
+        table: pd.DataFrame = readers[path.suffix](path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); measure again") from error
+    return table

@@ -1,0 +1,160 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from opd_geometry import bits, comparison, gram
+from opd_geometry.comparison import METRICS, Settings, compare, reference
+
+
+def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def changed(w: Tensor, size: float = 1e-4) -> Tensor:
+    generator = torch.Generator().manual_seed(99)
+    return (w + size * torch.randn(w.shape, generator=generator)).to(w.dtype)
+
+
+def by_full_svd(before: Tensor, after: Tensor) -> dict[str, float]:
+    """The paper's protocol by SciPy alone, masks by sorting."""
+    w0, w1 = before.double().numpy(), after.double().numpy()
+    n = min(w0.shape)
+    k, r = n // 8, n // 64
+    u0, s0, v0 = scipy.linalg.svd(w0, full_matrices=False)
+    u1, s1, v1 = scipy.linalg.svd(w1, full_matrices=False)
+    s = scipy.linalg.svdvals(w1 - w0)
+    left = np.rad2deg(scipy.linalg.subspace_angles(u0[:, :k], u1[:, :k]))
+    right = np.rad2deg(scipy.linalg.subspace_angles(v0[:k].T, v1[:k].T))
+    a, b = before.bfloat16().double().numpy(), after.bfloat16().double().numpy()
+    visible = np.abs(b - a) > 1e-3 * np.maximum(np.abs(a), np.abs(b))
+    stored = scipy.linalg.svdvals(b - a)
+
+    def overlap(score: np.ndarray) -> float:
+        chosen = np.argsort(-score.reshape(-1), kind="stable")[: score.size // 2]
+        return float(visible.reshape(-1)[chosen].sum() / visible.sum())
+
+    return {
+        "sparsity": 1 - visible.mean(),
+        "density": visible.mean(),
+        "angle_left_mean_deg": left.mean(),
+        "angle_left_max_deg": left.max(),
+        "angle_right_mean_deg": right.mean(),
+        "angle_right_max_deg": right.max(),
+        "nss": np.linalg.norm(s1 - s0) / np.linalg.norm(s0),
+        "principal_overlap": overlap(np.abs((u0[:, :r] * s0[:r]) @ v0[:r])),
+        "low_magnitude_overlap": overlap(-np.abs(w0)),
+        "stable_rank": (s**2).sum() / s[0] ** 2,
+        "stable_rank_bf16": (stored**2).sum() / stored[0] ** 2,
+        "frobenius_norm": np.linalg.norm(w1 - w0),
+        "relative_norm": np.linalg.norm(w1 - w0) / np.linalg.norm(w0),
+        "hill_alpha": (k - 1) / np.log(s[: k - 1] / s[k - 1]).sum(),
+    }
+
+
+# 128 and 192 x 512 are the book's own matrices, the others take the Gram matrix.
+@pytest.mark.parametrize(
+    "shape", [(128, 128), (192, 512), (320, 320), (270, 400), (400, 270)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_metric_is_that_of_three_full_svds(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    before = weights(*shape, dtype=dtype)
+    after = changed(before)
+    found, expected = compare(reference(before), after), by_full_svd(before, after)
+    assert list(found) == list(METRICS)
+    for name, value in expected.items():
+        tolerance = 1e-6 if "angle" in name else 1e-9 * max(abs(value), 1e-5)
+        assert found[name] == pytest.approx(value, abs=tolerance, rel=0), name
+
+
+def test_dtypes_may_differ() -> None:
+    before = weights(300, 280, dtype=torch.bfloat16)
+    after = changed(before.double())
+    same = compare(reference(before.double()), after)
+    assert compare(reference(before), after) == pytest.approx(same, rel=1e-9)
+
+
+def test_cheap_metrics_cost_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("decomposed")
+
+    for name in ("decompose", "leading_values", "leading_right"):
+        monkeypatch.setattr(gram, name, refuse)
+    before = weights(300, 300)
+    cheap = ("sparsity", "frobenius_norm", "relative_norm", "low_magnitude_overlap")
+    assert list(compare(reference(before), changed(before), cheap)) == list(cheap)
+    with pytest.raises(AssertionError, match="decomposed"):
+        compare(reference(before), changed(before), ["nss"])
+
+
+def test_origin_is_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = gram.decompose
+
+    def counted(w: Tensor, k: int) -> gram.Decomposition:
+        calls.append(w)
+        return original(w, k)
+
+    monkeypatch.setattr(gram, "decompose", counted)
+    before = reference(weights(300, 300))
+    later = [changed(before.w_before, size) for size in (1e-4, 2e-4, 3e-4)]
+    for after in later:
+        compare(before, after)
+    assert sum(w is before.w_before for w in calls) == 1
+    assert len(calls) == 4
+
+
+def test_settings_set_the_ranks() -> None:
+    before = weights(300, 280)
+    after = changed(before)
+    wide = compare(reference(before, Settings(rank_k=280)), after)
+    assert wide["angle_right_max_deg"] < 1e-6  # the whole space does not turn
+    names = ["angle_left_mean_deg", "hill_alpha", "principal_overlap"]
+    default = compare(reference(before), after, names)
+    same = Settings(rank_k=35, hill_k=35, principal_rank=4)
+    assert compare(reference(before, same), after, names) == default
+    other = Settings(rank_k=20, hill_k=9, principal_rank=50)
+    differing = compare(reference(before, other), after, names)
+    assert all(differing[name] != default[name] for name in names)
+    dense = reference(before, Settings(eta=0.5, alpha=1.0))
+    found = compare(dense, after, ["sparsity", "low_magnitude_overlap"])
+    assert found["sparsity"] > 0.9
+    assert found["low_magnitude_overlap"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"rank_k": 0}, {"hill_k": 1}, {"principal_rank": -1}, {"alpha": 0}, {"eta": 1}],
+)
+def test_impossible_settings_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Settings(**bad)
+
+
+def test_arguments_are_checked() -> None:
+    w = weights(20, 20)
+    with pytest.raises(ValueError, match=r"unknown metrics \['spread'\]"):
+        compare(reference(w), w, ["spread"])
+    with pytest.raises(ValueError, match="two dimensions"):
+        reference(w[0])
+    with pytest.raises(ValueError, match="same shape"):
+        compare(reference(w), w[:10])
+    w[0, 0] = math.nan
+    with pytest.raises(ValueError, match="1 NaN"):
+        reference(w)
+
+
+def test_null_has_the_norm_of_the_update() -> None:
+    before = weights(300, 290, dtype=torch.bfloat16)
+    after = changed(before)
+    null = comparison.null_weights(reference(before), after, 3)
+    size = bits.difference_norm(before, after)
+    assert bits.difference_norm(before, null) == pytest.approx(size, rel=1e-12)
+    assert torch.equal(null, comparison.null_weights(reference(before), after, 3))
+    assert not torch.equal(null, comparison.null_weights(reference(before), after, 4))

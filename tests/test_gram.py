@@ -1,0 +1,198 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from opd_geometry import gram, spectra
+
+SHAPES = [(300, 300), (280, 420), (420, 280)]  # all above DIRECT_SIDE
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def planted(
+    n_rows: int, n_cols: int, s: Tensor, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w = u diag(s) v^T with its true u and v."""
+    u = torch.linalg.qr(gaussian(n_rows, len(s), seed=seed)).Q
+    v = torch.linalg.qr(gaussian(n_cols, len(s), seed=seed + 1)).Q
+    return (u * s) @ v.T, u, v
+
+
+def largest_angle_deg(a: Tensor, b: Tensor) -> float:
+    return float(spectra.principal_angles_deg(a, b).max())
+
+
+@pytest.fixture
+def no_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("fell back to the full SVD")
+
+    monkeypatch.setattr(gram, "_decompose_directly", refuse)
+    monkeypatch.setattr(gram, "svd", refuse)
+
+
+# --- all values, two subspaces ---------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.usefixtures("no_full_svd")
+def test_agrees_with_scipys_svd(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    w, k = gaussian(*shape).to(dtype), 35
+    found = gram.decompose(w, k)
+    u, s, vh = scipy.linalg.svd(w.double().numpy(), full_matrices=False)
+    np.testing.assert_allclose(found.spectrum, s, rtol=0, atol=1e-12 * s[0])
+    u, v = torch.from_numpy(u[:, :k].copy()), torch.from_numpy(vh[:k].T.copy())
+    for ours, theirs in ((found.left, u), (found.right, v)):
+        assert largest_angle_deg(ours, theirs) < 1e-8
+        identity = torch.eye(k, dtype=torch.float64)
+        torch.testing.assert_close(ours.T @ ours, identity, rtol=0, atol=1e-11)
+    assert found.error_deg < 1e-6
+    assert found.gap == pytest.approx((s[k - 1] - s[k]) / s[0])
+
+
+@pytest.mark.usefixtures("no_full_svd")
+def test_small_values_are_as_good_as_large_ones() -> None:
+    """Squares alone would give 1e-8 s_1 in place of the smallest ones."""
+    s = torch.linspace(2, 1, 300, dtype=torch.float64)
+    s[-20:] = torch.logspace(-4, -12, 20, dtype=torch.float64)
+    w, _, _ = planted(300, 320, s)
+    found = gram.decompose(w, 10)
+    torch.testing.assert_close(found.spectrum, s, rtol=0, atol=1e-13)
+
+
+def test_bound_holds_and_the_svd_decides_where_it_is_too_large() -> None:
+    """An outlier of 1e6: squares lose what the gap at k would need."""
+    s = torch.cat([torch.tensor([1e6]), torch.linspace(2, 1, 299)]).double()
+    w, u, v = planted(300, 300, s)
+    assert gram._decompose_gram(w, 20) is None
+    found = gram.decompose(w, 20)
+    assert largest_angle_deg(found.left, u[:, :20]) < 10 * found.error_deg
+    s[0] = 2.5
+    w, u, v = planted(300, 300, s)
+    found = gram.decompose(w, 20)
+    assert found.error_deg < gram.ANGLE_ERROR_DEG
+    assert largest_angle_deg(found.left, u[:, :20]) < found.error_deg
+    assert largest_angle_deg(found.right, v[:, :20]) < found.error_deg
+
+
+def test_what_the_bound_does_not_allow_is_decided_by_the_svd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w = gaussian(300, 280)
+    bound = gram.decompose(w, 20).error_deg
+    assert gram._decompose_gram(w, 20) is not None
+    monkeypatch.setattr(gram, "ANGLE_ERROR_DEG", bound / 2)
+    assert gram._decompose_gram(w, 20) is None
+    u, _, vh = scipy.linalg.svd(w.numpy(), full_matrices=False)
+    found = gram.decompose(w, 20)
+    assert largest_angle_deg(found.left, torch.from_numpy(u[:, :20].copy())) < bound
+    assert largest_angle_deg(found.right, torch.from_numpy(vh[:20].T.copy())) < bound
+
+
+def test_a_narrow_gap_shows_in_the_bound() -> None:
+    s = torch.linspace(3, 1, 280, dtype=torch.float64)
+    s[20] = s[19] * (1 - 1e-9)
+    found = gram.decompose(planted(300, 280, s)[0], 20)
+    assert found.gap == pytest.approx(1e-9 * float(s[19] / s[0]), rel=1e-4)
+    assert found.error_deg > gram.ANGLE_ERROR_DEG
+    s[20] = s[19]
+    assert gram.decompose(planted(300, 280, s)[0], 20).error_deg > 1
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (20, 30)])
+def test_zeros_have_no_subspace(shape: tuple[int, int]) -> None:
+    found = gram.decompose(torch.zeros(shape), 4)
+    assert found.error_deg == 90
+    assert found.gap == 0
+    assert float(found.spectrum.abs().max()) == 0
+
+
+def test_low_rank_has_its_rank() -> None:
+    s = torch.tensor([5.0, 4.0, 3.0, 2.0]).double()
+    w, u, v = planted(300, 320, s)
+    found = gram.decompose(w, 4)
+    expected = torch.cat([s, torch.zeros(296, dtype=torch.float64)])
+    torch.testing.assert_close(found.spectrum, expected, rtol=0, atol=1e-13)
+    assert largest_angle_deg(found.left, u) < 1e-9
+    assert largest_angle_deg(found.right, v) < 1e-9
+
+
+def test_transposed_and_scaled_matrices_turn_alike() -> None:
+    w = gaussian(290, 400)
+    one, other = gram.decompose(w, 30), gram.decompose(-1e-6 * w.T, 30)
+    torch.testing.assert_close(1e-6 * one.spectrum, other.spectrum)
+    assert largest_angle_deg(one.left, other.right) < 1e-8
+    assert largest_angle_deg(one.right, other.left) < 1e-8
+
+
+def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = gaussian(500, 270)
+    whole = gram.decompose(w, 20)
+    monkeypatch.setattr(gram, "CHUNK_ENTRIES", 270 * 33)
+    monkeypatch.setattr(gram, "BLOCK", 64)
+    parts = gram.decompose(w, 20)
+    torch.testing.assert_close(parts.spectrum, whole.spectrum)
+    assert largest_angle_deg(parts.left, whole.left) < 1e-8
+    full = torch.linalg.qr(w).R
+    torch.testing.assert_close(gram.gram(w).triu(), (full.T @ full).triu())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("shape", [(300, 300), (20, 30)])
+def test_what_is_not_finite_is_refused(bad: float, shape: tuple[int, int]) -> None:
+    w = gaussian(*shape)
+    w[3, 4] = bad
+    for call in (gram.decompose, gram.leading_values):
+        with pytest.raises(ValueError, match=r"1 (NaN|inf)|NaN and 1 inf"):
+            call(w, 4)
+    with pytest.raises(ValueError, match="k = 0"):
+        gram.decompose(w, 0)
+
+
+# --- the largest values ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (30, 20)])
+def test_leading_values_are_scipys(shape: tuple[int, int]) -> None:
+    w = gaussian(*shape)
+    s = scipy.linalg.svdvals(w.numpy())
+    found = gram.leading_values(w, 16)
+    np.testing.assert_allclose(found[:16], s[:16], rtol=1e-12)
+
+
+def test_leading_values_of_low_rank_end_in_rounding() -> None:
+    s = torch.tensor([5.0, 4.0, 3.0]).double()
+    found = gram.leading_values(planted(300, 320, s)[0], 37)
+    torch.testing.assert_close(found[:3], s)
+    assert float(found[3]) < 1e-13
+    with pytest.raises(ValueError, match="only 3 singular values are above rounding"):
+        spectra.hill_exponent(found, 37)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 30)])
+def test_leading_right_subspace_is_the_planted_one(shape: tuple[int, int]) -> None:
+    s = torch.linspace(9, 1, min(shape), dtype=torch.float64)
+    w, _, v = planted(*shape, s)
+    values, right = gram.leading_right(w, 20, 8)
+    torch.testing.assert_close(values[:20], s[:20])
+    assert right is not None
+    assert right.shape == (shape[1], 8)
+    assert largest_angle_deg(right, v[:, :8]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(300, 290), (40, 30)])
+def test_leading_right_needs_the_rank(shape: tuple[int, int]) -> None:
+    s = torch.tensor([5.0, 4.0, 3.0]).double()
+    w, _, v = planted(*shape, s)
+    _, right = gram.leading_right(w, 10, 3)
+    assert right is not None
+    assert largest_angle_deg(right, v) < 1e-9
+    assert gram.leading_right(w, 10, 4)[1] is None

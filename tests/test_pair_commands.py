@@ -1,0 +1,277 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_pairs import model, noise, save
+
+from opd_geometry import cli, pair_commands, pairs, tables
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, str]:
+    a = save(tmp_path / "a", model())
+    return str(a), str(save(tmp_path / "b-1", model(1), n_shards=3))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr of a command that must fail; stdout stays empty."""
+    assert cli.main([str(a) for a in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("opd-geometry: ")
+    return err
+
+
+def test_measure_writes_the_table_and_a_summary(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.parquet"
+    assert cli.main(["measure", *pair, "--out", str(out)]) == 0
+    table = tables.read_table(out)
+    pd.testing.assert_frame_equal(table, pairs.measure_checkpoints(*pair))
+    said, told = capsys.readouterr()
+    lines = {line.split()[0]: line for line in said.splitlines()[1:]}
+    summary = pairs.summarise(table).set_index("role")
+    overall = f"{100 * summary.loc['all', 'sparsity_bf16']:.2f} %"
+    assert overall in lines["sparsity_bf16"]
+    assert f"{summary.loc['q', 'nss']:.4g}" in lines["nss"]
+    assert lines["Written"] == f"Written to {out}"
+    assert "7 matrices" in told
+    name = "model.layers.*.input_layernorm.weight (2)"
+    assert f"Skipped 2, one-dimensional: a norm or a bias: {name}" in told
+    assert "Projected time: about" in told
+    assert "full suite" not in told
+    assert "7/7 " in told
+
+
+def test_options_reach_the_measurement(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    options = "--roles q,down --metrics nss,spread,overlaps --rank-k 3 --hill-k 5"
+    options += " --principal-rank 2 --alpha 0.25 --eta 0.01 --seed 4 --jobs 1"
+    assert cli.main(["measure", *pair, "--out", str(out), *options.split()]) == 0
+    settings = pairs.Settings(3, 2, 5, 0.25, 0.01)
+    metrics = pairs.parse_metrics(["nss", "spread", "overlaps"])
+    expected = pairs.measure_checkpoints(
+        *pair, settings, metrics, ["q", "down"], seed=4
+    )
+    found = tables.read_table(out)
+    for name in pairs.METRICS:
+        pd.testing.assert_series_equal(found[name], expected[name], check_dtype=False)
+    assert found["null_nss"].equals(expected["null_nss"])
+    assert "The full suite would take about" in capsys.readouterr().err
+    bare = tmp_path / "bare.json"
+    assert cli.main(["measure", *pair, "--out", str(bare), "--no-null"]) == 0
+    records = json.loads(bare.read_text())
+    assert len(records) == 7
+    assert list(records[0]) == list(pairs.COLUMNS)
+    assert records[0]["null_nss"] is None
+
+
+def test_trajectory_writes_its_table(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "c-2", model(2))
+    later = [str(tmp_path / "c-2"), pair[1]]
+    out = tmp_path / "t.csv"
+    arguments = ["trajectory", pair[0], *later, "--k", "4", "--out", str(out)]
+    assert cli.main([*arguments, "--roles", "k"]) == 0
+    found = tables.read_table(out).drop(columns="note")
+    expected = pairs.trajectory(pair[0], later, 4, roles=["k"]).drop(columns="note")
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split()[:2] == ["step", "stable_rank"]
+    assert said[2].split()[0] == "2"
+    assert cli.main([*arguments, "--roles", "k"]) == 1  # it is there now
+
+
+def test_two_files_are_a_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, file in enumerate(files):
+        save_file({"w": noise(8, 8, seed=i)}, file)
+    out = tmp_path / "t.csv"
+    assert cli.main(["measure", *map(str, files), "--out", str(out)]) == 0
+    assert list(tables.read_table(out)["matrix"]) == ["w"]
+
+
+# --- bad input -------------------------------------------------------------------
+
+
+def test_earlier_output_is_untouched(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    out.write_text("earlier")
+    assert "pass --force" in refusal(capsys, "measure", *pair, "--out", out)
+    assert out.read_text() == "earlier"
+    # not even by a measurement that fails
+    refusal(capsys, "measure", pair[0], tmp_path, "--out", out, "--force")
+    assert out.read_text() == "earlier"
+    assert cli.main(["measure", *pair, "--out", str(out), "--force"]) == 0
+    assert len(tables.read_table(out)) == 7
+
+
+def test_broken_checkpoints_are_one_line(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    shards = sorted(Path(pair[1]).glob("*.safetensors"))
+
+    def said(after: object = pair[1]) -> str:
+        line = refusal(capsys, "measure", pair[0], after, "--out", out)
+        assert not out.exists()
+        assert not tables.partial_path(out).exists()
+        return line
+
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-10])
+    assert f"{shards[1]} is truncated or damaged" in said()
+    shards[1].unlink()
+    assert "lacks 1 of 3 shards of its index" in said()
+    (tmp_path / "empty").mkdir()
+    assert "holds no .safetensors file" in said(tmp_path / "empty")
+    assert "does not exist" in said(tmp_path / "none")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    assert "pickles are not read" in said(tmp_path / "pickled")
+    other = save(tmp_path / "other", {"w": noise(4, 4, seed=0)})
+    assert "no matrix in common" in said(other)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission_is_one_line(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(pair[0]) / "model.safetensors").chmod(0)
+    line = refusal(capsys, "measure", *pair, "--out", tmp_path / "t.csv")
+    assert "ermission" in line
+
+
+def test_a_full_place_is_one_line(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    tables.partial_path(out).mkdir()
+    assert cli.main(["measure", *pair, "--out", str(out), "--force"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"opd-geometry: cannot write below {out}")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--roles", "queries"], "expected a collection out of"),
+        (["--metrics", "speed"], "unknown metric 'speed', expected a group"),
+        (["--metrics", ","], "no metric asked for"),
+        (["--alpha", "0"], "expected 0 < alpha"),
+        (["--eta", "1"], "0 <= eta < 1"),
+    ],
+)
+def test_impossible_options_are_one_line(
+    options: list[str],
+    said: str,
+    pair: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "t.csv"
+    assert said in refusal(capsys, "measure", *pair, "--out", out, *options)
+
+
+def test_values_that_are_not_finite_fail_at_the_end(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = model(1)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    damaged[name][0, 0] = torch.nan
+    b = save(tmp_path / "b", damaged)
+    out = tmp_path / "t.csv"
+    assert cli.main(["measure", pair[0], str(b), "--out", str(out)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"1 of 7 matrices could not be measured, {name}: 1 NaN and 0 inf after" in said
+    )
+    assert len(tables.read_table(out).dropna(subset="nss")) == 6
+
+
+def test_angles_without_a_gap_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, file in enumerate(files):
+        save_file({"w": torch.eye(64) + 1e-3 * i * noise(64, 64, seed=0)}, file)
+    arguments = ["measure", *map(str, files), "--out", str(tmp_path / "t.csv")]
+    assert cli.main(arguments) == 0
+    assert "Warning: angles uncertain by 9.0e+01" in capsys.readouterr().err
+
+
+# --- interrupted -----------------------------------------------------------------
+
+
+def test_interrupted_command_goes_on(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "t.csv"
+    arguments = ["measure", *pair, "--out", str(out)]
+    original = pair_commands._Display.show
+
+    def interrupt(display: pair_commands._Display, done: pairs.Progress) -> None:
+        original(display, done)
+        if done.done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pair_commands._Display, "show", interrupt)
+    assert cli.main(arguments) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "finished matrices are kept" in said
+    assert said.endswith("go on with --resume")
+    monkeypatch.undo()
+    assert "go on from it with --resume" in refusal(capsys, *arguments)
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "4/7" in capsys.readouterr().err
+    straight = tmp_path / "straight.csv"
+    assert cli.main(["measure", *pair, "--out", str(straight)]) == 0
+    assert out.read_bytes() == straight.read_bytes()
+
+
+def test_a_killed_process_loses_no_finished_matrix(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "t.csv"
+    arguments = ["measure", *pair, "--out", str(out)]
+    slow = (
+        "import sys, time; from opd_geometry import cli, pairs; rows = "
+        "pairs.PairTask.rows; pairs.PairTask.rows = lambda task: "
+        "(time.sleep(0.3), rows(task))[1]; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("2/7"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    kept = tables.partial_path(out).read_text().splitlines()
+    assert len(kept) >= 3  # the description and two matrices
+    assert cli.main([*arguments, "--resume"]) == 0
+    straight = tmp_path / "straight.csv"
+    assert cli.main(["measure", *pair, "--out", str(straight)]) == 0
+    assert out.read_bytes() == straight.read_bytes()

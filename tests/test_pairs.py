@@ -1,0 +1,437 @@
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opd_geometry import checkpoints, comparison, forecast, pairs, spectra, tables
+from opd_geometry.comparison import Settings
+from opd_geometry.pairs import COLUMNS, PairTask, Progress, plan_pair, run_plan
+
+SIZES = {
+    "self_attn.q_proj": (24, 16),
+    "self_attn.k_proj": (8, 16),
+    "mlp.down_proj": (16, 40),
+    "input_layernorm": (16,),
+}
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def model(step: int = 0, layers: int = 2, size: float = 1e-4) -> dict[str, Tensor]:
+    """Weights after some steps of one random walk in bf16."""
+    tensors = {"model.embed_tokens.weight": 0.02 * noise(30, 16, seed=1)}
+    for layer in range(layers):
+        for i, (module, shape) in enumerate(SIZES.items()):
+            name = f"model.layers.{layer}.{module}.weight"
+            tensors[name] = 0.02 * noise(*shape, seed=10 * layer + i + 2)
+    for i, tensor in enumerate(tensors.values()):
+        for j in range(step):
+            tensor += size * noise(*tensor.shape, seed=1000 * (j + 1) + i)
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def save(path: Path, tensors: dict[str, Tensor], n_shards: int = 0) -> Path:
+    path.mkdir(parents=True)
+    if not n_shards:
+        save_file(tensors, path / "model.safetensors")
+        return path
+    weight_map = {}
+    for i in range(n_shards):
+        shard = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
+        names = sorted(tensors)[i::n_shards]
+        save_file({name: tensors[name] for name in names}, path / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    (path / checkpoints.INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return save(tmp_path / "a", model()), save(tmp_path / "b", model(1), n_shards=2)
+
+
+# --- tensors ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (300, 280)])
+def test_columns_are_the_metrics_of_comparison(shape: tuple[int, int]) -> None:
+    before = 0.02 * noise(*shape, seed=0)
+    after = before + 1e-4 * noise(*shape, seed=1)
+    found = pairs.measure_tensors(before, after, seed=(0, 7))
+    expected = comparison.compare(comparison.reference(before), after)
+    null = comparison.compare_null(comparison.reference(before), after, (0, 7))
+    for column, name in pairs.METRICS.items():
+        assert found[column] == pytest.approx(expected[name], rel=1e-12)
+    for column in pairs.NULL_METRICS:
+        name = pairs.METRICS[column]
+        assert found[f"null_{column}"] == pytest.approx(null[f"null_{name}"])
+    assert found["angle_error_deg"] < 1e-6
+    assert 0 < found["gap_at_k"] < 1
+    kept = comparison.reference(before)
+    assert pairs.measure_tensors(kept, after, seed=(0, 7)) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(30, 20), (300, 280)])
+def test_identical_input_turns_by_nothing(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    w = noise(*shape, seed=0).to(dtype)
+    found = pairs.measure_tensors(w, w.clone())
+    for name in (*comparison.ANGLES, "nss", "update_density", "relative_norm"):
+        assert found[name] == 0.0
+    assert found["sparsity_bf16"] == 1.0
+    assert math.isnan(found["stable_rank"])
+    assert math.isnan(found["null_nss"])
+
+
+def test_tiny_updates_are_not_lost_in_rounding() -> None:
+    """An angle of 1e-7 degrees, where cosines in float32 end at 2e-2."""
+    n, k, angle = 300, 37, 1e-7
+    u = torch.linalg.qr(noise(n, n, seed=0).double()).Q
+    v = torch.linalg.qr(noise(n, n, seed=1).double()).Q
+    s = torch.cat([torch.linspace(9, 8, k), torch.linspace(2, 1, n - k)]).double()
+    turned = u.clone()
+    theta = math.radians(angle)
+    turned[:, 0] = math.cos(theta) * u[:, 0] + math.sin(theta) * u[:, -1]
+    turned[:, -1] = math.cos(theta) * u[:, -1] - math.sin(theta) * u[:, 0]
+    found = pairs.measure_tensors((u * s) @ v.T, (turned * s) @ v.T, null=False)
+    assert found["angle_left_max_deg"] == pytest.approx(angle, rel=1e-2)
+    assert found["angle_right_max_deg"] < 1e-10
+    assert found["nss"] < 1e-14
+
+
+def test_only_what_was_asked_is_there() -> None:
+    before, after = noise(20, 20, seed=0), noise(20, 20, seed=1)
+    metrics = pairs.parse_metrics(["nss", "norms"])
+    found = pairs.measure_tensors(before, after, metrics=metrics)
+    there = {name for name, value in found.items() if not math.isnan(value)}
+    assert there == {"nss", "frobenius_norm", "relative_norm", "null_nss"}
+    found = pairs.measure_tensors(before, after, metrics=metrics, null=False)
+    assert math.isnan(found["null_nss"])
+    with pytest.raises(ValueError, match="unknown metric 'speed', expected a group"):
+        pairs.parse_metrics(["speed"])
+    with pytest.raises(ValueError, match="no metric asked for"):
+        pairs.parse_metrics([])
+
+
+@pytest.mark.parametrize("shape", [(32, 40), (300, 290), (270, 400)])
+def test_trajectory_of_planted_subspaces(shape: tuple[int, int]) -> None:
+    """Two of K = 2 directions in common with the end at step 2, one at step 1."""
+    n_rows, n_cols = shape
+    u = torch.linalg.qr(noise(n_rows, n_rows, seed=0).double()).Q
+    v = torch.linalg.qr(noise(n_cols, n_cols, seed=1).double()).Q
+    w = noise(*shape, seed=2).double()
+    tail = torch.linspace(0.5, 0.1, min(shape) - 6).double()
+
+    def later(step: int) -> Tensor:
+        first, second = {1: (0, 5), 2: (1, 0), 3: (0, 1)}[step]
+        s = torch.cat([torch.tensor([3.0, 2.0]).double(), tail])
+        columns = [first, second, *range(6, min(shape))]
+        return w + (u[:, : len(s)] * s) @ v[:, columns].T
+
+    rows = pairs.follow_tensors(w, later, [1, 2, 3], k=2, settings=Settings(hill_k=2))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    similarities = [row["similarity_to_end"] for row in rows]
+    assert similarities == [pytest.approx(x, abs=1e-9) for x in (0.5, 1, 1)]
+    square = 13 + float(tail.square().sum())
+    for row in rows:
+        assert row["stable_rank"] == pytest.approx(square / 9)
+        assert row["frobenius_norm"] == pytest.approx(square**0.5)
+        assert row["hill_alpha"] == pytest.approx(1 / math.log(1.5))
+        assert row["similarity_null"] == 2 / n_cols
+
+
+def test_trajectory_before_anything_moved() -> None:
+    w = noise(20, 30, seed=0)
+    steps = {
+        1: w,
+        2: w + 0.1 * torch.outer(w[:, 0], w[0]),
+        3: w + noise(20, 30, seed=1),
+    }
+    rows = pairs.follow_tensors(w, steps.__getitem__, [1, 2, 3], k=4)
+    assert rows[0]["frobenius_norm"] == 0
+    assert math.isnan(rows[0]["stable_rank"])
+    assert math.isnan(rows[0]["similarity_to_end"])
+    assert rows[2]["similarity_to_end"] == pytest.approx(1)
+    still = pairs.follow_tensors(w, {1: steps[3], 2: w}.__getitem__, [1, 2], k=4)
+    assert math.isnan(still[0]["similarity_to_end"])
+
+
+# --- checkpoints -----------------------------------------------------------------
+
+
+def test_a_row_a_matrix(pair: tuple[Path, Path]) -> None:
+    table = pairs.measure_checkpoints(*pair)
+    assert list(table.columns) == list(COLUMNS)
+    matrices = checkpoints.list_matrices(pair[0])
+    assert list(table["matrix"]) == [m.name for m in matrices]
+    assert list(table["role"]) == [m.role for m in matrices]
+    assert set(table["dtype_before"]) == {"bfloat16"}
+    before, after = model(), model(1)
+    for row in table.itertuples():
+        assert (row.rows, row.cols) == before[row.matrix].shape
+        seed = comparison.null_seed(0, row.matrix, 0)
+        expected = pairs.measure_tensors(
+            before[row.matrix], after[row.matrix], seed=seed
+        )
+        for name, value in expected.items():
+            assert getattr(row, name) == pytest.approx(value, nan_ok=True)
+        assert row.note == ""
+    assert len(set(table["null_nss"])) == len(table)  # noise of its own each
+
+
+def test_roles_seed_and_null_are_followed(pair: tuple[Path, Path]) -> None:
+    table = pairs.measure_checkpoints(*pair, roles=["q"])
+    assert set(table["role"]) == {"q"}
+    other = pairs.measure_checkpoints(*pair, roles=["q"], seed=1)
+    assert (other["null_nss"] != table["null_nss"]).all()
+    assert other["nss"].equals(table["nss"])
+    bare = pairs.measure_checkpoints(*pair, roles=["q"], null=False)
+    assert bare.filter(like="null_").isna().all(axis=None)
+
+
+def test_processes_change_nothing(pair: tuple[Path, Path]) -> None:
+    plan = plan_pair(*pair, roles=["q", "k"])
+    pd.testing.assert_frame_equal(run_plan(plan, jobs=2), run_plan(plan))
+
+
+def test_damaged_values_are_named_and_the_rest_is_done(tmp_path: Path) -> None:
+    damaged = model(1)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    damaged[name][0, :3] = math.nan
+    damaged[name][1, 0] = math.inf
+    a, b = save(tmp_path / "a", model()), save(tmp_path / "b", damaged)
+    for paths, side in (((a, b), "after"), ((b, a), "before")):
+        table = pairs.measure_checkpoints(*paths).set_index("matrix")
+        assert table.loc[name, "note"] == f"refused: 3 NaN and 1 inf {side}"
+        assert table.loc[name, list(pairs.METRICS)].isna().all()
+        assert table.drop(name)[list(pairs.METRICS)].notna().all(axis=None)
+    table = pairs.trajectory(a, [shutil.copytree(b, tmp_path / "step-3")])
+    row = table[table["matrix"] == name].iloc[0]
+    assert row["note"] == "refused: 3 NaN and 1 inf at step 3"
+    assert math.isnan(row["stable_rank"])
+    assert table[table["matrix"] != name]["stable_rank"].notna().all()
+
+
+def test_what_bf16_cannot_hold_costs_one_matrix(tmp_path: Path) -> None:
+    before = {name: w.double() for name, w in model().items()}
+    after = {name: w.double() for name, w in model(1).items()}
+    name = "model.layers.0.self_attn.k_proj.weight"
+    after[name][0, 0] = 1e300
+    a, b = save(tmp_path / "a", before), save(tmp_path / "b", after)
+    table = pairs.measure_checkpoints(a, b).set_index("matrix")
+    assert "cast to bf16 holds 0 NaN and 1 inf" in table.loc[name, "note"]
+    assert table.drop(name)["nss"].notna().all()
+
+
+def test_a_missing_gap_is_noted() -> None:
+    w = torch.eye(64)
+    found = pairs.measure_tensors(w, w + 1e-3 * noise(64, 64, seed=0), null=False)
+    assert found["gap_at_k"] == 0
+    assert found["angle_error_deg"] == 90
+    assert "hardly a gap" in pairs._warning(found)
+
+
+def test_skipped_and_missing_tensors_are_listed(tmp_path: Path) -> None:
+    before, after = model(), model(1)
+    lost = "model.layers.0.self_attn.k_proj.weight"
+    del after[lost]
+    after["extra.weight"] = noise(4, 4, seed=0)
+    after["scale"] = torch.tensor(1.0)
+    a, b = save(tmp_path / "a", before), save(tmp_path / "b", after)
+    plan = plan_pair(a, b)
+    assert plan.missing == [
+        (lost, str(b)),
+        ("extra.weight", str(a)),
+        ("scale", str(a)),
+    ]
+    reasons = {skip.name: skip.reason for skip in plan.skipped}
+    assert reasons["scale"] == "a scalar"
+    assert "one-dim" in reasons["model.layers.1.input_layernorm.weight"]
+    assert lost not in {task.name for task in plan.tasks}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {k: v[:5].clone() for k, v in t.items()}, "differ in shape"),
+        (lambda t: {f"other.{k}": v for k, v in t.items()}, "no matrix in common"),
+        (
+            lambda t: {k: v for k, v in t.items() if "embed" in k},
+            "1 matrices in common",
+        ),
+        (
+            lambda t: t | {"model.embed_tokens.weight": noise(32, 16, seed=0)},
+            r"embed_tokens.weight: \(30, 16\) before and \(32, 16\) after",
+        ),
+    ],
+)
+def test_other_architectures_are_refused(
+    change: Callable, said: str, tmp_path: Path
+) -> None:
+    a, b = save(tmp_path / "a", model()), save(tmp_path / "b", change(model(1)))
+    with pytest.raises(ValueError, match=said):
+        pairs.measure_checkpoints(a, b)
+    with pytest.raises(ValueError, match=said):
+        plan_pair(a, b)
+
+
+# --- interrupted, and gone on ----------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_after(n: int) -> Callable[[Progress], None]:
+    counter = itertools.count(1)
+
+    def report(_: Progress) -> None:
+        if next(counter) == n:
+            raise Stop
+
+    return report
+
+
+@pytest.mark.parametrize("n_done", [1, 4])
+def test_resumed_table_equals_a_straight_one(
+    n_done: int,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, straight = tmp_path / "t.csv", tmp_path / "straight.csv"
+    run_plan(plan_pair(*pair), straight)
+    with pytest.raises(Stop):
+        run_plan(plan_pair(*pair), out, report=stopping_after(n_done))
+    assert not out.exists()
+    measured = []
+    original = PairTask.rows
+
+    def counted(task: PairTask) -> list[dict]:
+        measured.append(task.name)
+        return original(task)
+
+    monkeypatch.setattr(PairTask, "rows", counted)
+    plan = plan_pair(*pair)
+    run_plan(plan, out, resume=True)
+    assert len(measured) == len(plan.tasks) - n_done
+    assert out.read_bytes() == straight.read_bytes()
+    assert not tables.partial_path(out).exists()
+
+
+def test_changed_checkpoint_or_option_is_not_gone_on_from(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "t.csv"
+    with pytest.raises(Stop):
+        run_plan(plan_pair(*pair), out, report=stopping_after(2))
+    with pytest.raises(ValueError, match="it differs in seed"):
+        run_plan(plan_pair(*pair, seed=1), out, resume=True)
+    with pytest.raises(ValueError, match="it differs in settings"):
+        run_plan(plan_pair(*pair, Settings(rank_k=2)), out, resume=True)
+    save_file(model(2), pair[0] / "model.safetensors")
+    with pytest.raises(ValueError, match="it differs in files"):
+        run_plan(plan_pair(*pair), out, resume=True)
+
+
+# --- trajectories ----------------------------------------------------------------
+
+
+def test_trajectory_table(tmp_path: Path) -> None:
+    origin = save(tmp_path / "base", model())
+    paths = [save(tmp_path / f"step_{n}", model(n)) for n in (3, 1, 2)]
+    table = pairs.trajectory(origin, paths, k=4)
+    assert list(table.columns) == list(pairs.TRAJECTORY_COLUMNS)
+    assert list(dict.fromkeys(table["step"])) == [1, 2, 3]
+    at_end = table[table["step"] == 3]
+    assert at_end["similarity_to_end"].to_numpy() == pytest.approx(1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    row = table[(table["matrix"] == name) & (table["step"] == 2)].iloc[0]
+    deltas = [model(n)[name].double() - model()[name].double() for n in (2, 3)]
+    assert row["stable_rank"] == pytest.approx(spectra.stable_rank(deltas[0]))
+    tops = [spectra.top_right_subspace(delta, 4) for delta in deltas]
+    assert row["similarity_to_end"] == pytest.approx(spectra.subspace_similarity(*tops))
+    assert row["similarity_null"] == 4 / 40
+    pd.testing.assert_frame_equal(pairs.trajectory(origin, paths, k=4, jobs=2), table)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("run/checkpoint-256", 256),
+        ("run/global_step_64/", 64),
+        ("run2/iter_0000300.safetensors", 300),
+        ("owner/name@step100", 100),
+    ],
+)
+def test_steps_are_the_trailing_numbers(name: str, step: int) -> None:
+    assert pairs.step_of(name) == step
+
+
+def test_steps_must_be_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no number in its name"):
+        pairs.step_of("run7/final")
+    paths = [save(tmp_path / name, model()) for name in ("a-1", "b-1")]
+    with pytest.raises(ValueError, match="no two alike"):
+        pairs.plan_trajectory(paths[0], paths)
+    with pytest.raises(ValueError, match="k = 0"):
+        pairs.plan_trajectory(paths[0], paths[1:], k=0)
+
+
+# --- summary and forecast --------------------------------------------------------
+
+
+def test_summary_weighs_sparsity_by_entries() -> None:
+    rows = [("q", 10, 10, 0.5, 1.0), ("q", 10, 30, 0.9, 3.0), ("o", 10, 60, 1.0, 5.0)]
+    table = pd.DataFrame(math.nan, index=range(3), columns=list(COLUMNS)).astype(object)
+    table[["role", "rows", "cols", "sparsity_bf16", "nss"]] = rows
+    summary = pairs.summarise(table.infer_objects()).set_index("role")
+    assert list(summary.index) == ["q", "o", "all"]
+    assert summary.loc["q", "sparsity_bf16"] == pytest.approx(0.8)
+    assert summary.loc["all", "sparsity_bf16"] == pytest.approx(0.92)
+    assert summary.loc["all", "nss"] == pytest.approx(3)
+    assert summary.loc["all", "parameters"] == 1000
+    assert "stable_rank" not in summary
+
+
+def test_forecast_grows_as_the_work_does(pair: tuple[Path, Path]) -> None:
+    plan = plan_pair(*pair)
+    speed = forecast.Speed(1.0, 0.0, 0.0, 0.0, 0.0)
+    assert forecast.projected_seconds(plan, speed, ["cheap"], False) == plan.entries
+    speed = forecast.Speed(0.0, 0.0, 1.0, 0.0, 0.0)
+    cubes = sum(min(task.shape) ** 3 for task in plan.tasks)
+    for metrics, null, times in (
+        (["cheap"], True, 0),
+        (["principal_overlap"], False, 1),
+        (["nss"], False, 2),
+        (["all"], True, 3),
+    ):
+        found = forecast.projected_seconds(plan, speed, metrics, null)
+        assert found == times * cubes
+    probed = forecast.probe_speed()
+    assert min(probed.cheap, probed.product, probed.reduction, probed.values) > 0
+
+
+def test_peak_memory_is_a_few_copies_of_the_largest_matrix(tmp_path: Path) -> None:
+    """Measured in a process of its own, with nulls, for a model of several."""
+    from children import Child, peak_of_measuring
+
+    n = 1280
+    w = noise(n, n, seed=0)
+    for name, size in (("a", 0.0), ("b", 1e-4)):
+        tensors = {f"w{i}": (w + size * w.T).bfloat16() for i in range(2)}
+        save(tmp_path / name, tensors)
+    peak = Child(tmp_path, peak_of_measuring, tmp_path / "a", tmp_path / "b").result()
+    assert peak < 8 * 8 * n**2
