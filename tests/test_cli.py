@@ -46,6 +46,7 @@ def test_commands_are_known() -> None:
         "commit",
         "checkpoints",
         "claims",
+        "report",
         "chapters",
         "book",
         "site",

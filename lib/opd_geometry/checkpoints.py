@@ -14,7 +14,7 @@ Whatever else a file holds is listed by `list_skipped` with the reason.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +199,35 @@ def list_skipped(path: str | Path) -> list[Skipped]:
         FileNotFoundError, ValueError: as `list_matrices`.
     """
     return list(_contents(path).skipped.values())
+
+
+def matrices_in_memory(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, tuple[Matrix, Tensor]]:
+    """The matrices of a model that is loaded, under the names its checkpoint has.
+
+    Args:
+        tensors: name to tensor, as of ``model.named_parameters()``.
+        config: of the model, as of ``model.config.to_dict()``: head counts of a fused
+            qkv_proj, the order of stacked experts.
+
+    Returns:
+        Name to (matrix, its (n_rows, n_cols) view of the tensor), in natural order;
+        what `list_skipped` would list is left out.
+
+    >>> found = matrices_in_memory({"layers.0.q_proj.weight": torch.eye(2)}, {})
+    >>> [(matrix.role, matrix.layer) for matrix, _ in found.values()]
+    [('q', 0)]
+    """
+    codes = {name: code for code, name in FLOAT_DTYPES.items()}
+    found: dict[str, tuple[Matrix, Tensor]] = {}
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        stored = _Stored(name, tuple(tensor.shape), codes.get(dtype, dtype), Path())
+        outcome = _parts_or_reason(stored, _language(dict(config)), tied=False)
+        if not isinstance(outcome, str):
+            found |= {p.matrix.name: (p.matrix, _cut(tensor, p)) for p in outcome}
+    return {name: found[name] for name in sorted(found, key=_natural)}
 
 
 def missing_names(before: str | Path, after: str | Path) -> tuple[list[str], list[str]]:
@@ -582,7 +611,11 @@ def _config(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
-    config = _json_object(file)
+    return _language(_json_object(file))
+
+
+def _language(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with its language model's part on top."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
@@ -707,13 +740,20 @@ def _opened(file: Path) -> Iterator[Any]:
 def _read(part: _Part) -> Tensor:
     with _opened(part.file) as handle:
         stored = handle.get_slice(part.tensor)
-        if part.expert is None:
-            w = stored[part.rows]
-        elif part.transposed:
-            w = stored[part.expert, :, part.rows].T
-        else:
-            w = stored[part.expert, part.rows]
+        w = _cut(stored, part)
         # What safetensors returns is a view of the mapped file: it would keep the
         # pages in memory and change or crash when the file is written again.
         owned: Tensor = w.clone(memory_format=torch.contiguous_format)
         return owned
+
+
+def _cut(tensor: Any, part: _Part) -> Tensor:
+    """A part of its tensor, or of the slice of a file that stands for it."""
+    w: Tensor
+    if part.expert is None:
+        w = tensor[part.rows]
+    elif part.transposed:
+        w = tensor[part.expert, :, part.rows].T
+    else:
+        w = tensor[part.expert, part.rows]
+    return w

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from opd_geometry import report_command
 from opd_geometry.pair_commands import measure_command, trajectory_command
 from opd_geometry.printing import duration, print_table
 
@@ -74,6 +75,7 @@ def commands() -> None:
 
 commands.add_command(measure_command)
 commands.add_command(trajectory_command)
+commands.add_command(report_command.report)
 
 
 # --- options ---------------------------------------------------------------------
@@ -273,23 +275,28 @@ def commit(profile: str, arms: str, seeds: str) -> None:
 
 @commands.command()
 @_profile
-def checkpoints(profile: str) -> None:
-    """Publish the base and the teacher that were trained from scratch.
+@_arms("base,teacher")
+def checkpoints(profile: str, arms: str) -> None:
+    """Publish the last checkpoints of finished runs, in bf16.
 
-    They go to data/checkpoints in bf16. Runs that start from them get new names.
+    They go to data/checkpoints: by default the base and the teacher that were
+    trained from scratch (runs that start from them get new names), of other arms
+    the run with seed 0, such as the two that the fourth chapter compares.
 
     \b
     Examples:
       opd-geometry run --arms base,teacher --from scratch --jobs 2
       opd-geometry checkpoints
+      opd-geometry checkpoints --arms sft,opd
     """
-    from opd_geometry.profiles import STAGES, build
+    from opd_geometry.profiles import STAGES, build, parse_arms
     from opd_geometry.runs import store
 
-    for stage in STAGES:
-        source = f"checkpoints/{profile}-{stage}"
-        kept = store(build(profile, stage, 0, from_scratch=True), source)
-        click.echo(f"{stage} is now in data/{source}, digest {kept.digest}")
+    for arm in parse_arms(arms, profile):
+        stage = arm in STAGES
+        source = f"checkpoints/{profile}-{arm}{'' if stage else '-s0'}"
+        kept = store(build(profile, arm, 0, from_scratch=stage), source)
+        click.echo(f"{arm} is now in data/{source}, digest {kept.digest}")
 
 
 @commands.command()

@@ -62,6 +62,7 @@ ARM_STYLES = {
     "opd-projected-random": ArmStyle("random subspace", GREY, "--"),
     "sft-projected-random": ArmStyle("random subspace", GREY, "--"),
     "sft-matched-projected": ArmStyle("SFT, matched, own early subspace", RED, "--"),
+    "yours": ArmStyle("your model", PURPLE),
 }
 METRIC_LABELS = {
     "sparsity": "update sparsity",
@@ -85,6 +86,7 @@ WEIGHTED_METRICS = ("sparsity", "null_sparsity")  # by parameters, as Table 1 is
 LOG_METRICS = ("frobenius_norm", "relative_norm")
 # Where the null of a mask overlap would lie if changes fell on random places.
 MASK_ALPHA = 0.5
+ANNOTATED_LAYERS = 12  # a map of more layers has no room for numbers
 
 
 def style() -> dict[str, Any]:
@@ -380,9 +382,11 @@ def _draw_panel(
         _plain_log_ticks(ax)
     elif random_bases:
         ax.set_ylim(0, 1.02)
-    if strip is not None:
+    if strip is not None and len(null):
         _break_axis(strip, ax)
         _place_labels(strip)
+    elif strip is not None:  # its neighbour has a null, this table has none
+        strip.set_axis_off()
 
 
 def draw_curve(
@@ -582,13 +586,19 @@ def final_matrices(
 MASK_METRICS = ("density", "principal_overlap", "low_magnitude_overlap")
 
 
-def mask_maps(table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd") -> Figure:
+def mask_maps(
+    table: pd.DataFrame,
+    arms: Sequence[str],
+    null_of: str = "opd",
+    roles: Sequence[str] = LAYER_ROLES,
+) -> Figure:
     """Where visible changes lie, by role and layer (the maps of Figure 3).
 
     Args:
         table: tidy.
         arms: the rows; a last row shows the null.
         null_of: whose null is shown.
+        roles: the columns of a map.
 
     Returns:
         The figure: columns density, overlap with the principal and with the
@@ -603,12 +613,13 @@ def mask_maps(table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd") ->
     rows = [(arm, "", ARM_STYLES[arm].label) for arm in arms]
     rows.append((null_of, "null_", f"{NULL_LABEL}\nof {ARM_STYLES[null_of].label}"))
     with styled():
+        size = WIDTH, _map_height(table) * len(rows)
         figure, axes = plt.subplots(
-            len(rows), 3, figsize=(WIDTH, 1.5 * len(rows)), sharex=True, sharey=True
+            len(rows), 3, figsize=size, sharex=True, sharey=True
         )
         for row, (arm, prefix, label) in zip(axes, rows, strict=True):
             for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_map(ax, table, arm, f"{prefix}{metric}")
+                _draw_map(ax, table, arm, f"{prefix}{metric}", roles)
             colour = GREY if prefix else ARM_STYLES[arm].colour
             row[0].set_ylabel(f"{label}\nlayer", color=colour)
         for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
@@ -618,24 +629,105 @@ def mask_maps(table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd") ->
     return figure
 
 
-def _draw_map(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
-    """Role by layer, per cent, for one arm and metric."""
-    rows = final_matrices(table, metric)
+def _map_height(table: pd.DataFrame) -> float:
+    """Inches of a map: a line of it needs room for its number, or at least a tick."""
+    return max(1.5, 0.1 * table["layer"].nunique())
+
+
+def _by_role_and_layer(
+    table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
+) -> pd.DataFrame:
+    """Means at the end of training, a row a layer and a column a role."""
+    rows = final_matrices(table, metric, roles)
     rows = rows[rows["arm"] == arm]
-    share = 100 * rows.pivot_table(
+    return rows.pivot_table(
         index="layer", columns="role", values="value", aggfunc="mean"
-    ).reindex(columns=LAYER_ROLES)
+    ).reindex(columns=list(roles))
+
+
+def _draw_map(
+    ax: Axes, table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
+) -> None:
+    """Role by layer, per cent, for one arm and metric."""
+    share = 100 * _by_role_and_layer(table, arm, metric, roles)
     overlap = "overlap" in metric
     sns.heatmap(
         share,
         ax=ax,
-        annot=True,
+        annot=len(share) <= ANNOTATED_LAYERS,
         fmt=".0f",
         annot_kws={"fontsize": 7},
         cbar=False,
         cmap=_DIVERGING if overlap else "crest",
         vmin=30 if overlap else 0,
         vmax=70 if overlap else 100,
+        linewidths=0.5,
+    )
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0, labelrotation=0)
+
+
+def role_maps(
+    table: pd.DataFrame,
+    arm: str,
+    metrics: Sequence[str],
+    roles: Sequence[str] = LAYER_ROLES,
+) -> Figure:
+    """Any metrics by role and layer, and below them their nulls.
+
+    Args:
+        table: tidy.
+        arm: whose.
+        metrics: the columns of the figure, each with a colour scale of its own that
+            its null shares.
+        roles: the columns of a map.
+
+    Returns:
+        The figure; a null that the table does not have leaves its place empty.
+
+    Raises:
+        ValueError: the table has not the arm.
+    """
+    _present(table, [arm])
+    names = set(table["metric"])
+    prefixes = ["", *(["null_"] if names & {f"null_{m}" for m in metrics} else [])]
+    with styled():
+        height = 0.5 + _map_height(table) * len(prefixes)
+        figure, axes = plt.subplots(
+            len(prefixes), len(metrics), figsize=(WIDTH, height), squeeze=False
+        )
+        for column, metric in zip(axes.T, metrics, strict=True):
+            maps = [
+                _by_role_and_layer(table, arm, f"{prefix}{metric}", roles)
+                for prefix in prefixes
+            ]
+            low = min(float(values.min().min()) for values in maps if values.size)
+            high = max(float(values.max().max()) for values in maps if values.size)
+            for ax, values in zip(column, maps, strict=True):
+                _draw_values(ax, values, low, high)
+            column[0].set_title(METRIC_LABELS[metric].replace(", ", ",\n"))
+        labels = [ARM_STYLES[arm].label, NULL_LABEL]
+        for row, label in zip(axes, labels, strict=False):
+            row[0].set_ylabel(f"{label}\nlayer")
+    return figure
+
+
+def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> None:
+    """One map with its colour bar; nothing where there are no values."""
+    if values.empty:
+        ax.set_axis_off()
+        return
+    few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
+    sns.heatmap(
+        values,
+        ax=ax,
+        annot=few,
+        fmt=".2g",
+        annot_kws={"fontsize": 6},
+        cmap="crest",
+        vmin=low,
+        vmax=high,
+        cbar=not few,
         linewidths=0.5,
     )
     ax.set(xlabel="", ylabel="")

@@ -243,7 +243,7 @@ def store(run: Run, source: str) -> Stored:
     """Put a finished run's last checkpoint, in bf16, where ``stored`` finds it.
 
     Args:
-        run: a base or a teacher.
+        run: a base, a teacher, or a run to give away.
         source: directory, relative to the data directory.
 
     Raises:
@@ -252,7 +252,7 @@ def store(run: Run, source: str) -> Stored:
     if not is_done(run):
         raise ValueError(
             f"{run.arm} is not trained yet; run opd-geometry run --arms {run.arm} "
-            "--from scratch first"
+            "first, of the base and the teacher with --from scratch"
         )
     model, tokenizer = load_model(checkpoint(run))
     save_model(model, tokenizer, data_directory() / source, dtype=torch.bfloat16)

@@ -1,0 +1,355 @@
+"""The callbacks in TRL's trainers: what they log, confine, remember, leave alone."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, Qwen3ForCausalLM, TrainerCallback, logging
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from opd_geometry import projection, spectra, updates
+from opd_geometry.callback import GeometryCallback, ProjectionCallback
+from opd_geometry.checkpoints import list_matrices, read_matrix
+from opd_geometry.models import ModelConfig, build_model, character_tokenizer
+
+logging.set_verbosity_error()
+TINY = ModelConfig(width=32, layers=2, head_size=16)
+K, STEPS = 4, 6
+KINDS = ("sft", "grpo", "distillation")
+SETTINGS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_steps": 2,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+PROMPTS = [f"{a}+{b}=" for a in range(1, 9) for b in range(1, 9)]
+
+
+def model(seed: int = 0) -> PreTrainedModel:
+    return build_model(TINY, seed)
+
+
+def trainer_of(kind: str, folder: Path, student: Any = None, **settings: Any) -> Any:
+    """A TRL trainer on a tiny model."""
+    student = student or model()
+    common = {"processing_class": character_tokenizer()}
+    options = {"output_dir": str(folder), **SETTINGS, **settings}
+    if kind == "sft":
+        texts = Dataset.from_list([{"text": f"{p}{len(p)},{p}"} for p in PROMPTS])
+        return SFTTrainer(
+            student, args=SFTConfig(**options), train_dataset=texts, **common
+        )
+    rows = Dataset.from_list([{"prompt": p} for p in PROMPTS])
+    options |= {"max_completion_length": 4}
+    if kind == "grpo":
+        return GRPOTrainer(
+            student,
+            reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
+            args=GRPOConfig(num_generations=4, beta=0.0, **options),
+            train_dataset=rows,
+            **common,
+        )
+    return DistillationTrainer(
+        student,
+        teacher_model=model(seed=1),
+        args=DistillationConfig(beta=1.0, **options),
+        train_dataset=rows,
+        **common,
+    )
+
+
+def logged(trainer: Any) -> dict[int, dict[str, float]]:
+    """Step to what the callback logged there."""
+    return {
+        row["step"]: row
+        for row in trainer.state.log_history
+        if "geometry/seconds" in row
+    }
+
+
+def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, float]:
+    """The same values by the library's full SVDs, from checkpoints."""
+    values: dict[str, list[float]] = {}
+    unchanged = entries = 0.0
+    for m in list_matrices(after):
+        if m.role not in ("q", "k", "v", "o"):
+            continue
+        w_before, w_after = read_matrix(before, m.name), read_matrix(after, m.name)
+        delta = w_after.double() - w_before.double()
+        row = {
+            "stable_rank": spectra.stable_rank(delta),
+            "frobenius_norm": spectra.frobenius_norm(delta),
+        }
+        if locked is not None:
+            earlier = read_matrix(locked, m.name).double() - w_before.double()
+            row["similarity_to_locked"] = spectra.subspace_similarity(
+                spectra.top_right_subspace(delta, K),
+                spectra.top_right_subspace(earlier, K),
+            )
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+        unchanged += updates.update_sparsity(w_before, w_after) * delta.numel()
+        entries += delta.numel()
+    means = {key: sum(column) / len(column) for key, column in values.items()}
+    return means | {"sparsity": unchanged / entries}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logs_what_the_saved_checkpoints_say(kind: str, tmp_path: Path) -> None:
+    trainer = trainer_of(kind, tmp_path)
+    trainer.model.save_pretrained(tmp_path / "start")
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=K, lock_at=2))
+    trainer.train()
+    rows = logged(trainer)
+    assert list(rows) == [2, 4, 6]
+    for step, row in rows.items():
+        place = tmp_path / f"checkpoint-{step}"
+        told = offline(tmp_path / "start", place, tmp_path / "checkpoint-2")
+        for name, value in told.items():
+            if step > 2 or name != "similarity_to_locked":
+                assert row[f"geometry/{name}"] == pytest.approx(value, rel=1e-5)
+    assert "geometry/similarity_to_previous" not in rows[2]
+    assert rows[4]["geometry/similarity_to_previous"] == pytest.approx(
+        rows[4]["geometry/similarity_to_locked"]
+    )
+    assert rows[6]["geometry/similarity_null"] == pytest.approx(K / 32)
+    assert 0.0 < rows[6]["geometry/time_share"] < 1.0
+
+
+def losses(trainer: Any) -> list[dict[str, float]]:
+    """The trainer's own log, less what is time."""
+    drop = ("time", "runtime", "per_second", "geometry/")
+    return [
+        {key: v for key, v in row.items() if not any(word in key for word in drop)}
+        for row in trainer.state.log_history
+        if "geometry/seconds" not in row
+    ]
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_training_and_its_own_log_stay_the_same(kind: str, tmp_path: Path) -> None:
+    plain = trainer_of(kind, tmp_path / "plain", logging_steps=2)
+    plain.train()
+    watched = trainer_of(kind, tmp_path / "watched", logging_steps=2)
+    watched.add_callback(GeometryCallback(watched, every=1, k=K, lock_at=0.5))
+    watched.train()
+    assert losses(watched) == losses(plain)
+    assert len(logged(watched)) == STEPS
+    same_weights(plain.model, watched.model)
+
+
+class StopAt(TrainerCallback):
+    """A training that is killed."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def both(trainer: Any, form: str = "update", **options: Any) -> ProjectionCallback:
+    trainer.add_callback(GeometryCallback(trainer, every=1, k=K, lock_at=2, **options))
+    confined = ProjectionCallback(trainer, lock_at=2, k=K, form=form, **options)
+    trainer.add_callback(confined)
+    return confined
+
+
+@pytest.mark.parametrize("form", ["gradient", "update"])
+def test_resumed_training_equals_a_straight_one(form: str, tmp_path: Path) -> None:
+    straight = trainer_of("sft", tmp_path / "straight")
+    both(straight, form)
+    straight.train()
+    killed = trainer_of("sft", tmp_path / "killed")
+    killed.model.save_pretrained(tmp_path / "start")
+    both(killed, form)
+    killed.add_callback(StopAt(4))
+    killed.train()
+    # The script hands over the last weights, so W_0 has to come from its checkpoint.
+    later = Qwen3ForCausalLM.from_pretrained(tmp_path / "killed" / "checkpoint-4")
+    resumed = trainer_of("sft", tmp_path / "killed", later)
+    both(resumed, form, w_before=tmp_path / "start")
+    resumed.train(resume_from_checkpoint=True)
+    for a, b in zip(
+        straight.model.parameters(), resumed.model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+    times = ("geometry/seconds", "geometry/time_share")
+    for step in (5, 6):
+        told, known = logged(resumed)[step], logged(straight)[step]
+        assert told.keys() == known.keys()
+        assert "geometry/similarity_to_locked" in told
+        for name in known.keys() - {*times}:
+            assert told[name] == pytest.approx(known[name], rel=1e-9)
+
+
+def test_resumed_with_another_start_is_refused(tmp_path: Path) -> None:
+    first = trainer_of("sft", tmp_path)
+    both(first)
+    first.add_callback(StopAt(4))
+    first.train()
+    later = Qwen3ForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    for kind in (GeometryCallback, ProjectionCallback):
+        resumed = trainer_of("sft", tmp_path, copy.deepcopy(later))
+        resumed.add_callback(kind(resumed, k=K, lock_at=2))
+        with pytest.raises(ValueError, match="not the one that training started with"):
+            resumed.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "is missing; resume from a checkpoint saved with"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "is damaged, expected"),
+        (lambda path: save_file({}, path), "is damaged, expected"),
+    ],
+)
+def test_a_damaged_memory_is_one_line(
+    damage: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    first = trainer_of("sft", tmp_path)
+    both(first)
+    first.add_callback(StopAt(4))
+    first.train()
+    for kind, name in (
+        (GeometryCallback, "geometry"),
+        (ProjectionCallback, "projection"),
+    ):
+        damage(tmp_path / "checkpoint-4" / f"opd_geometry_{name}.safetensors")
+        resumed = trainer_of("sft", tmp_path)
+        resumed.add_callback(kind(resumed, k=K, lock_at=2))
+        with pytest.raises(ValueError, match=said) as caught:
+            resumed.train(resume_from_checkpoint=True)
+        assert "\n" not in str(caught.value)
+
+
+def leak_since_lock(trainer: Any, confined: ProjectionCallback, folder: Path) -> float:
+    """Largest share of energy of W_t - W_lock outside the subspaces."""
+    assert confined.bases
+    assert confined.handle is None  # taken off at the end
+    lock, end = folder / "checkpoint-2", folder / f"checkpoint-{STEPS}"
+    leaks = [
+        projection.leaked_energy(
+            read_matrix(end, name).double() - read_matrix(lock, name).double(), v
+        )
+        for name, v in confined.bases.items()
+    ]
+    assert len(leaks) == sum(p.ndim == 2 for p in trainer.model.parameters())
+    return max(leaks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projected_updates_stay_inside_and_gradients_leak(
+    kind: str, tmp_path: Path
+) -> None:
+    leaks = {}
+    for form in ("update", "gradient"):
+        trainer = trainer_of(kind, tmp_path / form)
+        confined = both(trainer, form)
+        trainer.train()
+        leaks[form] = leak_since_lock(trainer, confined, tmp_path / form)
+    assert leaks["update"] < 1e-9  # float32 weights round, squared
+    assert 1e-3 < leaks["gradient"] < 0.9
+
+
+def test_the_lock_is_the_top_subspace_at_that_step(tmp_path: Path) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    trainer.model.save_pretrained(tmp_path / "start")
+    confined = ProjectionCallback(trainer, lock_at=0.34, k=K, roles=("q", "down"))
+    trainer.add_callback(confined)
+    trainer.train()
+    assert len(confined.bases) == 4
+    for name, v in confined.bases.items():
+        w_before = read_matrix(tmp_path / "start", name).double()
+        w_lock = read_matrix(tmp_path / "checkpoint-2", name).double()
+        exact = spectra.top_right_subspace(w_lock - w_before, K)
+        assert spectra.subspace_similarity(v, exact) == pytest.approx(1, abs=1e-6)
+
+
+def test_bf16_weights_and_tied_embeddings(tmp_path: Path) -> None:
+    student = build_model(TINY, 0)
+    student.config.tie_word_embeddings = True
+    tied = Qwen3ForCausalLM(student.config).bfloat16()
+    trainer = trainer_of("sft", tmp_path, tied, learning_rate=1e-2)
+    watch = GeometryCallback(trainer, every=3, roles=None, k=K, detail="matrix")
+    trainer.add_callback(watch)
+    names = list(watch.start.weights)
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    assert all(w.dtype == torch.bfloat16 for w in watch.start.weights.values())
+    trainer.train()
+    row = logged(trainer)[3]
+    assert 0.0 < row["geometry/model.embed_tokens.weight/sparsity"] < 1.0
+
+
+def test_options_choose_matrices_and_detail(tmp_path: Path) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    watch = GeometryCallback(trainer, roles=("q", "up"), max_layers=1, detail="role")
+    assert list(watch.start.weights) == [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    ]
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.q_proj.weight += 0.1
+    values = watch.measure(1)
+    assert values["geometry/q/stable_rank"] == pytest.approx(1.0)
+    assert values["geometry/up/sparsity"] == 1.0
+    assert "geometry/up/stable_rank" not in values  # it has not moved
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"every": 0}, "every = 0, expected an integer"),
+        ({"k": 2.0}, "k = 2.0, expected an integer"),
+        ({"lock_at": 0}, "lock_at = 0, expected a step"),
+        ({"lock_at": 1.5}, "lock_at = 1.5, expected a step"),
+        ({"roles": "q"}, "roles = 'q', expected a collection"),
+        ({"roles": ("router",)}, "trains no matrix with a role of router"),
+        ({"max_layers": 0}, "max_layers = 0, expected 1"),
+        ({"detail": "all"}, "detail 'all', expected mean, role or matrix"),
+        ({"w_before": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    with pytest.raises((ValueError, OSError), match=said) as caught:
+        GeometryCallback(trainer, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lock_after_the_end_and_an_unknown_form_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    with pytest.raises(ValueError, match="form 'both', expected gradient or update"):
+        ProjectionCallback(trainer, form="both")
+    trainer.add_callback(ProjectionCallback(trainer, lock_at=STEPS + 1))
+    with pytest.raises(ValueError, match="lies after the last step, 6"):
+        trainer.train()
