@@ -602,8 +602,8 @@ def _rotation(own: pd.DataFrame) -> Section | None:
             "An angle is that between the top-k singular subspaces before and after. "
             "It is small when the update is small or keeps within the subspace, and "
             "large where the gap between the k-th and the next singular value is "
-            "small, whatever the update was. The null has the same gaps, so its angle is the "
-            "one to compare with.",
+            "small, whatever the update was. The null has the same gaps, so its angle "
+            "is the one to compare with.",
             "The spectral shift NSS is bounded by the relative norm. A random update "
             "spreads over all directions and shifts the spectrum least; well above its "
             "null, the update is aligned with what was there.",
