@@ -73,7 +73,7 @@ def test_begins_with_its_parameters_and_checks_them(path: Path) -> None:
     exec(first.source, names)  # plain assignments of the notebook itself
     del names["__builtins__"]
     assert list(names) == list(chapters.PARAMETERS)
-    assert chapters.check_parameters(names).seeds == (0, 1, 2)
+    assert chapters.check_parameters(names).seeds == (0, 1, 2, 3, 4)
     assert "chapters.check_parameters(globals())" in second.source
 
 

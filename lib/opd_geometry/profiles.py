@@ -215,7 +215,7 @@ _SMOKE = Profile(
 )
 PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP, "published": _PUBLISHED}
 # Profiles whose measurements are committed, the site's own first.
-COMMITTED = ("laptop",)
+COMMITTED = ("published", "laptop")
 
 # What a reader's own run trains: each kind of arm and one control of each kind.
 READER_ARMS = (
