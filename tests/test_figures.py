@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
-from opd_geometry import evidence, figures, measure, profiles
+from opd_geometry import comparison, evidence, figures, measure, profiles
 from opd_geometry.figures import ARM_STYLES, GREY, Panel
 
 SHAPES = {
@@ -72,7 +72,7 @@ def _planted(arms: tuple[str, ...], seeds: tuple[int, ...], layers: int) -> Any:
 
 def values_at(level: float, frac: float) -> dict[str, float]:
     values = {
-        **dict.fromkeys(measure.METRICS, level),
+        **dict.fromkeys(comparison.METRICS, level),
         "density": level / 20,
         "sparsity": 1 - level / 20,
         "principal_overlap": 0.5 - level / 500,
@@ -200,7 +200,7 @@ def test_first_and_last_checkpoint() -> None:
 
 def test_every_arm_and_metric_has_a_name() -> None:
     assert set(profiles.ARMS) <= set(ARM_STYLES)
-    assert set(measure.METRICS) <= set(figures.METRIC_LABELS)
+    assert set(comparison.METRICS) <= set(figures.METRIC_LABELS)
 
 
 # --- what is drawn -------------------------------------------------------------

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from opd_geometry import chapters, measure, profiles
+from opd_geometry import chapters, comparison, profiles
 from opd_geometry.statements import CLAIMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +154,12 @@ def test_every_value_glued_on_a_page_was_published(page: Path) -> None:
 
 def test_pages_name_every_metric_arm_and_claim() -> None:
     notation = (ROOT / "book" / "notation.md").read_text()
-    for name in (*measure.METRICS, "similarity_to_end", "parameters", *profiles.ARMS):
+    for name in (
+        *comparison.METRICS,
+        "similarity_to_end",
+        "parameters",
+        *profiles.ARMS,
+    ):
         assert f"`{name}`" in notation
     judged: set[object] = set()
     for path in NOTEBOOKS:
