@@ -224,3 +224,26 @@ def test_html_escapes_and_is_never_cut() -> None:
     assert text.startswith('<table class="table">')
     assert "x &lt; y " * 39 in text
     assert "..." not in text
+
+
+# --- the chapter about two checkpoints ---------------------------------------------
+
+
+def test_a_pair_is_two_places() -> None:
+    names = {"before": "there", "after": "owner/name@abc", "In": [], "_i1": ""}
+    assert chapters.check_pair(names) == chapters.Pair("there", "owner/name@abc")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": "0"}, "unknown parameter seeds; expected before, after"),
+        ({"after": ""}, "after '': expected a directory, a .safetensors file or a hub"),
+        ({"before": 3}, "before 3: expected a directory"),
+    ],
+)
+def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(chapters.ParameterError, match=f"^{said}"):
+        chapters.check_pair({"before": "a", "after": "b", **change})
+    with pytest.raises(chapters.ParameterError, match="no parameter after"):
+        chapters.check_pair({"before": "a"})

@@ -237,13 +237,20 @@ def test_full_disk_leaves_nothing_half_written(data: Path) -> None:
 # --- the book --------------------------------------------------------------------
 
 
+def notebook_with(*names: str) -> str:
+    """A notebook whose parameters have these names."""
+    source = "\n".join(f"{name} = 0" for name in names)
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    return nbformat.writes(nbformat.v4.new_notebook(cells=[cell]))
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with two notebooks, where nothing is really built."""
     root = tmp_path / "root"
     for name in ("notebooks/01_a.ipynb", "notebooks/02_b.ipynb", "notebooks/x.ipynb"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(nbformat.writes(nbformat.v4.new_notebook()))
+        (root / name).write_text(notebook_with("profile", "seeds", "source", "jobs"))
     (root / "book" / "chapters").mkdir(parents=True)
     for name in ("01_a.ipynb", "02_b.ipynb"):
         (root / "book" / "chapters" / name).write_text("published")
@@ -301,6 +308,15 @@ def shelve(arms: Sequence[str] = profiles.ARMS) -> None:
     rows = [{"run": run.key(), "arm": run.arm, "seed": 0, "steps": 10} for run in known]
     table = pd.DataFrame(rows).assign(wall_seconds=1.0, machine="theirs")
     table.to_csv(listing, index=False)
+
+
+def test_a_notebook_gets_the_parameters_that_it_has(
+    checkout: Path, pretended: list[Any]
+) -> None:
+    (checkout / "notebooks" / "02_b.ipynb").write_text(notebook_with("before", "jobs"))
+    assert cli.main(["book", "--profile", "smoke", "--jobs", "3"]) == 0
+    executed = chapters_of(checkout / "_build" / "book" / "chapters")
+    assert executed["02_b.ipynb"] == "02_b {'jobs': 3}"
 
 
 def test_book_reads_its_notebooks_before_it_trains(

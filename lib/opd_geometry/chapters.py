@@ -24,6 +24,7 @@ from opd_geometry.schedule import train_all
 from opd_geometry.statements import claim_of
 
 PARAMETERS = ("profile", "seeds", "source", "jobs")
+PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
@@ -61,6 +62,19 @@ class Parameters:
     jobs: int
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Checked parameters of the chapter about two checkpoints.
+
+    Attributes:
+        before, after: where training started and ended; see
+            ``pairs.measure_checkpoints``.
+    """
+
+    before: str
+    after: str
+
+
 def check_parameters(names: Mapping[str, object]) -> Parameters:
     """Read a chapter's parameters; refuse unknown names and values.
 
@@ -77,18 +91,7 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     Raises:
         ParameterError: one line, naming the known parameters or values.
     """
-    if not any(isinstance(value, Parameters) for value in names.values()):
-        unknown = [name for name, value in names.items() if _is_given(name, value)]
-        if unknown:
-            raise ParameterError(
-                f"unknown parameter {', '.join(unknown)}; expected "
-                f"{', '.join(PARAMETERS)}"
-            )
-    missing = [name for name in PARAMETERS if name not in names]
-    if missing:
-        raise ParameterError(
-            f"no parameter {', '.join(missing)}; run the parameters cell first"
-        )
+    _check_names(names, PARAMETERS)
     profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
     _one_of("profile", profile, PROFILES)
     _one_of("source", source, SOURCES)
@@ -101,9 +104,50 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     return Parameters(str(profile), numbers, str(source), jobs)
 
 
+def check_pair(names: Mapping[str, object]) -> Pair:
+    """Read the parameters of the chapter about two checkpoints.
+
+    Args:
+        names: as in ``check_parameters``.
+
+    Returns:
+        The two places.
+
+    Raises:
+        ParameterError: one line, naming the known parameters, or what is no place.
+    """
+    _check_names(names, PAIR)
+    for name in PAIR:
+        if not isinstance(names[name], str) or not names[name]:
+            raise ParameterError(
+                f"{name} {names[name]!r}: expected a directory, a .safetensors file or "
+                "a hub id"
+            )
+    return Pair(str(names["before"]), str(names["after"]))
+
+
+def _check_names(names: Mapping[str, object], known: tuple[str, ...]) -> None:
+    """Refuse what a notebook does not have, and a notebook without its parameters."""
+    if not any(isinstance(value, (Parameters, Pair)) for value in names.values()):
+        unknown = [
+            name
+            for name, value in names.items()
+            if name not in known and _is_given(name, value)
+        ]
+        if unknown:
+            raise ParameterError(
+                f"unknown parameter {', '.join(unknown)}; expected {', '.join(known)}"
+            )
+    missing = [name for name in known if name not in names]
+    if missing:
+        raise ParameterError(
+            f"no parameter {', '.join(missing)}; run the parameters cell first"
+        )
+
+
 def _is_given(name: str, value: object) -> bool:
-    """Whether a name in a fresh notebook can be a parameter that is not known."""
-    own = KERNEL_NAMES.fullmatch(name) is not None or name in PARAMETERS
+    """Whether a name in a fresh notebook can be a parameter."""
+    own = KERNEL_NAMES.fullmatch(name) is not None
     return not own and not callable(value) and not isinstance(value, ModuleType)
 
 

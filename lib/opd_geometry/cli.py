@@ -351,15 +351,16 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
       opd-geometry chapters
       opd-geometry chapters --profile laptop --seeds 0-2 02_locking
     """
-    from opd_geometry.site import execute_chapter
+    from opd_geometry.site import execute_chapter, known_parameters
 
     root = repository()
     given = {"profile": profile, "seeds": seeds}
     parameters = {name: value for name, value in given.items() if value is not None}
     for notebook in _notebooks(root, names):
         output = root / "book" / "chapters" / notebook.name
-        execute_chapter(notebook, output, parameters, root)
-        if not parameters:
+        known = known_parameters(notebook, parameters)
+        execute_chapter(notebook, output, known, root)
+        if not known:
             shutil.copyfile(output, notebook)
         click.echo(f"Executed {output.relative_to(root)}")
 
@@ -384,7 +385,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     from opd_geometry import measure
     from opd_geometry.claims import claims_table, write_claims
     from opd_geometry.profiles import ARMS, parse_seeds
-    from opd_geometry.site import execute_chapter, read_notebook
+    from opd_geometry.site import execute_chapter, known_parameters, read_notebook
 
     root = repository()
     notebooks = _notebooks(root, ())
@@ -397,7 +398,8 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     executed = []
     for notebook in notebooks:
         output = root / "_build" / "book" / "chapters" / notebook.name
-        execute_chapter(notebook, output, parameters, root)
+        known = known_parameters(notebook, parameters)
+        execute_chapter(notebook, output, known, root)
         executed.append(output)
         click.echo(f"Executed {output.relative_to(root)}")
     table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)

@@ -6,6 +6,7 @@ A reader's own run is staged under ``_build/``: nothing here writes to ``book/``
 unless it is told to by the path of an output.
 """
 
+import ast
 import html
 import os
 import re
@@ -108,6 +109,28 @@ def execute_chapter(
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def known_parameters(notebook: Path, given: Mapping[str, object]) -> dict[str, object]:
+    """The given parameters that a notebook has.
+
+    Args:
+        notebook: with one cell tagged ``parameters``.
+        given: name to value.
+
+    Raises:
+        ValueError: as ``read_notebook``.
+    """
+    cells = [c for c in read_notebook(notebook).cells if "parameters" in _tags(c)]
+    statements = [node for cell in cells for node in ast.parse(cell.source).body]
+    own = {
+        target.id
+        for node in statements
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return {name: value for name, value in given.items() if name in own}
 
 
 def clean_chapter(notebook: NotebookNode) -> NotebookNode:
