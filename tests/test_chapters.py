@@ -234,6 +234,20 @@ def test_a_pair_is_two_places() -> None:
     assert chapters.check_pair(names) == chapters.Pair("there", "owner/name@abc")
 
 
+def test_a_place_is_found_from_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = "data/checkpoints/laptop-base"
+    root = Path(__file__).resolve().parents[1]
+    assert chapters.Pair(given, "owner/name@abc").places == (
+        str(root / given),
+        "owner/name@abc",
+    )
+    (tmp_path / given).mkdir(parents=True)
+    assert chapters.Pair(given, given).places == (given, given)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

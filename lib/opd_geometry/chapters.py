@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,12 +68,27 @@ class Pair:
     """Checked parameters of the chapter about two checkpoints.
 
     Attributes:
-        before, after: where training started and ended; see
-            ``pairs.measure_checkpoints``.
+        before, after: where training started and ended, as they were given.
     """
 
     before: str
     after: str
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """What ``pairs.measure_checkpoints`` takes.
+
+        A path that does not exist from here is looked for from the checkout's root, so
+        that a notebook opened in its own folder finds what papermill finds.
+        """
+        before, after = map(_from_checkout, (self.before, self.after))
+        return before, after
+
+
+def _from_checkout(place: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    elsewhere = not Path(place).exists() and (root / place).exists()
+    return str(root / place) if elsewhere else place
 
 
 def check_parameters(names: Mapping[str, object]) -> Parameters:

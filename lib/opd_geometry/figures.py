@@ -718,6 +718,7 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
+    few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 5
     sns.heatmap(
         values,
         ax=ax,
