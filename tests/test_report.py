@@ -1,0 +1,364 @@
+"""The page says what the tables say, needs nothing beside it, and breaks clearly."""
+
+import base64
+import contextlib
+import io
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from opd_geometry import cli, report
+
+DATA = Path(__file__).parents[1] / "data"
+BEFORE, AFTER = (
+    DATA / "checkpoints" / name for name in ("laptop-sft-s0", "laptop-opd-s0")
+)
+TABLE_1 = "Table 1 of the paper, with your model and this book's"
+# What a page may hold of an element's attributes without asking for anything.
+LINKS = ("src", "href", "srcset", "poster", "action", "xlink:href", "background")
+
+
+class Page(HTMLParser):
+    """The parts of a page that are looked at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.said = ""
+        self._caption: str | None = None
+        self._into: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found[name] or "" for name in LINKS if name in found]
+        if tag == "img":
+            self.images.append(found)
+        if tag in ("caption", "th", "td"):
+            self._into = []
+        if tag == "tr" and self._caption is not None:
+            self.tables[self._caption].append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        text = "".join(self._into)
+        if tag == "caption":
+            self._caption = text
+            self.tables[text] = []
+        if tag in ("th", "td") and self._caption is not None:
+            self.tables[self._caption][-1].append(text)
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+        self._into.append(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured pair, a trajectory and the page of both, as the commands make them."""
+    place = tmp_path_factory.mktemp("report")
+    pair, steps = str(place / "pair.csv"), str(place / "steps.parquet")
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["measure", str(BEFORE), str(AFTER), "--out", pair]) == 0
+        base = DATA / "checkpoints" / "laptop-base"
+        runs = []
+        for step, model in ((10, BEFORE), (20, AFTER)):
+            runs.append(str(place / f"checkpoint-{step}"))
+            shutil.copytree(model, runs[-1])
+        options = ["--roles", "q,k", "--k", "4", "--out", steps]
+        assert cli.main(["trajectory", str(base), *runs, *options]) == 0
+        assert cli.main(["report", pair, steps, "--out", str(place / "r.html")]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return (folder / "r.html").read_text("utf8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+@pytest.fixture
+def pair(folder: Path) -> pd.DataFrame:
+    """The first layer and the embedding."""
+    table = pd.read_csv(folder / "pair.csv")
+    return table[table["layer"] <= 0].reset_index(drop=True)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not stored, which takes longest."""
+
+    def closed(figure: Figure, alt: str, finding: str, caption: str) -> report.Drawn:
+        plt.close(figure)
+        return report.Drawn("data:,", alt, finding, caption)
+
+    monkeypatch.setattr(report, "drawn", closed)
+
+
+# --- what the page says ----------------------------------------------------------
+
+
+def test_the_page_needs_nothing_beside_it(page: Page, text: str, folder: Path) -> None:
+    inside = {f"#{name}" for name in page.ids}
+    for link in page.links:
+        assert link in inside or link.startswith("data:"), link[:80]
+    assert not {"script", "iframe", "object", "embed", "base"} & {*page.tags}
+    figures = re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", text)
+    assert len(figures) == len(page.images) > 5
+    for source in [text, *(base64.b64decode(f).decode() for f in figures)]:
+        assert not re.search(r"""url\(\s*['"]?(?!#|data:)|@import""", source)
+        assert not re.search(r"""(src|href)=['"](?!#|data:)""", source)
+        for place in (folder, DATA, Path.home()):
+            assert str(place) not in source
+
+
+def test_every_image_is_described(page: Page) -> None:
+    alts = [image.get("alt") or "" for image in page.images]
+    assert min(map(len, alts)) > 40
+    assert len({*alts}) == len(alts)
+    assert all(image["src"] for image in page.images)
+
+
+def test_yours_is_the_sparsity_of_the_weights(page: Page) -> None:
+    same = entries = 0
+    old, new = (load_file(m / "model.safetensors") for m in (BEFORE, AFTER))
+    for name, w in old.items():
+        if w.ndim == 2:
+            a, b = w.float().numpy(), new[name].float().numpy()  # bf16 on both sides
+            changed = np.abs(b - a) > 1e-3 * np.maximum(np.abs(a), np.abs(b))
+            same += int((~changed).sum())
+            entries += a.size
+    said = f"{100 * same / entries:.1f} %"
+    rows = {row[0]: row[1:] for row in page.tables[TABLE_1][1:]}
+    assert rows["your model"][0] == said
+    assert f"{said} of the weights (stored as bfloat16)" in page.said
+    assert f"30 matrices with {entries:,} parameters" in page.said
+
+
+def test_table_1_of_the_paper_stands_beside_it(page: Page) -> None:
+    rows = [row for row in page.tables[TABLE_1] if row[0].startswith("paper: ")]
+    printed = pd.read_csv(DATA / "paper" / "table_1.csv")
+    assert len(rows) == len(printed) > 10
+    for (label, value, null), line in zip(rows, printed.itertuples(), strict=True):
+        assert label.lower() == f"paper: {line.arm}".lower()
+        assert value == f"{line.value:.1f} %"
+        assert null == "–"  # it prints none
+
+
+def test_this_books_models_stand_beside_it(page: Page) -> None:
+    rows = {row[0]: row[1:] for row in page.tables[TABLE_1]}
+    provenance = pd.read_csv(DATA / "measurements" / "runs.csv")
+    sizes = {
+        name: w.numel()
+        for name, w in load_file(BEFORE / "model.safetensors").items()
+        if w.ndim == 2
+    }
+    labels = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
+    for arm, label in labels.items():
+        means: dict[str, list[float]] = {"sparsity": [], "null_sparsity": []}
+        for run in provenance.loc[provenance["arm"] == arm, "run"]:
+            (file,) = (DATA / "measurements").glob(f"{arm}-s?-{run[:12]}*.parquet")
+            table = pd.read_parquet(file)
+            end = table[table["step"] == table["step"].max()]
+            for metric, found in means.items():
+                values = end[end["metric"] == metric].set_index("matrix")["value"]
+                weights = [sizes[name] for name in values.index]
+                found.append(float(np.average(values.to_numpy(float), weights=weights)))
+        (row,) = (v for k, v in rows.items() if k == f"this book: {label}")
+        assert row == [f"{100 * np.mean(v):.1f} %" for v in means.values()]
+
+
+def test_every_matrix_is_listed(page: Page, folder: Path) -> None:
+    table = pd.read_csv(folder / "pair.csv")
+    listed = page.tables["30 matrices"]
+    column = listed[0].index("nss")
+    assert [row[0] for row in listed[1:]] == list(table["matrix"])
+    assert [row[column] for row in listed[1:]] == [f"{x:.3g}" for x in table["nss"]]
+
+
+def test_the_trajectory_is_told(page: Page, folder: Path) -> None:
+    steps = pd.read_parquet(folder / "steps.parquet")
+    means = steps.groupby("step")[["stable_rank", "similarity_to_end"]].mean()
+    rank, near = means["stable_rank"], means["similarity_to_end"]
+    assert f"Stable rank {rank[10]:.3g} → {rank[20]:.3g}" in page.said
+    assert f"similarity at the first checkpoint {near[10]:.3g}" in page.said
+    assert "2 checkpoints of 8 matrices" in page.said
+
+
+# --- tables that lack something --------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_refused_matrix_counts_for_nothing(pair: pd.DataFrame) -> None:
+    table = pair.copy()
+    identity = ["matrix", "role", "layer", "rows", "cols"]
+    numbers = table.select_dtypes("number").columns.difference(identity)
+    table["note"] = ""
+    table.loc[0, numbers] = np.nan
+    table.loc[0, "note"] = "refused: 1 NaN and 0 inf after"
+    kept = table.drop(index=0)
+    share = np.average(kept["sparsity_bf16"], weights=kept["rows"] * kept["cols"])
+    page = Page(report.build_report(table, None, "t"))
+    assert f"{100 * share:.1f} % of the weights" in page.said
+    assert page.tables[TABLE_1][1][1] == f"{100 * share:.1f} %"
+    (overall,) = (r for r in page.tables["Means by role"] if r[0] == "all")
+    column = page.tables["Means by role"][0].index("spectral shift NSS")
+    assert overall[column] == f"{kept['nss'].mean():.3g}"
+    assert "1 of 9 matrices have no sparsity" in page.said
+    assert "refused: 1 NaN and 0 inf after" in page.said
+    assert "nan" not in {
+        cell for rows in page.tables.values() for r in rows for cell in r
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_tables_without_any_value_still_give_a_page(pair: pd.DataFrame) -> None:
+    identity = ["matrix", "role", "layer", "rows", "cols"]
+    empty = pair.copy()
+    empty[empty.select_dtypes("number").columns.difference(identity)] = np.nan
+    assert "No matrix of this table has a sparsity" in report.build_report(
+        empty, None, "t"
+    )
+    course = pair[["matrix", "role", "layer"]].assign(
+        step=4, stable_rank=np.nan, similarity_to_end=np.nan
+    )
+    assert "could be measured" in report.build_report(None, course, "t")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_cheap_tables_and_odd_roles_still_give_a_page(pair: pd.DataFrame) -> None:
+    page = Page(report.build_report(pair[list(report.PAIR_BASE)], None, "t"))
+    assert "Not in the table, so not on this page" in page.said
+    other = pair.head(2).assign(role=["expert_other", "other"])
+    means = Page(report.build_report(other, None, "t")).tables["Means by role"]
+    assert [row[:2] for row in means[1:]] == [
+        ["expert_other", "1"],
+        ["other", "1"],
+        ["all", "2"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_names_cannot_write_html(pair: pd.DataFrame) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=y>&amp;"
+    table = pair[list(report.PAIR_BASE)].assign(matrix=evil)
+    text = report.build_report(table, None, f"</title>{evil}")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert all(image["src"] == "data:," for image in page.images)
+    assert page.tables[f"{len(table)} matrices"][1][0] == evil
+
+
+# --- bad input -------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr of a report that must fail."""
+    assert cli.main(["report", *map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("opd-geometry: ")
+    return err
+
+
+def test_tables_that_are_none_are_one_line(
+    pair: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "t.csv", tmp_path / "r.html"
+
+    def said(table: pd.DataFrame) -> str:
+        table.to_csv(file, index=False)
+        return refusal(capsys, file, "--out", out)
+
+    no = said(pair.drop(columns=["sparsity_bf16", "rows"]))
+    assert "has no column rows, sparsity_bf16, expected" in no
+    steps = pair.assign(step=1, stable_rank=1.0)
+    assert "has no column similarity_to_end" in said(steps)
+    assert "has no rows, expected one a matrix" in said(pair.head(0))
+    assert "column nss holds" in said(pair.assign(nss="much"))
+    assert "rows without matrix" in said(pair.assign(matrix=np.nan))
+    assert "rows without layer" in said(pair.assign(layer=np.nan))
+    assert "no rows or no columns" in said(pair.assign(rows=0))
+    assert "has the role mystery, expected" in said(pair.assign(role="mystery"))
+    pair.to_csv(file, index=False)
+    assert "second table of one kind" in refusal(capsys, file, file, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+@pytest.mark.parametrize("content", [b"", b'{"', b'\xff\xfe\x00,"'])
+def test_unreadable_files_are_one_line(
+    suffix: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"t{suffix}"
+    file.write_bytes(content)
+    said = refusal(capsys, file, "--out", tmp_path / "r.html")
+    assert str(file) in said
+    assert "measure again" in said
+
+
+def test_places_that_are_none_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = folder / "pair.csv", tmp_path / "r.html"
+    assert "does not exist" in refusal(capsys, tmp_path / "no.csv", "--out", out)
+    (tmp_path / "t.txt").touch()
+    assert "suffix '.txt'" in refusal(capsys, tmp_path / "t.txt", "--out", out)
+    copy = shutil.copy(table, tmp_path / "t.csv")
+    before = Path(copy).read_bytes()
+    said = refusal(capsys, copy, "--out", copy, "--force")  # not over the table
+    assert "ends in '.csv', expected .html" in said
+    assert Path(copy).read_bytes() == before
+    assert "is no directory" in refusal(capsys, table, "--out", tmp_path / "no/r.html")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
+    pair: pd.DataFrame,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "t.csv", tmp_path / "r.html"
+    pair[list(report.PAIR_BASE)].to_csv(file, index=False)
+    out.write_text("earlier")
+    assert "give --force" in refusal(capsys, file, "--out", out)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    force = ["report", str(file), "--out", str(out), "--force"]
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert cli.main(force) == 130
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.main(force) == 1
+    assert "No space left on device; make room" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert out.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "t.csv"]
+    assert cli.main(force) == 0
+    assert out.read_text().startswith("<!DOCTYPE html>")
