@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from opd_geometry import cli, report
+from opd_geometry import cli, measure, report
 
 DATA = Path(__file__).parents[1] / "data"
 BEFORE, AFTER = (
@@ -102,15 +103,19 @@ def pair(folder: Path) -> pd.DataFrame:
     return table[table["layer"] <= 0].reset_index(drop=True)
 
 
+_committed = functools.cache(measure.committed)
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn but not stored, which takes longest."""
+    """Figures are drawn but not stored, and this book's runs are read once."""
 
     def closed(figure: Figure, alt: str, finding: str, caption: str) -> report.Drawn:
         plt.close(figure)
         return report.Drawn("data:,", alt, finding, caption)
 
     monkeypatch.setattr(report, "drawn", closed)
+    monkeypatch.setattr(measure, "committed", _committed)
 
 
 # --- what the page says ----------------------------------------------------------
