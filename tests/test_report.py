@@ -1,174 +1,369 @@
-"""The report is one page that needs nothing else, and says what the tables say."""
+"""The page says what the tables say, needs nothing beside it, and breaks clearly."""
 
-import html
-import math
+import base64
+import contextlib
+import functools
+import io
+import os
 import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
-import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from opd_geometry import cli, pairs, report
-from opd_geometry.checkpoints import list_matrices
+from opd_geometry import cli, measure, report
 
-ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).parents[1] / "data"
 BEFORE, AFTER = (
-    ROOT / "data" / "checkpoints" / f"laptop-{arm}-s0" for arm in ("sft", "opd")
+    DATA / "checkpoints" / name for name in ("laptop-sft-s0", "laptop-opd-s0")
 )
+TABLE_1 = "Table 1 of the paper, with your model and this book's"
+# What a page may hold of an element's attributes without asking for anything.
+LINKS = ("src", "href", "srcset", "poster", "action", "xlink:href", "background")
+
+
+class Page(HTMLParser):
+    """The parts of a page that are looked at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.said = ""
+        self._caption: str | None = None
+        self._into: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found[name] or "" for name in LINKS if name in found]
+        if tag == "img":
+            self.images.append(found)
+        if tag in ("caption", "th", "td"):
+            self._into = []
+        if tag == "tr" and self._caption is not None:
+            self.tables[self._caption].append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        text = "".join(self._into)
+        if tag == "caption":
+            self._caption = text
+            self.tables[text] = []
+        if tag in ("th", "td") and self._caption is not None:
+            self.tables[self._caption][-1].append(text)
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+        self._into.append(data)
 
 
 @pytest.fixture(scope="module")
-def pair() -> pd.DataFrame:
-    return pairs.measure_checkpoints(BEFORE, AFTER)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured pair, a trajectory and the page of both, as the commands make them."""
+    place = tmp_path_factory.mktemp("report")
+    pair, steps = str(place / "pair.csv"), str(place / "steps.parquet")
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["measure", str(BEFORE), str(AFTER), "--out", pair]) == 0
+        base = DATA / "checkpoints" / "laptop-base"
+        runs = []
+        for step, model in ((10, BEFORE), (20, AFTER)):
+            runs.append(str(place / f"checkpoint-{step}"))
+            shutil.copytree(model, runs[-1])
+        options = ["--roles", "q,k", "--k", "4", "--out", steps]
+        assert cli.main(["trajectory", str(base), *runs, *options]) == 0
+        assert cli.main(["report", pair, steps, "--out", str(place / "r.html")]) == 0
+    return place
 
 
 @pytest.fixture(scope="module")
-def course() -> pd.DataFrame:
-    table = pairs.trajectory(BEFORE, [AFTER], k=2, roles=("q", "k"))
-    return table.assign(step=150)
+def text(folder: Path) -> str:
+    return (folder / "r.html").read_text("utf8")
 
 
 @pytest.fixture(scope="module")
-def page(pair: pd.DataFrame, course: pd.DataFrame) -> str:
-    return report.build_report(pair, course, "a model")
+def page(text: str) -> Page:
+    return Page(text)
 
 
-def text_of(page: str) -> str:
-    """What a reader reads: without tags and spaces that do not break."""
-    plain = html.unescape(re.sub(r"<[^>]+>", " ", page)).replace("\xa0", " ")
-    return re.sub(r"\s+", " ", plain)
+@pytest.fixture
+def pair(folder: Path) -> pd.DataFrame:
+    """The first layer and the embedding."""
+    table = pd.read_csv(folder / "pair.csv")
+    return table[table["layer"] <= 0].reset_index(drop=True)
 
 
-def test_page_needs_nothing_but_itself(page: str) -> None:
-    sources = re.findall(r"(?:src|href|action)=[\"']([^\"']*)", page)
-    assert sources
-    assert all(s.startswith(("data:", "#")) for s in sources)
-    assert not re.search(r"url\((?!data:)|@import|<script|<iframe", page)
-    assert str(ROOT) not in page
+_committed = functools.cache(measure.committed)
 
 
-def test_every_picture_is_described_and_themes_follow_the_reader(page: str) -> None:
-    pictures = re.findall(r"<img[^>]*>", page)
-    assert len(pictures) >= 5
-    for picture in pictures:
-        alt = re.search(r'alt="([^"]+)"', picture)
-        assert alt
-        assert len(alt[1].split()) >= 8
-    assert "prefers-color-scheme" in page
-    assert 'name="viewport"' in page
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not stored, and this book's runs are read once."""
+
+    def closed(figure: Figure, alt: str, finding: str, caption: str) -> report.Drawn:
+        plt.close(figure)
+        return report.Drawn("data:,", alt, finding, caption)
+
+    monkeypatch.setattr(report, "drawn", closed)
+    monkeypatch.setattr(measure, "committed", _committed)
 
 
-def test_sparsity_is_that_of_the_files(pair: pd.DataFrame, page: str) -> None:
-    """Recounted from the safetensors, with nothing of the table in between."""
-    before, after = (load_file(p / "model.safetensors") for p in (BEFORE, AFTER))
-    everything = [m.name for m in list_matrices(BEFORE)]
-    same = sum(int((before[n] == after[n]).sum()) for n in everything)
-    sizes = sum(before[n].numel() for n in everything)
-    assert f"{100 * same / sizes:.1f} %" in text_of(page)
-    summary = pairs.summarise(pair).set_index("role")["sparsity_bf16"]
-    assert summary["all"] == pytest.approx(same / sizes, abs=1e-12)
+# --- what the page says ----------------------------------------------------------
 
 
-def test_the_papers_rows_and_ours_stand_beside(page: str) -> None:
-    text = text_of(page)
-    for printed in ("8.1 %", "51.6 %", "77.2 %"):
-        assert printed in text
-    arms = report._with_ours(pd.DataFrame())[1]
-    assert arms == ["yours", "sft", "sft-matched", "opd", "rlvr"]
+def test_the_page_needs_nothing_beside_it(page: Page, text: str, folder: Path) -> None:
+    inside = {f"#{name}" for name in page.ids}
+    for link in page.links:
+        assert link in inside or link.startswith("data:"), link[:80]
+    assert not {"script", "iframe", "object", "embed", "base"} & {*page.tags}
+    figures = re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", text)
+    assert len(figures) == len(page.images) > 5
+    for source in [text, *(base64.b64decode(f).decode() for f in figures)]:
+        assert not re.search(r"""url\(\s*['"]?(?!#|data:)|@import""", source)
+        assert not re.search(r"""(src|href)=['"](?!#|data:)""", source)
+        for place in (folder, DATA, Path.home()):
+            assert str(place) not in source
 
 
-def test_page_is_the_same_for_the_same_tables(
-    pair: pd.DataFrame, course: pd.DataFrame, page: str
-) -> None:
-    assert report.build_report(pair, course, "a model") == page
+def test_every_image_is_described(page: Page) -> None:
+    alts = [image.get("alt") or "" for image in page.images]
+    assert min(map(len, alts)) > 40
+    assert len({*alts}) == len(alts)
+    assert all(image["src"] for image in page.images)
 
 
-def test_refused_matrices_and_odd_names_still_render(pair: pd.DataFrame) -> None:
-    broken = pair.copy()
-    numbers = broken.columns.difference(["matrix", "role", "layer", "rows", "cols"])
-    numbers = broken[numbers].select_dtypes("number").columns
-    broken.loc[3, numbers] = math.nan
-    broken.loc[3, "matrix"] = "<script>alert(1)</script>"
-    page = report.build_report(broken, None, "<b>title</b>")
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-    assert "<b>title</b>" not in page
+def test_yours_is_the_sparsity_of_the_weights(page: Page) -> None:
+    same = entries = 0
+    old, new = (load_file(m / "model.safetensors") for m in (BEFORE, AFTER))
+    for name, w in old.items():
+        if w.ndim == 2:
+            a, b = w.float().numpy(), new[name].float().numpy()  # bf16 on both sides
+            changed = np.abs(b - a) > 1e-3 * np.maximum(np.abs(a), np.abs(b))
+            same += int((~changed).sum())
+            entries += a.size
+    said = f"{100 * same / entries:.1f} %"
+    rows = {row[0]: row[1:] for row in page.tables[TABLE_1][1:]}
+    assert rows["your model"][0] == said
+    assert f"{said} of the weights (stored as bfloat16)" in page.said
+    assert f"30 matrices with {entries:,} parameters" in page.said
 
 
-def test_a_table_with_the_least_columns_renders(pair: pd.DataFrame) -> None:
-    page = report.build_report(pair[list(report.PAIR_BASE)], None, "little")
-    assert "little" in text_of(page)
-    with pytest.raises(ValueError, match="no table, expected one of measure"):
-        report.build_report(None, None, "nothing")
+def test_table_1_of_the_paper_stands_beside_it(page: Page) -> None:
+    rows = [row for row in page.tables[TABLE_1] if row[0].startswith("paper: ")]
+    printed = pd.read_csv(DATA / "paper" / "table_1.csv")
+    assert len(rows) == len(printed) > 10
+    for (label, value, null), line in zip(rows, printed.itertuples(), strict=True):
+        assert label.lower() == f"paper: {line.arm}".lower()
+        assert value == f"{line.value:.1f} %"
+        assert null == "–"  # it prints none
 
 
-def test_stable_rank_is_held_against_a_gaussian_of_the_same_shape() -> None:
-    table = pd.DataFrame(
-        {"matrix": ["w"], "role": ["q"], "layer": [0], "rows": [64], "cols": [256]}
-    ).assign(sparsity_bf16=0.5, stable_rank=3.0)
-    tidy = report.tidy(table).set_index("metric")["value"]
-    noise = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).double()
-    s = torch.linalg.svdvals(noise)
-    measured = float((s**2).sum() / s[0] ** 2)
-    assert tidy["null_stable_rank"] == pytest.approx(measured, rel=0.1)
-    assert tidy["parameters"] == 64 * 256
+def test_this_books_models_stand_beside_it(page: Page) -> None:
+    rows = {row[0]: row[1:] for row in page.tables[TABLE_1]}
+    provenance = pd.read_csv(DATA / "measurements" / "runs.csv")
+    sizes = {
+        name: w.numel()
+        for name, w in load_file(BEFORE / "model.safetensors").items()
+        if w.ndim == 2
+    }
+    labels = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
+    for arm, label in labels.items():
+        means: dict[str, list[float]] = {"sparsity": [], "null_sparsity": []}
+        for run in provenance.loc[provenance["arm"] == arm, "run"]:
+            (file,) = (DATA / "measurements").glob(f"{arm}-s?-{run[:12]}*.parquet")
+            table = pd.read_parquet(file)
+            end = table[table["step"] == table["step"].max()]
+            for metric, found in means.items():
+                values = end[end["metric"] == metric].set_index("matrix")["value"]
+                weights = [sizes[name] for name in values.index]
+                found.append(float(np.average(values.to_numpy(float), weights=weights)))
+        (row,) = (v for k, v in rows.items() if k == f"this book: {label}")
+        assert row == [f"{100 * np.mean(v):.1f} %" for v in means.values()]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert cli.main(["report", *arguments]) != 0
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
+def test_every_matrix_is_listed(page: Page, folder: Path) -> None:
+    table = pd.read_csv(folder / "pair.csv")
+    listed = page.tables["30 matrices"]
+    column = listed[0].index("nss")
+    assert [row[0] for row in listed[1:]] == list(table["matrix"])
+    assert [row[column] for row in listed[1:]] == [f"{x:.3g}" for x in table["nss"]]
+
+
+def test_the_trajectory_is_told(page: Page, folder: Path) -> None:
+    steps = pd.read_parquet(folder / "steps.parquet")
+    means = steps.groupby("step")[["stable_rank", "similarity_to_end"]].mean()
+    rank, near = means["stable_rank"], means["similarity_to_end"]
+    assert f"Stable rank {rank[10]:.3g} → {rank[20]:.3g}" in page.said
+    assert f"similarity at the first checkpoint {near[10]:.3g}" in page.said
+    assert "2 checkpoints of 8 matrices" in page.said
+
+
+# --- tables that lack something --------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_refused_matrix_counts_for_nothing(pair: pd.DataFrame) -> None:
+    table = pair.copy()
+    identity = ["matrix", "role", "layer", "rows", "cols"]
+    numbers = table.select_dtypes("number").columns.difference(identity)
+    table["note"] = ""
+    table.loc[0, numbers] = np.nan
+    table.loc[0, "note"] = "refused: 1 NaN and 0 inf after"
+    kept = table.drop(index=0)
+    share = np.average(kept["sparsity_bf16"], weights=kept["rows"] * kept["cols"])
+    page = Page(report.build_report(table, None, "t"))
+    assert f"{100 * share:.1f} % of the weights" in page.said
+    assert page.tables[TABLE_1][1][1] == f"{100 * share:.1f} %"
+    (overall,) = (r for r in page.tables["Means by role"] if r[0] == "all")
+    column = page.tables["Means by role"][0].index("spectral shift NSS")
+    assert overall[column] == f"{kept['nss'].mean():.3g}"
+    assert "1 of 9 matrices have no sparsity" in page.said
+    assert "refused: 1 NaN and 0 inf after" in page.said
+    assert "nan" not in {
+        cell for rows in page.tables.values() for r in rows for cell in r
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_tables_without_any_value_still_give_a_page(pair: pd.DataFrame) -> None:
+    identity = ["matrix", "role", "layer", "rows", "cols"]
+    empty = pair.copy()
+    empty[empty.select_dtypes("number").columns.difference(identity)] = np.nan
+    assert "No matrix of this table has a sparsity" in report.build_report(
+        empty, None, "t"
+    )
+    course = pair[["matrix", "role", "layer"]].assign(
+        step=4, stable_rank=np.nan, similarity_to_end=np.nan
+    )
+    assert "could be measured" in report.build_report(None, course, "t")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_cheap_tables_and_odd_roles_still_give_a_page(pair: pd.DataFrame) -> None:
+    page = Page(report.build_report(pair[list(report.PAIR_BASE)], None, "t"))
+    assert "Not in the table, so not on this page" in page.said
+    other = pair.head(2).assign(role=["expert_other", "other"])
+    means = Page(report.build_report(other, None, "t")).tables["Means by role"]
+    assert [row[:2] for row in means[1:]] == [
+        ["expert_other", "1"],
+        ["other", "1"],
+        ["all", "2"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_names_cannot_write_html(pair: pd.DataFrame) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=y>&amp;"
+    table = pair[list(report.PAIR_BASE)].assign(matrix=evil)
+    text = report.build_report(table, None, f"</title>{evil}")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert all(image["src"] == "data:," for image in page.images)
+    assert page.tables[f"{len(table)} matrices"][1][0] == evil
+
+
+# --- bad input -------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr of a report that must fail."""
+    assert cli.main(["report", *map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
     assert err.startswith("opd-geometry: ")
     return err
 
 
-def test_bad_tables_are_one_line(
+def test_tables_that_are_none_are_one_line(
     pair: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "report.html")
-    table = tmp_path / "pair.csv"
-    assert "does not exist" in refused(capsys, str(table), "--out", out)
-    pair.drop(columns="sparsity_bf16").to_csv(table, index=False)
-    assert "no column sparsity_bf16" in refused(capsys, str(table), "--out", out)
-    pair.head(0).to_csv(table, index=False)
-    assert "has no rows" in refused(capsys, str(table), "--out", out)
-    pair.assign(nss="many").to_csv(table, index=False)
-    assert "column nss holds" in refused(capsys, str(table), "--out", out)
-    (tmp_path / "pair.parquet").write_bytes(b"PAR1 cut")
-    line = refused(capsys, str(tmp_path / "pair.parquet"), "--out", out)
-    assert "cannot be read" in line
-    (tmp_path / "pair.txt").write_text("")
-    assert "suffix '.txt'" in refused(capsys, str(tmp_path / "pair.txt"), "--out", out)
-    assert not Path(out).exists()
+    file, out = tmp_path / "t.csv", tmp_path / "r.html"
+
+    def said(table: pd.DataFrame) -> str:
+        table.to_csv(file, index=False)
+        return refusal(capsys, file, "--out", out)
+
+    no = said(pair.drop(columns=["sparsity_bf16", "rows"]))
+    assert "has no column rows, sparsity_bf16, expected" in no
+    steps = pair.assign(step=1, stable_rank=1.0)
+    assert "has no column similarity_to_end" in said(steps)
+    assert "has no rows, expected one a matrix" in said(pair.head(0))
+    assert "column nss holds" in said(pair.assign(nss="much"))
+    assert "rows without matrix" in said(pair.assign(matrix=np.nan))
+    assert "rows without layer" in said(pair.assign(layer=np.nan))
+    assert "no rows or no columns" in said(pair.assign(rows=0))
+    assert "has the role mystery, expected" in said(pair.assign(role="mystery"))
+    pair.to_csv(file, index=False)
+    assert "second table of one kind" in refusal(capsys, file, file, "--out", out)
+    assert not out.exists()
 
 
-def test_what_is_there_stays_unless_forced(
-    pair: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+@pytest.mark.parametrize("content", [b"", b'{"', b'\xff\xfe\x00,"'])
+def test_unreadable_files_are_one_line(
+    suffix: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table, out = tmp_path / "pair.csv", tmp_path / "report.html"
-    pair.to_csv(table, index=False)
-    out.write_text("earlier")
-    line = refused(capsys, str(table), "--out", str(out))
-    assert "--force" in line
-    assert out.read_text() == "earlier"
-    assert cli.main(["report", str(table), "--out", str(out), "--force"]) == 0
-    assert out.read_text().lstrip().lower().startswith("<!doctype html")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pair.csv", "report.html"]
+    file = tmp_path / f"t{suffix}"
+    file.write_bytes(content)
+    said = refusal(capsys, file, "--out", tmp_path / "r.html")
+    assert str(file) in said
+    assert "measure again" in said
 
 
-def test_an_interrupted_write_leaves_the_earlier_page(
-    pair: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_places_that_are_none_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table, out = tmp_path / "pair.csv", tmp_path / "report.html"
-    pair.to_csv(table, index=False)
-    out.write_text("earlier")
+    table, out = folder / "pair.csv", tmp_path / "r.html"
+    assert "does not exist" in refusal(capsys, tmp_path / "no.csv", "--out", out)
+    (tmp_path / "t.txt").touch()
+    assert "suffix '.txt'" in refusal(capsys, tmp_path / "t.txt", "--out", out)
+    copy = shutil.copy(table, tmp_path / "t.csv")
+    before = Path(copy).read_bytes()
+    said = refusal(capsys, copy, "--out", copy, "--force")  # not over the table
+    assert "ends in '.csv', expected .html" in said
+    assert Path(copy).read_bytes() == before
+    assert "is no directory" in refusal(capsys, table, "--out", tmp_path / "no/r.html")
 
-    def stop(*_: object, **__: object) -> str:
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
+    pair: pd.DataFrame,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "t.csv", tmp_path / "r.html"
+    pair[list(report.PAIR_BASE)].to_csv(file, index=False)
+    out.write_text("earlier")
+    assert "give --force" in refusal(capsys, file, "--out", out)
+
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "build_report", stop)
-    with pytest.raises(KeyboardInterrupt):
-        report.write_report([table], out, force=True)
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    force = ["report", str(file), "--out", str(out), "--force"]
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert cli.main(force) == 130
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.main(force) == 1
+    assert "No space left on device; make room" in capsys.readouterr().err
+    monkeypatch.undo()
     assert out.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "t.csv"]
+    assert cli.main(force) == 0
+    assert out.read_text().startswith("<!DOCTYPE html>")

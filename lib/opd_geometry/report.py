@@ -27,7 +27,7 @@ from opd_geometry.runs import clear_write_errors, data_directory, replacing
 
 YOURS = "yours"
 OURS = ("sft", "sft-matched", "opd", "rlvr")
-PROFILE = "laptop"
+PROFILE = "published"
 # Columns that no page can do without; every other section is drawn if it can be.
 PAIR_BASE = ("matrix", "role", "layer", "rows", "cols", "sparsity_bf16")
 TRAJECTORY_BASE = (
@@ -38,6 +38,9 @@ TRAJECTORY_BASE = (
     "stable_rank",
     "similarity_to_end",
 )
+COURSE = "Over training (Figures 4 and 5)"
+IDENTITY = ("step", "matrix", "role", "layer", "rows", "cols")  # never empty
+PAGE_SUFFIXES = (".html", ".htm")
 # The names of these tables -> the book's own.
 RENAMED = {
     "sparsity_bf16": "sparsity",
@@ -48,7 +51,7 @@ RENAMED = {
 }
 METRICS = tuple(figures.METRIC_LABELS)
 ANGLES = tuple(name for name in METRICS if name.startswith("angle_"))
-EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down")
+EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down", "expert_other")
 ROLE_ORDER = (*figures.LAYER_ROLES, *EXPERT_ROLES, "router", "embed", "head", "other")
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
 Cells = tuple[str, ...]
@@ -102,7 +105,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, an unreadable file, columns missing, no rows.
+        ValueError: another suffix, an unreadable file, columns or cells missing, no
+            rows, an unknown role.
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], Any]] = {
@@ -153,6 +157,24 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
                 f"{path}: column {name} holds {_first_line(error)}, expected numbers; "
                 "measure again"
             ) from error
+    identity = [name for name in IDENTITY if name in table]
+    empty = [name for name in identity if table[name].isna().any()]
+    if empty:
+        raise ValueError(
+            f"{path} has rows without {', '.join(empty)}, expected one in every row; "
+            "measure again"
+        )
+    if {"rows", "cols"} <= set(table) and (table[["rows", "cols"]] < 1).any(axis=None):
+        raise ValueError(
+            f"{path} has matrices of no rows or no columns, expected 1 or more; "
+            "measure again"
+        )
+    unknown = sorted({*map(str, table["role"])} - {*ROLE_ORDER})
+    if unknown:
+        raise ValueError(
+            f"{path} has the role {', '.join(unknown)}, expected some of "
+            f"{', '.join(ROLE_ORDER)}; measure again"
+        )
     return table
 
 
@@ -181,7 +203,8 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
     long = wide.melt(
         keys, [name for name in wide if name in known], "metric", "value"
     ).assign(run=YOURS, arm=YOURS, seed=0)
-    return long[measure.COLUMNS].astype({"value": float})
+    # A mean is over the matrices that have the metric, as in the summary of `measure`.
+    return long[measure.COLUMNS].astype({"value": float}).dropna(subset="value")
 
 
 def paper_numbers(file: str) -> pd.DataFrame:
@@ -271,10 +294,20 @@ def write_report(
 
     Raises:
         FileExistsError: the page exists and is not to be replaced.
-        FileNotFoundError, ValueError: as `read_table`; two tables of one kind, or a
-            place that cannot be written.
+        FileNotFoundError, ValueError: as `read_table`; two tables of one kind, another
+            suffix than .html, or a place that cannot be written.
     """
     out, paths = Path(out), [Path(path) for path in tables]
+    if out.suffix not in PAGE_SUFFIXES:
+        raise ValueError(
+            f"{out} ends in {out.suffix or 'nothing'!r}, expected "
+            f"{' or '.join(PAGE_SUFFIXES)}; rename it"
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(
+            f"{out.parent} is no directory, expected one to write {out.name} to; "
+            "make it first"
+        )
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; give --force to replace it")
     kinds: dict[bool, pd.DataFrame] = {}
@@ -288,7 +321,8 @@ def write_report(
         kinds["step" in table] = table
     name = title or (paths[0].stem if paths else "")
     page = build_report(kinds.get(False), kinds.get(True), name)
-    with clear_write_errors(out), replacing(out) as draft:
+    remedy = "make room there or name another file with --out"
+    with clear_write_errors(out, remedy), replacing(out) as draft:
         draft.write_text(page, encoding="utf8")
     return out
 
@@ -309,8 +343,11 @@ def _lead(pair: pd.DataFrame | None, trajectory: pd.DataFrame | None) -> str:
     """The first sentence: how much has changed."""
     if pair is None:
         return "How the update grew, and when its directions were settled."
-    entries = (pair["rows"] * pair["cols"]).to_numpy(float)
-    share = float(np.average(pair["sparsity_bf16"].fillna(1.0), weights=entries))
+    known = pair[pair["sparsity_bf16"].notna()]
+    if known.empty:
+        return "No matrix of this table has a sparsity: their notes say why."
+    entries = (known["rows"] * known["cols"]).to_numpy(float)
+    share = float(np.average(known["sparsity_bf16"], weights=entries))
     dtypes = {"dtype_before", "dtype_after"} <= set(pair)
     stored = sorted({*pair["dtype_before"], *pair["dtype_after"]}) if dtypes else []
     kinds = f" (stored as {', '.join(map(str, stored))})" if stored else ""
@@ -345,7 +382,8 @@ def _roles_in(own: pd.DataFrame, order: Sequence[str] = ROLE_ORDER) -> list[str]
 
 
 def _layer_roles(own: pd.DataFrame) -> list[str]:
-    """Roles of a map: those that stand in every layer."""
+    """Roles of a map: those that stand in layers."""
+    own = own[own["layer"] >= 0]  # a file may hold a single q_proj
     return _roles_in(own, (*figures.LAYER_ROLES, *EXPERT_ROLES))
 
 
@@ -409,6 +447,12 @@ def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
     texts = [
         "Means over matrices without weights, sparsity by parameters, as in Table 1."
     ]
+    refused = int(pair["sparsity_bf16"].isna().sum()) if "sparsity" in there else 0
+    if refused:
+        texts.append(
+            f"{refused} of {len(pair)} matrices have no sparsity and count for "
+            "nothing: their notes below say why."
+        )
     if absent:
         texts.append(f"Not in the table, so not on this page: {', '.join(absent)}.")
     columns = ("role", "matrices", *map(_label, there))
@@ -437,7 +481,9 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
         )
         rows.append((label, float(line.value) / 100, np.nan, figures.GREY))
     ends, nulls = (
-        figures.at_end(both, f"{prefix}sparsity").groupby("arm")["value"].mean()
+        figures.at_end(both, f"{prefix}sparsity", ROLE_ORDER)
+        .groupby("arm")["value"]
+        .mean()
         for prefix in ("", "null_")
     )
     for arm in arms[1:]:
@@ -456,7 +502,7 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
                 "models. Ticks mark Gaussian nulls where they are known.",
                 finding,
                 "Share of entries with the same bf16 value before and after, by "
-                "parameters. The paper prints no nulls.",
+                "parameters, embeddings included. The paper prints no nulls.",
             ),
         ),
         tables=(
@@ -514,7 +560,18 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
             ("low-magnitude", "low_magnitude_overlap"),
         )
     ]
-    maps = figures.mask_maps(own, [YOURS], YOURS, _layer_roles(own))
+    roles = _layer_roles(own)
+    drawings = []
+    if roles:
+        drawings = [
+            drawn(
+                figures.mask_maps(own, [YOURS], YOURS, roles),
+                "Maps by layer and role of update density and of both overlaps, in per "
+                "cent, above the same maps of the Gaussian null.",
+                "Where a layer or a role stands out from its null, look there first.",
+                "Per cent. The colours of the overlaps are neutral at 50 %.",
+            )
+        ]
     bars = figures.mask_bars(both, arms)
     printed = paper_numbers("figures.csv")
     printed = printed[printed["item"] == "Figure 3"]
@@ -539,13 +596,7 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
                 "Means over the layers' matrices. Bars of an overlap start at the "
                 "mask's own share, 50 %: what changes at random places would have.",
             ),
-            drawn(
-                maps,
-                "Maps by layer and role of update density and of both overlaps, in per "
-                "cent, above the same maps of the Gaussian null.",
-                "Where a layer or a role stands out from its null, look there first.",
-                "Per cent. The colours of the overlaps are neutral at 50 %.",
-            ),
+            *drawings,
         ),
         tables=(
             (Table("What the paper prints in Figure 3 (per cent)", columns, rows),)
@@ -670,6 +721,9 @@ def _course(trajectory: pd.DataFrame, pair: pd.DataFrame | None) -> Section:
     attention = _roles_in(own, figures.ATTENTION_ROLES) or _roles_in(own)
     both, arms = _with_ours(own)
     wanted = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
+    if not any(_has(own, metric) for metric in wanted):
+        note = "No matrix of the trajectory could be measured: its notes say why."
+        return Section("course", COURSE, (note,))
     grid = [
         [
             figures.Panel(metric, [YOURS], "your model" if row == 0 else ""),
@@ -683,7 +737,7 @@ def _course(trajectory: pd.DataFrame, pair: pd.DataFrame | None) -> Section:
     null = f" (random subspaces {_short(chance)})" if np.isfinite(chance) else ""
     return Section(
         "course",
-        "Over training (Figures 4 and 5)",
+        COURSE,
         figures=(
             drawn(
                 figures.trajectories(both, grid, attention),
