@@ -110,10 +110,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
             "numpy": "2.4.6",
         }
     )
-    path = measure.committed_path("smoke")
+    path = measure.provenance_path()
     path.parent.mkdir(parents=True)
-    pd.DataFrame(rows, columns=measure.COLUMNS).to_parquet(path)
-    provenance.to_csv(path.with_suffix(".runs.csv"), index=False)
+    table = pd.DataFrame(rows, columns=measure.COLUMNS)
+    for run in runs:
+        of_run = table[table["run"] == run.key()]
+        of_run.to_parquet(measure.committed_path(run))
+    provenance.to_csv(path, index=False)
     return provenance
 
 
@@ -221,3 +224,40 @@ def test_html_escapes_and_is_never_cut() -> None:
     assert text.startswith('<table class="table">')
     assert "x &lt; y " * 39 in text
     assert "..." not in text
+
+
+# --- the chapter about two checkpoints ---------------------------------------------
+
+
+def test_a_pair_is_two_places() -> None:
+    names = {"before": "there", "after": "owner/name@abc", "In": [], "_i1": ""}
+    assert chapters.check_pair(names) == chapters.Pair("there", "owner/name@abc")
+
+
+def test_a_place_is_found_from_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = "data/checkpoints/laptop-base"
+    root = Path(__file__).resolve().parents[1]
+    assert chapters.Pair(given, "owner/name@abc").places == (
+        str(root / given),
+        "owner/name@abc",
+    )
+    (tmp_path / given).mkdir(parents=True)
+    assert chapters.Pair(given, given).places == (given, given)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": "0"}, "unknown parameter seeds; expected before, after"),
+        ({"after": ""}, "after '': expected a directory, a .safetensors file or a hub"),
+        ({"before": 3}, "before 3: expected a directory"),
+    ],
+)
+def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(chapters.ParameterError, match=f"^{said}"):
+        chapters.check_pair({"before": "a", "after": "b", **change})
+    with pytest.raises(chapters.ParameterError, match="no parameter after"):
+        chapters.check_pair({"before": "a"})

@@ -125,10 +125,10 @@ def paper_world():
         "mix-0.50": paths(scaled(0.97)),
         "mix-0.05": paths(scaled(0.8)),
         "mix-0.01": paths(scaled(0.75)),
-        "opd-teacher-small": variant(0.48),
-        "opd-student-small": variant(0.52),
+        "opd-teacher-x1": variant(0.48),
+        "opd-width-x2": variant(0.52),
         "opd-task-gcd": variant(0.53),
-        "opd-moe-teacher": variant(0.49),
+        "opd-teacher-moe": variant(0.49),
     }
 
 
@@ -463,7 +463,7 @@ def test_in_the_papers_world_every_claim_is_reproduced(paper_findings):
 REFUTED = [
     ("sparsity-order", ("opd", "sparsity", 0.05)),
     ("sparsity-order", ("rlvr", "sparsity", 0.3)),
-    ("sparsity-robust", ("opd-moe-teacher", "sparsity", 0.6)),
+    ("sparsity-robust", ("opd-teacher-moe", "sparsity", 0.6)),
     ("sparsity-robust", ("opd-task-gcd", "sparsity", 0.4)),
     ("rotation-order", ("rlvr", "angle_left_max_deg angle_right_max_deg", 2.0)),
     ("rotation-order", ("sft", "angle_left_max_deg angle_right_max_deg", 0.5)),

@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import children
+import nbformat
 import pandas as pd
 import pytest
 from children import Child
@@ -62,7 +64,7 @@ def test_help_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--profile", "large", "unknown profile 'large'; expected smoke, laptop"),
+        ("--profile", "large", "unknown profile 'large'; expected smoke, laptop, pub"),
         ("--arms", "dpo", "unknown arm 'dpo'; expected sft,"),
         ("--seeds", "one", "seeds 'one': expected integers such as 3, 0,2 or 0-4"),
         ("--seeds", "0.5", "seeds '0.5': expected integers"),
@@ -176,7 +178,7 @@ def test_run_status_plan_and_commit(data: Path) -> None:
     assert "unknown" not in out  # as long as those that are done
     code, out, _ = call("commit")
     assert out.startswith(f"3 of {len(profiles.ARMS)} runs are finished and now in ")
-    rows = committed_provenance("smoke")
+    rows = committed_provenance()
     assert set(rows["arm"]) == {"sft", "opd", "rlvr"}
     code, out, _ = call("checkpoints")
     base, teacher = out.splitlines()
@@ -215,7 +217,7 @@ def test_full_disk_leaves_nothing_half_written(data: Path) -> None:
     first, second, third = err.splitlines()[-3:]
     assert first.startswith("opd-geometry: base-early-s0-")
     assert "File too large" in first
-    assert "free some space" in first
+    assert "make room there" in first
     assert "needs base-early-s0-" in second
     assert "needs base-s0-" in third
     (directory,) = (data / "runs").iterdir()
@@ -235,13 +237,20 @@ def test_full_disk_leaves_nothing_half_written(data: Path) -> None:
 # --- the book --------------------------------------------------------------------
 
 
+def notebook_with(*names: str) -> str:
+    """A notebook whose parameters have these names."""
+    source = "\n".join(f"{name} = 0" for name in names)
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    return nbformat.writes(nbformat.v4.new_notebook(cells=[cell]))
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with two notebooks, where nothing is really built."""
     root = tmp_path / "root"
     for name in ("notebooks/01_a.ipynb", "notebooks/02_b.ipynb", "notebooks/x.ipynb"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("source")
+        (root / name).write_text(notebook_with("profile", "seeds", "source", "jobs"))
     (root / "book" / "chapters").mkdir(parents=True)
     for name in ("01_a.ipynb", "02_b.ipynb"):
         (root / "book" / "chapters" / name).write_text("published")
@@ -289,6 +298,35 @@ def test_chapters_are_executed_with_what_is_given(
 
 def provenance(**columns: list[Any]) -> pd.DataFrame:
     return pd.DataFrame(columns)
+
+
+def shelve(arms: Sequence[str] = profiles.ARMS) -> None:
+    """List the arms' smoke runs as committed ones."""
+    listing = measure.provenance_path()
+    listing.parent.mkdir(parents=True)
+    known = [profiles.build("smoke", arm, 0) for arm in arms]
+    rows = [{"run": run.key(), "arm": run.arm, "seed": 0, "steps": 10} for run in known]
+    table = pd.DataFrame(rows).assign(wall_seconds=1.0, machine="theirs")
+    table.to_csv(listing, index=False)
+
+
+def test_a_notebook_gets_the_parameters_that_it_has(
+    checkout: Path, pretended: list[Any]
+) -> None:
+    (checkout / "notebooks" / "02_b.ipynb").write_text(notebook_with("before", "jobs"))
+    assert cli.main(["book", "--profile", "smoke", "--jobs", "3"]) == 0
+    executed = chapters_of(checkout / "_build" / "book" / "chapters")
+    assert executed["02_b.ipynb"] == "02_b {'jobs': 3}"
+
+
+def test_book_reads_its_notebooks_before_it_trains(
+    checkout: Path, pretended: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "notebooks" / "02_b.ipynb").write_text("broken")
+    code, line = complaint(capsys, "book", "--profile", "smoke")
+    assert code == 1
+    assert "02_b.ipynb is no notebook" in line
+    assert pretended == []
 
 
 @pytest.fixture
@@ -354,15 +392,7 @@ def test_book_is_the_readers_own(
 def test_book_trains_the_readers_arms_where_the_rest_is_committed(
     checkout: Path, pretended: list[Any], data: Path
 ) -> None:
-    listing = measure.committed_path("smoke").with_suffix(".runs.csv")
-    listing.parent.mkdir(parents=True)
-    known = [profiles.build("smoke", arm, 0) for arm in profiles.ARMS]
-    provenance(
-        run=[run.key() for run in known],
-        arm=[run.arm for run in known],
-        steps=[10] * len(known),
-        wall_seconds=[1.0] * len(known),
-    ).to_csv(listing, index=False)
+    shelve()
     assert cli.main(["book", "--profile", "smoke", "--from", "scratch"]) == 0
     assert pretended[0][1] == sorted(profiles.READER_ARMS)
     assert pretended[1] == ("smoke", [0], "scratch")
@@ -391,10 +421,17 @@ def test_site_renders_the_published_chapters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(schedule, "train_all", None)
+    monkeypatch.setattr(profiles, "COMMITTED", ("smoke",))
+    code, line = complaint(capsys, "site")
+    assert code == 1
+    assert "no committed measurements of profile smoke" in line
+    shelve(["sft"])
+    (data / "claims.csv").write_text("claim\n")
     assert cli.main(["site"]) == 0
     source = checkout / "_build" / "site" / "source"
     assert set(chapters_of(source / "book" / "chapters").values()) == {"published"}
-    assert "No measurements of profile laptop" in (source / "_config.yml").read_text()
+    banner = (source / "_config.yml").read_text()
+    assert "Profile smoke, seed 0. 1 run (theirs)." in " ".join(banner.split())
     monkeypatch.setattr(site, "check_site", lambda *_: ["a.html: bad", "b.html: bad"])
     (checkout / "_build" / "site" / "html").rmdir()
     assert cli.main(["site"]) == 1

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
-from opd_geometry import evidence, figures, measure, profiles
+from opd_geometry import comparison, evidence, figures, measure, profiles
 from opd_geometry.figures import ARM_STYLES, GREY, Panel
 
 SHAPES = {
@@ -61,7 +61,9 @@ def _planted(arms: tuple[str, ...], seeds: tuple[int, ...], layers: int) -> Any:
             for i, j in np.ndindex(2, 3):
                 region = (run, arm, seed, 120, f"w[{i},{j}]", "region", -1)
                 level = (10 * i + j + seed) / 100 + place / 10
-                rows += [(*region, metric, level) for metric in figures.MASK_METRICS]
+                for metric in figures.MASK_METRICS:
+                    rows.append((*region, metric, level))
+                    rows.append((*region, f"null_{metric}", 0.9 * level))
             for frac, step in STEPS.items():
                 accuracy = ("accuracy/chain", 0.3 + place / 50 + seed / 100 + frac / 3)
                 rows.append((run, arm, seed, step, "", "model", -1, *accuracy))
@@ -70,7 +72,7 @@ def _planted(arms: tuple[str, ...], seeds: tuple[int, ...], layers: int) -> Any:
 
 def values_at(level: float, frac: float) -> dict[str, float]:
     values = {
-        **dict.fromkeys(measure.METRICS, level),
+        **dict.fromkeys(comparison.METRICS, level),
         "density": level / 20,
         "sparsity": 1 - level / 20,
         "principal_overlap": 0.5 - level / 500,
@@ -160,6 +162,18 @@ def test_a_mean_with_an_undefined_matrix_is_left_out() -> None:
     assert figures.at_end(table, "nss").empty
 
 
+def test_an_arm_that_never_moved_is_left_out() -> None:
+    table = planted(MAIN)
+    still = (table["arm"] == "rlvr") & table["metric"].str.contains("stable_rank")
+    table.loc[still, "value"] = np.nan
+    figure = figures.trajectories(table, [[Panel("stable_rank", MAIN)]])
+    assert figures.ARM_STYLES["opd"].label in labels(figure)
+    assert figures.ARM_STYLES["rlvr"].label not in labels(figure)
+    course = figures.first_last(table, "stable_rank", MAIN)
+    assert course.loc["rlvr"].isna().all()
+    assert "RLVR" not in figures.ranking(course["last"])
+
+
 def test_progress_is_a_share_of_each_runs_own_length() -> None:
     table = planted(["opd", "sft"], [0])
     table.loc[table["arm"] == "sft", "step"] *= 3
@@ -186,7 +200,7 @@ def test_first_and_last_checkpoint() -> None:
 
 def test_every_arm_and_metric_has_a_name() -> None:
     assert set(profiles.ARMS) <= set(ARM_STYLES)
-    assert set(measure.METRICS) <= set(figures.METRIC_LABELS)
+    assert set(comparison.METRICS) <= set(figures.METRIC_LABELS)
 
 
 # --- what is drawn -------------------------------------------------------------
@@ -268,8 +282,10 @@ def test_regions_lie_where_their_names_say_and_average_over_seeds() -> None:
     table = planted().astype(dict.fromkeys(names, "category"))
     figure = figures.region_maps(table, ("opd", "rlvr"))
     maps = [ax for ax in figure.axes if not colour_bar(ax)]
-    for row, place in enumerate((2, 3)):
-        expected = 100 * (np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10)
+    assert len(maps) == 9
+    for row, (place, factor) in enumerate(((2, 1), (3, 1), (2, 0.9))):
+        level = np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10
+        expected = factor * 100 * level
         for ax in maps[3 * row : 3 * row + 3]:
             shown = ax.collections[0].get_array().reshape(2, 3)
             np.testing.assert_allclose(shown, expected)

@@ -34,6 +34,8 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         return profiles.replace(known[arm], seed=seed + 100 * from_scratch)
 
     monkeypatch.setattr(measure, "build", build)
+    settings = profiles.replace(profiles.PROFILES["smoke"], arms=tuple(known))
+    monkeypatch.setitem(measure.PROFILES, "smoke", settings)
 
 
 def orthonormal(n: int, seed: int) -> Tensor:
@@ -262,6 +264,12 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     similarity = ["similarity_to_end", "null_similarity_to_end"]
     wanted = {*METRICS, *(f"null_{name}" for name in NULL_METRICS), *similarity}
     later = of_matrices[of_matrices["step"] > 0]
+    varied = later[later["metric"].str.contains("@|bound|gap_share")]
+    at_all_steps = varied["metric"].str.contains("@K=")
+    assert set(varied[~at_all_steps]["step"]) == {10}
+    assert {"sparsity@eta=1e-2", "null_bound_nss"} <= set(varied["metric"])
+    assert "similarity_to_end@K=8" in set(varied[at_all_steps]["metric"])
+    later = later.drop(varied.index)
     assert set(later["metric"]) == wanted
     assert set(later["step"]) == set(OPD.checkpoint_steps())
     assert len(later) == len(wanted) * len(matrices) * len(OPD.checkpoint_steps())
@@ -273,12 +281,29 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     assert {"loss", "reward", "gap", "accuracy/chain"} <= set(model["metric"])
 
 
+def test_leak_is_that_of_the_confined_weights(copied: Path) -> None:
+    table = measure.measure_run(PROJECTED, RANK)
+    leaks = table[table["metric"] == "leak"]
+    assert set(leaks["step"]) == {4, 6, 8, 10}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    origin, start = (
+        measure.read_matrix(runs.checkpoint(OPD, step), name).double()
+        for step in (0, 2)
+    )
+    end = measure.read_matrix(runs.checkpoint(PROJECTED), name).double()
+    v = spectra.top_right_subspace(start - origin, 2)
+    inside = ((end - start) @ v).norm() ** 2 / (end - start).norm() ** 2
+    shown = leaks[(leaks["matrix"] == name) & (leaks["step"] == 10)]["value"]
+    assert shown.item() == pytest.approx(1 - float(inside), abs=1e-9)
+    assert "leak" not in set(measure.measure_run(OPD, RANK)["metric"])
+
+
 def test_map_is_of_a_query_projection_at_the_end(copied: Path) -> None:
     table = measure.measure_run(OPD, RANK)
     regions = table[table["role"] == "region"]
     assert set(regions["step"]) == {10}
     assert set(regions["layer"]) == {-1}
-    assert len(regions) == 3 * measure.MAP_REGIONS**2
+    assert len(regions) == 2 * 3 * measure.MAP_REGIONS**2
     name = "model.layers.0.self_attn.q_proj.weight"
     assert set(regions["matrix"].str.partition("[")[0]) == {name}
     whole = table[(table["matrix"] == name) & (table["step"] == 10)]
@@ -329,7 +354,7 @@ def test_run_that_never_moved_has_nan(copied: Path) -> None:
     assert (table[table["metric"] == "sparsity"]["value"] == 1.0).all()
     regions = table[table["role"] == "region"]
     assert (regions[regions["metric"] == "density"]["value"] == 0.0).all()
-    assert regions[regions["metric"] != "density"]["value"].isna().all()
+    assert regions[~regions["metric"].str.endswith("density")]["value"].isna().all()
     assert "similarity_to_end" not in set(table["metric"])
 
 
@@ -356,21 +381,26 @@ def test_damaged_kept_table_is_measured_again(copied: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "run,arm\n1,2\n", "{]"])
 def test_damaged_provenance_is_named(content: str, data: Path) -> None:
-    path = measure.committed_path("smoke").with_suffix(".runs.csv")
+    path = measure.provenance_path()
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"smoke\.runs\.csv is damaged"):
-        measure.committed_provenance("smoke")
+    with pytest.raises(ValueError, match=r"runs\.csv is damaged"):
+        measure.committed_provenance()
 
 
 @pytest.mark.usefixtures("tiny_profile")
-def test_listed_run_without_rows_is_an_error(copied: Path) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut", "columns"])
+def test_listed_run_without_its_table_is_an_error(damage: str, copied: Path) -> None:
     measure.commit("smoke", [OPD, RLVR])
-    path = measure.committed_path("smoke")
-    table = pd.read_parquet(path)
-    table[table["arm"] == "rlvr"].to_parquet(path)
+    path = measure.committed_path(OPD)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        pd.read_parquet(path).drop(columns="value").to_parquet(path)
     assert len(measure.load("smoke", ["rlvr"], [0])[0]) > 0
-    with pytest.raises(ValueError, match="has no rows of run"):
+    with pytest.raises(ValueError, match=f"{path.name} is .*; take it from version"):
         measure.load("smoke", ["opd"], [0])
 
 
@@ -391,7 +421,7 @@ def test_missing_checkpoint_of_a_finished_run(copied: Path) -> None:
 
 def test_full_disk_leaves_no_table(copied: Path) -> None:
     call = (children.measure_with_small_files, OPD, 4000)
-    with pytest.raises(ValueError, match=r"cannot write below .*; free") as error:
+    with pytest.raises(ValueError, match=r"cannot write below .*; make room") as error:
         Child(copied, *call).result()
     assert "\n" not in str(error.value)
     names = [path.name for path in runs.run_directory(OPD).iterdir()]
@@ -403,11 +433,12 @@ def test_full_disk_leaves_no_table(copied: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_profile")
-def test_commit_replaces_the_rows_of_its_runs(copied: Path) -> None:
-    path = measure.commit("smoke", [OPD, RLVR, profiles.replace(OPD, seed=9)])
-    assert path == copied / "measurements" / "smoke.parquet"
-    table, listing = measure.committed("smoke"), measure.committed_provenance("smoke")
+def test_commit_replaces_its_runs(copied: Path) -> None:
+    folder = measure.commit("smoke", [OPD, RLVR, profiles.replace(OPD, seed=9)])
+    assert folder == copied / "measurements"
+    table, listing = measure.committed("smoke"), measure.committed_provenance()
     assert list(table.columns) == COLUMNS
+    assert table["value"].dtype == float
     assert dict(zip(listing["arm"], listing["run"], strict=True)) == {
         "opd": OPD.key(),
         "rlvr": RLVR.key(),
@@ -425,7 +456,7 @@ def test_commit_replaces_the_rows_of_its_runs(copied: Path) -> None:
     kept = again[again["arm"] == "rlvr"].reset_index(drop=True)
     before = table[table["arm"] == "rlvr"].reset_index(drop=True)
     pd.testing.assert_frame_equal(kept.astype(object), before.astype(object))
-    assert len(measure.committed_provenance("smoke")) == 2
+    assert len(measure.committed_provenance()) == 2
     assert not list(copied.rglob(".*"))
 
 
@@ -435,7 +466,7 @@ def test_commit_needs_a_finished_run(data: Path) -> None:
         measure.commit("smoke", [OPD])
     assert not data.exists()
     assert measure.committed("smoke").empty
-    assert measure.committed_provenance("smoke").empty
+    assert measure.committed_provenance().empty
 
 
 @pytest.mark.usefixtures("tiny_profile")

@@ -45,6 +45,17 @@ def stored(model: PreTrainedModel, tmp_path: Path) -> Path:
     return tmp_path / "stored"
 
 
+def test_experts_make_a_mixture(tmp_path: Path) -> None:
+    mixture = build_model(ModelConfig(32, 2, 16, experts=4), seed=0)
+    assert mixture.config.model_type == "qwen3_moe"
+    assert mixture.config.num_experts_per_tok == 2
+    save_model(mixture, TOKENIZER, tmp_path)
+    loaded, _ = load_model(tmp_path)
+    assert same_weights(loaded, mixture)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(loaded(ids).logits, mixture(ids).logits)
+
+
 def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(

@@ -177,6 +177,7 @@ def test_a_full_place_is_one_line(
         (["--metrics", ","], "no metric asked for"),
         (["--alpha", "0"], "expected 0 < alpha"),
         (["--eta", "1"], "0 <= eta < 1"),
+        (["--alpha", "nan"], "expected 0 < alpha"),
     ],
 )
 def test_impossible_options_are_one_line(
@@ -188,6 +189,29 @@ def test_impossible_options_are_one_line(
 ) -> None:
     out = tmp_path / "t.csv"
     assert said in refusal(capsys, "measure", *pair, "--out", out, *options)
+
+
+@pytest.mark.parametrize(
+    "option", [("--rank-k", "0"), ("--hill-k", "1"), ("--jobs", "0"), ("--seed", "-1")]
+)
+def test_numbers_out_of_range_are_one_line(
+    option: tuple[str, str],
+    pair: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "t.csv"
+    assert cli.main(["measure", *pair, "--out", str(out), *option]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"Invalid value for '{option[0]}'" in said.err
+    assert not out.exists()
+
+
+def test_a_negative_seed_is_refused(pair: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="seed = -1, expected 0 or larger"):
+        pairs.plan_pair(*pair, seed=-1)
 
 
 def test_values_that_are_not_finite_fail_at_the_end(
@@ -275,3 +299,17 @@ def test_a_killed_process_loses_no_finished_matrix(
     straight = tmp_path / "straight.csv"
     assert cli.main(["measure", *pair, "--out", str(straight)]) == 0
     assert out.read_bytes() == straight.read_bytes()
+
+
+def test_two_commands_do_not_write_one_table(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    plan = pairs.plan_pair(*pair)
+    with tables.growing(out, plan.description, resume=False):
+        for option in ("--force", "--resume"):
+            assert cli.main(["measure", *pair, "--out", str(out), option]) == 1
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert "is being written by another process" in said
+            assert not out.exists()
+    assert cli.main(["measure", *pair, "--out", str(out), "--resume"]) == 0

@@ -235,7 +235,21 @@ ARMS = {
     "top-gap": replace(OPD, token_selection="top-gap", keep_frac=0.5),
     "random": replace(OPD, token_selection="random", keep_frac=0.5),
     "off-policy": replace(OPD, rollouts="teacher", clip_low=1.0, clip_high=1.0),
+    "likelihood": replace(OPD, rollouts="teacher", credit="likelihood"),
 }
+
+
+def test_likelihood_is_cross_entropy_on_what_the_teacher_wrote(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = spy(monkeypatch)
+    _, metrics = trained(replace(ARMS["likelihood"], steps=1))
+    model, mask = tiny(), drawn[0].mask
+    log_probs = completion_log_probs(model, drawn[0], 1.0).masked_fill(~mask, 0.0)
+    cross_entropy = -(log_probs.sum(1) / mask.sum(1)).mean()
+    norm = float(gradients(model, cross_entropy).norm())
+    assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics[0]["gap"] != 0.0  # still reported
 
 
 @pytest.mark.usefixtures("rewarded")

@@ -132,9 +132,9 @@ def test_missing_checkpoint_is_named(data: Path) -> None:
     [
         (lambda: build("large", "opd", 0), "unknown profile 'large'; expected smoke"),
         (lambda: build("smoke", "dpo", 0), "unknown arm 'dpo'; expected sft"),
-        (lambda: parse_arms("opd,dpo"), "unknown arm 'dpo'; expected sft"),
-        (lambda: parse_arms(""), "unknown arm ''"),
-        (lambda: parse_arms("opd,all"), "unknown arm 'all'"),
+        (lambda: parse_arms("opd,dpo", "smoke"), "unknown arm 'dpo'; expected sft"),
+        (lambda: parse_arms("", "smoke"), "unknown arm ''"),
+        (lambda: parse_arms("opd,all", "smoke"), "unknown arm 'all'"),
     ],
 )
 def test_unknown_names_list_the_known(
@@ -172,7 +172,95 @@ def test_bad_seeds(text: Any) -> None:
 
 
 def test_arms() -> None:
-    assert parse_arms("all") == list(ARMS)
-    assert parse_arms("reader") == list(READER_ARMS)
-    assert parse_arms("rlvr, opd,rlvr") == ["rlvr", "opd"]
-    assert parse_arms("base,teacher") == list(profiles.STAGES)
+    assert parse_arms("all", "smoke") == list(ARMS)
+    assert parse_arms("all", "published") == list(profiles.PUBLISHED_ARMS)
+    assert parse_arms("reader", "laptop") == list(READER_ARMS)
+    assert parse_arms("rlvr, opd,rlvr", "smoke") == ["rlvr", "opd"]
+    assert parse_arms("base,teacher", "smoke") == list(profiles.STAGES)
+    with pytest.raises(ValueError, match="unknown profile 'large'"):
+        parse_arms("all", "large")
+
+
+# --- the published profile -------------------------------------------------------
+
+
+def published(arm: str, seed: int = 0) -> Any:
+    return build("published", arm, seed, from_scratch=True)
+
+
+def test_published_runs_are_the_laptops_and_more() -> None:
+    for seed in range(3):
+        for arm in ARMS:
+            theirs = build("laptop", arm, seed, from_scratch=True)
+            assert published(arm, seed) == theirs
+    names = profiles.PUBLISHED_ARMS
+    keys = {published(arm, seed).key() for arm in names for seed in range(5)}
+    assert len(keys) == 5 * len(names)
+
+
+@pytest.mark.parametrize(("seed", "base"), [(0, 0), (2, 0), (3, 3), (4, 4)])
+def test_later_seeds_have_a_base_of_their_own(seed: int, base: int) -> None:
+    for arm in ("opd", "rlvr-paper", "opd-teacher-moe", "sft-projected-donor"):
+        run = published(arm, seed)
+        while isinstance(run.start, Run):
+            run = run.start
+        assert (run.arm, run.seed) == ("base-early", base)
+    assert published("base", seed).seed == base
+    assert build("laptop", "base", seed, from_scratch=True).seed == 0
+
+
+def test_rlvr_at_the_papers_ratio() -> None:
+    opd, rlvr = published("opd").train, published("rlvr-paper").train
+    assert rlvr.prompts_per_step == 8 * opd.prompts_per_step
+    assert rlvr.steps / opd.steps == 3.4
+    assert (rlvr.alpha, rlvr.optimizer) == (0.0, opd.optimizer)
+
+
+def test_cross_entropy_is_on_what_the_teacher_writes() -> None:
+    train = published("ce-teacher").train
+    assert (train.rollouts, train.credit) == ("teacher", "likelihood")
+    assert published("ce-teacher").teacher == published("opd").teacher
+
+
+@pytest.mark.parametrize("arm", ["sft", "opd", "rlvr"])
+def test_learning_rates(arm: str) -> None:
+    rates = [
+        published(name).train.optimizer.learning_rate
+        for name in (f"{arm}-lr-x0.3", arm, f"{arm}-lr-x3")
+    ]
+    assert rates == pytest.approx([0.3 * rates[1], rates[1], 3 * rates[1]])
+    assert published(f"{arm}-lr-x3").start == published(arm).start
+
+
+@pytest.mark.parametrize(("name", "width"), [("x1.5", 192), ("x2", 256)])
+def test_widths(name: str, width: int) -> None:
+    opd, rlvr, sft = (published(f"{a}-width-{name}") for a in ("opd", "rlvr", "sft"))
+    assert opd.start == rlvr.start == sft
+    assert opd.train == published("opd").train
+    assert opd.teacher == published("opd").teacher
+    assert sft.start.start.start.width == width
+
+
+def test_teachers() -> None:
+    shapes = [
+        published(f"opd-teacher-{name}").teacher.start.start
+        for name in ("x1", "x2", "moe")
+    ]
+    assert [(shape.width, shape.experts) for shape in shapes] == [
+        (128, 0),
+        (256, 0),
+        (192, 8),
+    ]
+
+
+def test_donors_subspace_is_anothers() -> None:
+    for arm, donor in (("opd", "sft-matched"), ("sft", "opd"), ("sft-matched", "opd")):
+        run = published(f"{arm}-projected-donor", 1)
+        assert run.donor == published(donor, 1)
+        assert run.branch == published(arm, 1)
+        assert run.donor in run.needs
+    ranks = [
+        published(f"opd-projected{suffix}").projection.rank
+        for suffix in ("-half", "", "-wide", "-wider", "-random-wider")
+    ]
+    assert ranks == [1, 2, 4, 8, 8]

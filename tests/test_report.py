@@ -1,356 +1,369 @@
-"""The report says what its tables hold, stands alone, and tells what is wrong."""
+"""The page says what the tables say, needs nothing beside it, and breaks clearly."""
 
 import base64
+import contextlib
 import functools
+import io
+import os
 import re
-from collections.abc import Callable
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from bs4 import BeautifulSoup
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
-from opd_geometry import cli, figures, report, tables
-from opd_geometry.pairs import COLUMNS, METRICS, NULL_METRICS, TRAJECTORY_COLUMNS
-from opd_geometry.report import build_report, read_table, tidy, write_report
+from opd_geometry import cli, measure, report
 
-SHAPES = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8), "down": (8, 24)}
-
-
-def pair(layers: int = 2, **changes: Any) -> pd.DataFrame:
-    """A table of measure with a value a column, larger by 1 % a row."""
-    rows = []
-    for layer in range(layers):
-        for role, (n_rows, n_cols) in SHAPES.items():
-            name = f"model.layers.{layer}.{role}_proj.weight"
-            row: dict[str, Any] = dict.fromkeys(COLUMNS, 0.01)
-            row |= {"matrix": name, "role": role, "layer": layer, "note": ""}
-            row |= {"rows": n_rows, "cols": n_cols}
-            row |= dict.fromkeys(("dtype_before", "dtype_after"), "bfloat16")
-            level = 1 + 0.01 * len(rows)
-            row |= {name: level * 0.4 for name in METRICS}
-            row |= {f"null_{name}": level * 0.3 for name in NULL_METRICS}
-            rows.append(row)
-    head = rows[0] | {"matrix": "lm_head.weight", "role": "head", "layer": -1}
-    return pd.DataFrame([*rows, head | {"rows": 100, "sparsity_bf16": 0.9}]).assign(
-        **changes
-    )
+DATA = Path(__file__).parents[1] / "data"
+BEFORE, AFTER = (
+    DATA / "checkpoints" / name for name in ("laptop-sft-s0", "laptop-opd-s0")
+)
+TABLE_1 = "Table 1 of the paper, with your model and this book's"
+# What a page may hold of an element's attributes without asking for anything.
+LINKS = ("src", "href", "srcset", "poster", "action", "xlink:href", "background")
 
 
-def steps() -> pd.DataFrame:
-    """A table of trajectory."""
-    rows = [
-        (
-            step,
-            name,
-            "q",
-            layer,
-            2.0 + step / 100,
-            0.1 * step,
-            1.5,
-            step / 40,
-            0.125,
-            "",
-        )
-        for step in (10, 20, 40)
-        for layer, name in enumerate(
-            ("layers.0.q_proj.weight", "layers.1.q_proj.weight")
-        )
-    ]
-    return pd.DataFrame(rows, columns=list(TRAJECTORY_COLUMNS))
+class Page(HTMLParser):
+    """The parts of a page that are looked at."""
 
-
-@functools.cache
-def full() -> str:
-    """The page of both tables."""
-    return build_report(pair(), steps(), "A <model> & more")
-
-
-def page_of(*made: pd.DataFrame | None) -> BeautifulSoup:
-    first, second = made if len(made) == 2 else (made[0], None)
-    return BeautifulSoup(build_report(first, second, "A model"), "html.parser")
-
-
-def rows_of(page: BeautifulSoup, section: str, number: int = 0) -> dict[str, list[str]]:
-    found = page.select(f"#{section} table")[number].select("tbody tr")
-    cells = [[cell.get_text() for cell in row.select("td")] for row in found]
-    return {row[0]: row[1:] for row in cells}
-
-
-def test_means_are_those_of_the_table() -> None:
-    table, page = pair(), BeautifulSoup(full(), "html.parser")
-    rows = rows_of(page, "overview", 1)
-    assert list(rows) == ["q", "k", "v", "o", "down", "head", "all"]
-    heads = [c.get_text() for c in page.select("#overview table")[1].select("th")][1:]
-    sizes = table["rows"] * table["cols"]
-    weighted = 100 * np.average(table["sparsity_bf16"], weights=sizes)
-    null = 100 * np.average(table["null_sparsity_bf16"], weights=sizes)
-    assert rows["all"][heads.index("update sparsity (%)")] == (
-        f"{weighted:.3g} ({null:.3g})"
-    )
-    plain = table["stable_rank"].mean()
-    assert rows["all"][heads.index("stable rank")] == f"{plain:.3g}"
-    assert rows["q"][heads.index("matrices")] == "2"
-    lead = page.select_one("header p")
-    assert lead is not None
-    assert f"{weighted:.1f} %" in lead.get_text()
-
-
-def test_table_1_stands_beside_the_model() -> None:
-    rows = rows_of(BeautifulSoup(full(), "html.parser"), "sparsity")
-    assert rows["paper: SFT"] == ["8.1 %", "–"]
-    assert rows["paper: OPD"] == ["51.6 %", "–"]
-    assert rows["paper: RLVR"] == ["77.2 %", "–"]
-    assert rows["paper: Polaris-4B-Preview (DAPO)"] == ["79.9 %", "–"]
-    ours = [name for name in rows if name.startswith("this book: ")]
-    assert len(ours) == 4
-    assert all(float(rows[name][1].removesuffix(" %")) > 0 for name in ours)
-
-
-def test_a_course_is_drawn_with_its_ends() -> None:
-    page = page_of(None, steps())
-    assert [s["id"] for s in page.select("section")] == ["course"]
-    caption = page.select_one("#course strong")
-    assert caption is not None
-    assert caption.get_text() == (
-        "Stable rank 2.1 → 2.4; similarity at the first checkpoint 0.25 (random "
-        "subspaces 0.125)."
-    )
-
-
-def test_the_null_of_a_stable_rank_is_that_of_its_shape() -> None:
-    rows = tidy(pair()).query("metric == 'null_stable_rank' and role == 'down'")
-    expected = 8 * 24 / (np.sqrt(8) + np.sqrt(24)) ** 2
-    assert rows["value"].to_numpy() == pytest.approx(expected)
-    generator = np.random.default_rng(0)
-    s = np.linalg.svd(generator.standard_normal((300, 900)), compute_uv=False)
-    known = 300 * 900 / (np.sqrt(300) + np.sqrt(900)) ** 2
-    assert float((s**2).sum() / s[0] ** 2) == pytest.approx(known, rel=0.05)
-
-
-class Balanced(HTMLParser):
-    """Every tag is closed in order."""
-
-    VOID = ("meta", "link", "img", "br", "input", "hr")
-
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.said = ""
+        self._caption: str | None = None
+        self._into: list[str] = []
+        self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag not in self.VOID:
-            self.open.append(tag)
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found[name] or "" for name in LINKS if name in found]
+        if tag == "img":
+            self.images.append(found)
+        if tag in ("caption", "th", "td"):
+            self._into = []
+        if tag == "tr" and self._caption is not None:
+            self.tables[self._caption].append([])
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        text = "".join(self._into)
+        if tag == "caption":
+            self._caption = text
+            self.tables[text] = []
+        if tag in ("th", "td") and self._caption is not None:
+            self.tables[self._caption][-1].append(text)
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+        self._into.append(data)
 
 
-def test_the_page_stands_alone_and_says_what_it_shows() -> None:
-    html = full()
-    parser = Balanced()
-    parser.feed(html)
-    assert parser.open == []
-    page = BeautifulSoup(html, "html.parser")
-    assert "<model>" not in html
-    assert not page.select("script, iframe, object")
-    for tag in page.select("[src], link[href]"):
-        assert str(tag.get("src") or tag.get("href")).startswith("data:")
-    style = page.select_one("style")
-    assert style is not None
-    assert "url(" not in style.get_text()
-    assert "prefers-color-scheme: dark" in style.get_text()
-    assert page.select_one('meta[name="viewport"]') is not None
-    images = page.select("img")
-    assert len(images) == 7
-    for image in images:
-        assert len(str(image["alt"]).split()) >= 15
-        svg = base64.b64decode(str(image["src"]).partition(",")[2]).decode()
-        assert svg.startswith("<?xml")
-        assert "<image" not in svg or 'xlink:href="http' not in svg
-    ids = [tag["id"] for tag in page.select("[id]")]
-    assert len(ids) == len(set(ids))
-    for link in page.select("nav a"):
-        assert str(link["href"])[1:] in ids
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured pair, a trajectory and the page of both, as the commands make them."""
+    place = tmp_path_factory.mktemp("report")
+    pair, steps = str(place / "pair.csv"), str(place / "steps.parquet")
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["measure", str(BEFORE), str(AFTER), "--out", pair]) == 0
+        base = DATA / "checkpoints" / "laptop-base"
+        runs = []
+        for step, model in ((10, BEFORE), (20, AFTER)):
+            runs.append(str(place / f"checkpoint-{step}"))
+            shutil.copytree(model, runs[-1])
+        options = ["--roles", "q,k", "--k", "4", "--out", steps]
+        assert cli.main(["trajectory", str(base), *runs, *options]) == 0
+        assert cli.main(["report", pair, steps, "--out", str(place / "r.html")]) == 0
+    return place
 
 
-def test_the_same_tables_give_the_same_bytes() -> None:
-    assert build_report(pair(), steps(), "A <model> & more") == full()
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return (folder / "r.html").read_text("utf8")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
-def test_reads_what_measure_writes(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"table{suffix}"
-    tables.write_table(pair(), path, suffix)
-    found = read_table(path)
-    assert list(found["note"]) == [""] * len(found)
-    pd.testing.assert_frame_equal(
-        found[["matrix", "nss"]], pair()[["matrix", "nss"]], check_dtype=False
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+@pytest.fixture
+def pair(folder: Path) -> pd.DataFrame:
+    """The first layer and the embedding."""
+    table = pd.read_csv(folder / "pair.csv")
+    return table[table["layer"] <= 0].reset_index(drop=True)
+
+
+_committed = functools.cache(measure.committed)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not stored, and this book's runs are read once."""
+
+    def closed(figure: Figure, alt: str, finding: str, caption: str) -> report.Drawn:
+        plt.close(figure)
+        return report.Drawn("data:,", alt, finding, caption)
+
+    monkeypatch.setattr(report, "drawn", closed)
+    monkeypatch.setattr(measure, "committed", _committed)
+
+
+# --- what the page says ----------------------------------------------------------
+
+
+def test_the_page_needs_nothing_beside_it(page: Page, text: str, folder: Path) -> None:
+    inside = {f"#{name}" for name in page.ids}
+    for link in page.links:
+        assert link in inside or link.startswith("data:"), link[:80]
+    assert not {"script", "iframe", "object", "embed", "base"} & {*page.tags}
+    figures = re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", text)
+    assert len(figures) == len(page.images) > 5
+    for source in [text, *(base64.b64decode(f).decode() for f in figures)]:
+        assert not re.search(r"""url\(\s*['"]?(?!#|data:)|@import""", source)
+        assert not re.search(r"""(src|href)=['"](?!#|data:)""", source)
+        for place in (folder, DATA, Path.home()):
+            assert str(place) not in source
+
+
+def test_every_image_is_described(page: Page) -> None:
+    alts = [image.get("alt") or "" for image in page.images]
+    assert min(map(len, alts)) > 40
+    assert len({*alts}) == len(alts)
+    assert all(image["src"] for image in page.images)
+
+
+def test_yours_is_the_sparsity_of_the_weights(page: Page) -> None:
+    same = entries = 0
+    old, new = (load_file(m / "model.safetensors") for m in (BEFORE, AFTER))
+    for name, w in old.items():
+        if w.ndim == 2:
+            a, b = w.float().numpy(), new[name].float().numpy()  # bf16 on both sides
+            changed = np.abs(b - a) > 1e-3 * np.maximum(np.abs(a), np.abs(b))
+            same += int((~changed).sum())
+            entries += a.size
+    said = f"{100 * same / entries:.1f} %"
+    rows = {row[0]: row[1:] for row in page.tables[TABLE_1][1:]}
+    assert rows["your model"][0] == said
+    assert f"{said} of the weights (stored as bfloat16)" in page.said
+    assert f"30 matrices with {entries:,} parameters" in page.said
+
+
+def test_table_1_of_the_paper_stands_beside_it(page: Page) -> None:
+    rows = [row for row in page.tables[TABLE_1] if row[0].startswith("paper: ")]
+    printed = pd.read_csv(DATA / "paper" / "table_1.csv")
+    assert len(rows) == len(printed) > 10
+    for (label, value, null), line in zip(rows, printed.itertuples(), strict=True):
+        assert label.lower() == f"paper: {line.arm}".lower()
+        assert value == f"{line.value:.1f} %"
+        assert null == "–"  # it prints none
+
+
+def test_this_books_models_stand_beside_it(page: Page) -> None:
+    rows = {row[0]: row[1:] for row in page.tables[TABLE_1]}
+    provenance = pd.read_csv(DATA / "measurements" / "runs.csv")
+    sizes = {
+        name: w.numel()
+        for name, w in load_file(BEFORE / "model.safetensors").items()
+        if w.ndim == 2
+    }
+    labels = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
+    for arm, label in labels.items():
+        means: dict[str, list[float]] = {"sparsity": [], "null_sparsity": []}
+        for run in provenance.loc[provenance["arm"] == arm, "run"]:
+            (file,) = (DATA / "measurements").glob(f"{arm}-s?-{run[:12]}*.parquet")
+            table = pd.read_parquet(file)
+            end = table[table["step"] == table["step"].max()]
+            for metric, found in means.items():
+                values = end[end["metric"] == metric].set_index("matrix")["value"]
+                weights = [sizes[name] for name in values.index]
+                found.append(float(np.average(values.to_numpy(float), weights=weights)))
+        (row,) = (v for k, v in rows.items() if k == f"this book: {label}")
+        assert row == [f"{100 * np.mean(v):.1f} %" for v in means.values()]
+
+
+def test_every_matrix_is_listed(page: Page, folder: Path) -> None:
+    table = pd.read_csv(folder / "pair.csv")
+    listed = page.tables["30 matrices"]
+    column = listed[0].index("nss")
+    assert [row[0] for row in listed[1:]] == list(table["matrix"])
+    assert [row[column] for row in listed[1:]] == [f"{x:.3g}" for x in table["nss"]]
+
+
+def test_the_trajectory_is_told(page: Page, folder: Path) -> None:
+    steps = pd.read_parquet(folder / "steps.parquet")
+    means = steps.groupby("step")[["stable_rank", "similarity_to_end"]].mean()
+    rank, near = means["stable_rank"], means["similarity_to_end"]
+    assert f"Stable rank {rank[10]:.3g} → {rank[20]:.3g}" in page.said
+    assert f"similarity at the first checkpoint {near[10]:.3g}" in page.said
+    assert "2 checkpoints of 8 matrices" in page.said
+
+
+# --- tables that lack something --------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_refused_matrix_counts_for_nothing(pair: pd.DataFrame) -> None:
+    table = pair.copy()
+    identity = ["matrix", "role", "layer", "rows", "cols"]
+    numbers = table.select_dtypes("number").columns.difference(identity)
+    table["note"] = ""
+    table.loc[0, numbers] = np.nan
+    table.loc[0, "note"] = "refused: 1 NaN and 0 inf after"
+    kept = table.drop(index=0)
+    share = np.average(kept["sparsity_bf16"], weights=kept["rows"] * kept["cols"])
+    page = Page(report.build_report(table, None, "t"))
+    assert f"{100 * share:.1f} % of the weights" in page.said
+    assert page.tables[TABLE_1][1][1] == f"{100 * share:.1f} %"
+    (overall,) = (r for r in page.tables["Means by role"] if r[0] == "all")
+    column = page.tables["Means by role"][0].index("spectral shift NSS")
+    assert overall[column] == f"{kept['nss'].mean():.3g}"
+    assert "1 of 9 matrices have no sparsity" in page.said
+    assert "refused: 1 NaN and 0 inf after" in page.said
+    assert "nan" not in {
+        cell for rows in page.tables.values() for r in rows for cell in r
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_tables_without_any_value_still_give_a_page(pair: pd.DataFrame) -> None:
+    identity = ["matrix", "role", "layer", "rows", "cols"]
+    empty = pair.copy()
+    empty[empty.select_dtypes("number").columns.difference(identity)] = np.nan
+    assert "No matrix of this table has a sparsity" in report.build_report(
+        empty, None, "t"
     )
-
-
-def test_cheap_metrics_alone_make_a_shorter_page() -> None:
-    cheap = ("sparsity_bf16", "update_density", "frobenius_norm")
-    dear = [c for c in COLUMNS if c.removeprefix("null_") in {*METRICS} - {*cheap}]
-    for table in (
-        pair().assign(**dict.fromkeys(dear, np.nan)),
-        pair().drop(columns=dear),
-    ):
-        table = report._checked(table, Path("x.csv"))
-        page = page_of(table)
-        assert [s["id"] for s in page.select("section")] == [
-            "overview",
-            "sparsity",
-            "matrices",
-        ]
-        assert "Not in the table, so not on this page: mean angle" in page.get_text()
-
-
-def test_refused_and_uncertain_matrices_are_named() -> None:
-    table = pair()
-    table.loc[0, "note"] = "refused: 3 NaN and 0 inf after"
-    table.loc[0, list(METRICS)] = np.nan
-    table.loc[1, "note"] = "angles uncertain by 1.0e-03 degrees: hardly a gap"
-    refused, uncertain = report._warnings(table)
-    assert refused == (
-        "Not measured, 1 of 11 matrices: model.layers.0.q_proj.weight (3 NaN and 0 inf "
-        "after)."
+    course = pair[["matrix", "role", "layer"]].assign(
+        step=4, stable_rank=np.nan, similarity_to_end=np.nan
     )
-    assert uncertain.startswith("Angles of 1 matrices are uncertain")
+    assert "could be measured" in report.build_report(None, course, "t")
 
 
-@pytest.mark.parametrize(
-    ("factors", "verdict"),
-    [
-        ([1.2] * 11, "above its null"),
-        ([0.8] * 11, "below its null"),
-        ([1.2] * 10 + [0.9], "above its null"),
-        ([1.2] * 9 + [0.9] * 2, "at its null"),  # too few on one side
-        ([1.05] * 11, "at its null"),  # too near
-        ([0.9] * 10 + [9.0], "at its null"),  # one matrix carries the mean
-        ([1.0] * 11, "at its null"),
-    ],
-)
-def test_what_stands_out_from_its_null(factors: list[float], verdict: str) -> None:
-    table = pair()
-    table["null_nss"] = 0.3
-    table["nss"] = 0.3 * np.array(factors)
-    found = report.against_null(table)
-    assert list(found.index) == list(NULL_METRICS)
-    assert found.loc["nss", "verdict"] == verdict
-    assert found.loc["nss", "ratio"] == pytest.approx(np.mean(factors))
-    table["null_nss"] = np.nan
-    assert "nss" not in report.against_null(table).index
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_cheap_tables_and_odd_roles_still_give_a_page(pair: pd.DataFrame) -> None:
+    page = Page(report.build_report(pair[list(report.PAIR_BASE)], None, "t"))
+    assert "Not in the table, so not on this page" in page.said
+    other = pair.head(2).assign(role=["expert_other", "other"])
+    means = Page(report.build_report(other, None, "t")).tables["Means by role"]
+    assert [row[:2] for row in means[1:]] == [
+        ["expert_other", "1"],
+        ["other", "1"],
+        ["all", "2"],
+    ]
 
 
-def test_many_layers_and_experts_are_drawn() -> None:
-    table = pair(layers=30)
-    table["role"] = table["role"].replace("down", "expert_down")
-    page = page_of(table)
-    assert len(page.select("img")) == 6
-    rows = rows_of(page, "overview", 1)
-    assert "expert_down" in rows
+@pytest.mark.usefixtures("undrawn")
+def test_names_cannot_write_html(pair: pd.DataFrame) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=y>&amp;"
+    table = pair[list(report.PAIR_BASE)].assign(matrix=evil)
+    text = report.build_report(table, None, f"</title>{evil}")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert all(image["src"] == "data:," for image in page.images)
+    assert page.tables[f"{len(table)} matrices"][1][0] == evil
 
 
-def test_works_without_the_books_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# --- bad input -------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr of a report that must fail."""
+    assert cli.main(["report", *map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("opd-geometry: ")
+    return err
+
+
+def test_tables_that_are_none_are_one_line(
+    pair: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path))
-    page = page_of(pair(), steps())
-    assert list(rows_of(page, "sparsity")) == ["your model"]
-    assert len(page.select("img")) == 7
+    file, out = tmp_path / "t.csv", tmp_path / "r.html"
 
+    def said(table: pd.DataFrame) -> str:
+        table.to_csv(file, index=False)
+        return refusal(capsys, file, "--out", out)
 
-# --- bad input -----------------------------------------------------------------------
-
-
-def spoil_number(path: Path) -> None:
-    pair().astype({"nss": object}).replace({"nss": {0.4: "many"}}).to_csv(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "said"),
-    [
-        ("a.csv", lambda p: None, "a.csv does not exist, expected a table"),
-        ("a.txt", lambda p: p.write_text("x"), "a.txt ends in '.txt', expected one of"),
-        ("a.csv", lambda p: p.write_text(""), "a.csv is damaged"),
-        ("a.json", lambda p: p.write_text('[{"matrix": '), "a.json is damaged"),
-        ("a.parquet", lambda p: p.write_bytes(b"PAR1"), "a.parquet is damaged"),
-        ("a.csv", lambda p: p.write_bytes(b"\xff\xfe\x00"), "a.csv is damaged"),
-        ("a.csv", lambda p: p.mkdir(), "a.csv does not exist, expected a table"),
-        (
-            "a.csv",
-            lambda p: pair().drop(columns=["role", "cols"]).to_csv(p),
-            "a.csv has no column role, cols, expected a table of opd-geometry measure",
-        ),
-        (
-            "a.csv",
-            lambda p: steps().drop(columns="stable_rank").to_csv(p),
-            "a.csv has no column stable_rank, expected a table of opd-geometry traj",
-        ),
-        ("a.csv", lambda p: pair().head(0).to_csv(p), "a.csv has no rows"),
-        ("a.csv", spoil_number, "a.csv: column nss is"),
-    ],
-)
-def test_a_bad_table_is_one_line(
-    name: str,
-    make: Callable[[Path], object],
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    make(tmp_path / name)
-    out = tmp_path / "report.html"
-    assert cli.main(["report", str(tmp_path / name), "--out", str(out)]) == 1
-    printed, error = capsys.readouterr()
-    assert printed == ""
-    assert error.count("\n") == 1
-    assert said in error
+    no = said(pair.drop(columns=["sparsity_bf16", "rows"]))
+    assert "has no column rows, sparsity_bf16, expected" in no
+    steps = pair.assign(step=1, stable_rank=1.0)
+    assert "has no column similarity_to_end" in said(steps)
+    assert "has no rows, expected one a matrix" in said(pair.head(0))
+    assert "column nss holds" in said(pair.assign(nss="much"))
+    assert "rows without matrix" in said(pair.assign(matrix=np.nan))
+    assert "rows without layer" in said(pair.assign(layer=np.nan))
+    assert "no rows or no columns" in said(pair.assign(rows=0))
+    assert "has the role mystery, expected" in said(pair.assign(role="mystery"))
+    pair.to_csv(file, index=False)
+    assert "second table of one kind" in refusal(capsys, file, file, "--out", out)
     assert not out.exists()
 
 
-def test_a_page_is_replaced_only_by_force_and_only_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+@pytest.mark.parametrize("content", [b"", b'{"', b'\xff\xfe\x00,"'])
+def test_unreadable_files_are_one_line(
+    suffix: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table, out = tmp_path / "run.csv", tmp_path / "report.html"
-    steps().to_csv(table, index=False)
+    file = tmp_path / f"t{suffix}"
+    file.write_bytes(content)
+    said = refusal(capsys, file, "--out", tmp_path / "r.html")
+    assert str(file) in said
+    assert "measure again" in said
+
+
+def test_places_that_are_none_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = folder / "pair.csv", tmp_path / "r.html"
+    assert "does not exist" in refusal(capsys, tmp_path / "no.csv", "--out", out)
+    (tmp_path / "t.txt").touch()
+    assert "suffix '.txt'" in refusal(capsys, tmp_path / "t.txt", "--out", out)
+    copy = shutil.copy(table, tmp_path / "t.csv")
+    before = Path(copy).read_bytes()
+    said = refusal(capsys, copy, "--out", copy, "--force")  # not over the table
+    assert "ends in '.csv', expected .html" in said
+    assert Path(copy).read_bytes() == before
+    assert "is no directory" in refusal(capsys, table, "--out", tmp_path / "no/r.html")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
+    pair: pd.DataFrame,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "t.csv", tmp_path / "r.html"
+    pair[list(report.PAIR_BASE)].to_csv(file, index=False)
     out.write_text("earlier")
-    assert cli.main(["report", str(table), "--out", str(out)]) == 1
-    assert "report.html exists; give --force to replace it" in capsys.readouterr().err
-    monkeypatch.setattr(
-        Path,
-        "write_text",
-        lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )
-    assert cli.main(["report", str(table), "--out", str(out), "--force"]) == 1
-    assert "No space left on device; " in capsys.readouterr().err
-    assert out.read_text() == "earlier"
+    assert "give --force" in refusal(capsys, file, "--out", out)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    force = ["report", str(file), "--out", str(out), "--force"]
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert cli.main(force) == 130
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.main(force) == 1
+    assert "No space left on device; make room" in capsys.readouterr().err
     monkeypatch.undo()
-    assert cli.main(["report", str(table), "--out", str(out), "--force"]) == 0
-    assert capsys.readouterr().out == f"Open {out}\n"
-    assert "run: where the weights moved" in out.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run.csv"]
-
-
-def test_two_tables_of_one_kind_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "pair.csv"
-    pair().to_csv(path, index=False)
-    with pytest.raises(ValueError, match="a second table of one kind"):
-        write_report([path, path], tmp_path / "report.html")
-    with pytest.raises(ValueError, match="no table, expected one"):
-        write_report([], tmp_path / "report.html")
-
-
-def test_maps_keep_small_numbers_readable() -> None:
-    figure = figures.role_maps(
-        tidy(pair().assign(nss=0.0004, null_nss=0.0003)),
-        "yours",
-        ["nss", "stable_rank"],
-    )
-    titles = [ax.get_title() for ax in figure.axes]
-    assert titles[:2] == ["spectral shift NSS x 1000", "stable rank"]
-    texts = {text.get_text() for text in figure.axes[0].texts}
-    assert texts == {"0.4"}
-    assert re.fullmatch(r"your model\nlayer", figure.axes[0].get_ylabel())
+    assert out.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "t.csv"]
+    assert cli.main(force) == 0
+    assert out.read_text().startswith("<!DOCTYPE html>")

@@ -68,6 +68,7 @@ def variants(value: Any) -> Iterator[Any]:
         "student": "teacher",
         "all": "random",
         "own": "random",
+        "gap": "likelihood",
         "gradient": "update",
     }
     if dataclasses.is_dataclass(value):
@@ -105,7 +106,7 @@ def test_bad_descriptions_are_refused() -> None:
             replace(ANCHOR, seed=seed)
     with pytest.raises(ValueError, match="go together"):
         replace(OPD, projection=ProjectionConfig(2))
-    with pytest.raises(ValueError, match="expected own, random or pretrained"):
+    with pytest.raises(ValueError, match="expected own, random, pretrained or"):
         ProjectionConfig(2, "other")
     with pytest.raises(ValueError, match="expected gradient or update"):
         ProjectionConfig(2, form="other")
@@ -334,6 +335,23 @@ def test_gradient_projected_change_leaks_out_of_its_subspace(copied: Path) -> No
     assert max(leaks) > 1e-3
 
 
+def test_donors_subspace_is_taken_where_there_is_a_donor(copied: Path) -> None:
+    confined = ProjectionConfig(2, "donor", "update")
+    run = replace(PROJECTED, projection=confined, donor=ANCHOR)
+    Child(copied, runs.ensure, run).result()
+    before, step = branch_state(OPD), ANCHOR.branch_step()
+    for matrix in list_matrices(runs.checkpoint(run)):
+        change = read_matrix(runs.checkpoint(run), matrix.name) - before[matrix.name]
+        origin = read_matrix(runs.checkpoint(ANCHOR, 0), matrix.name)
+        early = read_matrix(runs.checkpoint(ANCHOR, step), matrix.name)
+        v = top_right_subspace(early.double() - origin.double(), 2)
+        assert leaked_energy(change, v) < 1e-8
+    for wrong in (None, ANCHOR):
+        subspace = "own" if wrong else "donor"
+        with pytest.raises(ValueError, match="subspace donor and a donor go together"):
+            replace(PROJECTED, projection=ProjectionConfig(2, subspace), donor=wrong)
+
+
 def test_last_checkpoint_is_judged_on_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -462,7 +480,7 @@ def test_data_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "file" / "data"))
-    with pytest.raises(ValueError, match="Not a directory; free some space") as error:
+    with pytest.raises(ValueError, match="Not a directory; make room there") as error:
         runs.ensure(ANCHOR)
     one_line(error)
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "data"))
@@ -471,7 +489,7 @@ def test_data_folder_that_cannot_be_written(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(ValueError, match="Read-only file system; free some") as error:
+    with pytest.raises(ValueError, match="Read-only file system; make room") as error:
         runs.ensure(ANCHOR)
     one_line(error)
     assert not runs.is_running(ANCHOR)
@@ -483,7 +501,7 @@ def test_full_disk_leaves_nothing_half_written(
 ) -> None:
     """No room for a checkpoint; room for it, but not for the state to resume from."""
     child = Child(data, children.ensure_with_small_files, ANCHOR, most_bytes)
-    with pytest.raises(ValueError, match=r"File too large.*; free some") as error:
+    with pytest.raises(ValueError, match=r"File too large.*; make room") as error:
         child.result()
     one_line(error)
     directory = runs.run_directory(ANCHOR)

@@ -15,7 +15,7 @@ from children import ANCHOR, OPD, PROJECTED, RLVR, TEACHER, Child
 from rich.console import Console
 
 from opd_geometry import runs, schedule
-from opd_geometry.measure import committed_path, kept_table
+from opd_geometry.measure import kept_table, measure_run, provenance_path
 from opd_geometry.runs import Run
 from opd_geometry.schedule import Row
 
@@ -47,7 +47,7 @@ def test_needs_come_first_and_once() -> None:
 
 def test_plan_tells_done_from_to_do(on_trained: Path) -> None:
     other = replace(RLVR, seed=1)
-    rows = {row.run: row for row in schedule.plan("smoke", [OPD, other])}
+    rows = {row.run: row for row in schedule.plan([OPD, other])}
     assert [r.state for r in rows.values()] == ["done", "done", "done", "to do"]
     done, waiting = rows[OPD], rows[other]
     assert (done.step, done.steps, done.seconds_left) == (10, 10, 0.0)
@@ -57,36 +57,38 @@ def test_plan_tells_done_from_to_do(on_trained: Path) -> None:
     assert waiting.seconds == runs.progress(RLVR)["wall_seconds"]
     assert (waiting.step, waiting.accuracy) == (0, None)
     new = replace(RLVR, train=replace(RLVR.train, steps=11))
-    assert schedule.plan("smoke", [new])[-1].seconds is None
+    assert schedule.plan([new])[-1].seconds is None
 
 
 def test_committed_timings_are_the_first_choice(trained: Path, data: Path) -> None:
     shutil.copytree(trained, data)
-    listing = committed_path("smoke").with_suffix(".runs.csv")
+    listing = provenance_path()
     listing.parent.mkdir()
     pd.DataFrame(
         {
             "run": ["a", "b", "c"],
             "arm": ["rlvr", "rlvr", "rlvr"],
+            "seed": [0, 1, 2],
+            "machine": ["theirs"] * 3,
             "steps": [10, 10, 20],
             "wall_seconds": [100.0, 200.0, 9000.0],
         }
     ).to_csv(listing, index=False)
-    assert schedule.plan("smoke", [replace(RLVR, seed=1)])[-1].seconds == 150.0
-    assert schedule.plan("smoke", [replace(OPD, seed=1)])[-1].seconds is not None
+    assert schedule.plan([replace(RLVR, seed=1)])[-1].seconds == 150.0
+    assert schedule.plan([replace(OPD, seed=1)])[-1].seconds is not None
 
 
 def test_interrupted_and_failed_runs_are_told_apart(data: Path) -> None:
-    assert schedule.plan("smoke", [ANCHOR])[0].state == "to do"
+    assert schedule.plan([ANCHOR])[0].state == "to do"
     directory = runs.run_directory(ANCHOR)
     directory.mkdir(parents=True)
     said = {"step": 4, "steps": 10, "accuracy": 0.25, "wall_seconds": 8.0}
     runs.write_json(directory / "progress.json", said)
-    (begun,) = schedule.plan("smoke", [ANCHOR])
+    (begun,) = schedule.plan([ANCHOR])
     assert (begun.state, begun.step, begun.accuracy) == ("to do", 4, 0.25)
     assert begun.seconds_left == 12.0
     runs.write_json(directory / "failed.json", {"reason": "no room"})
-    (failed,) = schedule.plan("smoke", [ANCHOR])
+    (failed,) = schedule.plan([ANCHOR])
     assert (failed.state, failed.reason) == ("failed", "no room")
 
 
@@ -150,7 +152,7 @@ def test_failing_run_blocks_only_what_needs_it(trained: Path, data: Path) -> Non
     assert not runs.run_directory(blocked).exists()
     assert kept_table(RLVR, 2).is_file()
     assert kept_table(OPD, 2).is_file()
-    states = {row.run: row.state for row in schedule.plan("smoke", asked)}
+    states = {row.run: row.state for row in schedule.plan(asked)}
     assert [states[run] for run in (bad, blocked, cut, RLVR)] == [
         "failed",
         "to do",
@@ -202,7 +204,7 @@ def test_no_worker_outlives_the_scheduler(name: str, method: str, data: Path) ->
     asked = [endless, replace(endless, seed=1)]
     child = Child(data, children.train_all, asked, 2, method)
     soon(lambda: all(runs.progress(run) for run in asked), "both runs train")
-    assert [r.state for r in schedule.plan("smoke", asked)] == ["running"] * 2
+    assert [r.state for r in schedule.plan(asked)] == ["running"] * 2
     assert child.process.pid is not None
     send = os.killpg if name == "SIGINT" else os.kill
     send(child.process.pid, getattr(signal, name))
@@ -214,7 +216,7 @@ def test_no_worker_outlives_the_scheduler(name: str, method: str, data: Path) ->
         child.result()
         assert child.was_killed
     soon(lambda: not any(runs.is_running(run) for run in asked), "the workers end")
-    assert [r.state for r in schedule.plan("smoke", asked)] == ["to do"] * 2
+    assert [r.state for r in schedule.plan(asked)] == ["to do"] * 2
     # the terminal's signal reached the workers, too: they had nothing to say to it
     assert data.with_name("data.stderr").read_text() == ""
     n_steps = [runs.progress(run)["step"] for run in asked]
@@ -231,7 +233,7 @@ def test_finished_runs_need_no_process(
     trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, data)
-    kept_table(OPD, 2).touch()
+    measure_run(OPD, 2)
     monkeypatch.setattr(schedule, "_start", None)
     said = StringIO()
     assert schedule.train_all("smoke", [OPD], 1, Console(file=said)) == {}

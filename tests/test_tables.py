@@ -132,3 +132,27 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
         pass
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv.partial"]
+
+
+def test_two_processes_do_not_write_one_table(tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    with tables.growing(out, WHAT, resume=False) as partial:
+        partial.add("a", [{"nss": 1.0}])
+        before = tables.partial_path(out).read_bytes()
+        for resume in (False, True):
+            with (
+                pytest.raises(ValueError, match="written by another process"),
+                tables.growing(out, WHAT, resume=resume),
+            ):
+                pass
+        assert tables.partial_path(out).read_bytes() == before
+    with tables.growing(out, WHAT, resume=True) as partial:  # once it is free
+        assert list(partial.done) == ["a"]
+
+
+def test_an_empty_partial_table_is_begun_anew(tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    tables.partial_path(out).touch()
+    with tables.growing(out, WHAT, resume=True) as partial:
+        assert partial.done == {}
+    assert json.loads(tables.partial_path(out).read_text()) == WHAT

@@ -16,17 +16,16 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.claims import Finding, judge
-from opd_geometry.hub import locate
+from opd_geometry.claims import Finding, claim_card, judge
 from opd_geometry.measure import SOURCES, committed_provenance
 from opd_geometry.measure import load as load_measurements
 from opd_geometry.profiles import PROFILES, build, parse_seeds
-from opd_geometry.runs import data_directory, is_done
+from opd_geometry.runs import is_done
 from opd_geometry.schedule import train_all
 from opd_geometry.statements import claim_of
 
 PARAMETERS = ("profile", "seeds", "source", "jobs")
-PAIR_PARAMETERS = ("before", "after", "out", "seed", "jobs")
+PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
@@ -64,6 +63,34 @@ class Parameters:
     jobs: int
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Checked parameters of the chapter about two checkpoints.
+
+    Attributes:
+        before, after: where training started and ended, as they were given.
+    """
+
+    before: str
+    after: str
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """What ``pairs.measure_checkpoints`` takes.
+
+        A path that does not exist from here is looked for from the checkout's root, so
+        that a notebook opened in its own folder finds what papermill finds.
+        """
+        before, after = map(_from_checkout, (self.before, self.after))
+        return before, after
+
+
+def _from_checkout(place: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    elsewhere = not Path(place).exists() and (root / place).exists()
+    return str(root / place) if elsewhere else place
+
+
 def check_parameters(names: Mapping[str, object]) -> Parameters:
     """Read a chapter's parameters; refuse unknown names and values.
 
@@ -80,74 +107,49 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     Raises:
         ParameterError: one line, naming the known parameters or values.
     """
-    profile, seeds, source, jobs = _values(names, PARAMETERS)
+    _check_names(names, PARAMETERS)
+    profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
     _one_of("profile", profile, PROFILES)
     _one_of("source", source, SOURCES)
-    _check_integer("jobs", jobs, 1)
+    if type(jobs) is not int or jobs < 1:
+        raise ParameterError(f"jobs {jobs!r}: expected an integer, 1 or larger")
     try:
         numbers = tuple(parse_seeds(str(seeds)))
     except ValueError as error:
         raise ParameterError(str(error)) from None
-    return Parameters(str(profile), numbers, str(source), int(jobs))
+    return Parameters(str(profile), numbers, str(source), jobs)
 
 
-@dataclass(frozen=True)
-class PairParameters:
-    """Checked parameters of the chapter on the reader's own checkpoints.
-
-    Attributes:
-        before, after: the two checkpoints, on this machine.
-        out: folder for the table and the page; None to write neither.
-        seed: of the Gaussian nulls.
-        jobs: matrices measured at a time.
-    """
-
-    before: Path
-    after: Path
-    out: Path | None
-    seed: int
-    jobs: int
-
-
-def check_pair_parameters(names: Mapping[str, object]) -> PairParameters:
-    """Read the parameters of a chapter about two checkpoints.
-
-    A checkpoint is a path, a path below the data directory, or a hub id with an
-    optional revision, which is fetched.
+def check_pair(names: Mapping[str, object]) -> Pair:
+    """Read the parameters of the chapter about two checkpoints.
 
     Args:
-        names: as for ``check_parameters``.
+        names: as in ``check_parameters``.
 
     Returns:
-        The parameters.
+        The two places.
 
     Raises:
-        ParameterError: one line, naming the known parameters or what is missing.
+        ParameterError: one line, naming the known parameters, or what is no place.
     """
-    before, after, out, seed, jobs = _values(names, PAIR_PARAMETERS)
-    _check_integer("seed", seed, 0)
-    _check_integer("jobs", jobs, 1)
-    folder = Path(str(out)).expanduser() if out else None
-    if folder is not None and not folder.is_dir():
-        raise ParameterError(f"out {str(out)!r}: no such folder; make it first")
-    try:
-        places = [_located(str(before)), _located(str(after))]
-    except ValueError as error:
-        raise ParameterError(str(error)) from None
-    return PairParameters(places[0], places[1], folder, int(seed), int(jobs))
+    _check_names(names, PAIR)
+    for name in PAIR:
+        if not isinstance(names[name], str) or not names[name]:
+            raise ParameterError(
+                f"{name} {names[name]!r}: expected a directory, a .safetensors file or "
+                "a hub id"
+            )
+    return Pair(str(names["before"]), str(names["after"]))
 
 
-def _located(source: str) -> Path:
-    """A checkpoint of the reader's, or one of the book's own below data/."""
-    own = data_directory() / source
-    return own if not Path(source).exists() and own.exists() else locate(source)
-
-
-def _values(names: Mapping[str, object], known: tuple[str, ...]) -> list[Any]:
-    """The values of all known parameters; refused if one is unknown or missing."""
-    checked = (Parameters, PairParameters)
-    if not any(isinstance(value, checked) for value in names.values()):
-        unknown = [n for n, value in names.items() if _is_given(n, value, known)]
+def _check_names(names: Mapping[str, object], known: tuple[str, ...]) -> None:
+    """Refuse what a notebook does not have, and a notebook without its parameters."""
+    if not any(isinstance(value, (Parameters, Pair)) for value in names.values()):
+        unknown = [
+            name
+            for name, value in names.items()
+            if name not in known and _is_given(name, value)
+        ]
         if unknown:
             raise ParameterError(
                 f"unknown parameter {', '.join(unknown)}; expected {', '.join(known)}"
@@ -157,19 +159,11 @@ def _values(names: Mapping[str, object], known: tuple[str, ...]) -> list[Any]:
         raise ParameterError(
             f"no parameter {', '.join(missing)}; run the parameters cell first"
         )
-    return [names[name] for name in known]
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ParameterError(
-            f"{name} {value!r}: expected an integer, {least} or larger"
-        )
-
-
-def _is_given(name: str, value: object, known: tuple[str, ...]) -> bool:
-    """Whether a name in a fresh notebook can be a parameter that is not known."""
-    own = KERNEL_NAMES.fullmatch(name) is not None or name in known
+def _is_given(name: str, value: object) -> bool:
+    """Whether a name in a fresh notebook can be a parameter."""
+    own = KERNEL_NAMES.fullmatch(name) is not None
     return not own and not callable(value) and not isinstance(value, ModuleType)
 
 
@@ -195,7 +189,7 @@ def load(
         ValueError: unknown arm, or a run that failed; the message says why.
     """
     profile, arms = parameters.profile, list(arms)
-    committed = set(committed_provenance(profile)["run"])
+    committed = set(committed_provenance()["run"])
     missing = []
     for arm in arms:
         for seed in parameters.seeds:
@@ -329,6 +323,29 @@ def _here(finding: Finding) -> str:
     known = not math.isnan(finding.low)
     between = f" [{finding.low:.3g}, {finding.high:.3g}]" if known else ""
     return f"{finding.effect:.3g}{between} ({finding.unit}; {seeds})"
+
+
+def claim_cards(
+    claim_ids: Iterable[str],
+    table: pd.DataFrame,
+    provenance: pd.DataFrame,
+    parameters: Parameters,
+) -> Any:
+    """The cards of a chapter's claims, for a page.
+
+    Args:
+        claim_ids: which claims.
+        table, provenance: of ``load``.
+        parameters: of the chapter; its profile says at what scale the runs are.
+    """
+    settings = PROFILES[parameters.profile]
+    scale = (
+        f"student of {settings.student.layers} layers of width "
+        f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
+        f"width {settings.teacher.width}"
+    )
+    cards = [claim_card(key, table, provenance, scale) for key in claim_ids]
+    return markdown("\n".join(cards))
 
 
 def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:

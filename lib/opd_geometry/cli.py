@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from opd_geometry import report_command
 from opd_geometry.pair_commands import measure_command, trajectory_command
 from opd_geometry.printing import duration, print_table
-from opd_geometry.report_command import report_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = commands.main(arguments, "opd-geometry", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         return _complain(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -72,7 +75,7 @@ def commands() -> None:
 
 commands.add_command(measure_command)
 commands.add_command(trajectory_command)
-commands.add_command(report_command)
+commands.add_command(report_command.report)
 
 
 # --- options ---------------------------------------------------------------------
@@ -167,7 +170,7 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
     from opd_geometry.schedule import plan as plan_runs
     from opd_geometry.schedule import total_seconds
 
-    rows = plan_runs(profile, _asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin))
     print_table(
         ["run", "steps", "estimated time", "state"],
         [
@@ -194,7 +197,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
     """
     from opd_geometry.schedule import plan as plan_runs
 
-    rows = plan_runs(profile, _asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin))
     print_table(
         ["run", "state", "step", "accuracy", "time left"],
         [
@@ -222,7 +225,7 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
     return [
         build(profile, arm, seed, scratch)
         for seed in parse_seeds(seeds)
-        for arm in parse_arms(arms)
+        for arm in parse_arms(arms, profile)
     ]
 
 
@@ -289,7 +292,7 @@ def checkpoints(profile: str, arms: str) -> None:
     from opd_geometry.profiles import STAGES, build, parse_arms
     from opd_geometry.runs import store
 
-    for arm in parse_arms(arms):
+    for arm in parse_arms(arms, profile):
         stage = arm in STAGES
         source = f"checkpoints/{profile}-{arm}{'' if stage else '-s0'}"
         kept = store(build(profile, arm, 0, from_scratch=stage), source)
@@ -310,17 +313,15 @@ def claims(profile: str) -> None:
     """
     from opd_geometry import measure
     from opd_geometry.claims import claims_table, write_claims
-    from opd_geometry.profiles import PROFILES
+    from opd_geometry.profiles import settings_of
     from opd_geometry.runs import data_directory
 
-    if profile not in PROFILES:
-        known = ", ".join(PROFILES)
-        raise ValueError(f"unknown profile {profile!r}; expected {known}")
+    settings_of(profile)
     table = measure.committed(profile)
     if table.empty:
         raise ValueError(
-            f"no committed measurements of profile {profile!r}: expected "
-            f"{measure.committed_path(profile)}; train with opd-geometry run, then "
+            f"no committed measurements of profile {profile!r}: expected some below "
+            f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
     findings = claims_table(table)
@@ -350,15 +351,16 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
       opd-geometry chapters
       opd-geometry chapters --profile laptop --seeds 0-2 02_locking
     """
-    from opd_geometry.site import execute_chapter, parameters_of
+    from opd_geometry.site import execute_chapter, known_parameters
 
     root = repository()
     given = {"profile": profile, "seeds": seeds}
     parameters = {name: value for name, value in given.items() if value is not None}
     for notebook in _notebooks(root, names):
         output = root / "book" / "chapters" / notebook.name
-        execute_chapter(notebook, output, parameters_of(notebook, parameters), root)
-        if not parameters:
+        known = known_parameters(notebook, parameters)
+        execute_chapter(notebook, output, known, root)
+        if not known:
             shutil.copyfile(output, notebook)
         click.echo(f"Executed {output.relative_to(root)}")
 
@@ -383,7 +385,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     from opd_geometry import measure
     from opd_geometry.claims import claims_table, write_claims
     from opd_geometry.profiles import ARMS, parse_seeds
-    from opd_geometry.site import execute_chapter, parameters_of, read_notebook
+    from opd_geometry.site import execute_chapter, known_parameters, read_notebook
 
     root = repository()
     notebooks = _notebooks(root, ())
@@ -396,7 +398,8 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     executed = []
     for notebook in notebooks:
         output = root / "_build" / "book" / "chapters" / notebook.name
-        execute_chapter(notebook, output, parameters_of(notebook, parameters), root)
+        known = known_parameters(notebook, parameters)
+        execute_chapter(notebook, output, known, root)
         executed.append(output)
         click.echo(f"Executed {output.relative_to(root)}")
     table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
@@ -416,13 +419,15 @@ def site() -> int:
     Examples:
       opd-geometry site
     """
-    from opd_geometry.measure import committed_provenance
+    from opd_geometry.measure import committed_provenance, committed_runs
     from opd_geometry.profiles import COMMITTED
     from opd_geometry.runs import data_directory
 
     root = repository()
     published = sorted((root / "book" / "chapters").glob("*.ipynb"))
-    provenance = committed_provenance(COMMITTED[0])
+    listed = committed_provenance()
+    published_runs = [run.key() for run in committed_runs(COMMITTED[0])]
+    provenance = listed[listed["run"].isin(published_runs)]
     if provenance.empty:
         raise ValueError(
             f"no committed measurements of profile {COMMITTED[0]}: a page has to say "
@@ -465,7 +470,7 @@ def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
     from opd_geometry.measure import committed_provenance
     from opd_geometry.profiles import READER_ARMS
 
-    shelf = set(committed_provenance(profile)["run"])
+    shelf = set(committed_provenance()["run"])
     published = zip(
         _asked(profile, "all", seeds, "committed"),
         _asked(profile, "all", seeds, origin),

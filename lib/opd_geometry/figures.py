@@ -214,12 +214,13 @@ def first_last(
         roles: the attention projections, as in the paper's trajectories.
 
     Returns:
-        One row an arm, columns first and last.
+        One row an arm, columns first and last; NaN where every seed is undefined.
     """
     arms = _present(table, arms)
     values = over_matrices(table[table["arm"].isin(arms)], metric, roles)
     by_arm = values.groupby(["arm", "frac"])["value"].mean().groupby("arm")
-    return pd.DataFrame({"first": by_arm.first(), "last": by_arm.last()}).loc[arms]
+    ends = pd.DataFrame({"first": by_arm.first(), "last": by_arm.last()})
+    return ends.reindex(arms)
 
 
 def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
@@ -235,14 +236,18 @@ def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
 
 
 def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
-    """Arms and their values, largest first; ``≈`` where they look the same.
+    r"""Arms and their values, largest first; ``≈`` where they look the same.
 
     >>> ranking({"sft": 0.081, "opd": 0.516, "rlvr": 0.0811}, ".1%")
-    'OPD 51.6 % > RLVR 8.1 % ≈ SFT 8.1 %'
+    'OPD 51.6\xa0% > RLVR 8.1\xa0% ≈ SFT 8.1\xa0%'
+
+    Between a number and its per cent sign stands a space that does not break; an
+    undefined value is left out.
     """
     text, before = "", ""
-    for arm, value in sorted(values.items(), key=lambda item: -item[1]):
-        shown = f"{value:{form}}".replace("%", " %")
+    known = {arm: value for arm, value in values.items() if not np.isnan(value)}
+    for arm, value in sorted(known.items(), key=lambda item: -item[1]):
+        shown = f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
         sign = " ≈ " if shown == before else " > "
         text += f"{sign if text else ''}{ARM_STYLES[arm].label} {shown}"
         before = shown
@@ -360,6 +365,8 @@ def _draw_panel(
     values = over_matrices(table, panel.metric, roles)
     for arm in _present(table, panel.arms):
         curve = values[values["arm"] == arm]
+        if curve.empty:  # an arm that never moved has no such metric
+            continue
         draw_curve(ax, curve, ARM_STYLES[arm])
         if panel.metric.endswith("norm"):
             _draw_independent_steps(ax, curve)
@@ -561,8 +568,6 @@ def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     null = null[null["arm"] == arm].groupby("layer")["value"].mean()
     ax.plot(null, ":", color=GREY, label=NULL_LABEL)
     ax.set_yscale("log")
-    if np.ptp(np.log10(ax.get_ylim())) < 1.5:  # else powers of ten do
-        _plain_log_ticks(ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -698,11 +703,9 @@ def role_maps(
             ]
             low = min(float(values.min().min()) for values in maps if values.size)
             high = max(float(values.max().max()) for values in maps if values.size)
-            scale = 1000 if high < 0.05 else 1  # small numbers do not fit into a cell
             for ax, values in zip(column, maps, strict=True):
-                _draw_values(ax, scale * values, scale * low, scale * high)
-            title = METRIC_LABELS[metric] + ("" if scale == 1 else f" x {scale}")
-            column[0].set_title(title.replace(", ", ",\n"))
+                _draw_values(ax, values, low, high)
+            column[0].set_title(METRIC_LABELS[metric].replace(", ", ",\n"))
         labels = [ARM_STYLES[arm].label, NULL_LABEL]
         for row, label in zip(axes, labels, strict=False):
             row[0].set_ylabel(f"{label}\nlayer")
@@ -715,6 +718,7 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
+    few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 5
     sns.heatmap(
         values,
         ax=ax,
@@ -731,12 +735,15 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
     ax.tick_params(length=0, labelrotation=0)
 
 
-def region_maps(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
+def region_maps(
+    table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd"
+) -> Figure:
     """Where visible changes lie within one matrix (the 3 x 3 maps of Figure 3).
 
     Args:
         table: tidy, with the rows of role ``region`` (see ``measure.map_rows``).
         arms: the rows.
+        null_of: the arm whose Gaussian null is the last row.
 
     Returns:
         The figure: columns as in ``mask_maps``, one square a region of the matrix,
@@ -746,18 +753,23 @@ def region_maps(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     Raises:
         ValueError: the table has none of the arms.
     """
-    arms = _present(table, arms)
+    rows = [(arm, "") for arm in _present(table, arms)]
+    rows += [(arm, "null_") for arm in _present(table, [null_of])]
     regions = table[table["role"] == "region"]
     with styled():
         figure, axes = plt.subplots(
-            len(arms), 3, figsize=(WIDTH, 0.4 + 2.2 * len(arms)), layout="constrained"
+            len(rows), 3, figsize=(WIDTH, 0.4 + 2.2 * len(rows)), layout="constrained"
         )
-        for row, arm in zip(np.atleast_2d(axes), arms, strict=True):
+        for row, (arm, prefix) in zip(axes, rows, strict=True):
             of_arm = regions[regions["arm"] == arm]
             for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_regions(ax, of_arm[of_arm["metric"] == metric], metric)
-            row[0].set_ylabel(ARM_STYLES[arm].label, color=ARM_STYLES[arm].colour)
-        for ax, metric in zip(np.atleast_2d(axes)[0], MASK_METRICS, strict=True):
+                _draw_regions(ax, of_arm[of_arm["metric"] == prefix + metric], metric)
+            label, colour = ARM_STYLES[arm].label, ARM_STYLES[arm].colour
+            row[0].set_ylabel(
+                f"Gaussian null\nof {label}" if prefix else label,
+                color=GREY if prefix else colour,
+            )
+        for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
             ax.set_title(f"{METRIC_LABELS[metric]} (%)")
     return figure
 

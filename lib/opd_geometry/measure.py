@@ -23,19 +23,23 @@ from torch import Tensor
 
 from opd_geometry import spectra, updates
 from opd_geometry.checkpoints import Matrix, list_matrices, read_matrix
+from opd_geometry.choices import choices
 from opd_geometry.comparison import (
     Reference,
     compare,
     compare_null,
+    defined,
     null_seed,
     null_weights,
     reference,
 )
 from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.profiles import PROFILES, build
+from opd_geometry.projection import leaked_energy
 from opd_geometry.runs import (
     Run,
     checkpoint,
+    confining_bases,
     data_directory,
     ensure,
     history,
@@ -46,8 +50,9 @@ from opd_geometry.runs import (
 )
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-TABLE = 5  # raised when the same checkpoints would give another table
+TABLE = 6  # raised when the same checkpoints would give another table
 MAP_REGIONS = 16  # a side of the local maps
+SIMILARITY_RANKS = (1, 4, 8, 16)  # further K of Sim_K
 
 
 def measure_matrix(
@@ -67,25 +72,80 @@ def measure_matrix(
     (_, origin), *later = sorted(checkpoints.items())
     before = reference(read_matrix(origin, name))
     weights = {step: read_matrix(path, name) for step, path in later}
-    rank = min(rank, *before.w_before.shape)
-    origin_weights = before.w_before.double()
-    subspaces = {}
-    for step, w in weights.items():
-        with suppress(ValueError):  # an update of lower rank has no such subspace
-            subspaces[step] = spectra.top_right_subspace(
-                w.double() - origin_weights, rank
-            )
-    end = max(weights)
-    rows = []
+    end, w_before = max(weights), before.w_before.double()
+    deltas = {step: w.double() - w_before for step, w in weights.items()}
+    similarity = similarities(deltas, rank, "")
+    for other in SIMILARITY_RANKS:
+        similarity |= similarities(deltas, other, f"@K={other}")
+    rows = [(step, metric, value) for (step, metric), value in similarity.items()]
     for step, w_after in weights.items():
         values = compare(before, w_after)
         values |= compare_null(before, w_after, null_seed(seed, name, step))
-        if step in subspaces and end in subspaces:
-            values["similarity_to_end"] = spectra.subspace_similarity(
-                subspaces[step], subspaces[end]
-            )
-            values["null_similarity_to_end"] = rank / before.w_before.shape[1]
+        if step == end:
+            noise = null_weights(before, w_after, null_seed(seed, name, step))
+            varied = choices(before.w_before, noise)
+            values |= choices(before.w_before, w_after)
+            values |= {f"null_{metric}": value for metric, value in varied.items()}
         rows += [(step, metric, value) for metric, value in values.items()]
+    return rows
+
+
+def similarities(
+    deltas: dict[int, Tensor], rank: int, suffix: str
+) -> dict[tuple[int, str], float]:
+    """Sim_K of every checkpoint's update with the last one, and its null, K/n.
+
+    Args:
+        deltas: step to W_t - W_0.
+        rank: K, at most the smaller side.
+        suffix: of the metric's name.
+
+    Returns:
+        (step, metric) to value; without the steps at which the update has no such
+        subspace, being of lower rank.
+    """
+    n_cols = deltas[max(deltas)].shape[1]
+    rank = min(rank, *deltas[max(deltas)].shape)
+    subspaces = {}
+    for step, delta in deltas.items():
+        with suppress(ValueError):
+            subspaces[step] = spectra.top_right_subspace(delta, rank)
+    last = subspaces.get(max(deltas))
+    if last is None:
+        return {}
+    values: dict[tuple[int, str], float] = {}
+    for step, basis in subspaces.items():
+        shared = spectra.subspace_similarity(basis, last)
+        values[step, f"similarity_to_end{suffix}"] = shared
+        values[step, f"null_similarity_to_end{suffix}"] = rank / n_cols
+    return values
+
+
+def leak_rows(
+    run: Run, matrices: list[Matrix], paths: dict[int, Path]
+) -> list[tuple[int, str, str, int, str, float]]:
+    """Of a confined run: how much of its update since the branch left the subspace.
+
+    leak = 1 - ||D V V^T||_F^2 / ||D||_F^2, D = W_t - W_branch
+
+    Rows of the metric ``leak``, from 0 (all inside) to 1.
+
+    Source: ours; the paper projects gradients and shows no leak.
+    """
+    if run.branch is None:
+        return []
+    bases = confining_bases(run)
+    origin = checkpoint(run.branch, run.branch_step())
+    rows = []
+    for matrix in matrices:
+        if matrix.name not in bases:
+            continue
+        start = read_matrix(origin, matrix.name).double()
+        for step, path in paths.items():
+            delta = read_matrix(path, matrix.name).double() - start
+            leak = defined(leaked_energy, delta, bases[matrix.name])
+            place = (matrix.name, matrix.role, matrix.layer)
+            rows.append((step, *place, "leak", leak))
     return rows
 
 
@@ -176,6 +236,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     with one_thread():
         matrices = list_matrices(paths[0])
         rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
+        rows += leak_rows(run, matrices, {step: paths[step] for step in steps})
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             values = measure_matrix(matrix.name, paths, rank, run.seed)
@@ -199,26 +260,23 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
 
 # --- committed measurements ------------------------------------------------------
 
-
-def committed_path(profile: str) -> Path:
-    """Where a profile's committed table lies; its provenance stands beside it."""
-    return data_directory() / "measurements" / f"{profile}.parquet"
+PROVENANCE = ["run", "arm", "seed", "steps", "wall_seconds", "machine"]
+RESTORE = "take it from version control, or commit the runs again"
 
 
-def committed(profile: str) -> pd.DataFrame:
-    """A profile's committed table; empty when there is none."""
-    path = committed_path(profile)
-    if not path.is_file():
-        return pd.DataFrame(columns=COLUMNS)
-    try:
-        return _with_columns(pd.read_parquet(path), COLUMNS, path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
+def provenance_path() -> Path:
+    """Where the list of all committed runs lies; their tables stand beside it."""
+    return data_directory() / "measurements" / "runs.csv"
 
 
-def committed_provenance(profile: str) -> pd.DataFrame:
+def committed_path(run: Run) -> Path:
+    """Where the table of a committed run lies."""
+    return provenance_path().with_name(f"{run.name}.parquet")
+
+
+def committed_provenance() -> pd.DataFrame:
     """One row a committed run: run, arm, seed, steps, seconds, versions, machine."""
-    path = committed_path(profile).with_suffix(".runs.csv")
+    path = provenance_path()
     if not path.is_file():
         return pd.DataFrame(columns=PROVENANCE)
     try:
@@ -227,8 +285,14 @@ def committed_provenance(profile: str) -> pd.DataFrame:
         raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
 
 
-PROVENANCE = ["run", "arm", "seed", "steps", "wall_seconds", "machine"]
-RESTORE = "take it from version control, or commit the runs again"
+def committed_table(run: Run) -> pd.DataFrame:
+    """The table of a run that is listed as committed."""
+    path = committed_path(run)
+    try:
+        table = _with_columns(pd.read_parquet(path), COLUMNS, path)
+        return table.astype({"value": float})
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}; {RESTORE}") from error
 
 
 def _with_columns(table: pd.DataFrame, columns: list[str], path: Path) -> pd.DataFrame:
@@ -239,6 +303,26 @@ def _with_columns(table: pd.DataFrame, columns: list[str], path: Path) -> pd.Dat
             f"{path} is damaged: it has no column {', '.join(missing)}; {RESTORE}"
         )
     return table
+
+
+def committed_runs(profile: str) -> list[Run]:
+    """A profile's runs that are listed as committed."""
+    rows = committed_provenance()
+    listed = set(rows["run"])
+    return [
+        run
+        for seed in sorted(set(rows["seed"]))
+        for arm in PROFILES[profile].arms
+        if (run := build(profile, arm, int(seed))).key() in listed
+    ]
+
+
+def committed(profile: str) -> pd.DataFrame:
+    """The table of a profile's committed runs; empty when there are none."""
+    tables = [committed_table(run) for run in committed_runs(profile)]
+    if not tables:
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.concat(tables, ignore_index=True)
 
 
 def provenance_of(run: Run) -> dict[str, object]:
@@ -269,39 +353,34 @@ def load(
         (``committed`` or ``this machine``).
 
     Raises:
-        ValueError: unknown profile, arm or source, or committed files that do not
-            agree.
+        ValueError: unknown profile, arm or source, or a committed file that is missing
+            or damaged.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; expected {', '.join(SOURCES)}")
-    pairs = [(arm, seed) for arm in arms for seed in seeds]
-    local_runs = {pair: build(profile, *pair, source == "scratch") for pair in pairs}
-    shelf, shelf_rows = committed(profile), committed_provenance(profile)
-    on_shelf = set(shelf_rows["run"])
+    listed = committed_provenance().set_index("run", drop=False)
     tables, rows = [], []
-    for pair, run in local_runs.items():
-        key = build(profile, *pair).key()
-        local_first = source != "committed" and is_done(run)
-        if key in on_shelf and not local_first:
-            tables.append(shelf[shelf["run"] == key])
-            if tables[-1].empty:
-                raise ValueError(
-                    f"{committed_path(profile)} has no rows of run {key} "
-                    f"({run.arm}, seed {run.seed}), which is listed beside it; "
-                    f"{RESTORE}"
-                )
-            row = shelf_rows[shelf_rows["run"] == key].iloc[0].to_dict()
+    for arm, seed in [(arm, seed) for arm in arms for seed in seeds]:
+        own = build(profile, arm, seed, source == "scratch")
+        published = build(profile, arm, seed)
+        local_first = source != "committed" and is_done(own)
+        if published.key() in listed.index and not local_first:
+            tables.append(committed_table(published))
+            row = listed.loc[published.key()].to_dict()
             rows.append({**row, "source": "committed"})
         else:
-            tables.append(measure_run(run, PROFILES[profile].rank))
-            rows.append({**provenance_of(run), "source": "this machine"})
+            tables.append(measure_run(own, PROFILES[profile].rank))
+            rows.append({**provenance_of(own), "source": "this machine"})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
 
 def commit(profile: str, runs: Iterable[Run]) -> Path:
-    """Put finished runs' tables and provenance into the profile's committed files.
+    """Put finished runs' tables and provenance where the committed ones lie.
 
-    Rows of the same arm and seed are replaced, all others stay.
+    A run takes the place of an earlier one of its name; all others stay.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: none of the runs is finished, or the files cannot be written.
@@ -312,31 +391,27 @@ def commit(profile: str, runs: Iterable[Run]) -> Path:
             f"no finished run of profile {profile} to commit: expected one at least; "
             "train with opd-geometry run"
         )
-    path = committed_path(profile)
-    fresh = pd.concat([measure_run(run, PROFILES[profile].rank) for run in runs])
-    rows = pd.DataFrame([provenance_of(run) for run in runs])
-    listing = path.with_suffix(".runs.csv")
-    with clear_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # both are whole before either takes its name; one commit at a time
-        with (
-            FileLock(path.with_suffix(".lock")),
-            replacing(path) as table_draft,
-            replacing(listing) as rows_draft,
-        ):
-            table = _replace(committed(profile), fresh)
-            for column in ("run", "arm", "matrix", "role", "metric"):
-                table[column] = table[column].astype("category")
-            table.to_parquet(table_draft, index=False, compression="zstd")
-            merged = _replace(committed_provenance(profile), rows)
-            merged.to_csv(rows_draft, index=False)
-    return path
+    listing = provenance_path()
+    with clear_write_errors(listing):
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        for run in runs:  # the tables first: what is listed is there
+            table = measure_run(run, PROFILES[profile].rank)
+            with replacing(committed_path(run)) as draft:
+                _narrow(table).to_parquet(draft, index=False, compression="zstd")
+        rows = pd.DataFrame([provenance_of(run) for run in runs])
+        with FileLock(listing.with_suffix(".lock")), replacing(listing) as draft:
+            old = committed_provenance()
+            old = old[~old["run"].isin(rows["run"])]
+            parts = [part for part in (old, rows) if len(part)]
+            merged = pd.concat(parts).sort_values(["arm", "seed"], kind="stable")
+            merged.to_csv(draft, index=False)
+    return listing.parent
 
 
-def _replace(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """``old`` without the (arm, seed) pairs of ``new``, then ``new``; sorted."""
-    taken = set(zip(new["arm"], new["seed"], strict=True))
-    kept = [pair not in taken for pair in zip(old["arm"], old["seed"], strict=True)]
-    parts = [part for part in (old[np.array(kept, bool)], new) if len(part)]
-    order = [c for c in ("arm", "seed", "step", "matrix", "metric") if c in new.columns]
-    return pd.concat(parts).sort_values(order, kind="stable", ignore_index=True)
+def _narrow(table: pd.DataFrame) -> pd.DataFrame:
+    """The table in a third of the space: words once, values to seven digits.
+
+    Another processor changes the seventh anyway.
+    """
+    words = ["run", "arm", "matrix", "role", "metric"]
+    return table.astype({**dict.fromkeys(words, "category"), "value": np.float32})

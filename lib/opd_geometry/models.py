@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from opd_geometry.tasks import CHARACTERS
@@ -36,11 +38,14 @@ class ModelConfig:
         width: hidden size; heads have ``head_size`` channels each.
         layers: number of decoder layers.
         head_size: channels of a head; two query heads share a key-value head.
+        experts: 0 for one dense network a layer; else Qwen3-MoE, whose router sends
+            every token to two experts of a third of the dense network's size.
     """
 
     width: int = 128
     layers: int = 4
     head_size: int = 32
+    experts: int = 0
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,32 +62,38 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
-    """A freshly initialised Qwen3 model in float32.
+    """A freshly initialised Qwen3 or Qwen3-MoE model in float32.
 
     Args:
         config: its shape.
         seed: decides the initial weights; the global generator is left as it was.
     """
     heads = config.width // config.head_size
+    shape: dict[str, Any] = {
+        "vocab_size": 2 + len(CHARACTERS),
+        "hidden_size": config.width,
+        "intermediate_size": 3 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "head_dim": config.head_size,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "dtype": torch.float32,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=2 + len(CHARACTERS),
-                hidden_size=config.width,
-                intermediate_size=3 * config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=heads,
-                num_key_value_heads=max(1, heads // 2),
-                head_dim=config.head_size,
-                max_position_embeddings=256,
-                tie_word_embeddings=False,
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=None,
-                dtype=torch.float32,
-            )
-        ).eval()
+        if not config.experts:
+            return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+        shape |= {
+            "num_experts": config.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": config.width,
+        }
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()
 
 
 def load_model(

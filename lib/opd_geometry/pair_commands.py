@@ -106,7 +106,13 @@ def _options(command: Command) -> Command:
     show_default=True,
     help="Also measure a Gaussian update of the same norm.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of that Gaussian.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of that Gaussian.",
+)
 def measure_command(
     before: str,
     after: str,

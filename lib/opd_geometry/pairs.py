@@ -414,8 +414,10 @@ def plan_pair(
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.list_pairs`, or the two have
-            fewer than half of their matrices in common.
+            fewer than half of their matrices in common; a negative seed.
     """
+    if seed < 0:
+        raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
     pairs = list_pairs(before, after, roles, missing="skip")
     missing = _missing(before, after, roles)
     asked = parse_metrics(metrics)
@@ -583,15 +585,15 @@ def run_plan(
         report: told of each finished matrix.
 
     Raises:
-        ValueError: the place cannot be written to, or the interrupted measurement
-            is of something else.
+        ValueError: the place cannot be written to, another process is writing there,
+            or the interrupted measurement is of something else.
     """
     if out is None:
         return _table(plan, _measured(plan.tasks, jobs, {}, report, lambda *_: None))
     with growing(out, plan.description, resume) as partial:
         rows = _measured(plan.tasks, jobs, partial.done, report, partial.add)
-    table = _table(plan, rows)
-    finish(out, table)
+        table = _table(plan, rows)
+        finish(out, table)  # before another process may begin
     return table
 
 

@@ -51,6 +51,9 @@ class PolicyConfig:
         estimator: ``sampled`` (gap of the sampled token, the paper's experiments) or
             ``full`` (reverse KL over the vocabulary, the paper's appendix D).
         rollouts: who writes the completions, ``student`` or ``teacher``.
+        credit: ``gap`` (the advantage above) or ``likelihood``: every token's advantage
+            is one. With the teacher's rollouts that is cross-entropy on what the
+            teacher wrote, at this loop's budget.
         token_selection: ``all``, ``top-gap`` or ``random``.
         keep_frac: share of tokens that a selection keeps.
         clip_low, clip_high: the importance ratio stays within 1 - low and 1 + high.
@@ -68,6 +71,7 @@ class PolicyConfig:
     alpha: float = 1.0
     estimator: str = "sampled"
     rollouts: str = "student"
+    credit: str = "gap"
     token_selection: str = "all"
     keep_frac: float = 1.0
     clip_low: float = 0.2
@@ -114,6 +118,7 @@ class PolicyConfig:
 _CHOICES = {
     "estimator": ("sampled", "full"),
     "rollouts": ("student", "teacher"),
+    "credit": ("gap", "likelihood"),
     "token_selection": ("all", "top-gap", "random"),
 }
 
@@ -202,9 +207,11 @@ def policy_steps(
                 weights = random_weights[rows, :width]
                 if config.token_selection == "top-gap":
                     weights = losses.top_gap_weights(gap, piece.mask, config.keep_frac)
-                advantages = losses.mix_advantages(
-                    -gap, reward_advantages[rows], config.alpha
-                )
+                advantages = torch.ones_like(gap)
+                if config.credit == "gap":
+                    advantages = losses.mix_advantages(
+                        -gap, reward_advantages[rows], config.alpha
+                    )
                 loss = losses.policy_loss(
                     log_probs,
                     old,

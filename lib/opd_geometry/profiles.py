@@ -33,6 +33,9 @@ class Profile:
         teacher_sft: what turns the teacher's base into the teacher.
         policy: OPD's settings; every policy arm differs in one or two fields.
         rank: K of Sim_K and of projected training, just under the stable rank early on.
+        arms: what ``all`` stands for.
+        shelf: name under which base and teacher are stored in data/checkpoints, if so.
+        own_base_from: the first seed with a base of its own; None: all share one.
     """
 
     student: ModelConfig
@@ -44,6 +47,9 @@ class Profile:
     teacher_sft: SFTConfig
     policy: PolicyConfig
     rank: int
+    arms: tuple[str, ...]
+    shelf: str | None = None
+    own_base_from: int | None = None
 
 
 def _pretraining(steps: int, rate: float) -> SFTConfig:
@@ -68,6 +74,109 @@ def _sft(
     )
 
 
+# Arms of the policy loop as changes of OPD's settings (the claims' controls).
+_POLICY_ARMS: dict[str, dict[str, object]] = {
+    "opd": {},
+    "rlvr": {"alpha": 0.0},
+    "tokens-top-50": {"token_selection": "top-gap", "keep_frac": 0.5},
+    "tokens-top-25": {"token_selection": "top-gap", "keep_frac": 0.25},
+    "tokens-random-50": {"token_selection": "random", "keep_frac": 0.5},
+    "tokens-random-25": {"token_selection": "random", "keep_frac": 0.25},
+    "off-policy": {"rollouts": "teacher", "clip_low": 1.0, "clip_high": 1.0},
+    "mix-0.75": {"alpha": 0.75},
+    "mix-0.50": {"alpha": 0.5},
+    "mix-0.25": {"alpha": 0.25},
+    "mix-0.05": {"alpha": 0.05},
+    "mix-0.01": {"alpha": 0.01},
+    # cross-entropy on what the teacher writes, at OPD's budget
+    "ce-teacher": {"rollouts": "teacher", "credit": "likelihood"},
+    "opd-task-gcd": {"benchmarks": ("gcd",)},
+}
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """A projected arm: what it branches from, and where it is confined.
+
+    Attributes:
+        free: the unconstrained arm.
+        subspace, form: see ``runs.ProjectionConfig``.
+        factor: K in units of the profile's rank.
+        donor: the arm whose early subspace is taken instead of its own.
+    """
+
+    free: str
+    subspace: str = "own"
+    form: str = "gradient"
+    factor: float = 1
+    donor: str | None = None
+
+
+_PROJECTED_ARMS = {
+    "opd-projected": _Projected("opd"),
+    "opd-projected-random": _Projected("opd", "random"),
+    "opd-projected-update": _Projected("opd", form="update"),
+    "sft-projected": _Projected("sft"),
+    "sft-projected-random": _Projected("sft", "random"),
+    # the paper's rule for K, just under the stable rank at the branch, for SFT itself
+    "sft-projected-wide": _Projected("sft", factor=2),
+    "sft-matched-projected": _Projected("sft-matched"),
+    "opd-projected-pretrained": _Projected("opd", "pretrained"),
+    "opd-projected-donor": _Projected("opd", "donor", donor="sft-matched"),
+    "opd-projected-half": _Projected("opd", factor=0.5),
+    "opd-projected-wide": _Projected("opd", factor=2),
+    "opd-projected-wider": _Projected("opd", factor=4),
+    "opd-projected-random-wider": _Projected("opd", "random", factor=4),
+    "sft-projected-pretrained": _Projected("sft", "pretrained"),
+    "sft-projected-donor": _Projected("sft", "donor", donor="opd"),
+    "sft-projected-update": _Projected("sft", form="update"),
+    "sft-projected-half": _Projected("sft", factor=0.5),
+    "sft-projected-wider": _Projected("sft", factor=4),
+    "sft-matched-projected-random": _Projected("sft-matched", "random"),
+    "sft-matched-projected-pretrained": _Projected("sft-matched", "pretrained"),
+    "sft-matched-projected-donor": _Projected("sft-matched", "donor", donor="opd"),
+    "sft-matched-projected-update": _Projected("sft-matched", form="update"),
+    "sft-matched-projected-half": _Projected("sft-matched", factor=0.5),
+    "sft-matched-projected-wide": _Projected("sft-matched", factor=2),
+    "sft-matched-projected-wider": _Projected("sft-matched", factor=4),
+}
+# Other teachers for OPD: width in units of the student's, and experts.
+_TEACHER_ARMS = {
+    "opd-teacher-x1": (1, 0),
+    "opd-teacher-x2": (2, 0),
+    "opd-teacher-moe": (1.5, 8),
+}
+_RATES = {"x0.3": 0.3, "x3": 3.0}  # in units of the arm's own learning rate
+_RATE_ARMS = {
+    f"{arm}-lr-{name}": (arm, factor)
+    for arm in ("sft", "opd", "rlvr")
+    for name, factor in _RATES.items()
+}
+_WIDTHS = {"x1.5": 1.5, "x2": 2}  # in units of the student's width
+_WIDTH_ARMS = {
+    f"{arm}-width-{name}": (arm, factor)
+    for name, factor in _WIDTHS.items()
+    for arm in ("sft", "opd", "rlvr")
+}
+# The paper's RLVR has 8 times OPD's batch and 3.4 times its steps.
+PAPER_BATCH, PAPER_STEPS = 8, 3.4
+
+ARMS = (
+    "sft",
+    "sft-matched",
+    *list(_POLICY_ARMS)[:12],
+    *list(_PROJECTED_ARMS)[:7],
+)
+PUBLISHED_ARMS = (
+    *ARMS,
+    "rlvr-paper",
+    *list(_POLICY_ARMS)[12:],
+    *list(_PROJECTED_ARMS)[7:],
+    *_RATE_ARMS,
+    *_TEACHER_ARMS,
+    *_WIDTH_ARMS,
+)
+STAGES = ("base", "teacher")  # stored in data/checkpoints
 _LAPTOP = Profile(
     student=ModelConfig(width=128, layers=4),
     teacher=ModelConfig(width=192, layers=4),
@@ -80,7 +189,11 @@ _LAPTOP = Profile(
     teacher_sft=_sft(600, 3e-4, TEACHER_QUALITIES),
     policy=PolicyConfig(OptimizerConfig(1e-5, warmup_steps=10), steps=150),
     rank=2,
+    arms=ARMS,
+    shelf="laptop",
 )
+# The laptop's runs and many more: what every claim of the paper needs.
+_PUBLISHED = replace(_LAPTOP, arms=PUBLISHED_ARMS, own_base_from=3)
 # Seconds instead of minutes: for tests, never for conclusions.
 _SMOKE = Profile(
     student=ModelConfig(width=64, layers=2),
@@ -98,39 +211,12 @@ _SMOKE = Profile(
         max_new_tokens=16,
     ),
     rank=2,
+    arms=ARMS,
 )
-PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP}
-# Profiles whose base and teacher are stored in data/checkpoints.
-COMMITTED = ("laptop",)
+PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP, "published": _PUBLISHED}
+# Profiles whose measurements are committed, the site's own first.
+COMMITTED = ("published", "laptop")
 
-# Arms of the policy loop as changes of OPD's settings (the claims' controls).
-_POLICY_ARMS: dict[str, dict[str, object]] = {
-    "opd": {},
-    "rlvr": {"alpha": 0.0},
-    "tokens-top-50": {"token_selection": "top-gap", "keep_frac": 0.5},
-    "tokens-top-25": {"token_selection": "top-gap", "keep_frac": 0.25},
-    "tokens-random-50": {"token_selection": "random", "keep_frac": 0.5},
-    "tokens-random-25": {"token_selection": "random", "keep_frac": 0.25},
-    "off-policy": {"rollouts": "teacher", "clip_low": 1.0, "clip_high": 1.0},
-    "mix-0.75": {"alpha": 0.75},
-    "mix-0.50": {"alpha": 0.5},
-    "mix-0.25": {"alpha": 0.25},
-    "mix-0.05": {"alpha": 0.05},
-    "mix-0.01": {"alpha": 0.01},
-}
-_PROJECTED_ARMS: dict[str, tuple[str, str, str, int]] = {
-    # arm: (the arm it branches from, subspace, form, K in units of the profile's rank)
-    "opd-projected": ("opd", "own", "gradient", 1),
-    "opd-projected-random": ("opd", "random", "gradient", 1),
-    "opd-projected-update": ("opd", "own", "update", 1),
-    "sft-projected": ("sft", "own", "gradient", 1),
-    "sft-projected-random": ("sft", "random", "gradient", 1),
-    # SFT's stable rank at the branch is about 4: the paper's rule applied to SFT itself
-    "sft-projected-wide": ("sft", "own", "gradient", 2),
-    "sft-matched-projected": ("sft-matched", "own", "gradient", 1),
-}
-ARMS = ("sft", "sft-matched", *_POLICY_ARMS, *_PROJECTED_ARMS)
-STAGES = ("base", "teacher")  # shared by all seeds; stored in data/checkpoints
 # What a reader's own run trains: each kind of arm and one control of each kind.
 READER_ARMS = (
     "sft",
@@ -149,53 +235,131 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
 
     Args:
         profile: a key of ``PROFILES``.
-        arm: one of ``ARMS``, or ``base`` or ``teacher``.
+        arm: one of ``PUBLISHED_ARMS``, or ``base`` or ``teacher``.
         seed: 0 or larger.
         from_scratch: train base and teacher instead of taking the committed ones.
 
     Raises:
         ValueError: unknown profile or arm; the message lists the known ones.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
-    settings = PROFILES[profile]
-    scratch = from_scratch or profile not in COMMITTED
+    settings = settings_of(profile)
     if arm == "base":
-        early = Run("base-early", 0, settings.base, settings.student)
-        return Run("base", 0, settings.base_annealing, early)
+        return _base(settings, settings.student, _base_seed(settings, seed))
     if arm == "teacher":
-        grown = Run("teacher-base", 0, settings.teacher_base, settings.teacher)
-        return Run("teacher", 0, settings.teacher_sft, grown)
+        return _teacher(settings, settings.teacher)
     if arm == "sft":
-        return Run("sft", seed, settings.sft, _shared(profile, "base", scratch))
+        start = _shared_base(settings, seed, from_scratch)
+        return Run("sft", seed, settings.sft, start)
+    if arm in _WIDTH_ARMS:
+        return _wider(profile, arm, seed, from_scratch)
+    if arm in _RATE_ARMS:
+        plain, factor = _RATE_ARMS[arm]
+        run = build(profile, plain, seed, from_scratch)
+        rate = factor * run.train.optimizer.learning_rate
+        optimizer = replace(run.train.optimizer, learning_rate=rate)
+        return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
+    if arm in _PROJECTED_ARMS:
+        return _projected(profile, arm, seed, from_scratch)
+    anchor = build(profile, "sft", seed, from_scratch)
     if arm == "sft-matched":
-        matched = replace(
-            settings.sft,
-            optimizer=settings.policy.optimizer,
-            steps=settings.policy.steps,
-            batch_sequences=settings.policy.prompts_per_step
-            * settings.policy.group_size,
-            benchmarks=settings.policy.benchmarks,
+        return Run(arm, seed, _matched(settings), anchor)
+    if arm == "rlvr-paper":
+        longer = replace(
+            settings.policy,
+            alpha=0.0,
+            steps=round(PAPER_STEPS * settings.policy.steps),
+            prompts_per_step=PAPER_BATCH * settings.policy.prompts_per_step,
         )
-        return Run(arm, seed, matched, build(profile, "sft", seed, scratch))
+        return Run(arm, seed, longer, anchor)
+    if arm in _TEACHER_ARMS:
+        factor, experts = _TEACHER_ARMS[arm]
+        shape = replace(_scaled(settings.student, factor), experts=experts)
+        return Run(arm, seed, settings.policy, anchor, _teacher(settings, shape))
     if arm in _POLICY_ARMS:
         train = replace(settings.policy, **_POLICY_ARMS[arm])  # type: ignore[arg-type]
-        teacher = _shared(profile, "teacher", scratch) if train.needs_teacher else None
-        anchor = build(profile, "sft", seed, scratch)
-        return Run(arm, seed, train, anchor, teacher)
-    if arm in _PROJECTED_ARMS:
-        free_arm, subspace, form, factor = _PROJECTED_ARMS[arm]
-        free = build(profile, free_arm, seed, scratch)
-        projection = ProjectionConfig(factor * settings.rank, subspace, form)
-        return replace(free, arm=arm, projection=projection, branch=free)
-    raise ValueError(f"unknown arm {arm!r}; expected {_or(ARMS)}")
+        teacher = _shared_teacher(settings, from_scratch)
+        return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
+    raise ValueError(f"unknown arm {arm!r}; expected {_or(settings.arms)}")
 
 
-def _shared(profile: str, stage: str, from_scratch: bool) -> Run | Stored:
-    """The base or the teacher that all seeds share: committed, or a run."""
-    if from_scratch:
-        return build(profile, stage, 0, from_scratch)
-    return stored(f"checkpoints/{profile}-{stage}")
+def settings_of(profile: str) -> Profile:
+    """Sizes and budgets of a profile.
+
+    Raises:
+        ValueError: unknown profile; the message lists the known ones.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
+    return PROFILES[profile]
+
+
+def _base(settings: Profile, shape: ModelConfig, seed: int) -> Run:
+    early = Run("base-early", seed, settings.base, shape)
+    return Run("base", seed, settings.base_annealing, early)
+
+
+def _teacher(settings: Profile, shape: ModelConfig) -> Run:
+    grown = Run("teacher-base", 0, settings.teacher_base, shape)
+    return Run("teacher", 0, settings.teacher_sft, grown)
+
+
+def _base_seed(settings: Profile, seed: int) -> int:
+    """Seed of the base below a run: 0, or the run's own where the profile says so."""
+    own = settings.own_base_from
+    return 0 if own is None or seed < own else seed
+
+
+def _shared_base(settings: Profile, seed: int, from_scratch: bool) -> Run | Stored:
+    """The base that seeds share, committed unless from scratch, or the seed's own."""
+    base_seed = _base_seed(settings, seed)
+    if from_scratch or settings.shelf is None or base_seed:
+        return _base(settings, settings.student, base_seed)
+    return stored(f"checkpoints/{settings.shelf}-base")
+
+
+def _shared_teacher(settings: Profile, from_scratch: bool) -> Run | Stored:
+    if from_scratch or settings.shelf is None:
+        return _teacher(settings, settings.teacher)
+    return stored(f"checkpoints/{settings.shelf}-teacher")
+
+
+def _matched(settings: Profile) -> SFTConfig:
+    """SFT at the policy arms' learning rate, steps, sequences and problems."""
+    policy = settings.policy
+    return replace(
+        settings.sft,
+        optimizer=policy.optimizer,
+        steps=policy.steps,
+        batch_sequences=policy.prompts_per_step * policy.group_size,
+        benchmarks=policy.benchmarks,
+    )
+
+
+def _projected(profile: str, arm: str, seed: int, from_scratch: bool) -> Run:
+    """An arm that goes on, confined, where its unconstrained twin was at the branch."""
+    spec = _PROJECTED_ARMS[arm]
+    free = build(profile, spec.free, seed, from_scratch)
+    donor = build(profile, spec.donor, seed, from_scratch) if spec.donor else None
+    rank = max(1, round(spec.factor * PROFILES[profile].rank))
+    projection = ProjectionConfig(rank, spec.subspace, spec.form)
+    return replace(free, arm=arm, projection=projection, branch=free, donor=donor)
+
+
+def _wider(profile: str, arm: str, seed: int, from_scratch: bool) -> Run:
+    """An arm of a wider student; all seeds share the base of that width."""
+    settings = PROFILES[profile]
+    plain, factor = _WIDTH_ARMS[arm]
+    base = _base(settings, _scaled(settings.student, factor), 0)
+    suffix = arm.removeprefix(plain)
+    anchor = Run(f"sft{suffix}", seed, settings.sft, base)
+    if plain == "sft":
+        return anchor
+    run = build(profile, plain, seed, from_scratch)
+    return replace(run, arm=arm, start=anchor)
+
+
+def _scaled(shape: ModelConfig, factor: float) -> ModelConfig:
+    return replace(shape, width=round(factor * shape.width))
 
 
 def _or(names: Iterable[str]) -> str:
@@ -231,21 +395,22 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
-def parse_arms(text: str) -> list[str]:
-    """Read arms as a comma-separated list, ``reader`` or ``all``.
+def parse_arms(text: str, profile: str) -> list[str]:
+    """Read arms as a comma-separated list, ``reader`` or the profile's ``all``.
 
     ``base`` and ``teacher``, the stages that all seeds share, can be named as well.
 
     Raises:
-        ValueError: unknown arm, listing the known ones.
+        ValueError: unknown profile or arm, listing the known ones.
     """
+    settings = settings_of(profile)
     if text == "all":
-        return list(ARMS)
+        return list(settings.arms)
     if text == "reader":
         return list(READER_ARMS)
     arms = [part.strip() for part in text.split(",")]
     for arm in arms:
-        if arm not in (*ARMS, *STAGES):
-            known = _or((*ARMS, *STAGES))
+        if arm not in (*PUBLISHED_ARMS, *STAGES):
+            known = _or((*settings.arms, *STAGES))
             raise ValueError(f"unknown arm {arm!r}; expected {known}, reader or all")
     return list(dict.fromkeys(arms))

@@ -18,17 +18,16 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from opd_geometry import __version__, figures, measure, tables
-from opd_geometry.files import clear_write_errors, replacing
-from opd_geometry.pairs import COLUMNS, METRICS, NULL_METRICS, REFUSED, summarise
-from opd_geometry.runs import data_directory
+from opd_geometry import __version__, figures, measure
+from opd_geometry.runs import clear_write_errors, data_directory, replacing
 
 YOURS = "yours"
 OURS = ("sft", "sft-matched", "opd", "rlvr")
-PROFILE = "laptop"
+PROFILE = "published"
 # Columns that no page can do without; every other section is drawn if it can be.
 PAIR_BASE = ("matrix", "role", "layer", "rows", "cols", "sparsity_bf16")
 TRAJECTORY_BASE = (
@@ -39,6 +38,9 @@ TRAJECTORY_BASE = (
     "stable_rank",
     "similarity_to_end",
 )
+COURSE = "Over training (Figures 4 and 5)"
+IDENTITY = ("step", "matrix", "role", "layer", "rows", "cols")  # never empty
+PAGE_SUFFIXES = (".html", ".htm")
 # The names of these tables -> the book's own.
 RENAMED = {
     "sparsity_bf16": "sparsity",
@@ -47,12 +49,10 @@ RENAMED = {
     "null_update_density": "null_density",
     "similarity_null": "null_similarity_to_end",
 }
+METRICS = tuple(figures.METRIC_LABELS)
 ANGLES = tuple(name for name in METRICS if name.startswith("angle_"))
-DRAWN = tuple(figures.METRIC_LABELS)  # metrics that the book's figures have a name for
-EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down")
+EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down", "expert_other")
 ROLE_ORDER = (*figures.LAYER_ROLES, *EXPERT_ROLES, "router", "embed", "head", "other")
-ONE_SIDE = 0.9  # share of the matrices that have to lie on one side of their null
-FAR_ENOUGH = 0.1  # relative difference of the means
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
 Cells = tuple[str, ...]
 
@@ -105,19 +105,34 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, an unreadable file, columns missing, no rows, or no
-            numbers where numbers belong.
+        ValueError: another suffix, an unreadable file, columns or cells missing, no
+            rows, an unknown role.
     """
     path = Path(path)
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".csv": pd.read_csv,
+        ".parquet": pd.read_parquet,
+        ".json": pd.read_json,
+    }
+    if path.suffix not in readers:
+        raise ValueError(
+            f"{path} has the suffix {path.suffix!r}, expected .csv, .parquet or .json; "
+            "give a table of opd-geometry measure or trajectory"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a table; check it")
     try:
-        return _checked(tables.read_table(path), path)
-    except OSError as error:
+        table = readers[path.suffix](path)
+    except (ValueError, pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error.strerror or error}), expected a table; "
-            "measure again"
+            f"{path} cannot be read ({_first_line(error)}), expected a whole "
+            f"{path.suffix[1:]} file; measure again"
         ) from error
+    return _checked(table, path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -132,20 +147,34 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         )
     if table.empty:
         raise ValueError(f"{path} has no rows, expected one a matrix; measure again")
-    for name in table.columns.intersection([*DRAWN, *base, *RENAMED]):
+    for name in table.columns.intersection([*METRICS, *base, *RENAMED]):
         if name in ("matrix", "role"):
             continue
         try:
             table[name] = pd.to_numeric(table[name])
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path}: column {name} is {error}, expected numbers; measure again"
+                f"{path}: column {name} holds {_first_line(error)}, expected numbers; "
+                "measure again"
             ) from error
-    if base is PAIR_BASE:  # what was not asked for may be absent
-        rest = [name for name in table if name not in COLUMNS]
-        table = table.reindex(columns=[*COLUMNS, *rest])
-    if "note" in table:
-        table["note"] = table["note"].astype(object).where(table["note"].notna(), "")
+    identity = [name for name in IDENTITY if name in table]
+    empty = [name for name in identity if table[name].isna().any()]
+    if empty:
+        raise ValueError(
+            f"{path} has rows without {', '.join(empty)}, expected one in every row; "
+            "measure again"
+        )
+    if {"rows", "cols"} <= set(table) and (table[["rows", "cols"]] < 1).any(axis=None):
+        raise ValueError(
+            f"{path} has matrices of no rows or no columns, expected 1 or more; "
+            "measure again"
+        )
+    unknown = sorted({*map(str, table["role"])} - {*ROLE_ORDER})
+    if unknown:
+        raise ValueError(
+            f"{path} has the role {', '.join(unknown)}, expected some of "
+            f"{', '.join(ROLE_ORDER)}; measure again"
+        )
     return table
 
 
@@ -169,12 +198,13 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
         n, m = wide["rows"].astype(float), wide["cols"].astype(float)
         wide["null_stable_rank"] = n * m / (np.sqrt(n) + np.sqrt(m)) ** 2
         wide["parameters"] = n * m
-    known = {*figures.with_null(DRAWN), "parameters"}
+    known = {*METRICS, *figures.with_null(METRICS), "parameters"}
     keys = ["step", "matrix", "role", "layer"]
     long = wide.melt(
         keys, [name for name in wide if name in known], "metric", "value"
     ).assign(run=YOURS, arm=YOURS, seed=0)
-    return long[measure.COLUMNS].astype({"value": float})
+    # A mean is over the matrices that have the metric, as in the summary of `measure`.
+    return long[measure.COLUMNS].astype({"value": float}).dropna(subset="value")
 
 
 def paper_numbers(file: str) -> pd.DataFrame:
@@ -182,12 +212,6 @@ def paper_numbers(file: str) -> pd.DataFrame:
     path = data_directory() / "paper" / file
     columns = ["item", "arm", "metric", "relation", "value", "unit"]
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
-
-
-def _arm(name: str) -> str:
-    """An arm of the paper, as it is written."""
-    look = figures.ARM_STYLES.get(name)
-    return look.label if look else re.sub(r"^opd ", "OPD ", name)
 
 
 def _with_ours(own: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -229,7 +253,7 @@ def build_report(
         own = tidy(pair)
         both, arms = _with_ours(own)
         sections += [
-            _overview(pair),
+            _overview(pair, own),
             _sparsity(own, both, arms),
             _places(own, both, arms),
             _rotation(own),
@@ -270,10 +294,20 @@ def write_report(
 
     Raises:
         FileExistsError: the page exists and is not to be replaced.
-        FileNotFoundError, ValueError: as `read_table`; two tables of one kind, or a
-            place that cannot be written.
+        FileNotFoundError, ValueError: as `read_table`; two tables of one kind, another
+            suffix than .html, or a place that cannot be written.
     """
     out, paths = Path(out), [Path(path) for path in tables]
+    if out.suffix not in PAGE_SUFFIXES:
+        raise ValueError(
+            f"{out} ends in {out.suffix or 'nothing'!r}, expected "
+            f"{' or '.join(PAGE_SUFFIXES)}; rename it"
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(
+            f"{out.parent} is no directory, expected one to write {out.name} to; "
+            "make it first"
+        )
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; give --force to replace it")
     kinds: dict[bool, pd.DataFrame] = {}
@@ -287,7 +321,8 @@ def write_report(
         kinds["step" in table] = table
     name = title or (paths[0].stem if paths else "")
     page = build_report(kinds.get(False), kinds.get(True), name)
-    with clear_write_errors(out), replacing(out) as draft:
+    remedy = "make room there or name another file with --out"
+    with clear_write_errors(out, remedy), replacing(out) as draft:
         draft.write_text(page, encoding="utf8")
     return out
 
@@ -308,8 +343,11 @@ def _lead(pair: pd.DataFrame | None, trajectory: pd.DataFrame | None) -> str:
     """The first sentence: how much has changed."""
     if pair is None:
         return "How the update grew, and when its directions were settled."
-    entries = (pair["rows"] * pair["cols"]).to_numpy(float)
-    share = float(np.average(pair["sparsity_bf16"].fillna(1.0), weights=entries))
+    known = pair[pair["sparsity_bf16"].notna()]
+    if known.empty:
+        return "No matrix of this table has a sparsity: their notes say why."
+    entries = (known["rows"] * known["cols"]).to_numpy(float)
+    share = float(np.average(known["sparsity_bf16"], weights=entries))
     dtypes = {"dtype_before", "dtype_after"} <= set(pair)
     stored = sorted({*pair["dtype_before"], *pair["dtype_after"]}) if dtypes else []
     kinds = f" (stored as {', '.join(map(str, stored))})" if stored else ""
@@ -344,20 +382,16 @@ def _roles_in(own: pd.DataFrame, order: Sequence[str] = ROLE_ORDER) -> list[str]
 
 
 def _layer_roles(own: pd.DataFrame) -> list[str]:
-    """Roles of a map: those that stand in every layer."""
+    """Roles of a map: those that stand in layers."""
+    own = own[own["layer"] >= 0]  # a file may hold a single q_proj
     return _roles_in(own, (*figures.LAYER_ROLES, *EXPERT_ROLES))
 
 
-def _against(
-    own: pd.DataFrame,
-    metric: str,
-    form: Callable[[float], str],
-    roles: Sequence[str] = ROLE_ORDER,
-) -> str:
+def _against(own: pd.DataFrame, metric: str, form: Callable[[float], str]) -> str:
     """A mean, and what its null has."""
-    null = _mean(own, f"null_{metric}", roles)
+    null = _mean(own, f"null_{metric}")
     tail = f" (Gaussian null {form(null)})" if np.isfinite(null) else ""
-    return f"{form(_mean(own, metric, roles))}{tail}"
+    return f"{form(_mean(own, metric))}{tail}"
 
 
 def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
@@ -372,157 +406,84 @@ def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
 
 # --- sections ------------------------------------------------------------------------
 
-SUMMARY = ("matrices", *METRICS)
-PERCENT = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
+SUMMARY = (
+    "sparsity",
+    "null_sparsity",
+    "angle_left_mean_deg",
+    "angle_right_mean_deg",
+    "null_angle_right_mean_deg",
+    "nss",
+    "principal_overlap",
+    "low_magnitude_overlap",
+    "stable_rank",
+    "relative_norm",
+    "hill_alpha",
+)
+SHARES = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 
 
 def _label(metric: str) -> str:
-    plain = RENAMED.get(metric, metric)
-    name = figures.METRIC_LABELS.get(plain, plain)
-    return f"{name} (%)" if plain in PERCENT else name
+    plain = metric.removeprefix("null_")
+    name = figures.METRIC_LABELS[plain] + (" (%)" if plain in SHARES else "")
+    return f"null: {name}" if metric.startswith("null_") else name
 
 
-def _shown(metric: str, value: float) -> str:
-    return _short(100 * value if RENAMED.get(metric, metric) in PERCENT else value)
-
-
-def _overview(pair: pd.DataFrame) -> Section:
+def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
     """Means by role and over all, and what the table does not have."""
-    means = summarise(pair)
-    there = [name for name in METRICS if name in means]
-    roles = [role for role in ROLE_ORDER if role in set(means["role"])]
+    there = [metric for metric in SUMMARY if _has(own, metric)]
     rows = []
-    for _, row in means.set_index("role").loc[[*roles, "all"]].iterrows():
-        cells = [_cell(row, name) for name in there]
-        rows.append((str(row.name), f"{row['matrices']:.0f}", *cells))
-    absent = [_label(name) for name in METRICS if name not in there]
-    texts = [
-        "Means over matrices without weights, sparsity and density by parameters, as "
-        "in Table 1. In brackets the Gaussian null."
+    for role in [*_roles_in(own), "all"]:
+        chosen = _roles_in(own) if role == "all" else [role]
+        count = int((pair["role"].isin(chosen)).sum())
+        cells = [
+            _short((100 if m.removeprefix("null_") in SHARES else 1) * value)
+            for m in there
+            for value in [_mean(own, m, chosen)]
+        ]
+        rows.append((role, str(count), *cells))
+    absent = [
+        figures.METRIC_LABELS[m] for m in SUMMARY if m in METRICS and m not in there
     ]
+    texts = [
+        "Means over matrices without weights, sparsity by parameters, as in Table 1."
+    ]
+    refused = int(pair["sparsity_bf16"].isna().sum()) if "sparsity" in there else 0
+    if refused:
+        texts.append(
+            f"{refused} of {len(pair)} matrices have no sparsity and count for "
+            "nothing: their notes below say why."
+        )
     if absent:
         texts.append(f"Not in the table, so not on this page: {', '.join(absent)}.")
     columns = ("role", "matrices", *map(_label, there))
     return Section(
         "overview",
         "By role and over all",
-        (*texts, *_warnings(pair)),
-        tables=(
-            *_verdicts(pair),
-            Table("Means by role", columns, tuple(rows), ("all",)),
-        ),
+        tuple(texts),
+        tables=(Table("Means by role", columns, tuple(rows), ("all",)),),
         reading=(
             "A null says what the same diagnostic gives for a Gaussian update with the "
             "same Frobenius norm in every matrix. A value that equals its null tells "
             "the size of the update and nothing else; only the difference tells where "
             "it went.",
-            f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "
-            "one side of their own null and the means differ by "
-            f"{100 * FAR_ENOUGH:.0f} %. Matrices of one model are not independent, so "
-            "this sorts, and tests nothing.",
         ),
     )
-
-
-def _cell(row: "pd.Series[Any]", name: str) -> str:
-    """A mean, and its null if there is one."""
-    null = row.get(f"null_{name}", np.nan)
-    tail = f" ({_shown(name, null)})" if np.isfinite(null) else ""
-    return f"{_shown(name, row[name])}{tail}"
-
-
-def against_null(pair: pd.DataFrame) -> pd.DataFrame:
-    """Which diagnostics stand out from their null, by a rule.
-
-    A diagnostic *stands out* if at least ``ONE_SIDE`` of the matrices lie on the same
-    side of their own null, and its mean differs from the null's by at least
-    ``FAR_ENOUGH`` of it. Matrices of one model are not independent, so this is a rule
-    to sort by and no significance test.
-
-    Args:
-        pair: a table of ``measure`` with nulls.
-
-    Returns:
-        One row a diagnostic with a null: mean, null, ratio, above (share of the
-        matrices above their null, ties counted half), verdict (``above its null``,
-        ``below its null`` or ``at its null``). Means are plain, over matrices that
-        have both.
-    """
-    rows = {}
-    for name in NULL_METRICS:
-        both = pair[[name, f"null_{name}"]].dropna()
-        if both.empty:
-            continue
-        value, null = both[name], both[f"null_{name}"]
-        above = float(((value > null) + 0.5 * (value == null)).mean())
-        ratio = float(value.mean() / null.mean()) if null.mean() else float("nan")
-        far = abs(ratio - 1.0) >= FAR_ENOUGH
-        verdict = "at its null"
-        if far and above >= ONE_SIDE and ratio > 1:
-            verdict = "above its null"
-        elif far and above <= 1 - ONE_SIDE and ratio < 1:
-            verdict = "below its null"
-        rows[name] = {
-            "mean": float(value.mean()),
-            "null": float(null.mean()),
-            "ratio": ratio,
-            "above": above,
-            "verdict": verdict,
-        }
-    columns = ["mean", "null", "ratio", "above", "verdict"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
-def _verdicts(pair: pd.DataFrame) -> tuple[Table, ...]:
-    """``against_null`` as a table of the page."""
-    found = against_null(pair)
-    rows = tuple(
-        (
-            _label(str(name)).removesuffix(" (%)"),
-            _short(row["mean"]),
-            _short(row["null"]),
-            f"{row['ratio']:.2f}",
-            _percent(row["above"]),
-            str(row["verdict"]),
-        )
-        for name, row in found.iterrows()
-    )
-    columns = ("diagnostic", "mean", "null", "ratio", "matrices above", "verdict")
-    return (Table("What stands out from its null", columns, rows),) if rows else ()
-
-
-def _warnings(pair: pd.DataFrame) -> list[str]:
-    """What in the table is missing or not to be trusted."""
-    said = []
-    noted = pair[pair["note"] != ""]
-    refused = noted[noted["note"].str.startswith(REFUSED)]
-    if len(refused):
-        reasons = [
-            f"{row.matrix} ({str(row.note).removeprefix(REFUSED)})"
-            for row in refused.head(5).itertuples()
-        ]
-        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        said.append(
-            f"Not measured, {len(refused)} of {len(pair)} matrices: "
-            f"{', '.join(reasons)}{more}."
-        )
-    if others := len(noted) - len(refused):
-        said.append(
-            f"Angles of {others} matrices are uncertain, because the singular values "
-            "of the start have hardly a gap at k; the table at the end says how much."
-        )
-    return said
 
 
 def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section:
     """Table 1: the reader's model, the paper's rows, this book's."""
     value, null = _mean(own, "sparsity"), _mean(own, "null_sparsity")
     rows = [("your model", value, null, figures.ARM_STYLES[YOURS].colour)]
+    names = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
     for line in paper_numbers("table_1.csv").itertuples():
-        label = f"paper: {_arm(str(line.arm))}"
+        label = (
+            f"paper: {names.get(str(line.arm), str(line.arm).replace('opd ', 'OPD '))}"
+        )
         rows.append((label, float(line.value) / 100, np.nan, figures.GREY))
     ends, nulls = (
-        figures.at_end(both, f"{prefix}sparsity").groupby("arm")["value"].mean()
+        figures.at_end(both, f"{prefix}sparsity", ROLE_ORDER)
+        .groupby("arm")["value"]
+        .mean()
         for prefix in ("", "null_")
     )
     for arm in arms[1:]:
@@ -541,7 +502,7 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
                 "models. Ticks mark Gaussian nulls where they are known.",
                 finding,
                 "Share of entries with the same bf16 value before and after, by "
-                "parameters. The paper prints no nulls.",
+                "parameters, embeddings included. The paper prints no nulls.",
             ),
         ),
         tables=(
@@ -555,10 +516,10 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
         reading=(
             "Sparsity grows as the update shrinks: a step below half a unit in the "
             "last place of a bf16 weight is invisible. Compare with the null before "
-            "you compare with another model. Above the null, the update avoids or "
-            "spares entries more than chance would; at the null, it is small.",
-            "Compare checkpoints in the dtype that was published: one that was cast to "
-            "fp16 or quantised in between differs nearly everywhere.",
+            "you compare with another model. Above the null, the update spares more "
+            "entries than chance would; at the null, it is small.",
+            "Both checkpoints must be stored as they were published: a checkpoint that "
+            "was once cast to fp16 or quantised differs everywhere.",
         ),
     )
 
@@ -590,19 +551,27 @@ def _sparsity_bars(rows: list[tuple[str, float, float, str]]) -> Figure:
 
 def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section | None:
     """Figure 3: masks."""
-    if not all(_has(own, metric) for metric in figures.MASK_METRICS) or not (
-        set(own["role"]) & {*figures.LAYER_ROLES}
-    ):
+    if not all(_has(own, metric) for metric in figures.MASK_METRICS):
         return None
-    roles = _layer_roles(own)
     overlaps = [
-        f"{name} mask {_against(own, metric, _percent, roles)}"
+        f"{name} mask {_against(own, metric, _percent)}"
         for name, metric in (
             ("principal", "principal_overlap"),
             ("low-magnitude", "low_magnitude_overlap"),
         )
     ]
-    maps = figures.mask_maps(own, [YOURS], YOURS, roles)
+    roles = _layer_roles(own)
+    drawings = []
+    if roles:
+        drawings = [
+            drawn(
+                figures.mask_maps(own, [YOURS], YOURS, roles),
+                "Maps by layer and role of update density and of both overlaps, in per "
+                "cent, above the same maps of the Gaussian null.",
+                "Where a layer or a role stands out from its null, look there first.",
+                "Per cent. The colours of the overlaps are neutral at 50 %.",
+            )
+        ]
     bars = figures.mask_bars(both, arms)
     printed = paper_numbers("figures.csv")
     printed = printed[printed["item"] == "Figure 3"]
@@ -610,10 +579,7 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
         index="arm", columns="metric", values="value", sort=False
     )
     rows = tuple(
-        (
-            _arm(str(arm)),
-            *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS),
-        )
+        (str(arm), *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS))
         for arm, row in table.iterrows()
     )
     columns = ("paper", *(_label(metric) for metric in figures.MASK_METRICS))
@@ -630,13 +596,7 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
                 "Means over the layers' matrices. Bars of an overlap start at the "
                 "mask's own share, 50 %: what changes at random places would have.",
             ),
-            drawn(
-                maps,
-                "Maps by layer and role of update density and of both overlaps, in per "
-                "cent, above the same maps of the Gaussian null.",
-                "Where a layer or a role stands out from its null, look there first.",
-                "Per cent. The colours of the overlaps are neutral at 50 %.",
-            ),
+            *drawings,
         ),
         tables=(
             (Table("What the paper prints in Figure 3 (per cent)", columns, rows),)
@@ -647,9 +607,9 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
             "The principal mask holds the half of the entries that is largest in a "
             "low-rank copy of the start, the low-magnitude mask the half with the "
             "smallest weights. Small weights have a finer bf16 grid, so a uniform "
-            "update shows there first: an enriched low-magnitude mask is what the "
-            "null has, too. The baseline of 50 % is the wrong yardstick for it, the "
-            "null is the right one.",
+            "update shows there first: an enriched low-magnitude mask is what the null "
+            "has, too. The baseline of 50 % is the wrong yardstick for it, the null is "
+            "the right one.",
         ),
     )
 
@@ -663,8 +623,7 @@ def _rotation(own: pd.DataFrame) -> Section | None:
     roles = _layer_roles(own)
     drawings = []
     finding = "; ".join(
-        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short, roles or ROLE_ORDER)}"
-        for m in means
+        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short)}" for m in means
     )
     positive = own[(own["value"] > 0) | ~own["metric"].str.contains("angle|nss")]
     if roles:
@@ -696,9 +655,9 @@ def _rotation(own: pd.DataFrame) -> Section | None:
             "large where the gap between the k-th and the next singular value is "
             "small, whatever the update was. The null has the same gaps, so its angle "
             "is the one to compare with.",
-            "The spectral shift NSS is at most the relative norm. A random update "
-            "spends nearly all of its norm on turning; well above its null, an update "
-            "changes the singular values themselves.",
+            "The spectral shift NSS is bounded by the relative norm. A random update "
+            "spreads over all directions and shifts the spectrum least; well above its "
+            "null, the update is aligned with what was there.",
         ),
     )
 
@@ -709,7 +668,7 @@ def _printed(item: str) -> tuple[Table, ...]:
     lines = lines[lines["item"] == item]
     rows = tuple(
         (
-            _arm(str(x.arm)),
+            str(x.arm),
             str(x.metric).replace("_", " "),
             f"{x.relation} {x.value} {x.unit}",
         )
@@ -726,8 +685,8 @@ def _spectra(own: pd.DataFrame) -> Section | None:
     roles = _layer_roles(own)
     if not there or not roles:
         return None
-    rank = f"Stable rank {_against(own, 'stable_rank', _short, roles)}"
-    size = f"relative norm {_short(_mean(own, 'relative_norm', roles))}"
+    rank = f"Stable rank {_against(own, 'stable_rank', _short)}"
+    size = f"relative norm {_short(_mean(own, 'relative_norm'))}"
     return Section(
         "spectra",
         "The update's own spectrum",
@@ -762,6 +721,9 @@ def _course(trajectory: pd.DataFrame, pair: pd.DataFrame | None) -> Section:
     attention = _roles_in(own, figures.ATTENTION_ROLES) or _roles_in(own)
     both, arms = _with_ours(own)
     wanted = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
+    if not any(_has(own, metric) for metric in wanted):
+        note = "No matrix of the trajectory could be measured: its notes say why."
+        return Section("course", COURSE, (note,))
     grid = [
         [
             figures.Panel(metric, [YOURS], "your model" if row == 0 else ""),
@@ -775,7 +737,7 @@ def _course(trajectory: pd.DataFrame, pair: pd.DataFrame | None) -> Section:
     null = f" (random subspaces {_short(chance)})" if np.isfinite(chance) else ""
     return Section(
         "course",
-        "Over training (Figures 4 and 5)",
+        COURSE,
         figures=(
             drawn(
                 figures.trajectories(both, grid, attention),

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command("report")
+@click.command()
 @click.argument("tables", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -15,9 +15,7 @@ import click
 )
 @click.option("--title", help="What the page calls the model; default: TABLE's name.")
 @click.option("--force", is_flag=True, help="Replace a page that is there.")
-def report_command(
-    tables: tuple[Path, ...], out: Path, title: str | None, force: bool
-) -> None:
+def report(tables: tuple[Path, ...], out: Path, title: str | None, force: bool) -> None:
     """Draw measured checkpoints as one page that needs nothing beside it.
 
     TABLES are what measure and trajectory wrote, one of each at most: .csv, .parquet

@@ -87,7 +87,8 @@ class ProjectionConfig:
     Attributes:
         rank: K.
         subspace: ``own`` (top right singular vectors of this run's own W_t - W_0 at the
-            branch), ``random``, or ``pretrained`` (those of W_0).
+            branch), ``random``, ``pretrained`` (those of W_0), or ``donor`` (own, but
+            of another run; see ``Run.donor``).
         form: ``gradient`` (g <- g V V^T before the optimizer, as in the paper; Adam
             leaks) or ``update`` (the weights' change itself, which stays inside).
     """
@@ -97,10 +98,10 @@ class ProjectionConfig:
     form: str = "gradient"
 
     def __post_init__(self) -> None:
-        if self.subspace not in ("own", "random", "pretrained"):
+        if self.subspace not in ("own", "random", "pretrained", "donor"):
             raise ValueError(
                 f"unknown subspace {self.subspace!r}; "
-                "expected own, random or pretrained"
+                "expected own, random, pretrained or donor"
             )
         if self.form not in ("gradient", "update"):
             raise ValueError(f"unknown form {self.form!r}; expected gradient or update")
@@ -119,6 +120,7 @@ class Run:
         teacher: who scores (and writes off-policy), if anyone.
         projection: confines training after the branch point.
         branch: the unconstrained run whose state at the branch is continued.
+        donor: the run whose early subspace is taken, where it is another's.
         recipe: see ``RECIPE``.
     """
 
@@ -129,6 +131,7 @@ class Run:
     teacher: "Stored | Run | None" = None
     projection: ProjectionConfig | None = None
     branch: "Run | None" = None
+    donor: "Run | None" = None
     recipe: int = RECIPE
 
     def __post_init__(self) -> None:
@@ -138,6 +141,11 @@ class Run:
             raise ValueError(
                 f"run {self.arm!r}: a projection and the run it branches from "
                 "go together"
+            )
+        given = self.projection is not None and self.projection.subspace == "donor"
+        if given != (self.donor is not None):
+            raise ValueError(
+                f"run {self.arm!r}: the subspace donor and a donor go together"
             )
 
     def key(self) -> str:
@@ -153,7 +161,7 @@ class Run:
     @property
     def needs(self) -> "list[Run]":
         """The runs that must be finished before this one can start."""
-        candidates = (self.start, self.teacher, self.branch)
+        candidates = (self.start, self.teacher, self.branch, self.donor)
         return [run for run in candidates if isinstance(run, Run)]
 
     def checkpoint_steps(self) -> list[int]:
@@ -401,25 +409,39 @@ def _confine(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put the projection on the optimizer, for every weight matrix of the model."""
+    bases, parameters = confining_bases(run), dict(model.named_parameters())
+    project = project_gradients if projection.form == "gradient" else project_updates
+    project(optimizer, {parameters[name]: basis for name, basis in bases.items()})
+
+
+def confining_bases(run: Run) -> dict[str, Tensor]:
+    """The right subspaces that a projected run is confined to.
+
+    Args:
+        run: with a projection; the run it branches from, and a donor, are finished.
+
+    Returns:
+        Name of a weight matrix to V_K, (n_cols, K).
+    """
     assert run.branch is not None
-    origin, _ = load_model(checkpoint(run.branch, 0))
-    early, _ = load_model(checkpoint(run.branch, run.branch_step()))
-    before, after = dict(origin.named_parameters()), dict(early.named_parameters())
+    assert run.projection is not None
+    giver, rank = run.donor or run.branch, run.projection.rank
+    origin, _ = load_model(checkpoint(giver, 0))
+    early, _ = load_model(checkpoint(giver, giver.branch_step()))
+    after = dict(early.named_parameters())
     generator = torch.Generator().manual_seed(run.seed)
-    bases: dict[Tensor, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    bases = {}
+    for name, parameter in origin.named_parameters():
         if parameter.ndim != 2:
             continue
-        w_before, w_after = before[name].detach(), after[name].detach()
-        if projection.subspace == "own":
-            basis = spectra.top_right_subspace(w_after - w_before, projection.rank)
-        elif projection.subspace == "pretrained":
-            basis = spectra.top_right_subspace(w_before, projection.rank)
+        w_before, w_after = parameter.detach(), after[name].detach()
+        if run.projection.subspace in ("own", "donor"):
+            bases[name] = spectra.top_right_subspace(w_after - w_before, rank)
+        elif run.projection.subspace == "pretrained":
+            bases[name] = spectra.top_right_subspace(w_before, rank)
         else:
-            basis = random_subspace(parameter.shape[1], projection.rank, generator)
-        bases[parameter] = basis
-    project = project_gradients if projection.form == "gradient" else project_updates
-    project(optimizer, bases)
+            bases[name] = random_subspace(parameter.shape[1], rank, generator)
+    return bases
 
 
 def _evaluate(

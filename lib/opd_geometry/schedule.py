@@ -90,17 +90,17 @@ def with_needs(runs: Iterable[Run]) -> list[Run]:
     return list(ordered)
 
 
-def plan(profile: str, runs: Iterable[Run]) -> list[Row]:
+def plan(runs: Iterable[Run]) -> list[Row]:
     """Where the runs and all they need stand, and what is left to do.
 
     Args:
-        profile: whose committed timings serve as estimates.
         runs: the runs asked for.
 
     Returns:
-        One row a run, in an order in which they can be trained.
+        One row a run, in an order in which they can be trained; committed timings
+        serve as estimates.
     """
-    timings = committed_provenance(profile)
+    timings = committed_provenance()
     return [_row(run, timings) for run in with_needs(runs)]
 
 
@@ -231,7 +231,7 @@ def train_all(
     comes. What they had stored is resumed the next time.
 
     Args:
-        profile: decides K of the measurements and the estimated times.
+        profile: decides K of the measurements.
         runs: the runs asked for.
         jobs: how many run at a time, a process and a thread each.
         console: where progress goes: a live display on a terminal, else a line a run
@@ -247,7 +247,7 @@ def train_all(
     if jobs < 1:
         raise ValueError(f"jobs {jobs}: expected 1 or more, the number of cores to use")
     asked = set(runs)
-    rows = plan(profile, asked)
+    rows = plan(asked)
     first, rank = priorities(rows), PROFILES[profile].rank
     order = TopologicalSorter({row.run: row.run.needs for row in rows})
     order.prepare()

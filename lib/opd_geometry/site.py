@@ -111,26 +111,26 @@ def execute_chapter(
         partial.unlink(missing_ok=True)
 
 
-def parameters_of(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the given parameters that a notebook has.
+def known_parameters(notebook: Path, given: Mapping[str, object]) -> dict[str, object]:
+    """The given parameters that a notebook has.
 
     Args:
-        notebook: source with one cell tagged ``parameters``.
-        given: for all chapters, of which some have others.
+        notebook: with one cell tagged ``parameters``.
+        given: name to value.
 
     Raises:
         ValueError: as ``read_notebook``.
     """
     cells = [c for c in read_notebook(notebook).cells if "parameters" in _tags(c)]
-    names = {
+    statements = [node for cell in cells for node in ast.parse(cell.source).body]
+    own = {
         target.id
-        for cell in cells
-        for node in ast.walk(ast.parse(cell.source))
+        for node in statements
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    return {name: value for name, value in given.items() if name in names}
+    return {name: value for name, value in given.items() if name in own}
 
 
 def clean_chapter(notebook: NotebookNode) -> NotebookNode:

@@ -1,5 +1,6 @@
 """Tables a reader asks for: written whole, resumable while they grow."""
 
+import fcntl
 import json
 import math
 import os
@@ -87,27 +88,58 @@ def growing(
         resume: whether rows of an interrupted measurement are taken over.
 
     Raises:
-        ValueError: the interrupted one measured something else, or the place cannot
-            be written to.
+        ValueError: the interrupted one measured something else, another process is
+            writing it, or the place cannot be written to.
     """
     path = partial_path(out)
-    done = _kept(path, dict(description)) if resume and path.exists() else {}
     remedy = "make room there or name another file with --out"
-    with clear_write_errors(out, remedy), replacing(path) as draft:
-        # A line that was cut short by a kill must not be written behind.
-        lines = [json.dumps(dict(description)), *map(json.dumps, done.items())]
-        draft.write_text("".join(f"{line}\n" for line in lines))
-    with path.open("a") as file:
+    with clear_write_errors(out, remedy):
+        # Appended to, one byte a character, whatever is in it.
+        file = path.open("a+", encoding="ascii", errors="surrogateescape")
+    with file:
+        _claim(file, path)
+        file.seek(0)
+        done, end = _kept(path, file.read(), description) if resume else ({}, 0)
+        with clear_write_errors(out, remedy):
+            # A line that was cut short by a kill must not be written behind.
+            file.truncate(end)
+            file.write("\n" if end else json.dumps(dict(description)) + "\n")
+            file.flush()
         yield Partial(file, done)
 
 
-def _kept(path: Path, description: Mapping[str, Any]) -> dict[str, list[Row]]:
-    first, *rest = path.read_text().split("\n")
+def _claim(file: TextIO, path: Path) -> None:
+    """Keep a partial table from all other processes until it is closed.
+
+    Raises:
+        ValueError: another one is writing it, or has just finished.
+    """
+    taken = False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        taken = True
+    except OSError:  # a file system without locks
+        return
+    if taken or os.fstat(file.fileno()).st_nlink == 0:
+        raise ValueError(
+            f"{path} is being written by another process, expected this one alone; "
+            "wait for it, or name another file with --out"
+        )
+
+
+def _kept(
+    path: Path, text: str, description: Mapping[str, Any]
+) -> tuple[dict[str, list[Row]], int]:
+    """Rows of an interrupted table, and the length of its whole lines, less the end."""
+    if not text:  # killed before the first line
+        return {}, 0
+    first, *rest = text.split("\n")
     try:
         earlier = json.loads(first)
     except ValueError:
         earlier = None
-    if earlier != json.loads(json.dumps(description)):
+    if earlier != json.loads(json.dumps(dict(description))):
         names = sorted(
             name
             for name in description
@@ -117,14 +149,15 @@ def _kept(path: Path, description: Mapping[str, Any]) -> dict[str, list[Row]]:
             f"{path} is of another measurement (it differs in {', '.join(names)}), "
             "expected the same checkpoints and options; start anew with --force"
         )
-    done = {}
+    done, end = {}, len(first)
     for line in rest:
         try:
             item, rows = json.loads(line)
         except ValueError:  # the end of the file, or a line cut short
             break
         done[item] = rows
-    return done
+        end += 1 + len(line)
+    return done, end
 
 
 def finish(out: Path, table: pd.DataFrame) -> None:

@@ -54,8 +54,8 @@ class Benchmark:
     largest: int
 
 
-# The first three are what the students are trained on; the others are held out: longer
-# chains, and larger numbers than any demonstration had.
+# The students are trained on the first three and never on the others, chains that are
+# shorter or longer and numbers that are larger.
 BENCHMARKS: dict[str, Benchmark] = {
     "chain": Benchmark("chain", (3, 6), 99),
     "gcd": Benchmark("gcd", (2, 2), 99),
