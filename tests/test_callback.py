@@ -19,7 +19,7 @@ from trl import (
     SFTTrainer,
 )
 
-from opd_geometry import projection, spectra, updates
+from opd_geometry import callback, projection, spectra, updates
 from opd_geometry.callback import GeometryCallback, ProjectionCallback
 from opd_geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.models import ModelConfig, build_model, character_tokenizer
@@ -321,6 +321,38 @@ def test_options_choose_matrices_and_detail(tmp_path: Path) -> None:
     assert values["geometry/q/stable_rank"] == pytest.approx(1.0)
     assert values["geometry/up/sparsity"] == 1.0
     assert "geometry/up/stable_rank" not in values  # it has not moved
+
+
+class Reporter(TrainerCallback):
+    """What TensorBoard, Weights & Biases and Trackio are to a trainer."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, set[str]]] = []
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        self.told.append((state.global_step, set(logs)))
+
+
+def test_reporters_are_told_beside_the_loss(tmp_path: Path) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    reporter = Reporter()
+    trainer.add_callback(reporter)  # before ours, as report_to puts them
+    trainer.add_callback(GeometryCallback(trainer, every=3, k=K))
+    trainer.train()
+    by_step = {step for step, names in reporter.told if "geometry/stable_rank" in names}
+    assert by_step == {3, 6}
+    assert {step for step, names in reporter.told if "loss" in names} == {*range(1, 7)}
+
+
+def test_wrapped_models_keep_their_names() -> None:
+    bare = model()
+    names = [name for name, _ in bare.named_parameters()]
+    for wrapped in (torch.nn.DataParallel(bare), torch.compile(bare)):
+        assert [name for name, _ in wrapped.named_parameters()] != names
+        inner = callback._inner(wrapped)
+        assert [name for name, _ in inner.named_parameters()] == names
 
 
 @pytest.mark.parametrize(

@@ -367,3 +367,46 @@ def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "t.csv"]
     assert cli.main(force) == 0
     assert out.read_text().startswith("<!DOCTYPE html>")
+
+
+# --- what stands out -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factors", "verdict"),
+    [
+        ([1.2] * 11, "above its null"),
+        ([0.8] * 11, "below its null"),
+        ([1.2] * 10 + [0.9], "above its null"),
+        ([1.2] * 9 + [0.9] * 2, "at its null"),  # too few on one side
+        ([1.05] * 11, "at its null"),  # too near
+        ([0.9] * 10 + [9.0], "at its null"),  # one matrix carries the mean
+        ([1.0] * 11, "at its null"),
+        ([1.2] * 11 + [np.nan], "above its null"),  # without the refused one
+    ],
+)
+def test_what_stands_out_from_its_null(factors: list[float], verdict: str) -> None:
+    table = pd.DataFrame({"nss": 0.3 * np.array(factors), "null_nss": 0.3})
+    found = report.against_null(table)
+    assert list(found.index) == ["nss"]  # the others are not in the table
+    assert found.loc["nss", "verdict"] == verdict
+    assert found.loc["nss", "ratio"] == pytest.approx(np.nanmean(factors))
+    assert report.against_null(table.assign(null_nss=np.nan)).empty
+
+
+def test_the_verdicts_stand_on_the_page(folder: Path, page: Page) -> None:
+    known = report.against_null(pd.read_csv(folder / "pair.csv"))
+    assert len(known) == 8
+    shown = page.tables["What stands out from its null"][1:]
+    assert [row[-1] for row in shown] == list(known["verdict"])
+    assert shown[0][0] == "mean angle, left (deg)"
+    assert float(shown[0][1]) == pytest.approx(known["mean"].iloc[0], rel=5e-3)
+
+
+def test_a_caption_is_about_what_its_figure_shows(folder: Path, page: Page) -> None:
+    table = pd.read_csv(folder / "pair.csv")
+    layers = table[table["layer"] >= 0]["principal_overlap"].mean()
+    assert f"principal mask {100 * layers:.1f} %" in page.said
+    assert f"principal mask {100 * table['principal_overlap'].mean():.1f} %" not in (
+        page.said
+    )

@@ -568,6 +568,8 @@ def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     null = null[null["arm"] == arm].groupby("layer")["value"].mean()
     ax.plot(null, ":", color=GREY, label=NULL_LABEL)
     ax.set_yscale("log")
+    if np.ptp(np.log10(ax.get_ylim())) < 1.5:  # else powers of ten do
+        _plain_log_ticks(ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -703,9 +705,11 @@ def role_maps(
             ]
             low = min(float(values.min().min()) for values in maps if values.size)
             high = max(float(values.max().max()) for values in maps if values.size)
+            scale = 1000 if high < 0.05 else 1  # small numbers do not fit into a cell
             for ax, values in zip(column, maps, strict=True):
-                _draw_values(ax, values, low, high)
-            column[0].set_title(METRIC_LABELS[metric].replace(", ", ",\n"))
+                _draw_values(ax, scale * values, scale * low, scale * high)
+            title = METRIC_LABELS[metric] + ("" if scale == 1 else f" × {scale}")
+            column[0].set_title(title.replace(", ", ",\n"))
         labels = [ARM_STYLES[arm].label, NULL_LABEL]
         for row, label in zip(axes, labels, strict=False):
             row[0].set_ylabel(f"{label}\nlayer")

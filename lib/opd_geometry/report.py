@@ -53,6 +53,9 @@ METRICS = tuple(figures.METRIC_LABELS)
 ANGLES = tuple(name for name in METRICS if name.startswith("angle_"))
 EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down", "expert_other")
 ROLE_ORDER = (*figures.LAYER_ROLES, *EXPERT_ROLES, "router", "embed", "head", "other")
+NULLED = (*ANGLES, "nss", "principal_overlap", "low_magnitude_overlap", "sparsity_bf16")
+ONE_SIDE = 0.9  # share of the matrices that have to lie on one side of their null
+FAR_ENOUGH = 0.1  # relative difference of the means
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
 Cells = tuple[str, ...]
 
@@ -212,6 +215,12 @@ def paper_numbers(file: str) -> pd.DataFrame:
     path = data_directory() / "paper" / file
     columns = ["item", "arm", "metric", "relation", "value", "unit"]
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
+
+
+def _arm(name: str) -> str:
+    """An arm of the paper, as it is written."""
+    look = figures.ARM_STYLES.get(name)
+    return look.label if look else re.sub(r"^opd ", "OPD ", name)
 
 
 def _with_ours(own: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -387,11 +396,16 @@ def _layer_roles(own: pd.DataFrame) -> list[str]:
     return _roles_in(own, (*figures.LAYER_ROLES, *EXPERT_ROLES))
 
 
-def _against(own: pd.DataFrame, metric: str, form: Callable[[float], str]) -> str:
+def _against(
+    own: pd.DataFrame,
+    metric: str,
+    form: Callable[[float], str],
+    roles: Sequence[str] = ROLE_ORDER,
+) -> str:
     """A mean, and what its null has."""
-    null = _mean(own, f"null_{metric}")
+    null = _mean(own, f"null_{metric}", roles)
     tail = f" (Gaussian null {form(null)})" if np.isfinite(null) else ""
-    return f"{form(_mean(own, metric))}{tail}"
+    return f"{form(_mean(own, metric, roles))}{tail}"
 
 
 def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
@@ -460,25 +474,87 @@ def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
         "overview",
         "By role and over all",
         tuple(texts),
-        tables=(Table("Means by role", columns, tuple(rows), ("all",)),),
+        tables=(
+            *_verdicts(pair),
+            Table("Means by role", columns, tuple(rows), ("all",)),
+        ),
         reading=(
             "A null says what the same diagnostic gives for a Gaussian update with the "
             "same Frobenius norm in every matrix. A value that equals its null tells "
             "the size of the update and nothing else; only the difference tells where "
             "it went.",
+            f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "
+            "one side of their own null and the means differ by "
+            f"{100 * FAR_ENOUGH:.0f} %. Matrices of one model are not independent, so "
+            "this sorts, and tests nothing.",
         ),
     )
+
+
+def against_null(pair: pd.DataFrame) -> pd.DataFrame:
+    """Which diagnostics stand out from their null, by a rule.
+
+    A diagnostic *stands out* if at least ``ONE_SIDE`` of the matrices lie on the same
+    side of their own null, and its mean differs from the null's by at least
+    ``FAR_ENOUGH`` of it. Matrices of one model are not independent, so this is a rule
+    to sort by and no significance test.
+
+    Args:
+        pair: a table of ``measure``.
+
+    Returns:
+        One row a diagnostic that has a null here: mean, null, ratio, above (share of
+        the matrices above their null, ties counted half) and verdict (``above its
+        null``, ``below its null`` or ``at its null``). Means are plain, over the
+        matrices that have both; no rows for a table without nulls.
+    """
+    columns = ["mean", "null", "ratio", "above", "verdict"]
+    rows = {}
+    for name in NULLED:
+        names = [name, f"null_{name}"]
+        both = pair[names].dropna() if {*names} <= set(pair) else pd.DataFrame()
+        if both.empty:
+            continue
+        value, null = both[name], both[f"null_{name}"]
+        above = float(((value > null) + 0.5 * (value == null)).mean())
+        ratio = float(value.mean() / null.mean()) if null.mean() else float("nan")
+        verdict = _side(ratio, above)
+        rows[name] = [float(value.mean()), float(null.mean()), ratio, above, verdict]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def _side(ratio: float, above: float) -> str:
+    """The verdict of ``against_null``."""
+    if ratio >= 1.0 + FAR_ENOUGH and above >= ONE_SIDE:
+        return "above its null"
+    if ratio <= 1.0 - FAR_ENOUGH and 1.0 - above >= ONE_SIDE:
+        return "below its null"
+    return "at its null"
+
+
+def _verdicts(pair: pd.DataFrame) -> tuple[Table, ...]:
+    """``against_null`` as a table of the page."""
+    rows = tuple(
+        (
+            figures.METRIC_LABELS[RENAMED.get(str(name), str(name))],
+            _short(row["mean"]),
+            _short(row["null"]),
+            _short(row["ratio"]),
+            _percent(row["above"]),
+            str(row["verdict"]),
+        )
+        for name, row in against_null(pair).iterrows()
+    )
+    columns = ("diagnostic", "mean", "null", "ratio", "matrices above", "verdict")
+    return (Table("What stands out from its null", columns, rows),) if rows else ()
 
 
 def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section:
     """Table 1: the reader's model, the paper's rows, this book's."""
     value, null = _mean(own, "sparsity"), _mean(own, "null_sparsity")
     rows = [("your model", value, null, figures.ARM_STYLES[YOURS].colour)]
-    names = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
     for line in paper_numbers("table_1.csv").itertuples():
-        label = (
-            f"paper: {names.get(str(line.arm), str(line.arm).replace('opd ', 'OPD '))}"
-        )
+        label = f"paper: {_arm(str(line.arm))}"
         rows.append((label, float(line.value) / 100, np.nan, figures.GREY))
     ends, nulls = (
         figures.at_end(both, f"{prefix}sparsity", ROLE_ORDER)
@@ -518,8 +594,8 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
             "last place of a bf16 weight is invisible. Compare with the null before "
             "you compare with another model. Above the null, the update spares more "
             "entries than chance would; at the null, it is small.",
-            "Both checkpoints must be stored as they were published: a checkpoint that "
-            "was once cast to fp16 or quantised differs everywhere.",
+            "Compare checkpoints in the dtype that was published: one that was cast to "
+            "fp16 or quantised in between can differ nearly everywhere.",
         ),
     )
 
@@ -553,8 +629,10 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
     """Figure 3: masks."""
     if not all(_has(own, metric) for metric in figures.MASK_METRICS):
         return None
+    # Bars and maps are of the layers' matrices, so their caption is, too.
+    layered = figures.LAYER_ROLES
     overlaps = [
-        f"{name} mask {_against(own, metric, _percent)}"
+        f"{name} mask {_against(own, metric, _percent, layered)}"
         for name, metric in (
             ("principal", "principal_overlap"),
             ("low-magnitude", "low_magnitude_overlap"),
@@ -579,7 +657,10 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
         index="arm", columns="metric", values="value", sort=False
     )
     rows = tuple(
-        (str(arm), *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS))
+        (
+            _arm(str(arm)),
+            *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS),
+        )
         for arm, row in table.iterrows()
     )
     columns = ("paper", *(_label(metric) for metric in figures.MASK_METRICS))
@@ -623,7 +704,8 @@ def _rotation(own: pd.DataFrame) -> Section | None:
     roles = _layer_roles(own)
     drawings = []
     finding = "; ".join(
-        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short)}" for m in means
+        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short, roles or ROLE_ORDER)}"
+        for m in means
     )
     positive = own[(own["value"] > 0) | ~own["metric"].str.contains("angle|nss")]
     if roles:
@@ -655,9 +737,9 @@ def _rotation(own: pd.DataFrame) -> Section | None:
             "large where the gap between the k-th and the next singular value is "
             "small, whatever the update was. The null has the same gaps, so its angle "
             "is the one to compare with.",
-            "The spectral shift NSS is bounded by the relative norm. A random update "
-            "spreads over all directions and shifts the spectrum least; well above its "
-            "null, the update is aligned with what was there.",
+            "The spectral shift NSS is at most the relative norm. A Gaussian update "
+            "raises the small singular values, so its shift is not zero; an update "
+            "well above it changes the singular values more than noise of its size.",
         ),
     )
 
@@ -668,7 +750,7 @@ def _printed(item: str) -> tuple[Table, ...]:
     lines = lines[lines["item"] == item]
     rows = tuple(
         (
-            str(x.arm),
+            _arm(str(x.arm)),
             str(x.metric).replace("_", " "),
             f"{x.relation} {x.value} {x.unit}",
         )
@@ -685,8 +767,8 @@ def _spectra(own: pd.DataFrame) -> Section | None:
     roles = _layer_roles(own)
     if not there or not roles:
         return None
-    rank = f"Stable rank {_against(own, 'stable_rank', _short)}"
-    size = f"relative norm {_short(_mean(own, 'relative_norm'))}"
+    rank = f"Stable rank {_against(own, 'stable_rank', _short, roles)}"
+    size = f"relative norm {_short(_mean(own, 'relative_norm', roles))}"
     return Section(
         "spectra",
         "The update's own spectrum",
