@@ -546,7 +546,8 @@ def _verdicts(pair: pd.DataFrame) -> tuple[Table, ...]:
         for name, row in against_null(pair).iterrows()
     )
     columns = ("diagnostic", "mean", "null", "ratio", "matrices above", "verdict")
-    return (Table("What stands out from its null", columns, rows),) if rows else ()
+    caption = "What stands out from its null (plain means over matrices)"
+    return (Table(caption, columns, rows),) if rows else ()
 
 
 def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section:
