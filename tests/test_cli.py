@@ -421,7 +421,7 @@ def test_site_renders_the_published_chapters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(schedule, "train_all", None)
-    monkeypatch.setattr(profiles, "COMMITTED", ("smoke",))
+    monkeypatch.setattr(profiles, "PUBLISHED", "smoke")
     code, line = complaint(capsys, "site")
     assert code == 1
     assert "no committed measurements of profile smoke" in line

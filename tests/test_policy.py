@@ -540,3 +540,9 @@ def test_the_teacher_is_asked_at_the_temperature_of_the_rollouts(
     _, (metrics,) = trained(config, teacher=tiny())
     assert len(pieces) == 1
     assert abs(metrics["gap"]) < 1e-5
+
+
+@pytest.mark.parametrize("other", [{"alpha": 0.5}, {"estimator": "full"}])
+def test_likelihood_has_nothing_to_mix(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="credit likelihood with alpha"):
+        replace(OPD, credit="likelihood", **other)

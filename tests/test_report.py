@@ -348,7 +348,7 @@ def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
     file, out = tmp_path / "t.csv", tmp_path / "r.html"
     pair[list(report.PAIR_BASE)].to_csv(file, index=False)
     out.write_text("earlier")
-    assert "give --force" in refusal(capsys, file, "--out", out)
+    assert "pass --force" in refusal(capsys, file, "--out", out)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from torch import Tensor
 from opd_geometry import spectra, updates
 from opd_geometry.comparison import (
     ANGLE_DIVISOR,
+    ETA,
     MASK_ALPHA,
     PRINCIPAL_DIVISOR,
     defined,
@@ -25,8 +26,6 @@ ANGLE_RANKS = {"n/32": 32, "n/16": 16, "n/4": 4}  # k of the angles; default n/8
 MASK_RANKS = {"n/16": 16, "n/8": 8, "n/4": 4}  # r of the principal mask; default n/64
 MASK_SHARES = {"0.1": 0.1, "0.3": 0.3, "0.7": 0.7}  # alpha of both masks; default 0.5
 HILL_RANKS = {"n/32": 32, "n/16": 16, "n/4": 4, "n/2": 2}  # Hill's k; default n/8
-
-ETA = 1e-3
 
 
 def unchanged_share(

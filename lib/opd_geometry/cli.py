@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from opd_geometry import report_command
-from opd_geometry.pair_commands import measure_command, trajectory_command
+from opd_geometry.pair_commands import (
+    measure_command,
+    report_command,
+    trajectory_command,
+)
 from opd_geometry.printing import duration, print_table
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def commands() -> None:
 
 commands.add_command(measure_command)
 commands.add_command(trajectory_command)
-commands.add_command(report_command.report)
+commands.add_command(report_command)
 
 
 # --- options ---------------------------------------------------------------------
@@ -420,20 +423,20 @@ def site() -> int:
       opd-geometry site
     """
     from opd_geometry.measure import committed_provenance, committed_runs
-    from opd_geometry.profiles import COMMITTED
+    from opd_geometry.profiles import PUBLISHED
     from opd_geometry.runs import data_directory
 
     root = repository()
     published = sorted((root / "book" / "chapters").glob("*.ipynb"))
     listed = committed_provenance()
-    published_runs = [run.key() for run in committed_runs(COMMITTED[0])]
+    published_runs = [run.key() for run in committed_runs(PUBLISHED)]
     provenance = listed[listed["run"].isin(published_runs)]
     if provenance.empty:
         raise ValueError(
-            f"no committed measurements of profile {COMMITTED[0]}: a page has to say "
+            f"no committed measurements of profile {PUBLISHED}: a page has to say "
             "where its numbers come from; take data/ from version control"
         )
-    banner = describe(COMMITTED[0], provenance)
+    banner = describe(PUBLISHED, provenance)
     return _build(root, "site", published, data_directory() / "claims.csv", banner)
 
 

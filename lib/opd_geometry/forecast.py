@@ -23,15 +23,13 @@ class Speed:
 
 
 PROBE = 768  # side of the matrices that are timed
+# How much slower a tridiagonalisation is, a flop, once it has left the caches: about
+# this much, and up to twice, between the probe's side and 4096.
+OUT_OF_CACHE = 1.5
 
 
 def probe_speed() -> Speed:
-    """Time one small matrix of each kind, about a second.
-
-    A tridiagonalisation slows down once the matrix leaves the processor's caches, so
-    large matrices take up to twice as long as projected from a small one; the factor
-    below was measured between this size and 4096.
-    """
+    """Time one small matrix of each kind, about a second."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(PROBE, PROBE, generator=generator)
     other = w + 0.01 * torch.randn(PROBE, PROBE, generator=generator)
@@ -54,9 +52,6 @@ def probe_speed() -> Speed:
     )
 
 
-OUT_OF_CACHE = 1.5
-
-
 def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
@@ -66,7 +61,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def projected_seconds(
     plan: Plan, speed: Speed, metrics: Collection[str], null: bool
 ) -> float:
-    """About how long a plan takes in one process.
+    """About how long a plan takes in one process, without reading the files.
 
     Args:
         plan: of `plan_pair` or `plan_trajectory`.

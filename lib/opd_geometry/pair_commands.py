@@ -1,4 +1,4 @@
-"""The commands that measure anyone's checkpoints.
+"""The commands for anyone's checkpoints: measure, trajectory, report.
 
 Tables go to a file, the summary to standard output, everything else to stderr. What
 needs torch is imported when a command runs.
@@ -223,6 +223,35 @@ def trajectory_command(
         [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()],
     )
     return _verdict(plan, table, out)
+
+
+@click.command("report")
+@click.argument("tables", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The page, such as report.html.",
+)
+@click.option("--title", help="What the page calls the model; default: TABLE's name.")
+@click.option("--force", is_flag=True, help="Replace a page that is there.")
+def report_command(
+    tables: tuple[Path, ...], out: Path, title: str | None, force: bool
+) -> None:
+    """Draw measured checkpoints as one page that needs nothing beside it.
+
+    TABLES are what measure and trajectory wrote, one of each at most: .csv, .parquet
+    or .json. The paper's numbers and this book's models stand beside yours.
+
+    \b
+    Examples:
+      opd-geometry report pair.csv --out report.html
+      opd-geometry report pair.parquet steps.csv --out report.html --title "My 8B, OPD"
+    """
+    from opd_geometry.report import write_report
+
+    page = write_report(tables, out, title, force)
+    click.echo(f"Open {page}")
 
 
 def _names(text: str | None) -> list[str] | None:

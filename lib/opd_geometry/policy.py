@@ -98,6 +98,14 @@ class PolicyConfig:
                 "tokens: the full-vocabulary reverse KL has no per-token advantage to "
                 "mix or select; use the sampled estimator"
             )
+        if self.credit == "likelihood" and (
+            self.alpha < 1.0 or self.estimator == "full"
+        ):
+            raise ValueError(
+                f"credit likelihood with alpha {self.alpha} and estimator "
+                f"{self.estimator}: every token's advantage is one, nothing is mixed; "
+                "use alpha 1 and the sampled estimator"
+            )
         if self.token_selection == "top-gap" and not self.needs_teacher:
             raise ValueError(
                 "token_selection top-gap with alpha 0: no teacher scores the tokens; "

@@ -75,7 +75,7 @@ def _sft(
 
 
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
-_POLICY_ARMS: dict[str, dict[str, object]] = {
+_LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
     "opd": {},
     "rlvr": {"alpha": 0.0},
     "tokens-top-50": {"token_selection": "top-gap", "keep_frac": 0.5},
@@ -88,6 +88,9 @@ _POLICY_ARMS: dict[str, dict[str, object]] = {
     "mix-0.25": {"alpha": 0.25},
     "mix-0.05": {"alpha": 0.05},
     "mix-0.01": {"alpha": 0.01},
+}
+_POLICY_ARMS = {
+    **_LAPTOP_POLICY_ARMS,
     # cross-entropy on what the teacher writes, at OPD's budget
     "ce-teacher": {"rollouts": "teacher", "credit": "likelihood"},
     "opd-task-gcd": {"benchmarks": ("gcd",)},
@@ -112,7 +115,7 @@ class _Projected:
     donor: str | None = None
 
 
-_PROJECTED_ARMS = {
+_LAPTOP_PROJECTED_ARMS = {
     "opd-projected": _Projected("opd"),
     "opd-projected-random": _Projected("opd", "random"),
     "opd-projected-update": _Projected("opd", form="update"),
@@ -121,6 +124,9 @@ _PROJECTED_ARMS = {
     # the paper's rule for K, just under the stable rank at the branch, for SFT itself
     "sft-projected-wide": _Projected("sft", factor=2),
     "sft-matched-projected": _Projected("sft-matched"),
+}
+_PROJECTED_ARMS = {
+    **_LAPTOP_PROJECTED_ARMS,
     "opd-projected-pretrained": _Projected("opd", "pretrained"),
     "opd-projected-donor": _Projected("opd", "donor", donor="sft-matched"),
     "opd-projected-half": _Projected("opd", factor=0.5),
@@ -161,20 +167,19 @@ _WIDTH_ARMS = {
 # The paper's RLVR has 8 times OPD's batch and 3.4 times its steps.
 PAPER_BATCH, PAPER_STEPS = 8, 3.4
 
-ARMS = (
-    "sft",
-    "sft-matched",
-    *list(_POLICY_ARMS)[:12],
-    *list(_PROJECTED_ARMS)[:7],
-)
-PUBLISHED_ARMS = (
-    *ARMS,
-    "rlvr-paper",
-    *list(_POLICY_ARMS)[12:],
-    *list(_PROJECTED_ARMS)[7:],
-    *_RATE_ARMS,
-    *_TEACHER_ARMS,
-    *_WIDTH_ARMS,
+ARMS = ("sft", "sft-matched", *_LAPTOP_POLICY_ARMS, *_LAPTOP_PROJECTED_ARMS)
+PUBLISHED_ARMS = tuple(
+    dict.fromkeys(
+        [
+            *ARMS,
+            "rlvr-paper",
+            *_POLICY_ARMS,
+            *_PROJECTED_ARMS,
+            *_RATE_ARMS,
+            *_TEACHER_ARMS,
+            *_WIDTH_ARMS,
+        ]
+    )
 )
 STAGES = ("base", "teacher")  # stored in data/checkpoints
 _LAPTOP = Profile(
@@ -214,8 +219,7 @@ _SMOKE = Profile(
     arms=ARMS,
 )
 PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP, "published": _PUBLISHED}
-# Profiles whose measurements are committed, the site's own first.
-COMMITTED = ("published", "laptop")
+PUBLISHED = "published"  # whose committed measurements the published pages print
 
 # What a reader's own run trains: each kind of arm and one control of each kind.
 READER_ARMS = (

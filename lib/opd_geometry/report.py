@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from opd_geometry import __version__, figures, measure
-from opd_geometry.runs import clear_write_errors, data_directory, replacing
+from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.profiles import PUBLISHED
+from opd_geometry.runs import data_directory
+from opd_geometry.tables import REMEDY, check_output, read_table
 
 YOURS = "yours"
 OURS = ("sft", "sft-matched", "opd", "rlvr")
-PROFILE = "published"
 # Columns that no page can do without; every other section is drawn if it can be.
 PAIR_BASE = ("matrix", "role", "layer", "rows", "cols", "sparsity_bf16")
 TRAJECTORY_BASE = (
@@ -96,7 +96,7 @@ class Section:
 # --- tables in -----------------------------------------------------------------------
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
+def measured_table(path: str | Path) -> pd.DataFrame:
     """A table of ``opd-geometry measure`` or ``trajectory``.
 
     Args:
@@ -112,26 +112,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
             rows, an unknown role.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".csv": pd.read_csv,
-        ".parquet": pd.read_parquet,
-        ".json": pd.read_json,
-    }
-    if path.suffix not in readers:
-        raise ValueError(
-            f"{path} has the suffix {path.suffix!r}, expected .csv, .parquet or .json; "
-            "give a table of opd-geometry measure or trajectory"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, expected a table; check it")
-    try:
-        table = readers[path.suffix](path)
-    except (ValueError, pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({_first_line(error)}), expected a whole "
-            f"{path.suffix[1:]} file; measure again"
-        ) from error
-    return _checked(table, path)
+    return _checked(read_table(path), path)
 
 
 def _first_line(error: BaseException) -> str:
@@ -185,7 +166,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """A table with a row a matrix, as the book's own figures take it.
 
     Args:
-        table: of `read_table`, of either kind.
+        table: of `measured_table`, of either kind.
 
     Returns:
         Columns as of ``measure.COLUMNS``, arm ``yours``, seed 0; a pair stands at step
@@ -225,7 +206,7 @@ def _arm(name: str) -> str:
 
 def _with_ours(own: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The reader's rows and the book's, and the arms that are there."""
-    ours = measure.committed(PROFILE).astype({"arm": object})
+    ours = measure.committed(PUBLISHED).astype({"arm": object})
     ours = ours[ours["arm"].isin(OURS)]
     arms = [YOURS, *(arm for arm in OURS if arm in set(ours["arm"]))]
     parts = [part for part in (own, ours) if len(part)]
@@ -278,8 +259,8 @@ def build_report(
         title=title,
         lead=_lead(pair, trajectory),
         origin=f"Made by opd-geometry {__version__} from {_sizes(pair, trajectory)}. "
-        "The paper is arXiv:2606.07082; its models have 4 to 14 billion parameters, "
-        "this book's have 0.8 million, so compare orders and shapes, not levels.",
+        "The paper is arXiv:2606.07082; its models have billions of parameters, this "
+        "book's less than a million, so compare orders and shapes, not levels.",
         sections=[section for section in sections if section is not None],
     )
 
@@ -302,26 +283,14 @@ def write_report(
         The path of the page.
 
     Raises:
-        FileExistsError: the page exists and is not to be replaced.
-        FileNotFoundError, ValueError: as `read_table`; two tables of one kind, another
-            suffix than .html, or a place that cannot be written.
+        FileNotFoundError, ValueError: as `measured_table`; two tables of one kind, or
+            a page that cannot or must not be written (as `tables.check_output`).
     """
     out, paths = Path(out), [Path(path) for path in tables]
-    if out.suffix not in PAGE_SUFFIXES:
-        raise ValueError(
-            f"{out} ends in {out.suffix or 'nothing'!r}, expected "
-            f"{' or '.join(PAGE_SUFFIXES)}; rename it"
-        )
-    if not out.parent.is_dir():
-        raise FileNotFoundError(
-            f"{out.parent} is no directory, expected one to write {out.name} to; "
-            "make it first"
-        )
-    if out.exists() and not force:
-        raise FileExistsError(f"{out} exists; give --force to replace it")
+    check_output(out, force, suffixes=PAGE_SUFFIXES)
     kinds: dict[bool, pd.DataFrame] = {}
     for path in paths:
-        table = read_table(path)
+        table = measured_table(path)
         if ("step" in table) in kinds:
             raise ValueError(
                 f"{path} is a second table of one kind, expected one of measure and "
@@ -330,8 +299,7 @@ def write_report(
         kinds["step" in table] = table
     name = title or (paths[0].stem if paths else "")
     page = build_report(kinds.get(False), kinds.get(True), name)
-    remedy = "make room there or name another file with --out"
-    with clear_write_errors(out, remedy), replacing(out) as draft:
+    with clear_write_errors(out, REMEDY), replacing(out) as draft:
         draft.write_text(page, encoding="utf8")
     return out
 

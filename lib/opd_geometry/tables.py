@@ -1,38 +1,45 @@
 """Tables a reader asks for: written whole, resumable while they grow."""
 
-import fcntl
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
+import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from opd_geometry.files import clear_write_errors, replacing
 
 SUFFIXES = (".csv", ".parquet", ".json")
+REMEDY = "make room there or name another file with --out"
 Row = dict[str, Any]
 
 
-def check_output(out: Path, force: bool, resume: bool) -> None:
+def check_output(
+    out: Path, force: bool, resume: bool = False, suffixes: Sequence[str] = SUFFIXES
+) -> None:
     """Refuse an output that cannot or must not be written, before anything is computed.
 
     Args:
-        out: where the table will lie.
-        force: whether an earlier table may be replaced, and an interrupted one lost.
+        out: where the table, or a page about tables, will lie.
+        force: whether an earlier one may be replaced, and an interrupted one lost.
         resume: whether an interrupted one is to be completed.
+        suffixes: that it may have.
 
     Raises:
-        ValueError: an unknown suffix, no such directory, the table is there already,
+        ValueError: an unknown suffix, no such directory, the file is there already,
             or an interrupted one is.
     """
-    if out.suffix not in SUFFIXES:
+    if out.suffix not in suffixes:
         raise ValueError(
             f"{out} ends in {out.suffix or 'nothing'!r}, expected "
-            f"{', '.join(SUFFIXES)}; rename it"
+            f"{' or '.join(suffixes)}; rename it"
         )
     if not out.parent.is_dir():
         raise ValueError(
@@ -92,40 +99,41 @@ def growing(
             writing it, or the place cannot be written to.
     """
     path = partial_path(out)
-    remedy = "make room there or name another file with --out"
-    with clear_write_errors(out, remedy):
-        # Appended to, one byte a character, whatever is in it.
-        file = path.open("a+", encoding="ascii", errors="surrogateescape")
-    with file:
-        _claim(file, path)
-        file.seek(0)
-        done, end = _kept(path, file.read(), description) if resume else ({}, 0)
-        with clear_write_errors(out, remedy):
-            # A line that was cut short by a kill must not be written behind.
-            file.truncate(end)
-            file.write("\n" if end else json.dumps(dict(description)) + "\n")
-            file.flush()
-        yield Partial(file, done)
+    with _sole_writer(path):
+        with clear_write_errors(out, REMEDY):
+            # Appended to, one byte a character, whatever is in it.
+            file = path.open("a+", encoding="ascii", errors="surrogateescape")
+        with file:
+            file.seek(0)
+            done, end = _kept(path, file.read(), description) if resume else ({}, 0)
+            with clear_write_errors(out, REMEDY):
+                # A line that was cut short by a kill must not be written behind.
+                file.truncate(end)
+                file.write("\n" if end else json.dumps(dict(description)) + "\n")
+                file.flush()
+            yield Partial(file, done)
 
 
-def _claim(file: TextIO, path: Path) -> None:
-    """Keep a partial table from all other processes until it is closed.
+@contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    """Keep a partial table from all other processes of this machine.
+
+    The lock lies with the temporary files: it outlives its use, and nobody wants it
+    beside a table.
 
     Raises:
-        ValueError: another one is writing it, or has just finished.
+        ValueError: another process is writing it.
     """
-    taken = False
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir()) / f"opd-geometry-{name}.lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        taken = True
-    except OSError:  # a file system without locks
-        return
-    if taken or os.fstat(file.fileno()).st_nlink == 0:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as error:
         raise ValueError(
             f"{path} is being written by another process, expected this one alone; "
             "wait for it, or name another file with --out"
-        )
+        ) from error
 
 
 def _kept(
@@ -166,8 +174,7 @@ def finish(out: Path, table: pd.DataFrame) -> None:
     Raises:
         ValueError: the place cannot be written to.
     """
-    remedy = "make room there or name another file with --out"
-    with clear_write_errors(out, remedy), replacing(out) as draft:
+    with clear_write_errors(out, REMEDY), replacing(out) as draft:
         write_table(table, draft, out.suffix)
     partial_path(out).unlink(missing_ok=True)
 
@@ -196,17 +203,31 @@ def _records(table: pd.DataFrame) -> list[Row]:
     ]
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: str | Path) -> pd.DataFrame:
     """A table that `finish` wrote.
 
     Raises:
-        ValueError: an unknown suffix or a damaged file.
+        FileNotFoundError: no such file.
+        ValueError: an unknown suffix or an unreadable file.
     """
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": pd.read_json}
+    path = Path(path)
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".csv": pd.read_csv,
+        ".parquet": pd.read_parquet,
+        ".json": pd.read_json,
+    }
     if path.suffix not in readers:
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {SUFFIXES}")
+        raise ValueError(
+            f"{path} has the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}; "
+            "give a table of opd-geometry measure or trajectory"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected a table; check it")
     try:
-        table: pd.DataFrame = readers[path.suffix](path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); measure again") from error
-    return table
+        return readers[path.suffix](path)
+    except (ValueError, pa.ArrowException, OSError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} cannot be read ({said}), expected a whole {path.suffix[1:]} file; "
+            "measure again"
+        ) from error
