@@ -37,7 +37,8 @@ IDS = [
 TEXTS = ["paper_item", "statement", "paper_value", "quantity", "unit", "rule"]
 # Of data/claims.csv.
 PUBLISHED = ["id", "paper_item", "statement", "paper_value", "n_seeds", "effect"]
-PUBLISHED += ["unit", "low", "high", "null", "matched", "verdict", "rule", "runs"]
+PUBLISHED += ["unit", "low", "high", "null", "matched", "verdict"]
+PUBLISHED += ["verdict_at_papers_ratio", "rule", "runs"]
 STEPS = (10, 20, 100)  # the second one is where projected runs branch off
 ATTENTION_METRICS = ("stable_rank", "hill_alpha", "frobenius_norm", "similarity")
 SIZES = {"q": 400, "o": 400, "up": 800}
@@ -679,6 +680,22 @@ def test_row_order_index_and_dtype_change_nothing(paper_table, paper_findings):
         other[column] = other[column].astype("category")
     other.index = [0] * len(other)
     pd.testing.assert_frame_equal(claims.claims_table(other), paper_findings)
+
+
+def test_claims_about_rlvr_are_judged_twice(paper_table, paper_findings):
+    paper_ratio = paper_table[paper_table["arm"] == "rlvr"].assign(arm="rlvr-paper")
+    reversed_rlvr = paper_table["value"].where(
+        (paper_table["arm"] != "rlvr") | (paper_table["metric"] != "sparsity"), 0.0
+    )
+    both = pd.concat([paper_table.assign(value=reversed_rlvr), paper_ratio])
+    found = claims.claims_table(both).set_index("id")
+    assert found.loc["sparsity-order", "verdict"] == "not reproduced"
+    named = {claim.id for claim in CLAIMS if "rlvr" in claim.arms}
+    for key, row in found.iterrows():
+        # What is planted in rlvr-paper is the paper's own world.
+        expected = paper_findings.set_index("id").loc[key, "verdict"]
+        assert row["verdict_at_papers_ratio"] == (expected if key in named else "")
+    assert set(paper_findings["verdict_at_papers_ratio"]) == {"", "not measured"}
 
 
 def test_the_table_has_the_published_columns(paper_findings):

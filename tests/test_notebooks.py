@@ -18,7 +18,7 @@ from opd_geometry.statements import CLAIMS
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
-FIRST_SET = ["01_localisation", "02_locking", "03_controls", "04_your_checkpoints"]
+FIRST_SET = ["01_localisation", "02_locking", "03_controls", "12_your_checkpoints"]
 SECTIONS = [
     "The question",
     "The runs",

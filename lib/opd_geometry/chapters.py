@@ -20,7 +20,7 @@ from opd_geometry.claims import Finding, claim_card, judge
 from opd_geometry.measure import SOURCES, committed_provenance
 from opd_geometry.measure import load as load_measurements
 from opd_geometry.profiles import PROFILES, build, parse_seeds
-from opd_geometry.runs import is_done
+from opd_geometry.runs import Run, is_done
 from opd_geometry.schedule import train_all
 from opd_geometry.statements import claim_of
 
@@ -178,6 +178,9 @@ def load(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A chapter's measurements; what neither is committed nor here is trained.
 
+    An arm that the profile does not list is not trained for the asking: it is left
+    out, in words, unless every asked seed of it is there.
+
     Args:
         parameters: of the chapter.
         arms: its arms.
@@ -188,15 +191,13 @@ def load(
     Raises:
         ValueError: unknown arm, or a run that failed; the message says why.
     """
-    profile, arms = parameters.profile, list(arms)
-    committed = set(committed_provenance()["run"])
-    missing = []
-    for arm in arms:
-        for seed in parameters.seeds:
-            run = build(profile, arm, seed, parameters.source == "scratch")
-            published = build(profile, arm, seed).key() in committed
-            if not published and not is_done(run):
-                missing.append(run)
+    profile, listed = parameters.profile, PROFILES[parameters.profile].arms
+    absent = {arm: _absent(parameters, arm) for arm in arms}
+    optional = [arm for arm, runs in absent.items() if runs and arm not in listed]
+    if optional:
+        print(f"left out, being no part of profile {profile}: {', '.join(optional)}")
+    kept = [arm for arm in absent if arm not in optional]
+    missing = [run for arm in kept for run in absent[arm]]
     if missing:
         # Not stderr, which a book must not show.
         console = Console(file=sys.stdout, force_jupyter=False, force_terminal=False)
@@ -204,7 +205,20 @@ def load(
         if failed:
             run, reason = next(iter(failed.items()))
             raise ValueError(f"{run.name} is not finished: {reason}")
-    return load_measurements(profile, arms, parameters.seeds, parameters.source)
+    return load_measurements(profile, kept, parameters.seeds, parameters.source)
+
+
+def _absent(parameters: Parameters, arm: str) -> list[Run]:
+    """The asked runs of an arm that are neither committed nor finished here."""
+    committed = set(committed_provenance()["run"])
+    runs = []
+    for seed in parameters.seeds:
+        published = build(parameters.profile, arm, seed)
+        scratch = parameters.source == "scratch"
+        own = build(parameters.profile, arm, seed, scratch)
+        if published.key() not in committed and not is_done(own):
+            runs.append(own)
+    return runs
 
 
 # --- what a chapter shows ----------------------------------------------------------

@@ -87,20 +87,39 @@ def judge(claim: Claim, table: pd.DataFrame) -> Finding:
     )
 
 
+def at_papers_ratio(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with RLVR at the paper's ratio of batch and steps in RLVR's place.
+
+    The paper's RLVR has 8 times OPD's batch and 3.4 times its steps; the book's main
+    verdicts compare the two at one budget.
+    """
+    arms = table["arm"].astype(object)
+    others = table.assign(arm=arms)[arms != "rlvr"]
+    return others.replace({"arm": {"rlvr-paper": "rlvr"}})
+
+
 def claims_table(table: pd.DataFrame) -> pd.DataFrame:
     """All claims with their verdicts, in the paper's order.
 
     Returns:
         One row a claim: id, paper_item, statement, paper_value, n_seeds, effect, unit,
-        low, high, null, matched, verdict, rule, runs.
+        low, high, null, matched, verdict, verdict_at_papers_ratio, rule, runs. The last
+        verdict but one is that of ``at_papers_ratio``, and empty for a claim that does
+        not name RLVR.
 
     Raises:
         ValueError: as ``judge``.
     """
-    return pd.DataFrame([_row(claim, judge(claim, table)) for claim in CLAIMS])
+    other = at_papers_ratio(table)
+    rows = []
+    for claim in CLAIMS:
+        twice = "rlvr" in claim.arms
+        again = judge(claim, other).verdict if twice else ""
+        rows.append(_row(claim, judge(claim, table), again))
+    return pd.DataFrame(rows)
 
 
-def _row(claim: Claim, finding: Finding) -> dict[str, object]:
+def _row(claim: Claim, finding: Finding, again: str = "") -> dict[str, object]:
     return {
         "id": claim.id,
         "paper_item": claim.paper_item,
@@ -114,6 +133,7 @@ def _row(claim: Claim, finding: Finding) -> dict[str, object]:
         "null": finding.null,
         "matched": finding.matched,
         "verdict": finding.verdict,
+        "verdict_at_papers_ratio": again,
         "rule": claim.rule,
         "runs": finding.runs,
     }

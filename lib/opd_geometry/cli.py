@@ -284,7 +284,7 @@ def checkpoints(profile: str, arms: str) -> None:
 
     They go to data/checkpoints: by default the base and the teacher that were
     trained from scratch (runs that start from them get new names), of other arms
-    the run with seed 0, such as the two that the fourth chapter compares.
+    the run with seed 0, such as the two that the chapter on own checkpoints compares.
 
     \b
     Examples:

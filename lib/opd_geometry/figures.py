@@ -40,11 +40,34 @@ class ArmStyle(NamedTuple):
     dash: str = "-"
 
 
-ARM_STYLES = {
+_MAIN_STYLES = {
     "sft": ArmStyle("SFT", ORANGE),
-    "sft-matched": ArmStyle("SFT, matched", RED),
     "opd": ArmStyle("OPD", BLUE),
     "rlvr": ArmStyle("RLVR", GREEN),
+}
+# Where a confined run is confined: what follows ``-projected`` in the arm's name.
+CONFINED_STYLES = {
+    "": ArmStyle("own early subspace", PURPLE),
+    "-update": ArmStyle("own, update confined", LIGHT_BLUE),
+    "-half": ArmStyle("own, half the rank", PURPLE, ":"),
+    "-wide": ArmStyle("own, twice the rank", BROWN),
+    "-wider": ArmStyle("own, four times the rank", BROWN, "--"),
+    "-donor": ArmStyle("another arm's subspace", RED),
+    "-pretrained": ArmStyle("top subspace of the weights", GREEN),
+    "-random": ArmStyle("random subspace", GREY, "--"),
+    "-random-wider": ArmStyle("random, four times the rank", GREY, ":"),
+}
+_SCALED = {
+    "lr-x0.3": ("0.3 × rate", ":"),
+    "lr-x3": ("3 × rate", "--"),
+    "width-x1.5": ("1.5 × width", ":"),
+    "width-x2": ("2 × width", "--"),
+}
+ARM_STYLES = {
+    "sft": _MAIN_STYLES["sft"],
+    "sft-matched": ArmStyle("SFT, matched", RED),
+    "opd": _MAIN_STYLES["opd"],
+    "rlvr": _MAIN_STYLES["rlvr"],
     "tokens-top-50": ArmStyle("top-gap 50 %", LIGHT_BLUE),
     "tokens-top-25": ArmStyle("top-gap 25 %", PURPLE),
     "tokens-random-50": ArmStyle("random 50 %", LIGHT_BLUE, "--"),
@@ -55,13 +78,23 @@ ARM_STYLES = {
     "mix-0.25": ArmStyle("α = 0.25", PURPLE),
     "mix-0.05": ArmStyle("α = 0.05", GREEN, "--"),
     "mix-0.01": ArmStyle("α = 0.01", GREEN, ":"),
-    "opd-projected": ArmStyle("own early subspace", PURPLE),
-    "sft-projected": ArmStyle("own early subspace", PURPLE),
-    "opd-projected-update": ArmStyle("own, update confined", LIGHT_BLUE),
-    "sft-projected-wide": ArmStyle("own, twice the rank", BROWN),
-    "opd-projected-random": ArmStyle("random subspace", GREY, "--"),
-    "sft-projected-random": ArmStyle("random subspace", GREY, "--"),
-    "sft-matched-projected": ArmStyle("SFT, matched, own early subspace", RED, "--"),
+    "sft-base-matched": ArmStyle("SFT of the base, matched", BROWN),
+    "ce-teacher": ArmStyle("imitation of the teacher", BROWN, "--"),
+    "rlvr-paper": ArmStyle("RLVR, the paper's ratio", GREEN, "--"),
+    "opd-task-gcd": ArmStyle("OPD on gcd", PURPLE),
+    "opd-teacher-x1": ArmStyle("teacher of width × 1", LIGHT_BLUE),
+    "opd-teacher-x2": ArmStyle("teacher of width × 2", LIGHT_BLUE, "--"),
+    "opd-teacher-moe": ArmStyle("teacher of experts", RED),
+    **{
+        f"{family}-projected{suffix}": look
+        for family in ("opd", "sft", "sft-matched")
+        for suffix, look in CONFINED_STYLES.items()
+    },
+    **{
+        f"{arm}-{change}": ArmStyle(f"{look.label}, {words}", look.colour, dash)
+        for arm, look in _MAIN_STYLES.items()
+        for change, (words, dash) in _SCALED.items()
+    },
     "yours": ArmStyle("your model", PURPLE),
 }
 METRIC_LABELS = {

@@ -172,6 +172,7 @@ PUBLISHED_ARMS = tuple(
     dict.fromkeys(
         [
             *ARMS,
+            "sft-base-matched",
             "rlvr-paper",
             *_POLICY_ARMS,
             *_PROJECTED_ARMS,
@@ -254,6 +255,10 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
     if arm == "sft":
         start = _shared_base(settings, seed, from_scratch)
         return Run("sft", seed, settings.sft, start)
+    if arm == "sft-base-matched":
+        return Run(
+            arm, seed, _matched(settings), _shared_base(settings, seed, from_scratch)
+        )
     if arm in _WIDTH_ARMS:
         return _wider(profile, arm, seed, from_scratch)
     if arm in _RATE_ARMS:
