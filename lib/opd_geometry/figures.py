@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -249,7 +250,7 @@ def first_last(
     Returns:
         One row an arm, columns first and last; NaN where every seed is undefined.
     """
-    arms = _present(table, arms)
+    arms = present(table, arms)
     values = over_matrices(table[table["arm"].isin(arms)], metric, roles)
     by_arm = values.groupby(["arm", "frac"])["value"].mean().groupby("arm")
     ends = pd.DataFrame({"first": by_arm.first(), "last": by_arm.last()})
@@ -296,7 +297,7 @@ def with_null(metrics: Iterable[str]) -> list[str]:
     return [name for metric in metrics for name in (metric, f"null_{metric}")]
 
 
-def _present(table: pd.DataFrame, arms: Iterable[str]) -> list[str]:
+def present(table: pd.DataFrame, arms: Iterable[str]) -> list[str]:
     """The asked arms that the table has."""
     asked, there = list(arms), set(table["arm"])
     found = [arm for arm in asked if arm in there]
@@ -365,7 +366,7 @@ def trajectories(
             if len({panel.metric for panel in panels}) == 1:
                 _share_vertical(row)
             for ax in row:
-                _place_labels(ax)
+                place_labels(ax)
             place = end
         for ax in row:
             ax.set_xlabel("share of training")
@@ -396,7 +397,7 @@ def _draw_panel(
 ) -> None:
     """The arms' curves of one metric and its null, in the strip if there is one."""
     values = over_matrices(table, panel.metric, roles)
-    for arm in _present(table, panel.arms):
+    for arm in present(table, panel.arms):
         curve = values[values["arm"] == arm]
         if curve.empty:  # an arm that never moved has no such metric
             continue
@@ -412,12 +413,12 @@ def _draw_panel(
     (strip or ax).set_title(panel.title)
     if panel.metric in LOG_METRICS:
         ax.set_yscale("log")
-        _plain_log_ticks(ax)
+        plain_log_ticks(ax.yaxis)
     elif random_bases:
         ax.set_ylim(0, 1.02)
     if strip is not None and len(null):
         _break_axis(strip, ax)
-        _place_labels(strip)
+        place_labels(strip)
     elif strip is not None:  # its neighbour has a null, this table has none
         strip.set_axis_off()
 
@@ -474,11 +475,11 @@ def _break_axis(strip: Axes, below: Axes) -> None:
     below.plot([0], [1], transform=below.transAxes, **slash)
 
 
-def _plain_log_ticks(ax: Axes) -> None:
+def plain_log_ticks(axis: XAxis | YAxis) -> None:
     """Ticks such as 2, 5, 10 instead of powers of ten with unlabelled ones between."""
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _share_vertical(row: Sequence[Axes]) -> None:
@@ -489,7 +490,7 @@ def _share_vertical(row: Sequence[Axes]) -> None:
         ax.set_ylim(low, high)
 
 
-def _place_labels(ax: Axes) -> None:
+def place_labels(ax: Axes) -> None:
     """Write each line's name beside its end, with a leader where it had to move."""
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -564,7 +565,7 @@ def depth_profiles(
     Raises:
         ValueError: the table has none of the arms.
     """
-    arms = _present(table, arms)
+    arms = present(table, arms)
     with styled():
         figure, axes = plt.subplots(
             len(arms),
@@ -582,7 +583,7 @@ def depth_profiles(
             ax.set_title(METRIC_LABELS[metric].replace(", ", "\n"))
         for ax in axes[-1]:
             ax.set_xlabel("layer")
-        _place_labels(axes[0][-1])
+        place_labels(axes[0][-1])
     return figure
 
 
@@ -602,7 +603,7 @@ def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     ax.plot(null, ":", color=GREY, label=NULL_LABEL)
     ax.set_yscale("log")
     if np.ptp(np.log10(ax.get_ylim())) < 1.5:  # else powers of ten do
-        _plain_log_ticks(ax)
+        plain_log_ticks(ax.yaxis)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -643,7 +644,7 @@ def mask_maps(
     Raises:
         ValueError: the table has none of the arms.
     """
-    arms = _present(table, arms)
+    arms = present(table, arms)
     null_of = null_of if null_of in arms else arms[0]
     rows = [(arm, "", ARM_STYLES[arm].label) for arm in arms]
     rows.append((null_of, "null_", f"{NULL_LABEL}\nof {ARM_STYLES[null_of].label}"))
@@ -723,7 +724,7 @@ def role_maps(
     Raises:
         ValueError: the table has not the arm.
     """
-    _present(table, [arm])
+    present(table, [arm])
     names = set(table["metric"])
     prefixes = ["", *(["null_"] if names & {f"null_{m}" for m in metrics} else [])]
     with styled():
@@ -790,8 +791,8 @@ def region_maps(
     Raises:
         ValueError: the table has none of the arms.
     """
-    rows = [(arm, "") for arm in _present(table, arms)]
-    rows += [(arm, "null_") for arm in _present(table, [null_of])]
+    rows = [(arm, "") for arm in present(table, arms)]
+    rows += [(arm, "null_") for arm in present(table, [null_of])]
     regions = table[table["role"] == "region"]
     with styled():
         figure, axes = plt.subplots(
@@ -850,7 +851,7 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     Raises:
         ValueError: the table has none of the arms.
     """
-    arms = _present(table, arms)
+    arms = present(table, arms)
     with styled():
         figure, axes = plt.subplots(
             1, 3, figsize=(WIDTH, 0.9 + 0.42 * len(arms)), sharey=True
@@ -935,7 +936,7 @@ def projected_training(
         for ax, family in zip(axes[0], families, strict=True):
             twins = [arm for arm in ARM_STYLES if arm.startswith(f"{family}-projected")]
             values = over_matrices(table, metric)
-            for arm in _present(table, [family, *reversed(twins)]):
+            for arm in present(table, [family, *reversed(twins)]):
                 draw_curve(ax, values[values["arm"] == arm], ARM_STYLES[arm])
             parting = values[np.isclose(values["frac"], branch_frac)]
             level = parting[parting["arm"] == family]["value"].mean()
@@ -946,5 +947,5 @@ def projected_training(
             ax.set(xlim=(0, 1), title=title, xlabel="share of training")
         axes[0][0].set_ylabel(METRIC_LABELS.get(metric, metric))
         for ax in axes[0]:
-            _place_labels(ax)
+            place_labels(ax)
     return figure

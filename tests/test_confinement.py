@@ -1,0 +1,97 @@
+"""Confined runs against free and stopped ones: planted accuracies."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opd_geometry import confinement, contrast_figures
+from opd_geometry.evidence import ALL_ACCURACIES
+from opd_geometry.measure import COLUMNS
+
+SEEDS = (0, 1, 2)
+ENDS = {
+    "opd": 0.8,
+    "opd-projected": 0.78,
+    "opd-projected-random": 0.65,
+    "opd-projected-donor": 0.75,
+}
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """OPD stands at 0.6 after a fifth of training; donor's seeds differ widely."""
+    rows: list[tuple[object, ...]] = []
+    for arm, end in ENDS.items():
+        for seed in SEEDS:
+            noise = 0.04 * (seed - 1) if arm.endswith("donor") else 0.001 * seed
+            for metric in ALL_ACCURACIES:
+                place = (f"{arm}-{seed}", arm, seed)
+                last = end + noise
+                rows.append((*place, 100, "", "model", -1, metric, last))
+                if arm == "opd" and metric == "accuracy/chain":
+                    rows.append((*place, 20, "", "model", -1, metric, 0.6))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_which_confinements_suffice(table: pd.DataFrame) -> None:
+    found = confinement.sufficiency(table, "opd", "trained task").set_index("arm")
+    assert found["outcome"].to_dict() == {
+        "opd-projected": "suffices",
+        "opd-projected-random": "falls short",
+        "opd-projected-donor": "open",
+        "stopped": "falls short",
+    }
+    np.testing.assert_allclose(found.loc["opd-projected", "difference"], -0.02)
+    # 0.02 of the 0.201 that the free run gains after the branch are lost.
+    np.testing.assert_allclose(found.loc["opd-projected", "kept"], 1 - 0.02 / 0.201)
+    np.testing.assert_allclose(found.loc["stopped", "kept"], 0.0, atol=1e-12)
+
+
+def test_no_share_is_kept_of_what_was_never_gained(table: pd.DataFrame) -> None:
+    early = table["step"] == 20
+    table.loc[early, "value"] = 0.79
+    found = confinement.sufficiency(table, "opd", "trained task")
+    assert found["kept"].isna().all()
+
+
+def test_benchmarks_are_averaged(table: pd.DataFrame) -> None:
+    harder = table["metric"] == "accuracy/base"
+    confined = table["arm"] == "opd-projected"
+    table.loc[harder & confined, "value"] -= 0.7
+    found = confinement.sufficiency(table, "opd", "all benchmarks").set_index("arm")
+    np.testing.assert_allclose(found.loc["opd-projected", "difference"], -0.12)
+    assert found.loc["stopped", "outcome"] == "open"  # measured on one task only
+
+
+# --- figures ---------------------------------------------------------------------
+
+
+def test_dots_stand_at_what_is_lost(table: pd.DataFrame) -> None:
+    (ax,) = contrast_figures.subspace_dots(table, ["opd"]).axes
+    dots = {
+        float(line.get_ydata()[0]): float(line.get_xdata()[0])
+        for line in ax.lines
+        if line.get_marker() == "o"
+    }
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert names == ["own early subspace", "another arm's subspace", "random subspace"]
+    np.testing.assert_allclose([dots[0], dots[1], dots[2]], [-0.02, -0.051, -0.15])
+
+
+def test_ranks_lie_on_one_line(table: pd.DataFrame) -> None:
+    wide = table[table["arm"] == "opd-projected"].assign(arm="opd-projected-wide")
+    wide = wide.assign(value=wide["value"] + 0.01)
+    both = pd.concat([table, wide])
+    ranks = {"": 2, "-wide": 4, "-random": 2}
+    (ax,) = contrast_figures.rank_sweep(both, ["opd"], ranks).axes
+    lines = {line.get_label(): line for line in ax.lines}
+    np.testing.assert_allclose(lines["own"].get_xdata(), [2, 4])
+    np.testing.assert_allclose(lines["own"].get_ydata(), [0.781, 0.791])
+    np.testing.assert_allclose(lines["stopped"].get_ydata(), [0.6, 0.6])
+
+
+def test_every_benchmark_has_a_row(table: pd.DataFrame) -> None:
+    (ax,) = contrast_figures.benchmark_dots(table, ["opd"], ["", "-random"]).axes
+    assert len(ax.get_yticklabels()) == len(ALL_ACCURACIES)
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert len(dots) == 3 * len(ALL_ACCURACIES)

@@ -1,0 +1,91 @@
+"""Orders over settings and distances to printed numbers, on planted tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opd_geometry import contrast_figures, sweeps
+from opd_geometry.measure import COLUMNS
+
+SEEDS = (0, 1, 2)
+
+
+def planted(values: dict[str, float], metric: str = "nss") -> pd.DataFrame:
+    """Two matrices of unequal sizes an arm, the same in every seed but for a little."""
+    rows: list[tuple[object, ...]] = []
+    for arm, value in values.items():
+        for seed in SEEDS:
+            for matrix, size, factor in (("a", 100.0, 0.5), ("b", 300.0, 1.5)):
+                place = (f"{arm}-{seed}", arm, seed, 10, matrix, "q", 0)
+                noisy = value * factor * (1 + 0.01 * seed)
+                rows += [
+                    (*place, metric, noisy),
+                    (*place, f"null_{metric}", 2 * noisy),
+                    (*place, "parameters", size),
+                ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_an_order_that_the_rate_turns_round() -> None:
+    values = {"opd-lr-x0.3": 1.0, "opd": 3.0, "rlvr-lr-x0.3": 2.0, "rlvr": 6.0}
+    places = {"-lr-x0.3": "0.3", "": "1", "-lr-x3": "3"}
+    grid = sweeps.order_grid(planted(values), "opd", "rlvr", "nss", places)
+    assert list(grid.columns) == ["0.3", "1", "3"]
+    assert grid.to_numpy().tolist() == [
+        [">", ">", "–"],
+        ["<", ">", "–"],
+        ["–", "–", "–"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("factor", "near"), [(1.0, True), (1.2, True), (1.3, False), (0.7, False)]
+)
+def test_comparable_is_within_a_factor(factor: float, near: bool) -> None:
+    table = planted({"opd": 1.0, "other": factor})
+    assert sweeps.comparable(table, "opd", "other", "nss") is near
+
+
+def test_nearer_and_farther() -> None:
+    table = planted({"opd": 1.0, "opd-wide": 2.0, "sft": 1.0, "sft-wide": 0.5})
+    printed = {"nss": 4.0}
+    (near,) = sweeps.approach(table, "opd", "-wide", printed).itertuples()
+    (far,) = sweeps.approach(table, "sft", "-wide", printed).itertuples()
+    assert (near.trend, far.trend) == ("nearer", "farther")
+    np.testing.assert_allclose([near.nearer, far.nearer], [2.0, 0.5])
+    np.testing.assert_allclose([near.ours, near.changed], [1.01, 2.02])
+    assert sweeps.approach(table, "rlvr", "-wide", printed).empty
+
+
+def test_sparsity_is_weighted_by_size() -> None:
+    table = planted({"opd": 0.4}, "sparsity")
+    found = sweeps.distance_to(table, "opd", "sparsity", 0.4)
+    # (100 * 0.5 + 300 * 1.5) / 400 = 1.25, in place of the plain mean of 1
+    np.testing.assert_allclose(found[0], np.log(1.25))
+
+
+# --- figures ---------------------------------------------------------------------
+
+
+def test_a_sweep_draws_each_setting_where_it_stands() -> None:
+    table = planted({"opd": 1.0, "opd-x2": 3.0})
+    places = {"": 128, "-x2": 256}
+    printed = {("opd", "nss"): 0.1}
+    figure = contrast_figures.sweep(table, ["opd"], places, ["nss"], "w", printed)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    np.testing.assert_allclose(lines["OPD"].get_xdata(), [128, 256])
+    np.testing.assert_allclose(lines["OPD"].get_ydata(), [1.01, 3.03])
+    np.testing.assert_allclose(lines["_null"].get_ydata(), [2.02, 6.06])
+    assert any(list(line.get_ydata()) == [0.1] for line in figure.axes[0].lines)
+
+
+def test_variants_stand_beside_the_margin_of_the_first() -> None:
+    table = planted({"opd": 0.4, "rlvr": 0.2}, "sparsity")
+    names = {"opd": "main", "opd-teacher-x1": "missing", "rlvr": "reward"}
+    margins = {"sparsity": (-0.06, 0.06)}
+    figure = contrast_figures.variant_dots(table, names, ["sparsity"], margins)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["main", "reward"]
+    (band,) = [patch for patch in ax.patches if patch.get_alpha() == 0.15]
+    left, right = band.get_extents().transformed(ax.transData.inverted()).intervalx
+    np.testing.assert_allclose(right - left, 0.12)
