@@ -101,6 +101,21 @@ def test_fates(end: str, equal: str, fate: str) -> None:
     assert list(matching.fates(pd.DataFrame(rows))["fate"]) == [fate]
 
 
+def test_typical_sizes_leave_out_what_is_never_equal() -> None:
+    rows = [
+        {"arm": "a", "other": other, "metric": "nss", "at": at, "ratio": ratio}
+        for other, end, equal in (
+            ("b", 2.0, 1.1),
+            ("c", 0.5, 1.3),
+            ("d", 4.0, 1 / 1.2),
+            ("e", 99.0, np.nan),
+        )
+        for at, ratio in ((AT_END, end), (AT_EQUAL_NORM, equal))
+    ]
+    found = matching.typical_sizes(pd.DataFrame(rows)).loc["nss"]
+    np.testing.assert_allclose(np.exp(found), [2.0, 1.2])
+
+
 def test_every_rung_of_the_ladder_begins_where_the_last_one_ended() -> None:
     arms = [(arm, other) for arm, other, _ in matching.LADDER]
     assert all(a[1] == b[0] for a, b in pairwise(arms))

@@ -153,3 +153,21 @@ def fates(comparison: pd.DataFrame) -> pd.DataFrame:
     fate[wide["n_seeds"][AT_EQUAL_NORM] == 0] = "never equal"
     found = {AT_END: end, AT_EQUAL_NORM: equal, "fate": fate}
     return pd.DataFrame(found).reset_index()
+
+
+def typical_sizes(comparison: pd.DataFrame) -> pd.DataFrame:
+    """How large the differences between the arms of a pair are, at both moments.
+
+    median over pairs of |ln(other / arm)|, of the pairs that are read at both
+
+    Args:
+        comparison: of ``compared``.
+
+    Returns:
+        A row a metric, a column a moment.
+    """
+    sizes = comparison.assign(size=np.log(comparison["ratio"]).abs())
+    wide = sizes.pivot_table(
+        index=["metric", "arm", "other"], columns="at", values="size"
+    )
+    return wide.dropna().groupby("metric").median()[[AT_END, AT_EQUAL_NORM]]
