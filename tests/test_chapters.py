@@ -9,6 +9,7 @@ import pytest
 
 from opd_geometry import chapters, measure, profiles
 from opd_geometry.chapters import ParameterError, Parameters, check_parameters
+from opd_geometry.claims import claims_table
 from opd_geometry.statements import CLAIMS
 
 DEFAULTS = {"profile": "laptop", "seeds": "0-2", "source": "committed", "jobs": 2}
@@ -261,3 +262,20 @@ def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> No
         chapters.check_pair({"before": "a", "after": "b", **change})
     with pytest.raises(chapters.ParameterError, match="no parameter after"):
         chapters.check_pair({"before": "a"})
+
+
+def test_the_results_have_every_claim_with_its_controls() -> None:
+    empty = pd.DataFrame(columns=measure.COLUMNS)
+    findings = claims_table(empty)
+    findings.loc[0, ["effect", "low", "high", "n_seeds"]] = [0.123456, 0.1, 0.2, 5]
+    findings.loc[0, ["verdict", "null", "matched"]] = ["reproduced", "a", "b"]
+    findings.loc[1, "effect"] = 2.0
+    shown = chapters.results_table(findings)
+    assert len(shown) == len(CLAIMS)
+    first = shown.iloc[0].to_dict()
+    assert first["effect [95 %]"].startswith("0.123 [0.1, 0.2] (")
+    assert first["verdict"] == "✓ reproduced"
+    assert (first["null"], first["matched control"], first["seeds"]) == ("a", "b", 5)
+    assert shown["effect [95 %]"][1].startswith("2 (")  # no interval from one seed
+    assert shown["effect [95 %]"][2] == "–"
+    assert all(f"({claim.id})" in shown["claim"][i] for i, claim in enumerate(CLAIMS))

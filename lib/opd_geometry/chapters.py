@@ -329,14 +329,46 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
+def results_table(findings: pd.DataFrame) -> pd.DataFrame:
+    """All claims for the page of results: effect, interval, controls and verdicts.
+
+    Args:
+        findings: of ``claims.claims_table``.
+
+    Returns:
+        One row a claim, in words and short numbers.
+    """
+    marked = findings["verdict"].map(lambda text: f"{VERDICT_MARKS[text]} {text}")
+    effects = [_interval_text(row) for row in findings.to_dict("records")]
+    return pd.DataFrame(
+        {
+            "claim": findings["statement"] + " (" + findings["id"] + ")",
+            "in the paper": findings["paper_item"] + ": " + findings["paper_value"],
+            "effect [95 %]": effects,
+            "seeds": findings["n_seeds"],
+            "null": findings["null"],
+            "matched control": findings["matched"],
+            "verdict": marked,
+            "RLVR at the paper's ratio": findings["verdict_at_papers_ratio"],
+        }
+    )
+
+
+def _interval_text(row: Mapping[str, Any]) -> str:
+    """``0.12 [0.1, 0.14] (unit)``, or a dash."""
+    if math.isnan(row["effect"]):
+        return "–"
+    known = not math.isnan(row["low"])
+    between = f" [{row['low']:.3g}, {row['high']:.3g}]" if known else ""
+    return f"{row['effect']:.3g}{between} ({row['unit']})"
+
+
 def _here(finding: Finding) -> str:
     """Effect, interval and seeds in a cell."""
     if finding.verdict == "not measured":
         return "–"
     seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
-    known = not math.isnan(finding.low)
-    between = f" [{finding.low:.3g}, {finding.high:.3g}]" if known else ""
-    return f"{finding.effect:.3g}{between} ({finding.unit}; {seeds})"
+    return _interval_text({**vars(finding), "unit": f"{finding.unit}; {seeds}"})
 
 
 def claim_cards(

@@ -48,9 +48,10 @@ def sufficiency(table: pd.DataFrame, family: str, measure: str) -> pd.DataFrame:
         table, family, measure: as in ``differences``.
 
     Returns:
-        One row an arm and one for ``STOPPED``: arm, n_seeds, difference, low, high,
-        outcome, and kept, the share of what the free run gains after the branch
-        (1: all of it, 0: as if stopped; NaN where it gains less than the margin).
+        One row an arm and one for ``STOPPED``: arm, confined (what follows
+        ``FAMILY-projected`` in its name), n_seeds, difference, low, high, outcome, and
+        kept, the share of what the free run gains after the branch (1: all of it, 0: as
+        if stopped; NaN where it gains less than the margin).
 
     Source: arXiv:2606.07082, Figures 6 and 8 (the rank-K projection; the other
     subspaces are ours).
@@ -62,6 +63,9 @@ def sufficiency(table: pd.DataFrame, family: str, measure: str) -> pd.DataFrame:
         mean, low, high = interval(values)
         outcome = WORDS[state(Part(arm, values, -ACCURACY_MARGIN))]
         kept = 1 + mean / gain if gain > ACCURACY_MARGIN else float("nan")
-        rows.append((arm, len(defined(values)), mean, low, high, outcome, kept))
-    columns = ["arm", "n_seeds", "difference", "low", "high", "outcome", "kept"]
+        confined = arm.removeprefix(f"{family}-projected")
+        numbers = (len(defined(values)), mean, low, high)
+        rows.append((arm, confined, *numbers, outcome, kept))
+    columns = ["arm", "confined", "n_seeds", "difference", "low", "high"]
+    columns += ["outcome", "kept"]
     return pd.DataFrame(rows, columns=columns)
