@@ -149,6 +149,19 @@ def test_only_what_is_missing_is_trained_and_a_failure_is_one_line(
     assert asked == [("smoke", ["off-policy"], 3)]
 
 
+def test_an_arm_that_the_profile_does_not_list_is_left_out(
+    shelf: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(chapters, "train_all", None)
+    table, _ = chapters.load(SMOKE, ["opd", "rlvr-paper", "opd-lr-x3"])
+    assert set(table["arm"]) == {"opd"}
+    assert capsys.readouterr().out == (
+        "left out, being no part of profile smoke: rlvr-paper, opd-lr-x3\n"
+    )
+
+
 def test_says_where_runs_come_from(shelf: pd.DataFrame) -> None:
     committed = shelf.assign(source=["committed", "this machine"])
     text = chapters.provenance_text(SMOKE, committed)

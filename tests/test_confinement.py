@@ -76,6 +76,12 @@ def test_dots_stand_at_what_is_lost(table: pd.DataFrame) -> None:
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["own early subspace", "another arm's subspace", "random subspace"]
     np.testing.assert_allclose([dots[0], dots[1], dots[2]], [-0.02, -0.051, -0.15])
+    faces = {
+        float(line.get_ydata()[0]): str(line.get_markerfacecolor())
+        for line in ax.lines
+        if line.get_marker() == "o"
+    }
+    assert [faces[row] == "none" for row in (0, 1, 2)] == [False, True, True]
 
 
 def test_ranks_lie_on_one_line(table: pd.DataFrame) -> None:

@@ -89,3 +89,25 @@ def test_variants_stand_beside_the_margin_of_the_first() -> None:
     (band,) = [patch for patch in ax.patches if patch.get_alpha() == 0.15]
     left, right = band.get_extents().transformed(ax.transData.inverted()).intervalx
     np.testing.assert_allclose(right - left, 0.12)
+    marks = {
+        (line.get_marker(), float(line.get_ydata()[0])): line.get_xdata()[0]
+        for line in ax.lines
+        if line.get_marker() in ("o", "|")
+    }
+    # Weighted by size, which makes 1.25 of the planted value.
+    np.testing.assert_allclose(marks["o", 0], 0.4 * 1.25 * 1.01)
+    np.testing.assert_allclose(marks["|", 0], 0.8 * 1.25 * 1.01)
+
+
+def test_the_board_marks_what_speaks_against_a_claim() -> None:
+    parts = {
+        "one": pd.DataFrame(
+            {"kind": ["part", "part", "null"], "outcome": ["holds", "fails", "open"]}
+        ),
+        "two": pd.DataFrame({"kind": [], "outcome": []}),
+    }
+    verdicts = {"one": "not reproduced", "two": "not measured"}
+    (ax,) = contrast_figures.claims_board(parts, verdicts).axes
+    marks = [line.get_marker() for line in ax.lines if line.get_marker() in ("o", "X")]
+    assert marks == ["o", "X", "o"]
+    assert {text.get_text() for text in ax.texts} >= set(verdicts.values())
