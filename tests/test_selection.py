@@ -34,7 +34,7 @@ def check(w: Tensor, alpha: float) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks and a poor sample of what is not large."""
     monkeypatch.setattr(selection, "CHUNK_BYTES", 256)
-    monkeypatch.setattr(selection, "DRAWS", 16)
+    monkeypatch.setattr(selection, "_draws", lambda size: 16)
 
 
 def noise(size: int, seed: int = 0) -> Tensor:
@@ -77,7 +77,7 @@ def test_sizes_around_a_chunk(
     length = 64 // dtype.itemsize
     around = {k * length + off for k in (1, 2, 3, 7) for off in (-1, 0, 1)}
     for draws in (1, 4, 2**17):
-        monkeypatch.setattr(selection, "DRAWS", draws)
+        monkeypatch.setattr(selection, "_draws", lambda size, n=draws: n)
         for size in sorted({1, 2, 3, *around}):
             check(noise(size, size).to(dtype), alpha)
             check(noise(size, size).round().to(dtype), alpha)
@@ -110,7 +110,7 @@ def test_sampled_places_that_are_all_zero(
 ) -> None:
     """Found by looking where the real sample looks."""
     monkeypatch.setattr(selection, "CHUNK_BYTES", 1024)
-    monkeypatch.setattr(selection, "DRAWS", 64)
+    monkeypatch.setattr(selection, "_draws", lambda size: 64)
     run = 16 // dtype.itemsize
     places = torch.arange(20_000, dtype=dtype if dtype.itemsize > 2 else torch.int16)
     stored = places.view(bits.BITS[dtype][0]).numpy()
@@ -136,7 +136,7 @@ def test_any_small_array(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK_BYTES", chunk)
-        patch.setattr(selection, "DRAWS", draws)
+        patch.setattr(selection, "_draws", lambda size: draws)
         check(torch.tensor(values).to(dtype), alpha)
 
 

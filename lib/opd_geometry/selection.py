@@ -10,7 +10,6 @@ import numpy as np
 from opd_geometry.bits import magnitudes_of
 
 CHUNK_BYTES = 2**19  # of keys: they and their marks stay in a core's cache
-DRAWS = 2**17  # places of a sample, each of as many entries as 16 bytes hold
 
 
 def mark(
@@ -41,6 +40,11 @@ def mark(
     chunks = _Chunks(bits, largest)
     (_mark_by_steps if bits.itemsize == 2 else _mark_by_bracket)(chunks, count)
     return chunks.mask, chunks.top
+
+
+def _draws(size: int) -> int:
+    """Of a sample: a larger one takes longer and leaves less to mend."""
+    return int(size ** (2 / 3))
 
 
 class _Chunks:
@@ -77,15 +81,17 @@ class _Chunks:
 
     def sample(self) -> np.ndarray:
         """Keys from random places, sorted; all of them if they are few."""
-        run = 16 // self._bits.itemsize
-        if self.size <= run * DRAWS:
+        run, n_draws = 16 // self._bits.itemsize, _draws(self.size)
+        if self.size <= run * n_draws:
             return np.sort(self._keys_of(self._bits))
         # One draw from each of equal parts, so that every row and column has its share;
         # at random there, since a stride would meet the same columns again and again.
         # Neighbours come as one complex number: the cost is that of a line of memory.
         runs = self._bits[: self.size // run * run].view(np.complex128)
-        within = np.random.default_rng(0).random(DRAWS)
-        places = ((np.arange(DRAWS) + within) * (len(runs) / DRAWS)).astype(np.int64)
+        within = np.random.default_rng(0).random(n_draws)
+        places = ((np.arange(n_draws) + within) * (len(runs) / n_draws)).astype(
+            np.int64
+        )
         keys = self._keys_of(runs[places].view(self._bits.dtype))
         keys.sort()
         return keys
