@@ -149,7 +149,10 @@ def compare_size(rows: int, cols: int, with_peer: bool) -> list[dict[str, Any]]:
 
 
 def bandwidth(rows: int, cols: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Bytes read a second by what needs no singular values, and by a plain copy."""
+    """Bytes read a second by what needs no singular values, and by plain copies.
+
+    A mask, like a clone, is written to memory that is fresh; a copy is not.
+    """
     before, after = (w.to(dtype) for w in matrix_pair(rows, cols))
     target = torch.empty_like(before), torch.empty_like(after)
 
@@ -160,6 +163,7 @@ def bandwidth(rows: int, cols: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     size = before.element_size() * before.numel()
     calls = {
         "copy": (copy, 2),
+        "fresh_copy": (lambda: (before.clone(), after.clone()), 2),
         "sparsity": (lambda: updates.count_visible(before, after), 2),
         "update_mask": (lambda: updates.visible_update(before, after), 2),
         "norm_of_update": (lambda: bits.difference_norm(before, after), 2),
@@ -180,6 +184,7 @@ def bandwidth(rows: int, cols: int, dtype: torch.dtype) -> list[dict[str, Any]]:
             "quantity": name,
             "gigabytes_per_second": rate,
             "share_of_copy": rate / rates["copy"],
+            "share_of_fresh_copy": rate / rates["fresh_copy"],
         }
         for name, rate in rates.items()
     ]

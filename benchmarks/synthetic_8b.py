@@ -127,9 +127,9 @@ def main(
         plan = pairs.plan_pair(
             place / "before", place / "after", metrics=asked, null=null
         )
-        speed = forecast.probe_speed()
-        projected = forecast.projected_seconds(plan, speed, asked, null)
-        full = forecast.projected_seconds(plan, speed, tuple(pairs.METRICS), True)
+        speed = forecast.probe_speed(plan)
+        projected = forecast.projected_seconds(plan, speed, asked, null, jobs)
+        full = forecast.projected_seconds(plan, speed, tuple(pairs.METRICS), True, jobs)
         begun = time.perf_counter()
         table = pairs.run_plan(plan, place / "table.parquet", jobs)
         done = time.perf_counter()
@@ -146,8 +146,8 @@ def main(
         "entries": plan.entries,
         "write_seconds": written - started,
         "seconds": done - begun,
-        "projected_seconds": projected / jobs,
-        "projected_full_suite_seconds": full / jobs,
+        "projected_seconds": projected,
+        "projected_full_suite_seconds": full,
         "peak_mib": resource.getrusage(who).ru_maxrss / 1024,
         "sparsity": float((table["sparsity_bf16"]).mean()),
     }
@@ -158,8 +158,8 @@ def main(
     )
     click.echo(
         f"{plan.entries:.3g} entries, {metrics}: {duration(done - begun)} with {jobs} "
-        f"processes (projected {duration(projected / jobs)}); the full suite with "
-        f"nulls would take {duration(full / jobs)}"
+        f"processes (projected {duration(projected)}); the full suite with "
+        f"nulls would take {duration(full)}"
     )
 
 

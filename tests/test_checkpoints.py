@@ -271,6 +271,30 @@ def test_experts_are_matrices_of_their_own(tmp_path, model_type, n_hidden):
         assert matrix.shape == tuple(w.shape)
         assert torch.equal(w, expected[part][int(expert)])
         assert w.is_contiguous()
+    for pair in checkpoints.list_pairs(path, path):
+        check_head(pair)
+
+
+def check_head(pair):
+    """The head of a matrix is its first rows, at least one and at most all."""
+    w = pair.read_after()
+    assert pair.after.n_bytes == w.nbytes
+    row = w.nbytes // len(w)
+    for n_bytes, n_rows in ((0, 1), (2 * row, 2), (3 * row - 1, 2), (10**9, len(w))):
+        head = pair.read_head(n_bytes)
+        assert torch.equal(head, w[:n_rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_heads_are_of_the_later_checkpoint(tmp_path, dtype):
+    tensors = dense(dtype=dtype)
+    q, k, v = (BLOCK.format(0, name) for name in "qkv")
+    fused = torch.cat([tensors.pop(name) for name in (q, k, v)])
+    tensors["model.layers.0.self_attn.qkv_proj.weight"] = fused
+    before = save(tmp_path / "a", dense(seed=1, dtype=dtype), CONFIG)
+    after = save(tmp_path / "b", tensors, CONFIG)
+    for pair in checkpoints.list_pairs(before, after):
+        check_head(pair)
 
 
 def test_experts_that_need_no_splitting_need_no_config(tmp_path):

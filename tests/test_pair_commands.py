@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from test_pairs import model, noise, save
 
-from opd_geometry import cli, pair_commands, pairs, tables
+from opd_geometry import cli, forecast, pair_commands, pairs, tables
+from opd_geometry.printing import duration
 
 
 @pytest.fixture
@@ -271,6 +272,45 @@ def test_interrupted_command_goes_on(
     straight = tmp_path / "straight.csv"
     assert cli.main(["measure", *pair, "--out", str(straight)]) == 0
     assert out.read_bytes() == straight.read_bytes()
+
+
+def test_forecast_of_what_is_left(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a second a byte and nothing else, the forecast is the bytes to be read."""
+    speed = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    monkeypatch.setattr(forecast, "probe_speed", lambda plan: speed)
+    plan = pairs.plan_pair(*pair, metrics=["nss"])
+    whole = sum(task.n_bytes for task in plan.tasks)
+    left = plan.tasks[2:]
+    out = tmp_path / "t.csv"
+
+    def forecasts(*options: str) -> list[str]:
+        arguments = ["--metrics", "nss", "--jobs", "2", "--out", str(out), *options]
+        assert cli.main(["measure", *pair, *arguments]) == 0
+        told = capsys.readouterr().err.splitlines()
+        return [line for line in told if line.endswith("on this machine")]
+
+    def lines(projected: int) -> list[str]:
+        return [
+            f"{what} about {duration(seconds)} on this machine"
+            for what, seconds in (
+                ("Projected time:", projected),
+                ("The full suite would take", whole),
+            )
+        ]
+
+    assert forecasts() == lines(whole)
+    kept = pairs.run_plan(plan).to_dict("records")
+    for n_done, expected in ((2, lines(sum(t.n_bytes for t in left))), (7, [])):
+        out.unlink(missing_ok=True)
+        with tables.growing(out, plan.description, resume=False) as partial:
+            for row in kept[:n_done]:
+                partial.add(row["matrix"], [row])
+        assert forecasts("--resume") == expected
 
 
 def test_a_killed_process_loses_no_finished_matrix(

@@ -31,9 +31,11 @@ def bits_of(w: Tensor) -> np.ndarray:
     return bits
 
 
-def magnitudes_of(bits: np.ndarray) -> np.ndarray:
+def magnitudes_of(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Integers in the order of |w|; for finite entries one to one."""
-    return bits & np.array(np.iinfo(bits.dtype).max, bits.dtype)
+    without_sign = np.array(np.iinfo(bits.dtype).max, bits.dtype)
+    magnitudes: np.ndarray = np.bitwise_and(bits, without_sign, out=out)
+    return magnitudes
 
 
 def count_nonfinite(w: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +94,12 @@ class Matrix:
     shape: tuple[int, int]
     dtype: str
 
+    @property
+    def n_bytes(self) -> int:
+        """What it takes in its file."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return self.shape[0] * self.shape[1] * itemsize
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -160,6 +166,14 @@ class StoredPair:
     def read_after(self) -> Tensor:
         """The later one alone."""
         return _read(self.parts[1])
+
+    def read_head(self, n_bytes: int) -> Tensor:
+        """The first rows of the later one, of about so many bytes, at least one."""
+        part, n_rows = self.parts[1], self.after.shape[0]
+        n_head = min(n_rows, max(1, n_bytes * n_rows // self.after.n_bytes))
+        start, step = part.rows.start or 0, part.rows.step or 1
+        stop = start + (n_head - 1) * step + 1
+        return _read(replace(part, rows=slice(start, stop, step)))
 
 
 @dataclass(frozen=True)

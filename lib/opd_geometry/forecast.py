@@ -20,16 +20,26 @@ class Speed:
     reduction: float  # of m^3: all singular values, top vectors
     values: float  # of m^3: all singular values alone
     noise: float  # an entry of a Gaussian null
+    reading: float  # a byte of the checkpoints' files
 
 
 PROBE = 768  # side of the matrices that are timed
 # How much slower a tridiagonalisation is, a flop, once it has left the caches: about
 # this much, and up to twice, between the probe's side and 4096.
 OUT_OF_CACHE = 1.5
+PROBE_BYTES = 2**26  # of a file that are read, about
 
 
-def probe_speed() -> Speed:
-    """Time one small matrix of each kind, about a second."""
+def probe_speed(plan: Plan) -> Speed:
+    """Time one small matrix of each kind and a part of the largest one's file.
+
+    The part is read as measuring will read all, as fast as the file comes now: from
+    memory where it was read or written lately, else from its disk. Takes about a
+    second, from a slow disk longer.
+
+    Args:
+        plan: of `plan_pair` or `plan_trajectory`, with at least one task.
+    """
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(PROBE, PROBE, generator=generator)
     other = w + 0.01 * torch.randn(PROBE, PROBE, generator=generator)
@@ -49,7 +59,16 @@ def probe_speed() -> Speed:
         OUT_OF_CACHE * max(whole - 1.6 * product, 0.0) / cube,
         max(values - product, 0.0) / cube,
         noise / square,
+        _reading(plan),
     )
+
+
+def _reading(plan: Plan) -> float:
+    """Seconds a byte of the plan's largest matrix."""
+    largest = max(plan.tasks, key=lambda task: task.n_bytes)
+    started = time.perf_counter()
+    head = largest.pair.read_head(PROBE_BYTES)
+    return (time.perf_counter() - started) / head.nbytes
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -59,15 +78,16 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def projected_seconds(
-    plan: Plan, speed: Speed, metrics: Collection[str], null: bool
+    plan: Plan, speed: Speed, metrics: Collection[str], null: bool, jobs: int = 1
 ) -> float:
-    """About how long a plan takes in one process, without reading the files.
+    """About how long a plan takes.
 
     Args:
         plan: of `plan_pair` or `plan_trajectory`.
         speed: of `probe_speed`.
         metrics: that are measured of a pair.
         null: whether its null is.
+        jobs: processes, which share the arithmetic, but read from one disk.
     """
     asked = set(parse_metrics(metrics))
     turns = len(asked & {*ANGLES, "nss"}) > 0
@@ -85,4 +105,5 @@ def projected_seconds(
         seconds += short * long * (speed.cheap + (speed.noise + speed.cheap) * null)
         seconds += whole * (speed.product * product + speed.reduction * cube)
         seconds += spread * (speed.product * product / 1.6 + speed.values * cube)
-    return seconds
+    reading = speed.reading * sum(task.n_bytes for task in plan.tasks)
+    return seconds / jobs + reading

@@ -156,10 +156,10 @@ def measure_command(
         locate(before), locate(after), settings, asked, _names(roles), null, seed
     )
     _announce(plan)
-    forecasts = {"Projected time:": (asked, null)}
+    forecasts = [("Projected time:", _left(plan, out, resume), asked, null)]
     if len(asked) < len(METRICS):
-        forecasts["The full suite would take"] = (tuple(METRICS), True)
-    _project(plan, jobs, forecasts)
+        forecasts.append(("The full suite would take", plan, tuple(METRICS), True))
+    _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume)
     _print_summary(summarise(table))
     return _verdict(plan, table, out)
@@ -214,7 +214,8 @@ def trajectory_command(
         steps,
     )
     _announce(plan)
-    _project(plan, jobs, {"Projected time:": (("stable_rank",), False)})
+    left = _left(plan, out, resume)
+    _project([("Projected time:", left, ("stable_rank",), False)], jobs)
     table = _run(plan, out, jobs, resume)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
     means = table.groupby("step")[[*metrics, "similarity_null"]].mean().reset_index()
@@ -283,15 +284,25 @@ def _folded(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
 
 
+def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
+    """What of a plan is still to be measured."""
+    from opd_geometry.tables import finished
+
+    return plan.without(finished(out, plan.description)) if resume else plan
+
+
 def _project(
-    plan: "Plan", jobs: int, forecasts: dict[str, tuple[tuple[str, ...], bool]]
+    forecasts: list[tuple[str, "Plan", tuple[str, ...], bool]], jobs: int
 ) -> None:
-    """How long it will take, before it starts."""
+    """How long it will take, before it starts; nothing if nothing is left."""
     from opd_geometry.forecast import probe_speed, projected_seconds
 
-    speed = probe_speed()
-    for what, (metrics, null) in forecasts.items():
-        seconds = projected_seconds(plan, speed, metrics, null) / jobs
+    left = forecasts[0][1]
+    if not left.tasks:
+        return
+    speed = probe_speed(left)
+    for what, plan, metrics, null in forecasts:
+        seconds = projected_seconds(plan, speed, metrics, null, jobs)
         _say(f"{what} about {duration(max(1.0, seconds))} on this machine")
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,11 @@ class PairTask:
         """(n_rows, n_cols)."""
         return self.pair.before.shape
 
+    @property
+    def n_bytes(self) -> int:
+        """To be read."""
+        return self.pair.before.n_bytes + self.pair.after.n_bytes
+
     def rows(self) -> list[Row]:
         """Its row of `COLUMNS`; empty but for the note where a value is not finite."""
         before, after = self.pair.before, self.pair.after
@@ -338,6 +343,17 @@ class TrajectoryTask:
         """(n_rows, n_cols)."""
         return self.pairs[0].before.shape
 
+    @property
+    def pair(self) -> StoredPair:
+        """Its first and its last matrix."""
+        return self.pairs[-1]
+
+    @property
+    def n_bytes(self) -> int:
+        """To be read."""
+        later = sum(pair.after.n_bytes for pair in self.pairs)
+        return self.pairs[0].before.n_bytes + later
+
     def rows(self) -> list[Row]:
         """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
         matrix = self.pairs[0].before
@@ -393,6 +409,11 @@ class Plan:
         """Weights to be read on either side."""
         shapes = [task.shape for task in self.tasks]
         return sum(rows * cols for rows, cols in shapes)
+
+    def without(self, names: Collection[str]) -> "Plan":
+        """The same, less the matrices of these names."""
+        left = [task for task in self.tasks if task.name not in names]
+        return replace(self, tasks=left)
 
 
 def plan_pair(

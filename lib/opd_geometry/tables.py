@@ -114,6 +114,19 @@ def growing(
             yield Partial(file, done)
 
 
+def finished(out: Path, description: Mapping[str, Any]) -> set[str]:
+    """Items of an interrupted table that `growing` would take over.
+
+    Raises:
+        ValueError: it measured something else.
+    """
+    path = partial_path(out)
+    if not path.exists():
+        return set()
+    with path.open(encoding="ascii", errors="surrogateescape") as file:
+        return {*_kept(path, file.read(), description)[0]}
+
+
 @contextmanager
 def _sole_writer(path: Path) -> Iterator[None]:
     """Keep a partial table from all other processes of this machine.

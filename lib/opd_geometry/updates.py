@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry import gram
+from opd_geometry import gram, selection
 from opd_geometry.bits import (
     BITS,
     CHUNK_ENTRIES,
     bits_of,
     chunks,
-    count_nonfinite,
     magnitudes_of,
 )
 from opd_geometry.spectra import (
@@ -28,7 +27,6 @@ from opd_geometry.spectra import (
 
 # Neighbouring bf16 numbers are at least this far apart, relative to the larger one.
 BF16_STEP = 2.0**-8
-SAMPLE = 2**16  # entries from which the place of a quantile is guessed
 SIGN_16 = np.int16(-(2**15))
 
 
@@ -110,12 +108,11 @@ def visible_update(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> Tens
     [False, True]
     """
     _check_comparable(w_before, w_after, eta)
-    mask = torch.empty(w_before.shape, dtype=torch.bool)
-    flat = mask.view(-1).numpy().reshape(-1)
+    mask = np.empty(w_before.numel(), bool)  # in large pages, which torch's are not
     for i, (before, after) in enumerate(chunks(w_before, w_after)):
         start = i * CHUNK_ENTRIES
-        _visible(before, after, eta, flat[start : start + before.numel()])
-    return mask
+        _visible(before, after, eta, mask[start : start + before.numel()])
+    return torch.from_numpy(mask).reshape(w_before.shape)
 
 
 def update_sparsity(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> float:
@@ -143,70 +140,6 @@ def update_sparsity(w_before: Tensor, w_after: Tensor, eta: float = 1e-3) -> flo
     """
     n_visible = count_visible(w_before, w_after, eta)
     return (w_before.numel() - n_visible) / w_before.numel()
-
-
-def _share(bits: np.ndarray, alpha: float, largest: bool) -> np.ndarray:
-    """Mask of the round(alpha * size) smallest or largest magnitudes, in one pass.
-
-    Ties go to lower indices. A threshold (`magnitudes <= quantile`) takes a whole run
-    of ties or none of it, and bf16 weights are full of ties; `torch.quantile` also
-    stops at 16 M entries.
-
-    A sample says between which two magnitudes the threshold must lie. What is lower is
-    taken at once, the few in between are sorted; should the sample mislead, all are.
-    """
-    if not 0.0 < alpha <= 1.0:
-        raise ValueError(f"alpha = {alpha!r}, expected 0 < alpha <= 1; try 0.5")
-    mask = np.zeros(bits.size, bool)
-    count = round(alpha * bits.size)
-    if count == 0:
-        return mask
-    low, high = _bracket(bits, alpha, largest)
-    n_lower, places, keys = _below(bits, low, high, largest, mask)
-    if not n_lower < count <= n_lower + keys.size:
-        mask[:] = False
-        n_lower, places, keys = 0, np.arange(bits.size), _keys(bits, largest)
-    threshold = np.partition(keys, count - n_lower - 1)[count - n_lower - 1]
-    lower = places[keys < threshold]
-    mask[lower] = True
-    mask[places[keys == threshold][: count - n_lower - lower.size]] = True
-    return mask
-
-
-def _bracket(
-    bits: np.ndarray, alpha: float, largest: bool
-) -> tuple[np.integer, np.integer]:
-    """Two keys that the alpha quantile of all lies between, almost surely."""
-    # Random places: a stride would meet the same columns again and again.
-    places = np.random.default_rng(0).integers(bits.size, size=SAMPLE)
-    sample = np.sort(_keys(bits[places], largest))
-    margin = 2.0 * len(sample) ** 0.5  # four standard deviations at the median
-    place, last = alpha * len(sample), len(sample) - 1
-    return sample[int(max(0, place - margin))], sample[int(min(last, place + margin))]
-
-
-def _below(
-    bits: np.ndarray, low: np.integer, high: np.integer, largest: bool, mask: np.ndarray
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Mark keys below low; their number, places of those up to high, and their keys."""
-    unsigned = np.dtype(f"u{bits.dtype.itemsize}")
-    width = np.array(int(high) - int(low), unsigned)
-    n_lower, places, keys = 0, [], []
-    for start in range(0, bits.size, CHUNK_ENTRIES):
-        part = _keys(bits[start : start + CHUNK_ENTRIES], largest)
-        lower = np.less(part, low, out=mask[start : start + CHUNK_ENTRIES])
-        n_lower += int(np.count_nonzero(lower))
-        # One comparison instead of two: what is lower wraps round to the top.
-        within = np.flatnonzero((part - low).view(unsigned) <= width)
-        places.append(within + start)
-        keys.append(part[within])
-    return n_lower, np.concatenate(places), np.concatenate(keys)
-
-
-def _keys(bits: np.ndarray, largest: bool) -> np.ndarray:
-    """Integers whose lowest are the smallest magnitudes, or the largest."""
-    keys = magnitudes_of(bits)
-    return np.invert(keys, out=keys) if largest else keys
 
 
 def principal_mask(w_before: Tensor, rank: int, alpha: float = 0.5) -> Tensor:
@@ -253,7 +186,7 @@ def reconstruction_mask(
     Raises:
         ValueError: alpha out of range.
     """
-    mask = _share(bits_of((left * s) @ right.T), alpha, largest=True)
+    mask, _ = selection.mark(bits_of((left * s) @ right.T), alpha, largest=True)
     return torch.from_numpy(mask).reshape(left.shape[0], right.shape[0])
 
 
@@ -278,13 +211,11 @@ def low_magnitude_mask(w_before: Tensor, alpha: float = 0.5) -> Tensor:
     >>> low_magnitude_mask(torch.tensor([[3.0, -1.0], [1.0, 1.0]])).tolist()
     [[False, True], [True, False]]
     """
-    if (
-        w_before.dtype not in BITS
-        or w_before.numel() == 0
-        or any(count_nonfinite(w_before))
-    ):
+    if w_before.dtype not in BITS or w_before.numel() == 0:
         w_before = finite_float64(w_before, "w_before")
-    mask = _share(bits_of(w_before), alpha, largest=False)
+    mask, top = selection.mark(bits_of(w_before), alpha)
+    if top >= BITS[w_before.dtype][1]:
+        finite_float64(w_before, "w_before")  # its message counts them
     return torch.from_numpy(mask).reshape(w_before.shape)
 
 
