@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
 FIRST_SET = ["01_localisation", "02_locking", "03_controls", "04_budgets"]
-FIRST_SET += ["05_subspaces", "12_your_checkpoints"]
+FIRST_SET += ["05_subspaces", "11_beliefs", "12_your_checkpoints"]
 SECTIONS = [
     "The question",
     "The runs",
