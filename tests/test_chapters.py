@@ -261,3 +261,24 @@ def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> No
         chapters.check_pair({"before": "a", "after": "b", **change})
     with pytest.raises(chapters.ParameterError, match="no parameter after"):
         chapters.check_pair({"before": "a"})
+
+
+def test_differences_are_told_field_by_field() -> None:
+    arms = ["opd", "rlvr", "tokens-top-25", "sft-matched", "opd-projected-update"]
+    table = chapters.differences_table("published", arms).set_index("arm")
+    told = table["against opd"]
+    assert told["opd"] == "nothing"
+    assert told["rlvr"] == (
+        "teacher: checkpoints/laptop-teacher → none; alpha: 1.0 → 0.0"
+    )
+    assert told["tokens-top-25"] == (
+        "token_selection: all → top-gap; keep_frac: 1.0 → 0.25"
+    )
+    assert "policy gradient → demonstrations" in told["sft-matched"]
+    assert "learning_rate" not in told["sft-matched"]
+    assert told["opd-projected-update"] == (
+        "confined, rank: 2; confined, subspace: own; confined, form: update; "
+        "from step 30 on"
+    )
+    others = chapters.differences_table("published", ["sft"], "sft-matched")
+    assert "steps: 150 → 400" in others["against sft-matched"][0]
