@@ -26,6 +26,7 @@ from opd_geometry.verdicts import Part, interval
 
 MASKS = {"principal_overlap": "principal", "low_magnitude_overlap": "low-magnitude"}
 THREE = ("sft", "opd", "rlvr")
+COUNTS = ["rollout_prompts", "group_size", "batch_sequences", "steps"]  # of settings
 FITS = "fits after all"  # a point that its own computation does not bear out
 
 
