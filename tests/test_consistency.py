@@ -123,6 +123,9 @@ def test_a_known_share_lies_inside_its_interval(
     density = last[(last["metric"] == f"{prefix}density") & (last["seed"] == 0)]
     opd = rows[(rows["arm"] == "opd") & (rows["seed"] == 0)]
     np.testing.assert_allclose(opd["density"], density["value"].mean())
+    # pooled by hand: 4000 and 1000 entries
+    pooled = float(np.average(density["value"], weights=[4000, 1000]))
+    np.testing.assert_allclose(opd["high"] - opd["low"], 1 - pooled)
 
 
 def test_shares_that_were_not_measured_are_refused(table: pd.DataFrame) -> None:
@@ -193,10 +196,11 @@ def test_seeds_that_say_the_opposite_are_told() -> None:
 
 
 def test_seeds_that_all_fail_agree() -> None:
-    seeds = consistency.by_seed(runs([0.9, 0.8, 0.7], [1.0, 1.1, 1.2]))
+    seeds = consistency.by_seed(runs([0.9, 0.8, 0.7], [1.0, 1.001, 1.002]))
     read = consistency.readings(seeds).loc["norm-decoupled"]
     assert (read["for"], read["agree"]) == (0, True)
     norm = consistency.closest(seeds)
+    assert set(norm["part"]) == {"norm, opd over rlvr"}
     assert (norm["spreads"] > 0).all()
 
 
