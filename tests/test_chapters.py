@@ -292,3 +292,24 @@ def test_the_results_have_every_claim_with_its_controls() -> None:
     assert shown["effect [95 %]"][1].startswith("2 (")  # no interval from one seed
     assert shown["effect [95 %]"][2] == "–"
     assert all(f"({claim.id})" in shown["claim"][i] for i, claim in enumerate(CLAIMS))
+
+
+def test_differences_are_told_field_by_field() -> None:
+    arms = ["opd", "rlvr", "tokens-top-25", "sft-matched", "opd-projected-update"]
+    table = chapters.differences_table("published", arms).set_index("arm")
+    told = table["against opd"]
+    assert told["opd"] == "nothing"
+    assert told["rlvr"] == (
+        "teacher: checkpoints/laptop-teacher → none; alpha: 1.0 → 0.0"
+    )
+    assert told["tokens-top-25"] == (
+        "token_selection: all → top-gap; keep_frac: 1.0 → 0.25"
+    )
+    assert "policy gradient → demonstrations" in told["sft-matched"]
+    assert "learning_rate" not in told["sft-matched"]
+    assert told["opd-projected-update"] == (
+        "confined, rank: 2; confined, subspace: own; confined, form: update; "
+        "from step 30 on"
+    )
+    others = chapters.differences_table("published", ["sft"], "sft-matched")
+    assert "steps: 150 → 400" in others["against sft-matched"][0]

@@ -158,6 +158,30 @@ def test_every_value_glued_on_a_page_was_published(page: Path) -> None:
         assert key in published(read(ROOT / "notebooks" / f"{stem}.ipynb"))
 
 
+def test_the_map_has_every_figure_and_table_and_links_to_what_is_there() -> None:
+    book = ROOT / "book"
+    text = (book / "map.md").read_text()
+    items = re.findall(r"^\| ((?:Figure|Table) \d), ", text, re.MULTILINE)
+    assert items == [
+        f"{kind} {n}" for kind in ("Figure", "Table") for n in range(1, 10)
+    ]
+    names = {name for path in NOTEBOOKS for name in anchors(prose(read(path)))}
+    names |= set(anchors(text))
+    wanted = re.findall(r"\{ref\}`[^`<]+ <([^>`]+)>`", text)
+    assert text.count("{ref}") == len(wanted)
+    assert set(wanted) <= names
+    stems = {path.stem for path in NOTEBOOKS}
+    for page in re.findall(r"\{doc\}`(?:[^`<]+<)?([^`>]+)>?`", text):
+        folder, _, stem = page.rpartition("/")
+        assert stem in stems if folder else (book / f"{stem}.md").is_file()
+
+
+def anchors(text: str) -> list[str]:
+    """What a {ref} can name: figures, and labels before headings."""
+    labels = r"^(?::name: |\()([\w-]+)(?:\)=)?$"
+    return re.findall(labels, text, re.MULTILINE)
+
+
 def test_pages_name_every_metric_arm_and_claim() -> None:
     notation = (ROOT / "book" / "notation.md").read_text()
     for name in (

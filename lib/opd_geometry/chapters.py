@@ -4,6 +4,7 @@ A chapter is a notebook that papermill executes. What it publishes is stored in 
 outputs under a name, for its own text and for other pages of the book.
 """
 
+import dataclasses
 import math
 import re
 import sys
@@ -440,3 +441,57 @@ def profile_table() -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def differences_table(
+    profile: str, arms: Iterable[str], reference: str = "opd"
+) -> pd.DataFrame:
+    """What each arm changes against another one: descriptions, field by field.
+
+    Args:
+        profile: a key of ``profiles.PROFILES``.
+        arms: which.
+        reference: what they are held against.
+
+    Returns:
+        One row an arm: arm, and "against REFERENCE": the fields that differ, with both
+        values, and where the arm is confined. Fields that only one of the two loops
+        has are left out.
+
+    Raises:
+        ValueError: unknown profile or arm.
+    """
+    theirs = _fields(build(profile, reference, 0))
+    rows = []
+    for arm in arms:
+        run = build(profile, arm, 0)
+        own = _fields(run)
+        shared = [name for name in own if name in theirs and own[name] != theirs[name]]
+        told = [f"{name}: {theirs[name]} → {own[name]}" for name in shared]
+        if run.projection is not None:
+            confined = dataclasses.asdict(run.projection)
+            told += [f"confined, {name}: {value}" for name, value in confined.items()]
+            told.append(f"from step {run.branch_step()} on")
+        rows.append({"arm": arm, f"against {reference}": "; ".join(told) or "nothing"})
+    return pd.DataFrame(rows)
+
+
+def _fields(run: Run) -> dict[str, str]:
+    """A run's settings as text, without its arm, its seed and what it was made for."""
+    train = {f.name: getattr(run.train, f.name) for f in dataclasses.fields(run.train)}
+    optimizer = dataclasses.asdict(train.pop("optimizer"))
+    for name in ("micro_batch", "micro_prompts"):  # memory only
+        train.pop(name, None)
+    found = {
+        "objective": "demonstrations" if "data" in train else "policy gradient",
+        "start": _origin(run.start),
+        "teacher": "none" if run.teacher is None else _origin(run.teacher),
+        **optimizer,
+        **train,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def _origin(start: object) -> str:
+    """What a run starts from, or who teaches it: an arm, a stored checkpoint."""
+    return str(getattr(start, "arm", getattr(start, "source", start)))
