@@ -287,11 +287,13 @@ def test_the_results_have_every_claim_with_its_controls() -> None:
     assert len(shown) == len(CLAIMS)
     first = shown.iloc[0].to_dict()
     assert first["effect [95 %]"].startswith("0.123 [0.1, 0.2] (")
-    assert first["verdict"] == "✓ reproduced"
+    again = "with RLVR at the paper's ratio: not measured"
+    assert first["verdict"] == f"✓ reproduced; {again}"
+    assert shown["verdict"][1] == "– not measured"  # does not name RLVR
     assert (first["null"], first["matched control"], first["seeds"]) == ("a", "b", 5)
     assert shown["effect [95 %]"][1].startswith("2 (")  # no interval from one seed
     assert shown["effect [95 %]"][2] == "–"
-    assert all(f"({claim.id})" in shown["claim"][i] for i, claim in enumerate(CLAIMS))
+    assert all(f"({claim.id};" in shown["claim"][i] for i, claim in enumerate(CLAIMS))
 
 
 def test_differences_are_told_field_by_field() -> None:

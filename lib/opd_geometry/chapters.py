@@ -339,20 +339,31 @@ def results_table(findings: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row a claim, in words and short numbers.
     """
-    marked = findings["verdict"].map(lambda text: f"{VERDICT_MARKS[text]} {text}")
-    effects = [_interval_text(row) for row in findings.to_dict("records")]
+    rows = findings.to_dict("records")
     return pd.DataFrame(
         {
-            "claim": findings["statement"] + " (" + findings["id"] + ")",
-            "in the paper": findings["paper_item"] + ": " + findings["paper_value"],
-            "effect [95 %]": effects,
+            "claim": [
+                f"{row['statement']} ({row['id']}; {row['paper_item']}: "
+                f"{row['paper_value']})"
+                for row in rows
+            ],
+            "effect [95 %]": [_interval_text(row) for row in rows],
             "seeds": findings["n_seeds"],
             "null": findings["null"],
             "matched control": findings["matched"],
-            "verdict": marked,
-            "RLVR at the paper's ratio": findings["verdict_at_papers_ratio"],
+            "verdict": [_verdict_text(row) for row in rows],
         }
     )
+
+
+def _verdict_text(row: Mapping[str, Any]) -> str:
+    """The verdict, and the one with RLVR at the paper's ratio where it is another."""
+    verdict, again = row["verdict"], row["verdict_at_papers_ratio"]
+    marked = f"{VERDICT_MARKS[verdict]} {verdict}"
+    if not again:
+        return marked
+    told = "the same" if again == verdict else again
+    return f"{marked}; with RLVR at the paper's ratio: {told}"
 
 
 def _interval_text(row: Mapping[str, Any]) -> str:
