@@ -82,6 +82,13 @@ def test_names_lines_once_in_a_row_of_one_quantity(table: pd.DataFrame) -> None:
     assert all(ax.texts for ax in both)
 
 
+def test_leaves_out_an_arm_that_never_moved(table: pd.DataFrame) -> None:
+    rest = table[(table["arm"] != "sft") | (table["metric"] != "hill_alpha")]
+    (ax,) = figures.by_choice(rest, ["sft", "opd"], [[RANK]]).axes
+    assert not lines(ax, "SFT")
+    assert lines(ax, "OPD")
+
+
 def test_refuses_a_table_without_the_arms(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="none of the arms rlvr"):
         figures.by_choice(table, ["rlvr"], [[RANK]])

@@ -120,11 +120,19 @@ def test_reads_which_matrices_how_weighted_and_when() -> None:
     assert read(early=True) == pytest.approx(1.5 - 0.04)
 
 
-def test_refuses_what_was_not_measured() -> None:
-    table = planted({"sft": {"nss": 1.0}, "opd": {}})
+def test_leaves_out_an_arm_that_never_moved_and_refuses_a_table_without_any() -> None:
+    table = planted({"sft": {"nss": 1.0}, "opd": {"nss": 2.0}, "rlvr": {}})
     choice = Choice("nss", "x", (Reading("x", "nss"),), "x")
-    with pytest.raises(ValueError, match="no rows of nss for opd: expected a table"):
-        sensitivity.compared(table, ["sft", "opd"], [choice])
+    found = sensitivity.compared(table, ["sft", "opd", "rlvr"], [choice])
+    assert found[["arm", "other"]].to_numpy().tolist() == [["sft", "opd"]]
+    with pytest.raises(ValueError, match="no rows of nss for rlvr: expected a table"):
+        sensitivity.compared(table, ["rlvr"], [choice])
+
+
+def test_spans_reach_from_the_smallest_to_the_largest(turning: pd.DataFrame) -> None:
+    (span,) = sensitivity.spans(turning, "sft", [HILL]).itertuples()
+    assert span.default == pytest.approx(1.0)
+    assert (span.smallest, span.largest) == pytest.approx((1.0, 2.0))
 
 
 def test_every_choice_has_its_default_among_its_values_once() -> None:
@@ -172,6 +180,28 @@ def test_a_claim_can_hang_on_the_choice() -> None:
     assert found["value"].to_list() == ["1", "9"]
     # The claim is SFT < OPD < RLVR: turned holds, and the matched SFT lies with OPD.
     assert found["verdict"].to_list() == ["not reproduced", "explained by a control"]
+    (line,) = sensitivity.verdict_lines(found).itertuples()
+    assert line.verdicts == "not reproduced: 1; explained by a control: 9"
+    assert line.fate == HANGS
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "fate"),
+    [
+        (["reproduced", "reproduced"], STAYS),
+        (["reproduced", "not measured"], STAYS),
+        (["reproduced", "inconclusive"], OPEN),
+        (["inconclusive", "inconclusive"], OPEN),
+        (["not measured", "not measured"], OPEN),
+        (["explained by a control", "inconclusive", "not reproduced"], HANGS),
+    ],
+)
+def test_an_inconclusive_verdict_turns_nothing(verdicts: list[str], fate: str) -> None:
+    values = [str(place) for place in range(len(verdicts))]
+    key = {"claim": "c", "quantity": "q", "choice": "k"}
+    judged = pd.DataFrame({"value": values, "verdict": verdicts}).assign(**key)
+    (line,) = sensitivity.verdict_lines(judged).itertuples()
+    assert line.fate == fate
 
 
 def test_matrices_of_all_roles_count_for_a_claim_about_attention() -> None:
@@ -207,3 +237,6 @@ def test_a_course_needs_more_than_the_last_checkpoint() -> None:
     judged = [("hill-mild", "hill_alpha")]
     found = sensitivity.verdicts_by_choice(table[last_only], judged, [HILL])
     assert (found["verdict"] == "not measured").to_list() == [True, False]
+    (line,) = sensitivity.verdict_lines(found).itertuples()
+    assert line.verdicts == f"{found['verdict'][1]}: 8"
+    assert line.fate == (OPEN if found["verdict"][1] == "inconclusive" else STAYS)

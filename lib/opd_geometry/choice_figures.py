@@ -108,6 +108,8 @@ def _draw_choice(
             [_drawn(table, arm, choice, reading, prefix) for reading in choice.readings]
             for prefix in ("", "null_")
         )
+        if any(values.empty for values in seeds):  # an arm that never moved
+            continue
         low, mean, high = ([f(v) for v in seeds] for f in (np.min, np.mean, np.max))
         drawn: Any = {"color": look.colour, "marker": "o", "markersize": 4}
         ax.plot(places, mean, look.dash, label=look.label, **drawn)

@@ -201,10 +201,10 @@ def compared(
         for an arm against its null, arm is ``NULL``), difference, low, high (other
         minus arm, mean over seeds and 95 % interval; of logarithms where the choice
         says so), sign (of ``matching.order``). A quantity without null has no such
-        rows.
+        rows, and an arm that never moved has none.
 
     Raises:
-        ValueError: an arm has no rows of a reading.
+        ValueError: no arm has rows of a reading.
     """
     arms = list(arms)
     rows = []
@@ -213,14 +213,14 @@ def compared(
         for reading in choice.readings:
             levels = {arm: level(part, arm, choice, reading) for arm in arms}
             nulls = {arm: level(part, arm, choice, reading, "null_") for arm in arms}
-            absent = [arm for arm, values in levels.items() if values.empty]
-            if absent:
+            there = [arm for arm in arms if not levels[arm].empty]
+            if not there:
                 raise ValueError(
-                    f"no rows of {reading.metric} for {', '.join(absent)}: expected a "
+                    f"no rows of {reading.metric} for {', '.join(arms)}: expected a "
                     "table of chapters.load; measure the runs again"
                 )
-            pairs = [(a, b, levels[a], levels[b]) for a, b in combinations(arms, 2)]
-            pairs += [(NULL, a, nulls[a], levels[a]) for a in arms if len(nulls[a])]
+            pairs = [(a, b, levels[a], levels[b]) for a, b in combinations(there, 2)]
+            pairs += [(NULL, a, nulls[a], levels[a]) for a in there if len(nulls[a])]
             for arm, other, low, high in pairs:
                 values = np.log(high / low) if choice.log else high - low
                 place = (choice.quantity, choice.name, reading.value, arm, other)
@@ -263,6 +263,30 @@ def fates(comparison: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"signs": signs, "fate": signs.map(fate)}).reset_index()
 
 
+def spans(
+    table: pd.DataFrame, arm: str, choices: Iterable[Choice] = CHOICES
+) -> pd.DataFrame:
+    """How far one arm's number moves over the values of a choice.
+
+    Args:
+        table: tidy.
+        arm: whose.
+        choices: which.
+
+    Returns:
+        One row a choice: quantity, choice, default, smallest, largest (means over
+        seeds).
+    """
+    rows = []
+    for choice in choices:
+        part = _about(table, {reading.metric for reading in choice.readings})
+        means = {r.value: level(part, arm, choice, r).mean() for r in choice.readings}
+        ends = means[choice.default], min(means.values()), max(means.values())
+        rows.append((choice.quantity, choice.name, *ends))
+    columns = ["quantity", "choice", "default", "smallest", "largest"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def tally(found: pd.DataFrame) -> pd.DataFrame:
     """How many comparisons of each choice have which fate.
 
@@ -272,9 +296,10 @@ def tally(found: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row a quantity and choice, one column a fate.
     """
-    counts = found.groupby(["quantity", "choice"], sort=False)["fate"].value_counts()
-    wide = counts.unstack(fill_value=0).reindex(columns=[STAYS, OPEN, HANGS])
-    return wide.fillna(0).astype(int)
+    keys = ["quantity", "choice"]
+    marks = [(found["fate"] == name).rename(name) for name in (STAYS, OPEN, HANGS)]
+    counts = pd.concat([found[keys], *marks], axis=1).groupby(keys, sort=False)
+    return counts.sum().astype(int)
 
 
 def reread(table: pd.DataFrame, choice: Choice, reading: Reading) -> pd.DataFrame:
@@ -349,3 +374,30 @@ def verdicts_by_choice(
                 rows.append((claim_id, quantity, choice.name, reading.value, verdict))
     columns = ["claim", "quantity", "choice", "value", "verdict"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def verdict_lines(judged: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts by choice, a line a claim and choice.
+
+    A verdict *hangs on the choice* when two values decide it differently; it *does not*
+    when all decide it alike; else, with one that is inconclusive, it is *undecided*.
+
+    Args:
+        judged: of ``verdicts_by_choice``.
+
+    Returns:
+        One row a claim, quantity and choice: claim, quantity, choice, verdicts (each
+        with the values that give it) and fate. *Not measured* is left out of both
+        unless it is the only one.
+    """
+    rows = []
+    keys = ["claim", "quantity", "choice"]
+    for key, group in judged.groupby(keys, sort=False):
+        known = group[group["verdict"] != "not measured"]
+        by_verdict = (known if len(known) else group).groupby("verdict", sort=False)
+        values = by_verdict["value"].agg(", ".join)
+        text = "; ".join(f"{verdict}: {value}" for verdict, value in values.items())
+        decided = set(values.index) - {"inconclusive", "not measured"}
+        alike = STAYS if len(values) == len(decided) == 1 else OPEN
+        rows.append((*key, text, HANGS if len(decided) > 1 else alike))
+    return pd.DataFrame(rows, columns=[*keys, "verdicts", "fate"])
