@@ -364,7 +364,7 @@ def trajectories(
                 _draw_panel(ax, strip, table, panel, roles)
                 row.append(ax)
             if len({panel.metric for panel in panels}) == 1:
-                _share_vertical(row)
+                share_vertical(row)
             for ax in row:
                 place_labels(ax)
             place = end
@@ -482,7 +482,7 @@ def plain_log_ticks(axis: XAxis | YAxis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _share_vertical(row: Sequence[Axes]) -> None:
+def share_vertical(row: Sequence[Axes]) -> None:
     """One vertical range for panels that show one metric."""
     low = min(ax.get_ylim()[0] for ax in row)
     high = max(ax.get_ylim()[1] for ax in row)
