@@ -59,7 +59,7 @@ chapters: $(INSTALLED)
 
 # Leaves .venv and data/runs, which take long to make again.
 clean:
-	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build data/audit .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

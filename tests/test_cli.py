@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from children import Child
 
-from opd_geometry import cli, measure, profiles, runs, schedule, site
+from opd_geometry import cli, measure, profiles, runs, schedule, site, sources
 from opd_geometry.checkpoints import list_matrices
 from opd_geometry.measure import committed_provenance
 
@@ -46,6 +46,7 @@ def test_commands_are_known() -> None:
         "commit",
         "checkpoints",
         "claims",
+        "audit",
         "report",
         "chapters",
         "book",
@@ -94,6 +95,8 @@ def test_unknown_value_is_one_line(
         (["run", "--from", "here"], "Invalid value for '--from'"),
         (["run", "--seeds"], "Option '--seeds' requires an argument"),
         (["run", "extra"], "unexpected extra argument"),
+        (["audit"], "Missing option '--sample'"),
+        (["audit", "--sample", "0"], "Invalid value for '--sample'"),
     ],
 )
 def test_wrong_usage_is_one_line(
@@ -112,6 +115,10 @@ def test_wrong_usage_is_one_line(
         (["checkpoints", "--profile", "smoke"], "base is not trained yet; run opd-g"),
         (["claims"], "no committed measurements of profile 'laptop'"),
         (["commit", "--profile", "smoke"], "no finished run of profile smoke"),
+        (
+            ["audit", "--sample", "1"],
+            "sample 1: expected 1 to 0, the committed",
+        ),
         (["chapters", "99_none"], "no notebook 99_none in"),
     ],
 )
@@ -151,6 +158,26 @@ def test_interrupt_and_system_errors_are_one_line(
         cli.main(arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--profile", "large", "unknown profile 'large'; expected smoke, laptop, pub"),
+        ("--arms", "dpo", "unknown arm 'dpo'; expected sft,"),
+    ],
+)
+def test_an_audit_of_nothing_known_is_one_line(
+    option: str,
+    value: str,
+    said: str,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, line = complaint(capsys, "audit", "--sample", "1", option, value)
+    assert code == 1
+    assert said in line
+    assert not data.exists()
+
+
 # --- training --------------------------------------------------------------------
 
 
@@ -176,6 +203,8 @@ def test_run_status_plan_and_commit(data: Path) -> None:
     code, out, _ = call("plan", "--arms", "opd", "--seeds", "1", "--jobs", "1")
     assert code == 0
     assert "unknown" not in out  # as long as those that are done
+    _, out, _ = call("plan", "--arms", "opd,mix-0.05", "--seeds", "1", "--jobs", "1")
+    assert "4 done, 3 to do. Time left, 1 at a time: at least " in out
     code, out, _ = call("commit")
     assert out.startswith(f"3 of {len(profiles.ARMS)} runs are finished and now in ")
     rows = committed_provenance()
@@ -272,6 +301,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(site, "execute_chapter", execute)
     monkeypatch.setattr(site, "build_site", build)
     monkeypatch.setattr(site, "check_site", lambda *_: [])
+    monkeypatch.setattr(sources, "stale_chapters", lambda *_: [])
     return root
 
 
@@ -439,6 +469,23 @@ def test_site_renders_the_published_chapters(
         "opd-geometry: a.html: bad",
         "opd-geometry: b.html: bad",
     ]
+
+
+def test_site_names_stale_chapters_and_fails_after_building(
+    checkout: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(profiles, "PUBLISHED", "smoke")
+    shelve(["sft"])
+    (data / "claims.csv").write_text("claim\n")
+    lines = ["book/chapters/01_a.ipynb was executed from another library: run x"]
+    monkeypatch.setattr(sources, "stale_chapters", lambda root: lines)
+    assert cli.main(["site"]) == 1
+    out, err = capsys.readouterr()
+    assert err == f"opd-geometry: {lines[0]}\n"
+    assert out.startswith("Open ")
 
 
 def test_banner_names_seeds_and_machines() -> None:

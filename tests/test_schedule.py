@@ -244,7 +244,7 @@ def test_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     before = dict(os.environ)
-    with schedule._environment(schedule.WORKER_ENVIRONMENT):
+    with schedule.environment(schedule.WORKER_ENVIRONMENT):
         assert os.environ["OMP_NUM_THREADS"] == "1"
         assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
     assert dict(os.environ) == before

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import yaml
 
-from opd_geometry import site
+from opd_geometry import site, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -236,6 +236,7 @@ def test_chapter_holds_results_and_no_noise(
     assert "hide-input" in injected.metadata.tags
     assert chapter.metadata.papermill == {"parameters": {"seeds": 41}}
     assert str(tmp_path) not in first.decode()
+    assert chapter.metadata[sources.STAMP] == sources.stamp(source)
     assert os.listdir(output.parent) == [output.name]
     site.execute_chapter(source, output, {"seeds": 41}, tmp_path)
     assert output.read_bytes() == first

@@ -171,18 +171,8 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
       opd-geometry plan --arms reader --from scratch --jobs 4
     """
     from opd_geometry.schedule import plan as plan_runs
-    from opd_geometry.schedule import total_seconds
 
-    rows = plan_runs(_asked(profile, arms, seeds, origin))
-    print_table(
-        ["run", "steps", "estimated time", "state"],
-        [
-            [row.run.name, str(row.steps), duration(row.seconds), row.state]
-            for row in rows
-        ],
-    )
-    left = duration(total_seconds(rows, jobs))
-    click.echo(f"{_tally(rows)}. Time left, {jobs} at a time: {left}.")
+    _print_plan(plan_runs(_asked(profile, arms, seeds, origin)), jobs)
 
 
 @commands.command()
@@ -230,6 +220,23 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
         for seed in parse_seeds(seeds)
         for arm in parse_arms(arms, profile)
     ]
+
+
+def _print_plan(rows: "list[Row]", jobs: int) -> None:
+    """Runs with their time each, and that of all of them."""
+    from opd_geometry.schedule import total_seconds
+
+    print_table(
+        ["run", "steps", "estimated time", "state"],
+        [
+            [row.run.name, str(row.steps), duration(row.seconds), row.state]
+            for row in rows
+        ],
+    )
+    known = [row for row in rows if row.seconds_left is not None]
+    left = duration(total_seconds(known, jobs) if known else None)
+    least = "at least " if 0 < len(known) < len(rows) else ""
+    click.echo(f"{_tally(rows)}. Time left, {jobs} at a time: {least}{left}.")
 
 
 def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
@@ -336,6 +343,90 @@ def claims(profile: str) -> None:
     click.echo(f"Written to {path}")
 
 
+@commands.command()
+@click.option(
+    "--sample", type=click.IntRange(min=1), required=True, help="How many runs."
+)
+@click.option(
+    "--profile", default="published", show_default=True, help="Size of the runs."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the draw: another one draws other runs.",
+)
+@_arms("all")
+@_jobs
+def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
+    """Train some committed runs anew, and compare.
+
+    Draws N of the committed runs, trains each with all it starts from below
+    data/audit, measures it, and holds each metric at the end of training against the
+    committed runs of its arm. The spread of a metric is the highest minus the lowest
+    value of the other committed seeds, and at least a thousandth of the value. A fresh
+    value lies outside when it is further than that from the committed value of the
+    same seed; then the command fails. Arms with fewer than three committed seeds are
+    not drawn.
+
+    On the processor kind of the committed runs a fresh value is equal or nearly so.
+    On another one the weights part after some steps; a value there lies outside by
+    chance now and then, so look at how far and in how many metrics.
+
+    What was trained is kept until all is well: interrupted, the same command goes on,
+    and with another library it begins anew.
+
+    \b
+    Examples:
+      opd-geometry audit --sample 3
+      opd-geometry audit --sample 1 --seed 7 --arms sft,opd --jobs 1
+    """
+    from opd_geometry import audit as audits
+    from opd_geometry.profiles import parse_arms
+    from opd_geometry.schedule import plan as plan_runs
+
+    runs = audits.draw(profile, sample, seed, parse_arms(arms, profile))
+    with audits.apart() as place:
+        click.echo(f"Drawn with seed {seed}: {', '.join(run.name for run in runs)}")
+        _print_plan(plan_runs(runs), jobs)
+        if code := _train(profile, runs, jobs):
+            return code
+        found = {run: audits.audited(profile, run) for run in runs}
+        outside = [line for run in runs for line in _print_audit(run, found[run])]
+    n_values = sum(len(rows) for rows in found.values())
+    if outside:
+        return _complain(
+            f"{len(outside)} of {n_values} values lie outside the committed spread: "
+            f"{', '.join(outside)}; what was trained is kept in {place}",
+            1,
+        )
+    audits.clear(place)
+    click.echo(f"{n_values} values of {len(runs)} runs lie within the committed spread")
+    return 0
+
+
+def _print_audit(run: "Run", rows: "pd.DataFrame") -> list[str]:
+    """A table of one audited run; what lies outside, in a few words each."""
+    numbers = ["fresh", "committed", "lowest", "highest", "distance"]
+    click.echo(f"\n{run.name}, distance in units of the other seeds' spread")
+    print_table(
+        ["metric", "fresh", "committed", "lowest", "highest", "distance", ""],
+        [
+            [
+                str(metric),
+                *(f"{row[name]:.4g}" for name in numbers),
+                "outside" if row["outside"] else "",
+            ]
+            for metric, row in rows.iterrows()
+        ],
+    )
+    return [
+        f"{metric} of {run.arm}-s{run.seed} by {distance:.3g} spreads"
+        for metric, distance in rows["distance"][rows["outside"]].items()
+    ]
+
+
 # --- the book --------------------------------------------------------------------
 
 
@@ -416,7 +507,8 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
 def site() -> int:
     """Build the published chapters, training nothing.
 
-    The pages lie under _build/site.
+    The pages lie under _build/site. Fails, after building, if a page has a fault or a
+    chapter was executed from another notebook or library than those in the checkout.
 
     \b
     Examples:
@@ -425,6 +517,7 @@ def site() -> int:
     from opd_geometry.measure import committed_provenance, committed_runs
     from opd_geometry.profiles import PUBLISHED
     from opd_geometry.runs import data_directory
+    from opd_geometry.sources import stale_chapters
 
     root = repository()
     published = sorted((root / "book" / "chapters").glob("*.ipynb"))
@@ -436,8 +529,12 @@ def site() -> int:
             f"no committed measurements of profile {PUBLISHED}: a page has to say "
             "where its numbers come from; take data/ from version control"
         )
+    stale = stale_chapters(root)
+    for line in stale:
+        _complain(line, 1)
     banner = describe(PUBLISHED, provenance)
-    return _build(root, "site", published, data_directory() / "claims.csv", banner)
+    code = _build(root, "site", published, data_directory() / "claims.csv", banner)
+    return code or int(bool(stale))
 
 
 def repository() -> Path:

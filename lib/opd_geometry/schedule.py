@@ -316,14 +316,14 @@ def _start(run: Run, rank: int | None) -> _Worker:
     process = context.Process(
         target=_work, args=(run, rank, sender), name=run.name, daemon=True
     )
-    with _environment(WORKER_ENVIRONMENT), _no_interrupt():
+    with environment(WORKER_ENVIRONMENT), _no_interrupt():
         process.start()
     sender.close()
     return _Worker(process, reasons)
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for what is started within."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

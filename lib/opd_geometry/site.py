@@ -23,6 +23,8 @@ import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
 
+from opd_geometry import sources
+
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 COMPLAINT = re.compile(r"(?:WARNING|ERROR|CRITICAL|Error):")
 
@@ -56,6 +58,7 @@ def execute_chapter(
 ) -> None:
     """Execute a notebook with papermill and write it, cleaned, as a chapter.
 
+    Its metadata says which notebook and library it was executed from, see ``sources``.
     The output appears whole or not at all: a failed execution leaves the file
     that was there before.
 
@@ -67,7 +70,7 @@ def execute_chapter(
 
     Raises:
         ValueError: the notebook is missing or no notebook, has no parameters cell,
-            or a cell failed or was not reached.
+            or a cell is no Python, failed or was not reached.
     """
     # Heavy, and needed by nobody who only builds or checks.
     import papermill
@@ -80,6 +83,7 @@ def execute_chapter(
             f"{notebook.name} has no cell tagged 'parameters': tag the cell with "
             "the defaults"
         )
+    stamp = sources.stamp(notebook)  # what the kernel is about to read
     try:
         executed = papermill.execute_notebook(
             str(notebook),
@@ -101,6 +105,7 @@ def execute_chapter(
             f"{notebook.name} could not be executed: {_first_line(e)}"
         ) from e
     _reject_unfinished(executed, notebook.name)
+    executed.metadata[sources.STAMP] = stamp
     text = relative_paths(nbformat.writes(clean_chapter(executed)), cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")

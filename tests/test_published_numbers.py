@@ -1,0 +1,299 @@
+"""Every number that the book prints leads back to data/measurements.
+
+The walk, link by link: pages print what chapters have glued and type nothing of their
+own; a chapter is its notebook, executed with the notebook's defaults (below), from the
+code that is here (``test_sources``); ``pytest --nbval`` runs the notebooks again and
+compares all that they print and glue; and what they say of a claim is what the rules
+make of the committed measurements, as is data/claims.csv.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from nbformat import NotebookNode
+
+from opd_geometry import chapters, claims, comparison, evidence, measure, profiles
+from opd_geometry import verdicts as rules
+from opd_geometry.statements import CLAIMS
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
+CHAPTERS = sorted(ROOT.glob("book/chapters/*.ipynb"))
+PAGES = sorted(ROOT.glob("book/*.md"))
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
+by_name = {"ids": lambda path: path.stem}
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def glued(notebook: NotebookNode) -> dict[str, dict[str, str]]:
+    """Name to what a notebook's outputs hold under it: type to text."""
+    found = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
+            if name:
+                data = output["data"].items()
+                found[name] = {key.rpartition("/")[2]: text for key, text in data}
+    return found
+
+
+GLUED = {path.stem: glued(read(path)) for path in CHAPTERS}
+
+
+# --- claims --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def findings() -> pd.DataFrame:
+    """What the rules make of the committed measurements, judged anew.
+
+    Only of the rows that a rule can ask for, which takes a tenth of the time.
+    """
+    patterns = [arm for claim in CLAIMS for arm in claim.arms + claim.control_arms]
+    tables = []
+    for run in measure.committed_runs(profiles.PUBLISHED):
+        arm = pd.DataFrame({"arm": [run.arm, "rlvr-paper"]})
+        if run.arm in evidence.arms_matching(arm, [*patterns, "rlvr-paper"]):
+            table = measure.committed_table(run)
+            varied = table["metric"].astype(str).str.contains("@")
+            tables.append(table[~varied & (table["role"] != "region")])
+    table = pd.concat(tables, ignore_index=True)
+    return claims.claims_table(table.astype({"metric": "category", "role": "category"}))
+
+
+@pytest.fixture(scope="module")
+def by_id(findings: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in findings.to_dict("records")}
+
+
+def test_the_table_of_claims_is_what_the_measurements_give(
+    findings: pd.DataFrame, tmp_path: Path
+) -> None:
+    fresh = claims.write_claims(findings, tmp_path / "claims.csv").read_text()
+    kept = (ROOT / "data" / "claims.csv").read_text()
+    remedy = "run opd-geometry claims --profile published"
+    assert kept.splitlines() == fresh.splitlines(), remedy
+
+
+def tables_of(stem: str, *names: str) -> Iterator[dict[str, str]]:
+    """Rows about a claim in a chapter's tables, all or those named: column to text."""
+    for name in names or GLUED[stem]:
+        data = GLUED[stem][name]
+        tree = BeautifulSoup(data.get("html", ""), "html.parser")
+        heads = [head.get_text() for head in tree.select("thead th")]
+        if {"claim", "verdict"} <= set(heads):
+            for row in tree.select("tbody tr"):
+                cells = [cell.get_text() for cell in row.find_all(["th", "td"])]
+                yield dict(zip(heads, cells, strict=True))
+
+
+def claim_in(row: dict[str, str]) -> str:
+    return row["claim"].rpartition("(")[2].rstrip(")")
+
+
+def expected(row: dict[str, str], finding: dict[str, Any]) -> dict[str, str]:
+    """The row as the finding would have it, its numbers to the printed digits."""
+    measured = finding["verdict"] != "not measured"
+    numbers = [f"{finding[name]:.3g}" for name in claims.NUMBERS]
+    shown = numbers[0] if numbers[1] == "nan" else "{} [{}, {}]".format(*numbers)
+    seeds = f"{finding['n_seeds']} seed{'' if finding['n_seeds'] == 1 else 's'}"
+    known = {
+        "claim": f"{finding['statement']} ({finding['id']})",
+        "here": f"{shown} ({finding['unit']}; {seeds})" if measured else "–",
+        "effect [95 %]": f"{shown} ({finding['unit']})" if measured else "–",
+        "seeds": str(finding["n_seeds"]),
+        "null": finding["null"],
+        "matched control": finding["matched"],
+        "verdict": f"{chapters.VERDICT_MARKS[finding['verdict']]} {finding['verdict']}",
+        "RLVR at the paper's ratio": finding["verdict_at_papers_ratio"],
+    }
+    return {name: known[name] for name in row if name in known}
+
+
+@pytest.mark.parametrize("stem", GLUED)
+def test_tables_of_verdicts_are_those_of_the_measurements(
+    stem: str, by_id: dict[str, dict[str, Any]]
+) -> None:
+    for row in tables_of(stem):
+        wanted = expected(row, by_id[claim_in(row)])
+        assert len(wanted) >= 3
+        assert {name: row[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("stem", GLUED)
+def test_cards_and_verdicts_are_those_of_the_measurements(
+    stem: str, findings: pd.DataFrame, by_id: dict[str, dict[str, Any]]
+) -> None:
+    said = {
+        name.removeprefix("verdict_"): data["plain"].strip("'")
+        for name, data in GLUED[stem].items()
+        if name.removeprefix("verdict_") in by_id
+    }
+    assert said == {name: by_id[name]["verdict"] for name in said}
+    for card in GLUED[stem].get("cards", {}).get("markdown", "").split("\n\n"):
+        if card.strip():
+            (name,) = re.findall(r"^\| The claim .*`([\w-]+)`\) \|$", card, re.M)
+            *ours, runs = claims.claim_card(name, findings).strip().splitlines()
+            theirs = card.strip().splitlines()[: len(ours) + 1]
+            scale, _, of_chapter = theirs.pop().partition("; ")
+            assert scale.startswith("| Runs | student of ")
+            assert [*theirs, f"| Runs | {of_chapter}"] == [*ours, runs]
+
+
+def test_the_page_of_results_has_every_claim_once_and_the_first_page_its_verdicts(
+    by_id: dict[str, dict[str, Any]],
+) -> None:
+    page = (ROOT / "book" / "results.md").read_text()
+    blocks = re.findall(r"```\{glue:\} (\S+)\n:doc: chapters/(\w+)\.ipynb", page)
+    shown = [claim_in(row) for name, stem in blocks for row in tables_of(stem, name)]
+    assert sorted(shown) == sorted(by_id)
+    first = (ROOT / "book" / "index.md").read_text()
+    for stem, name in re.findall(r"chapters/(\w+)\.ipynb::verdict_([\w-]+)", first):
+        assert GLUED[stem][f"verdict_{name}"]["plain"] == repr(by_id[name]["verdict"])
+
+
+@pytest.mark.parametrize("path", CHAPTERS, **by_name)
+def test_a_chapter_is_its_notebook_with_its_own_defaults(path: Path) -> None:
+    """So that nbval, which runs the notebooks, has compared the chapters, too."""
+    assert read(path).metadata["papermill"]["parameters"] == {}
+    source = ROOT / "notebooks" / path.name
+    same = path.read_bytes() == source.read_bytes()
+    assert same, f"run opd-geometry chapters {path.stem}"
+
+
+# --- what is typed -------------------------------------------------------------------
+
+CAPTION = re.compile(
+    r"```\{(?:glue:figure|note|admonition)\}[^\n]*\n(.*?)```", re.DOTALL
+)
+# No numbers of results: code, maths, addresses, what is glued, marks and labels.
+NOT_PROSE = re.compile(
+    r"""\{[\w:-]+\}`[^`]*`          # roles, glue among them
+    |```.*?``` | `[^`]*`
+    |\$\$.*?\$\$ | \$[^$]+\$
+    |\]\([^)]*\) | https?://\S+ | arXiv:[\d.]+
+    |^:{3,}[^\n]*$ | ^:(?:name|doc|link|link-type|gutter|figwidth):[^\n]*$
+    |^\d+\.[ ]                      # items of a list
+    |(?:Table|Tables|Figure|Figures|Appendix|Section|[Cc]hapter)[ ][A-Z]?\.?\d+\w?
+    |\b(?:bf|fp|float|int)\d+ | \d+-bit
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+SMALL = range(11)
+# Settings of the library; the paper's width, and its ranks there.
+PAPER_WIDTH, SHAPES = 4096, profiles.PROFILES[profiles.PUBLISHED]
+SETTINGS = {
+    100.0,  # per cent
+    90.0,  # degrees
+    measure.MAP_REGIONS**2,
+    SHAPES.student.width,
+    SHAPES.teacher.width,
+    100 * rules.CONFIDENCE,
+    evidence.ACCURACY_MARGIN,
+    comparison.MASK_ALPHA,
+    profiles.PAPER_BATCH,
+    profiles.PAPER_STEPS,
+    PAPER_WIDTH,
+    PAPER_WIDTH / comparison.ANGLE_DIVISOR,
+    PAPER_WIDTH / comparison.PRINCIPAL_DIVISOR,
+    3.11,  # of Python
+    *(float(x) for arm in profiles.PUBLISHED_ARMS for x in NUMBER.findall(arm)),
+}
+# Budgets that the paper's text prints, and arithmetic done on the page, by page.
+QUOTED: dict[str, set[float]] = {
+    "01_localisation": {299, 5375},
+    "02_locking": {63, 299, 2024},  # the year of AIME
+    "03_controls": {0.91},  # 1 / 1.1, in an answer
+    "results": {300, 1024, 37.5, 64, 299, 1023},
+}
+
+
+def paper_numbers() -> set[float]:
+    tables = [pd.read_csv(path) for path in (ROOT / "data" / "paper").glob("*.csv")]
+    return {float(value) for table in tables for value in table["value"]}
+
+
+def typed(text: str) -> list[tuple[float, str]]:
+    """Numbers in prose, each with the words around it."""
+    prose = NOT_PROSE.sub(" ", CAPTION.sub(r"\1", text))
+    found = []
+    for match in NUMBER.finditer(prose):
+        around = prose[max(0, match.start() - 40) : match.end() + 20]
+        found.append((float(match.group()), " ".join(around.split())))
+    return found
+
+
+def unexplained(text: str, more: set[float]) -> list[str]:
+    """The typed numbers that are neither small, nor settings, nor printed elsewhere."""
+    known = {*SMALL, *SETTINGS, *paper_numbers(), *more}
+    return [words for value, words in typed(text) if value not in known]
+
+
+def numbers_in_code(notebook: NotebookNode) -> set[float]:
+    """What a notebook computes with: the small cases that it works by hand."""
+    code = [c.source for c in notebook.cells if c.cell_type == "code"]
+    nodes = [node for source in code for node in ast.walk(ast.parse(source))]
+    values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return {float(value) for value in values if type(value) in (int, float)}
+
+
+REMEDY = (
+    "typed results: glue them, or keep what the paper prints in data/paper, or, if a "
+    "number is neither, name it in this test"
+)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, **by_name)
+def test_no_result_is_typed_in_a_notebook(path: Path) -> None:
+    notebook = read(path)
+    cells = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    more = numbers_in_code(notebook) | QUOTED.get(path.stem, set())
+    assert unexplained("\n\n".join(cells), more) == [], REMEDY
+
+
+@pytest.mark.parametrize("path", PAGES, **by_name)
+def test_no_result_is_typed_on_a_page(path: Path) -> None:
+    assert unexplained(path.read_text(), QUOTED.get(path.stem, set())) == [], REMEDY
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "OPD solves 0.6996 of the problems.",
+        "| OPD | 25.2 % |",
+        "**Norm 0.0284.** Every dot is a matrix.",
+        "a stable rank of 2.87, below $n / 4 = 32$",
+        "1. Unchanged entries: 39.5 %.",
+        "```{glue:figure} x\n:name: fig-x\n:alt: Up to 61.4 per cent.\n\nText.\n```",
+        "over 215 runs",
+        "NSS is 1.7e-02 for SFT.",
+    ],
+)
+def test_a_typed_result_is_found(text: str) -> None:
+    assert len(unexplained(text, set())) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{glue:text}`accuracy_opd:.2f` after OPD, `rank=215`, $x = 0.123$",
+        "The paper prints 51.6 %; Table 17, Figure 4a, Appendix C.3.",
+        "Its 95 % interval over five seeds, in bf16 and float32, with 0.3 of the rate.",
+        "12. Item\n\n```console\n$ run --steps 1234\n```\n[here](https://e.org/0.77)",
+        "::::{grid} 1 1 13 13\n:gutter: 33\n:::",
+        "```{glue:} costs\n:doc: chapters/02_locking.ipynb\n```",
+        "$$\nx = 0.777\n$$",
+    ],
+)
+def test_what_is_no_result_passes(text: str) -> None:
+    assert unexplained(text, set()) == []
