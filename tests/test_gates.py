@@ -134,6 +134,24 @@ def test_small_gaps_go_with_large_angles(held: pd.DataFrame) -> None:
     assert found["opd", "arm", "small gap"] == pytest.approx(-1.0)
 
 
+def test_the_summary_counts(held: pd.DataFrame) -> None:
+    told = gates.told_apart(held, ["opd", "rlvr"])
+    found = gates.summary(held, told).set_index("bounds")
+    assert found["gate"].to_list() == ["I", "II", "II", "III"]
+    assert found.loc["norm of the update"].drop("gate").isna().all()
+    assert found.loc[SHIFT, "tests"] == 3 * len(SEEDS) * MATRICES * 2
+    assert found.loc[SHIFT, "breaches"] == 0
+    assert np.isnan(found.loc[DENSITY, "breaches"])
+    assert found.loc[SHIFT, ["used", "used by noise"]].to_list() == pytest.approx(
+        [0.2, 0.2]
+    )
+    assert found.loc[SHIFT, "pairs: the norm"] == 1
+    held.loc[held["gate"] == SHIFT, "measured"] = 99.0
+    found = gates.summary(held, told).set_index("bounds")
+    assert found.loc[SHIFT, "breaches"] == found.loc[SHIFT, "tests"]
+    assert found.loc[ANGLE, "breaches"] == 0
+
+
 def test_names_a_metric_that_was_not_measured() -> None:
     table = planted({"opd": (0.1, 0.05)})
     with pytest.raises(ValueError, match="no metric null_bound_nss: expected a table"):

@@ -25,6 +25,8 @@ GATES = {
     DENSITY: (("density",), "bound_density"),
 }
 THEOREMS = (ANGLE, SHIFT)  # the third is a rule of thumb
+NUMBERS = {ANGLE: "II", SHIFT: "II", DENSITY: "III"}
+TOLD = NORM, BEYOND, OPEN = "the norm", "beyond the norm", "undecided"
 SIDES = {"arm": "", "null": "null_"}
 SILENT_DEG = 90.0  # an angle that every update respects
 MAJORITY = 0.5
@@ -150,8 +152,8 @@ def told_apart(held: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
                     signs.append(order(np.log(high / low)))
             _, ours, _, null = signs
             decided = "?" not in (ours, null)
-            tells = "the norm" if ours == null else "beyond the norm"
-            rows.append((gate, arm, other, *signs, tells if decided else "undecided"))
+            tells = NORM if ours == null else BEYOND
+            rows.append((gate, arm, other, *signs, tells if decided else OPEN))
     columns = ["gate", "arm", "other", "measured", "bound", "null_measured"]
     return pd.DataFrame(rows, columns=[*columns, "null_bound", "tells"])
 
@@ -183,3 +185,36 @@ def steering(held: pd.DataFrame) -> pd.DataFrame:
             rows.append((arm, side, cause, *interval(ranks)))
     columns = ["arm", "side", "cause", "mean", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def summary(held: pd.DataFrame, told: pd.DataFrame) -> pd.DataFrame:
+    """What became of each gate.
+
+    Args:
+        held: of ``held_against``.
+        told: of ``told_apart``.
+
+    Returns:
+        One row a gate and quantity: gate, bounds (the quantity), tests, breaches (NaN
+        for a rule of thumb), used and used by noise (median shares of the bound), and
+        the number of pairs by what they tell.
+    """
+    broken = violations(held)
+    rows: list[dict[str, object]] = [{"gate": "I", "bounds": "norm of the update"}]
+    for gate, number in NUMBERS.items():
+        of_gate = held[held["gate"] == gate]
+        used = of_gate.groupby("side")["used"].median()
+        tells = told[told["gate"] == gate]["tells"]
+        known = gate in THEOREMS
+        rows.append(
+            {
+                "gate": number,
+                "bounds": gate,
+                "tests": len(of_gate),
+                "breaches": (broken["gate"] == gate).sum() if known else np.nan,
+                "used": used.get("arm", np.nan),
+                "used by noise": used.get("null", np.nan),
+                **{f"pairs: {word}": (tells == word).sum() for word in TOLD},
+            }
+        )
+    return pd.DataFrame(rows)
