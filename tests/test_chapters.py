@@ -293,7 +293,7 @@ def test_the_results_have_every_claim_with_its_controls() -> None:
     assert (first["null"], first["matched control"], first["seeds"]) == ("a", "b", 5)
     assert shown["effect [95 %]"][1].startswith("2 (")  # no interval from one seed
     assert shown["effect [95 %]"][2] == "–"
-    assert all(f"({claim.id};" in shown["claim"][i] for i, claim in enumerate(CLAIMS))
+    assert all(f"({claim.id})" in shown["claim"][i] for i, claim in enumerate(CLAIMS))
 
 
 def test_differences_are_told_field_by_field() -> None:

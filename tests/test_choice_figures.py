@@ -6,6 +6,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from opd_geometry import choice_figures as figures
+from opd_geometry import gates
 from opd_geometry.measure import COLUMNS
 from opd_geometry.sensitivity import HANGS, NULL, OPEN, STAYS, Choice, Reading
 
@@ -132,3 +133,78 @@ def test_the_board_has_a_mark_a_value_in_the_colour_of_the_fate() -> None:
         (c.get_offsets()[0].tolist(), len(c.get_facecolor())) for c in head.collections
     ]
     assert dots == [([0, 0], 0), ([0, 1], 1), ([1, 2], 0), ([1, 1], 1)]
+
+
+# --- the bounds of the three-gate account -----------------------------------------
+
+
+def held_of(*arms: str) -> pd.DataFrame:
+    """Three matrices an arm, side and gate; the null is half of its arm."""
+    rows = []
+    for place, arm in enumerate(arms, 1):
+        for side, scale in (("arm", 1.0), ("null", 0.5)):
+            for gate in (gates.ANGLE, gates.SHIFT, gates.DENSITY):
+                for matrix in range(3):
+                    share = 0.1 * scale * place * (matrix + 1)
+                    used = 0.05 * place * (matrix + 1)
+                    key = (arm, 0, str(matrix), side, gate)
+                    rows.append((*key, 2 * share, share, used, share, 1.0))
+    columns = ["arm", "seed", "matrix", "side", "gate", "measured", "bound", "used"]
+    return pd.DataFrame(rows, columns=[*columns, "gap_share", "norm"])
+
+
+def test_dots_lie_at_bound_and_measured() -> None:
+    axes = figures.against_bounds(held_of("opd", "rlvr"), ["opd", "rlvr"]).axes
+    for ax in axes:
+        (dots,) = (line for line in ax.lines if line.get_label() == "_rlvr")
+        np.testing.assert_allclose(dots.get_xdata(), [0.2, 0.4, 0.6])
+        np.testing.assert_allclose(dots.get_ydata(), [0.4, 0.8, 1.2])
+        (null,) = (line for line in ax.lines if line.get_label() == "_null of rlvr")
+        np.testing.assert_allclose(null.get_xdata(), [0.1, 0.2, 0.3])
+        assert null.get_color() == figures.GREY
+    for ax in axes[1:]:
+        (diagonal,) = lines(ax, "_bound")
+        np.testing.assert_allclose(diagonal, ax.get_xlim())
+    (wedin,) = (line for line in axes[0].lines if line.get_label() == "_bound")
+    share, allowed = (np.asarray(x, float) for x in wedin.get_data())
+    np.testing.assert_allclose(np.sin(np.radians(allowed)), np.minimum(share, 1))
+
+
+def test_strips_have_their_medians_and_bars_their_shares() -> None:
+    informed = pd.DataFrame(
+        [("opd", 0.7, 0.6, 0.8, 0.9), ("rlvr", 0.5, 0.4, 0.6, 0.95)],
+        columns=["arm", "share", "low", "high", "null"],
+    )
+    held = held_of("opd", "rlvr")
+    held.loc[(held["arm"] == "opd") & (held["side"] == "arm"), "used"] = np.nan
+    figure = figures.share_of_bounds(held, informed, ["opd", "rlvr"])
+    angle, _, below = figure.axes
+    (dots,) = (line for line in angle.lines if line.get_label() == "_arm rlvr")
+    np.testing.assert_allclose(dots.get_xdata(), [10, 20, 30])
+    medians = [c.get_segments()[0][0, 0] for c in angle.collections]
+    np.testing.assert_allclose(medians, [10, 20, 20])  # null, and rlvr with its null
+    assert [text.get_text() for text in angle.texts] == ["bound silent"]
+    assert [bar.get_width() for bar in below.patches] == pytest.approx([70, 50])
+    ends = [c.get_segments()[0][:, 0].tolist() for c in below.collections]
+    assert ends[0] == pytest.approx([60, 80])
+    assert ends[1] == pytest.approx([90, 90])
+
+
+def test_correlations_are_drawn_with_their_intervals() -> None:
+    found = pd.DataFrame(
+        [
+            ("opd", "arm", "small gap", 0.5, 0.3, 0.7),
+            ("opd", "null", "small gap", 0.6, 0.5, 0.8),
+            ("opd", "arm", "large update", -0.1, -0.2, 0.1),
+            ("opd", "null", "large update", 0.0, -0.3, 0.3),
+        ],
+        columns=["arm", "side", "cause", "mean", "low", "high"],
+    )
+    gap, update = figures.steering_dots(found, ["opd"]).axes
+    assert gap.get_title() == "goes with a small gap"
+    for ax, arm, null in ((gap, 0.5, 0.6), (update, -0.1, 0.0)):
+        assert [x.get_xdata()[0] for x in ax.lines if x.get_label() == "_arm"] == [arm]
+        dots = [x.get_xdata()[0] for x in ax.lines if x.get_label() == "_null"]
+        assert dots == [null]
+    ends = [c.get_segments()[0][:, 0].tolist() for c in gap.collections]
+    assert ends == [[0.3, 0.7], [0.5, 0.8]]

@@ -343,8 +343,8 @@ def results_table(findings: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "claim": [
-                f"{row['statement']} ({row['id']}; {row['paper_item']}: "
-                f"{row['paper_value']})"
+                f"{row['statement']} The paper, {row['paper_item']}: "
+                f"{row['paper_value']} ({row['id']})"
                 for row in rows
             ],
             "effect [95 %]": [_interval_text(row) for row in rows],

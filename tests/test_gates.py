@@ -1,0 +1,158 @@
+"""Bounds held against measurements: planted numbers come out, planted breaches show."""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opd_geometry import gates
+from opd_geometry.gates import ANGLE, DENSITY, SHIFT
+from opd_geometry.measure import COLUMNS
+
+SEEDS = (0, 1, 2)
+MATRICES = 4
+METRICS = ("angle_left_max_deg", "angle_right_max_deg", "bound_angle_deg", "nss")
+METRICS += ("bound_nss", "density", "bound_density", "gap_share", "stable_rank")
+
+
+def values(size: float, matrix: int) -> dict[str, float]:
+    """Of an update of that size: smaller gaps, and angles, from matrix to matrix."""
+    share = size * (1 + matrix)
+    bound = float(np.degrees(np.arcsin(share))) if share < 1 else 90.0
+    return {
+        "frobenius_norm": 2 * size,
+        "stable_rank": 4.0,  # so that the spectral norm is the size
+        "gap_share": share,
+        "angle_left_max_deg": 0.05 * bound,
+        "angle_right_max_deg": 0.1 * bound,
+        "bound_angle_deg": bound,
+        "nss": 0.2 * size,
+        "bound_nss": size,
+        "density": 0.5 + size,
+        "bound_density": 0.5 + size,
+    }
+
+
+def planted(sizes: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """Arm to the sizes of its updates and of its nulls; an early step is no end."""
+    rows = []
+    for arm, (size, null) in sizes.items():
+        for seed, matrix in product(SEEDS, range(MATRICES)):
+            scale = 1 + 0.01 * seed
+            place = (str(matrix), "q", 0)
+            found = values(size * scale, matrix)
+            noise = values(null * scale, matrix)
+            found |= {f"null_{name}": noise[name] for name in METRICS}
+            key = (f"{arm}-{seed}", arm, seed)
+            rows += [(*key, 9, *place, name, value) for name, value in found.items()]
+            rows.append((*key, 1, *place, "nss", 99.0))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+@pytest.fixture
+def held() -> pd.DataFrame:
+    return gates.held_against(
+        planted({"sft": (2.0, 0.5), "opd": (0.1, 0.05), "rlvr": (0.2, 0.1)})
+    )
+
+
+def test_holds_the_measured_against_its_bound(held: pd.DataFrame) -> None:
+    assert len(held) == 3 * len(SEEDS) * MATRICES * 2 * 3
+    one = held[(held["arm"] == "opd") & (held["seed"] == 0) & (held["matrix"] == "1")]
+    one = one.set_index(["side", "gate"])
+    angle = one.loc[("arm", ANGLE)]
+    bound = np.degrees(np.arcsin(0.2))
+    assert angle["bound"] == pytest.approx(bound)
+    assert angle["measured"] == pytest.approx(0.1 * bound)  # the larger side
+    assert angle["used"] == pytest.approx(np.sin(np.radians(0.1 * bound)) / 0.2)
+    assert angle["gap_share"] == pytest.approx(0.2)
+    assert angle["norm"] == pytest.approx(0.1)
+    assert one.loc[("arm", SHIFT), "used"] == pytest.approx(0.2)
+    assert one.loc[("null", SHIFT), "bound"] == pytest.approx(0.05)
+    assert one.loc[("null", DENSITY), "measured"] == pytest.approx(0.55)
+
+
+def test_a_silent_bound_has_no_used_share(held: pd.DataFrame) -> None:
+    sft = held[(held["arm"] == "sft") & (held["gate"] == ANGLE)]
+    assert sft[sft["side"] == "arm"]["used"].isna().all()
+    # Of the null, one matrix in four has a gap larger than the update.
+    assert sft[sft["side"] == "null"]["used"].notna().sum() == len(SEEDS)
+
+
+def test_breaches_of_theorems_show_and_rounding_does_not(held: pd.DataFrame) -> None:
+    assert gates.violations(held).empty
+    of_nss = held["gate"] == SHIFT
+    held.loc[of_nss, "measured"] = held["bound"] * (1 + 1e-7)
+    assert gates.violations(held).empty
+    held.loc[of_nss & (held["arm"] == "opd"), "measured"] = held["bound"] * 1.001
+    assert set(gates.violations(held)["arm"]) == {"opd"}
+    held.loc[held["gate"] == DENSITY, "measured"] = 2.0  # no theorem
+    assert set(gates.violations(held)["gate"]) == {SHIFT}
+
+
+def test_wedin_informs_where_most_bounds_lie_below_a_right_angle(
+    held: pd.DataFrame,
+) -> None:
+    found = gates.informative(held).set_index("arm")
+    assert found["share"].to_dict() == {"sft": 0.0, "opd": 1.0, "rlvr": 1.0}
+    assert found.loc["sft", "null"] == pytest.approx(0.25)
+    assert found["outcome"].to_dict() == {
+        "sft": "silent",
+        "opd": "informs",
+        "rlvr": "informs",
+    }
+    half = held.copy()
+    even = half["matrix"].isin(["0", "2"])
+    half.loc[(half["gate"] == ANGLE) & even, "bound"] = 90.0
+    half.loc[(half["gate"] == ANGLE) & ~even, "bound"] = 45.0
+    assert set(gates.informative(half)["outcome"]) == {"undecided"}
+
+
+def test_tells_the_norm_or_more() -> None:
+    sizes = {"opd": (0.1, 0.05), "rlvr": (0.2, 0.1), "sft": (0.15, 0.2)}
+    held = gates.held_against(planted(sizes))
+    found = gates.told_apart(held, ["opd", "rlvr", "sft"])
+    found = found[found["gate"] == SHIFT].set_index(["arm", "other"])
+    columns = ["measured", "bound", "null_measured", "null_bound", "tells"]
+    same, turned = ("opd", "rlvr"), ("rlvr", "sft")
+    assert found.loc[same, columns].to_list() == [*">>>>", "the norm"]
+    assert found.loc[turned, columns].to_list() == [*"<<>>", "beyond the norm"]
+
+
+def test_an_order_that_seeds_do_not_decide_tells_nothing() -> None:
+    held = gates.held_against(planted({"opd": (0.1, 0.1), "rlvr": (0.1, 0.2)}))
+    assert set(gates.told_apart(held, ["opd", "rlvr"])["tells"]) == {"undecided"}
+
+
+def test_small_gaps_go_with_large_angles(held: pd.DataFrame) -> None:
+    found = gates.steering(held).set_index(["arm", "side", "cause"])["mean"]
+    assert found["opd", "arm", "small gap"] == pytest.approx(1.0)
+    assert found["opd", "null", "small gap"] == pytest.approx(1.0)
+    turned = held.assign(measured=-held["measured"])
+    found = gates.steering(turned).set_index(["arm", "side", "cause"])["mean"]
+    assert found["opd", "arm", "small gap"] == pytest.approx(-1.0)
+
+
+def test_the_summary_counts(held: pd.DataFrame) -> None:
+    told = gates.told_apart(held, ["opd", "rlvr"])
+    found = gates.summary(held, told).set_index("bounds")
+    assert found["gate"].to_list() == ["I", "II", "II", "III"]
+    assert found.loc["norm of the update"].drop("gate").isna().all()
+    assert found.loc[SHIFT, "tests"] == 3 * len(SEEDS) * MATRICES * 2
+    assert found.loc[SHIFT, "breaches"] == 0
+    assert np.isnan(found.loc[DENSITY, "breaches"])
+    assert found.loc[SHIFT, ["used", "used by noise"]].to_list() == pytest.approx(
+        [0.2, 0.2]
+    )
+    assert found.loc[SHIFT, "pairs: the norm"] == 1
+    held.loc[held["gate"] == SHIFT, "measured"] = 99.0
+    found = gates.summary(held, told).set_index("bounds")
+    assert found.loc[SHIFT, "breaches"] == found.loc[SHIFT, "tests"]
+    assert found.loc[ANGLE, "breaches"] == 0
+
+
+def test_names_a_metric_that_was_not_measured() -> None:
+    table = planted({"opd": (0.1, 0.05)})
+    with pytest.raises(ValueError, match="no metric null_bound_nss: expected a table"):
+        gates.held_against(table[table["metric"] != "null_bound_nss"])
