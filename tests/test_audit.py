@@ -12,6 +12,7 @@ from children import Child
 
 from opd_geometry import audit, measure, profiles
 from opd_geometry.audit import draw, held_against, readings
+from opd_geometry.runs import provenance
 
 # --- the rule ----------------------------------------------------------------------
 
@@ -164,6 +165,11 @@ def test_draws_keep_to_the_arms(shelf: list[str]) -> None:
         names(4, 0, "opd")
     with pytest.raises(ValueError, match="sample 1: expected 1 to 0, "):
         names(1, 0, "rlvr")  # two seeds: the other one alone has no spread
+
+
+def test_says_on_which_machines(shelf: list[str]) -> None:
+    said = audit.machines(draw("smoke", 2, 0, ["opd"]))
+    assert said == f"committed on theirs, trained now on {provenance()['machine']}"
 
 
 # --- a place of its own --------------------------------------------------------------

@@ -15,7 +15,8 @@ MODULES = {
     "__init__.py": '"""A library."""\n',
     "top.py": '"""Top."""\nfrom lib.middle import value\n\nRESULT = value()\n',
     "middle.py": "def value():\n    from lib import low\n    return low.ONE + 1\n",
-    "low.py": "import math\n\nONE = 1\n",
+    "low.py": "import math\n\nfrom . import lowest\n\nONE = 1\n",
+    "lowest.py": "ZERO = 0\n",
     "side.py": "TWO = 2\n",
 }
 Write = Callable[..., Path]
@@ -75,6 +76,7 @@ def test_a_fresh_chapter_is_not_stale(chapter: Path, package: Path) -> None:
         ("top.py", "value()\n", "value() + 0.5\n"),
         ("middle.py", "+ 1", "+ 2"),
         ("low.py", "ONE = 1", "ONE = 1.0"),  # imported inside a function
+        ("lowest.py", "0", "False"),
         ("__init__.py", "\n", "\nSETTING = 1\n"),
     ],
 )
@@ -167,6 +169,13 @@ def test_the_place_of_the_library_does_not_matter(
     assert sources.library_digest(names, package) == sources.library_digest(
         names, elsewhere
     )
+
+
+def test_what_is_run_at_any_import_counts(package: Path) -> None:
+    before = sources.library_digest(["lib.side", "numpy"], package)
+    assert before == sources.library_digest(["lib.side"], package)
+    (package / "__init__.py").write_text("SETTING = 1\n")
+    assert before != sources.library_digest(["lib.side"], package)
 
 
 def test_the_hash_of_a_real_notebook_moves_with_the_rules(tmp_path: Path) -> None:

@@ -370,9 +370,9 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
     same seed; then the command fails. Arms with fewer than three committed seeds are
     not drawn.
 
-    On the processor kind of the committed runs a fresh value is equal or nearly so.
-    On another one the weights part after some steps; a value there lies outside by
-    chance now and then, so look at how far and in how many metrics.
+    On the processor kind of the committed runs fresh values are equal to the digits
+    that are committed. On another kind the weights part after some steps, by far less
+    than seeds differ: expect distances well below 1.
 
     What was trained is kept until all is well: interrupted, the same command goes on,
     and with another library it begins anew.
@@ -388,7 +388,10 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
 
     runs = audits.draw(profile, sample, seed, parse_arms(arms, profile))
     with audits.apart() as place:
-        click.echo(f"Drawn with seed {seed}: {', '.join(run.name for run in runs)}")
+        click.echo(
+            f"Drawn with seed {seed}: {', '.join(run.name for run in runs)}; "
+            f"{audits.machines(runs)}"
+        )
         _print_plan(plan_runs(runs), jobs)
         if code := _train(profile, runs, jobs):
             return code
