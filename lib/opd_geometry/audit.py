@@ -15,8 +15,7 @@ difference than training all the others.
 
 On the processor kind that the committed runs were trained on, fresh values are equal
 but for the seven digits that are committed. Elsewhere a run rounds otherwise and goes
-its own way: with AVX2 in place of AVX512, SFT and OPD of seed 1 came out within 0.2
-spreads in every metric, and nearly all within 0.03.
+its own way, which is why the unit is a spread of seeds and not a digit.
 """
 
 import random

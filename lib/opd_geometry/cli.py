@@ -371,8 +371,8 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
     not drawn.
 
     On the processor kind of the committed runs fresh values are equal to the digits
-    that are committed. On another kind the weights part after some steps, by far less
-    than seeds differ: expect distances well below 1.
+    that are committed. On another kind the weights part after some steps, by less
+    than seeds differ, if all is well.
 
     What was trained is kept until all is well: interrupted, the same command goes on,
     and with another library it begins anew.
