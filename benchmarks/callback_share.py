@@ -22,10 +22,10 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, logging
 from trl import SFTConfig, SFTTrainer
 
-from opd_geometry.callback import GeometryCallback
+from opd_geometry.experiments.runs import provenance
 from opd_geometry.files import replacing
-from opd_geometry.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.runs import provenance
+from opd_geometry.training.callback import GeometryCallback
+from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 
 EVERY = 50  # steps from one measurement to the next, in the share that is printed
 SEQUENCES, LENGTH = 16, 64

@@ -15,7 +15,7 @@ import torch
 from records import record, seconds
 from torch import Tensor
 
-from opd_geometry import bits, comparison, pairs, updates
+from opd_geometry.geometry import bits, comparison, pairs, updates
 from opd_geometry.printing import print_table
 
 SIZES = "1024x1024,2048x2048,4096x4096,1024x4096,4096x12288"

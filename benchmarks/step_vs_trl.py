@@ -24,16 +24,16 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from opd_geometry import policy, tasks
-from opd_geometry.models import (
+from opd_geometry.training import policy, tasks
+from opd_geometry.training.models import (
     ModelConfig,
     build_model,
     character_tokenizer,
     load_model,
 )
-from opd_geometry.optimizer import OptimizerConfig, adamw
-from opd_geometry.policy import PolicyConfig, draw_prompts, policy_steps
-from opd_geometry.sft import SFTConfig, sft_steps
+from opd_geometry.training.optimizer import OptimizerConfig, adamw
+from opd_geometry.training.policy import PolicyConfig, draw_prompts, policy_steps
+from opd_geometry.training.sft import SFTConfig, sft_steps
 
 PROMPTS, GROUP, LONGEST = 24, 8, 40
 STUDENT, LARGER = ModelConfig(width=128, layers=4), ModelConfig(width=192, layers=4)

@@ -17,8 +17,8 @@ from records import record
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry import forecast, pairs
-from opd_geometry.checkpoints import INDEX_NAME
+from opd_geometry.geometry import forecast, pairs
+from opd_geometry.geometry.checkpoints import INDEX_NAME
 from opd_geometry.printing import duration, print_table
 
 HIDDEN, KEYS, INNER, VOCABULARY = 4096, 1024, 12288, 151936

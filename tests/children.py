@@ -21,12 +21,14 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 
-from opd_geometry import cli, evaluation, models, profiles, runs, schedule
-from opd_geometry.models import ModelConfig
-from opd_geometry.optimizer import OptimizerConfig
-from opd_geometry.policy import PolicyConfig
-from opd_geometry.runs import ProjectionConfig, Run
-from opd_geometry.sft import SFTConfig
+from opd_geometry import cli
+from opd_geometry.experiments import profiles, runs, schedule
+from opd_geometry.experiments.runs import ProjectionConfig, Run
+from opd_geometry.training import evaluation, models
+from opd_geometry.training.models import ModelConfig
+from opd_geometry.training.optimizer import OptimizerConfig
+from opd_geometry.training.policy import PolicyConfig
+from opd_geometry.training.sft import SFTConfig
 
 SHAPE = ModelConfig(width=32, layers=1, head_size=16)
 LESSONS = SFTConfig(OptimizerConfig(1e-3, "cosine", 1), steps=10, batch_sequences=8)
@@ -72,7 +74,7 @@ class Child:
 
     def __init__(self, data: Path, function: Callable[..., Any], *arguments: Any):
         context = get_context("forkserver")
-        context.set_forkserver_preload(["opd_geometry.schedule"])
+        context.set_forkserver_preload(["opd_geometry.experiments.schedule"])
         self.receiver, sender = context.Pipe(duplex=False)
         call = (str(data), sender, function, arguments)
         self.process = context.Process(target=_call, args=call)
@@ -179,7 +181,7 @@ def ensure_with_small_files(run: Run, most_bytes: int) -> Path:
 
 def measure_with_small_files(run: Run, most_bytes: int) -> None:
     """Measuring where no file can grow beyond a size."""
-    from opd_geometry.measure import measure_run
+    from opd_geometry.experiments.measure import measure_run
 
     _limit_files(most_bytes)
     measure_run(run, RANK)
@@ -250,7 +252,7 @@ def command_with_small_files(most_bytes: int, *arguments: str) -> tuple[int, str
 
 def peak_of_measuring(before: Path, after: Path) -> int:
     """Bytes that measuring adds to what this process has held at any time before."""
-    from opd_geometry import pairs
+    from opd_geometry.geometry import pairs
 
     small = torch.randn(300, 300)
     pairs.measure_tensors(small, small + 0.01 * torch.randn(300, 300))

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from children import Child
 
-from opd_geometry import audit, measure, profiles
-from opd_geometry.audit import draw, held_against, readings
-from opd_geometry.runs import provenance
+from opd_geometry.analysis import audit
+from opd_geometry.analysis.audit import draw, held_against, readings
+from opd_geometry.experiments import measure, profiles
+from opd_geometry.experiments.runs import provenance
 
 # --- the rule ----------------------------------------------------------------------
 

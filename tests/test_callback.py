@@ -19,10 +19,11 @@ from trl import (
     SFTTrainer,
 )
 
-from opd_geometry import callback, projection, spectra, updates
-from opd_geometry.callback import GeometryCallback, ProjectionCallback
-from opd_geometry.checkpoints import list_matrices, read_matrix
-from opd_geometry.models import ModelConfig, build_model, character_tokenizer
+from opd_geometry.geometry import projection, spectra, updates
+from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
+from opd_geometry.training import callback
+from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
+from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 
 logging.set_verbosity_error()
 TINY = ModelConfig(width=32, layers=2, head_size=16)

@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from opd_geometry import chapters, measure, profiles
-from opd_geometry.chapters import ParameterError, Parameters, check_parameters
-from opd_geometry.claims import claims_table
-from opd_geometry.statements import CLAIMS
+from opd_geometry.analysis.claims import claims_table
+from opd_geometry.analysis.statements import CLAIMS
+from opd_geometry.book import chapters
+from opd_geometry.book.chapters import ParameterError, Parameters, check_parameters
+from opd_geometry.experiments import measure, profiles
 
 DEFAULTS = {"profile": "laptop", "seeds": "0-2", "source": "committed", "jobs": 2}
 # What a fresh kernel holds before a notebook defines anything.
@@ -228,7 +229,7 @@ def test_a_table_of_claims_says_what_is_not_measured() -> None:
 
 
 def test_every_verdict_has_a_mark() -> None:
-    from opd_geometry.verdicts import VERDICTS
+    from opd_geometry.analysis.verdicts import VERDICTS
 
     assert set(chapters.VERDICT_MARKS) == set(VERDICTS)
 

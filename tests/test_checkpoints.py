@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd_geometry import checkpoints
+from opd_geometry.geometry import checkpoints
 
 BLOCK = "model.layers.{}.self_attn.{}_proj.weight"
 

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from opd_geometry import choice_figures as figures
-from opd_geometry import gates
-from opd_geometry.measure import COLUMNS
-from opd_geometry.sensitivity import HANGS, NULL, OPEN, STAYS, Choice, Reading
+from opd_geometry.analysis import gates
+from opd_geometry.analysis.sensitivity import HANGS, NULL, OPEN, STAYS, Choice, Reading
+from opd_geometry.book import choice_figures as figures
+from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
 LEVELS = {"sft": 0.2, "opd": 0.5}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_geometry import spectra, updates
-from opd_geometry.choices import choices, gates, unchanged_share
+from opd_geometry.experiments.choices import choices, gates, unchanged_share
+from opd_geometry.geometry import spectra, updates
 
 N = 64
 
@@ -23,7 +23,7 @@ def test_defaults_agree_with_the_diagnostics_themselves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Varied back to its default, each choice gives the diagnostic's own value."""
-    from opd_geometry import choices as module
+    from opd_geometry.experiments import choices as module
 
     monkeypatch.setattr(module, "ETAS", {"own": 1e-3})
     monkeypatch.setattr(module, "ANGLE_RANKS", {"own": 8})

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from opd_geometry import claims, evidence, verdicts
-from opd_geometry.measure import COLUMNS
-from opd_geometry.statements import CLAIMS, claim_of
-from opd_geometry.tasks import BENCHMARKS
-from opd_geometry.verdicts import Control, Part
+from opd_geometry.analysis import claims, evidence, verdicts
+from opd_geometry.analysis.statements import CLAIMS, claim_of
+from opd_geometry.analysis.verdicts import Control, Part
+from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.training.tasks import BENCHMARKS
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 IDS = [

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from children import Child
 
-from opd_geometry import cli, measure, profiles, runs, schedule, site, sources
-from opd_geometry.checkpoints import list_matrices
-from opd_geometry.measure import committed_provenance
+from opd_geometry import cli, sources
+from opd_geometry.book import site
+from opd_geometry.experiments import measure, profiles, runs, schedule
+from opd_geometry.experiments.measure import committed_provenance
+from opd_geometry.geometry.checkpoints import list_matrices
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -381,7 +383,7 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         path.write_text("claim\n")
         return path
 
-    from opd_geometry import claims
+    from opd_geometry.analysis import claims
 
     monkeypatch.setattr(schedule, "train_all", train)
     monkeypatch.setattr(measure, "load", load)

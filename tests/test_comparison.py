@@ -6,8 +6,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from opd_geometry import bits, comparison, gram
-from opd_geometry.comparison import METRICS, Settings, compare, reference
+from opd_geometry.geometry import bits, comparison, gram
+from opd_geometry.geometry.comparison import METRICS, Settings, compare, reference
 
 
 def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry import confinement, contrast_figures
-from opd_geometry.evidence import ALL_ACCURACIES
-from opd_geometry.measure import COLUMNS
+from opd_geometry.analysis import confinement
+from opd_geometry.analysis.evidence import ALL_ACCURACIES
+from opd_geometry.book import contrast_figures
+from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
 ENDS = {

@@ -6,10 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry import consistency
-from opd_geometry.choices import MASK_SHARES
-from opd_geometry.comparison import MASK_ALPHA
-from opd_geometry.consistency import (
+from opd_geometry.book import consistency
+from opd_geometry.book.consistency import (
     FITS,
     MASKS,
     THREE,
@@ -17,7 +15,9 @@ from opd_geometry.consistency import (
     share_interval,
     share_interval_of_means,
 )
-from opd_geometry.measure import COLUMNS
+from opd_geometry.experiments.choices import MASK_SHARES
+from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.geometry.comparison import MASK_ALPHA
 
 
 def shares_of(mask: np.ndarray, update: np.ndarray) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 import pandas as pd
 
-from opd_geometry import figures
-from opd_geometry.cost_figures import cost_growth
+from opd_geometry.book import figures
+from opd_geometry.book.cost_figures import cost_growth
 
 
 def test_both_growths_are_drawn() -> None:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_geometry import evaluation, tasks
-from opd_geometry.evaluation import accuracy
-from opd_geometry.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.rollout import Rollout, encode_prompts
+from opd_geometry.training import evaluation, tasks
+from opd_geometry.training.evaluation import accuracy
+from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
+from opd_geometry.training.rollout import Rollout, encode_prompts
 
 TOKENIZER = character_tokenizer()
 MODEL = build_model(ModelConfig(32, 1, 16), seed=0)

@@ -15,8 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
-from opd_geometry import comparison, evidence, figures, measure, profiles
-from opd_geometry.figures import ARM_STYLES, GREY, Panel
+from opd_geometry.analysis import evidence
+from opd_geometry.book import figures
+from opd_geometry.book.figures import ARM_STYLES, GREY, Panel
+from opd_geometry.experiments import measure, profiles
+from opd_geometry.geometry import comparison
 
 SHAPES = {
     "q": (128, 128),

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry import gates
-from opd_geometry.gates import ANGLE, DENSITY, SHIFT
-from opd_geometry.measure import COLUMNS
+from opd_geometry.analysis import gates
+from opd_geometry.analysis.gates import ANGLE, DENSITY, SHIFT
+from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
 MATRICES = 4

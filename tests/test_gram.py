@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from opd_geometry import gram, spectra
+from opd_geometry.geometry import gram, spectra
 
 SHAPES = [(300, 300), (280, 420), (420, 280)]  # all above DIRECT_SIDE
 

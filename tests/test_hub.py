@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from opd_geometry.hub import locate
+from opd_geometry.geometry.hub import locate
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry import live, spectra, updates
-from opd_geometry.live import Start, leading_right, movement, watched
+from opd_geometry.geometry import live, spectra, updates
+from opd_geometry.geometry.live import Start, leading_right, movement, watched
 
 
 def decaying(n_rows: int, n_cols: int, seed: int = 0, rate: float = 0.8) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_geometry import losses
+from opd_geometry.training import losses
 
 VOCABULARY = 5
 LENGTH = 3

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry import contrast_figures, matching
-from opd_geometry.matching import AT_END, AT_EQUAL_NORM
-from opd_geometry.measure import COLUMNS
+from opd_geometry.analysis import matching
+from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM
+from opd_geometry.book import contrast_figures
+from opd_geometry.experiments.measure import COLUMNS
 
 STEPS = (10, 20, 40, 80)
 SEEDS = (0, 1, 2)

@@ -11,11 +11,12 @@ from children import ANCHOR, OPD, PROJECTED, RANK, RLVR, Child
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry import comparison, measure, profiles, runs, spectra
-from opd_geometry.checkpoints import list_matrices
-from opd_geometry.comparison import METRICS, NULL_METRICS, compare, reference
-from opd_geometry.measure import COLUMNS
-from opd_geometry.runs import Run
+from opd_geometry.experiments import measure, profiles, runs
+from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.experiments.runs import Run
+from opd_geometry.geometry import comparison, spectra
+from opd_geometry.geometry.checkpoints import list_matrices
+from opd_geometry.geometry.comparison import METRICS, NULL_METRICS, compare, reference
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from opd_geometry import models
-from opd_geometry.models import (
+from opd_geometry.training import models
+from opd_geometry.training.models import (
     ModelConfig,
     build_model,
     character_tokenizer,
@@ -28,7 +28,7 @@ from opd_geometry.models import (
     round_to_bfloat16,
     save_model,
 )
-from opd_geometry.tasks import CHARACTERS
+from opd_geometry.training.tasks import CHARACTERS
 
 TINY = ModelConfig(width=32, layers=2, head_size=16)
 TOKENIZER = character_tokenizer()

@@ -12,8 +12,10 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from opd_geometry import chapters, comparison, figures, profiles
-from opd_geometry.statements import CLAIMS
+from opd_geometry.analysis.statements import CLAIMS
+from opd_geometry.book import chapters, figures
+from opd_geometry.experiments import profiles
+from opd_geometry.geometry import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from opd_geometry.models import ModelConfig, build_model
-from opd_geometry.optimizer import (
+from opd_geometry.training.models import ModelConfig, build_model
+from opd_geometry.training.optimizer import (
     OptimizerConfig,
     adamw,
     learning_rate,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from test_pairs import model, noise, save
 
-from opd_geometry import cli, forecast, pair_commands, pairs, tables
+from opd_geometry import cli, pair_commands
+from opd_geometry.geometry import forecast, pairs, tables
 from opd_geometry.printing import duration
 
 
@@ -319,7 +320,8 @@ def test_a_killed_process_loses_no_finished_matrix(
     out = tmp_path / "t.csv"
     arguments = ["measure", *pair, "--out", str(out)]
     slow = (
-        "import sys, time; from opd_geometry import cli, pairs; rows = "
+        "import sys, time; from opd_geometry import cli; "
+        "from opd_geometry.geometry import pairs; rows = "
         "pairs.PairTask.rows; pairs.PairTask.rows = lambda task: "
         "(time.sleep(0.3), rows(task))[1]; sys.exit(cli.main(sys.argv[1:]))"
     )

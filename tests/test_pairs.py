@@ -11,9 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry import checkpoints, comparison, forecast, pairs, spectra, tables
-from opd_geometry.comparison import Settings
-from opd_geometry.pairs import COLUMNS, PairTask, Progress, plan_pair, run_plan
+from opd_geometry.geometry import (
+    checkpoints,
+    comparison,
+    forecast,
+    pairs,
+    spectra,
+    tables,
+)
+from opd_geometry.geometry.comparison import Settings
+from opd_geometry.geometry.pairs import COLUMNS, PairTask, Progress, plan_pair, run_plan
 
 SIZES = {
     "self_attn.q_proj": (24, 16),

@@ -10,11 +10,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_geometry import losses, policy, tasks
-from opd_geometry.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.optimizer import OptimizerConfig, adamw
-from opd_geometry.policy import PolicyConfig, draw_prompts, policy_steps
-from opd_geometry.rollout import (
+from opd_geometry.training import losses, policy, tasks
+from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
+from opd_geometry.training.optimizer import OptimizerConfig, adamw
+from opd_geometry.training.policy import PolicyConfig, draw_prompts, policy_steps
+from opd_geometry.training.rollout import (
     Rollout,
     completion_log_probs,
     completion_logits,

@@ -7,10 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opd_geometry import profiles
-from opd_geometry.policy import PolicyConfig
-from opd_geometry.profiles import ARMS, READER_ARMS, build, parse_arms, parse_seeds
-from opd_geometry.runs import Run, Stored
+from opd_geometry.experiments import profiles
+from opd_geometry.experiments.profiles import (
+    ARMS,
+    READER_ARMS,
+    build,
+    parse_arms,
+    parse_seeds,
+)
+from opd_geometry.experiments.runs import Run, Stored
+from opd_geometry.training.policy import PolicyConfig
 
 POLICY_ARMS = [arm for arm in ARMS if not arm.startswith("sft") and "proj" not in arm]
 

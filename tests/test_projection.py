@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from opd_geometry import projection
-from opd_geometry.projection import project_gradients, project_updates
+from opd_geometry.geometry import projection
+from opd_geometry.geometry.projection import project_gradients, project_updates
 
 N_ROWS, N_COLS, RANK = 12, 10, 3
 

@@ -19,9 +19,12 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat import NotebookNode
 
-from opd_geometry import chapters, claims, comparison, evidence, measure, profiles
-from opd_geometry import verdicts as rules
-from opd_geometry.statements import CLAIMS
+from opd_geometry.analysis import claims, evidence
+from opd_geometry.analysis import verdicts as rules
+from opd_geometry.analysis.statements import CLAIMS
+from opd_geometry.book import chapters
+from opd_geometry.experiments import measure, profiles
+from opd_geometry.geometry import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))

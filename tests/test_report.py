@@ -17,7 +17,9 @@ import pytest
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from opd_geometry import cli, measure, report
+from opd_geometry import cli
+from opd_geometry.book import report
+from opd_geometry.experiments import measure
 
 DATA = Path(__file__).parents[1] / "data"
 BEFORE, AFTER = (

@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from opd_geometry import rollout as rollouts
-from opd_geometry.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.rollout import (
+from opd_geometry.training import rollout as rollouts
+from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
+from opd_geometry.training.rollout import (
     Rollout,
     completion_log_probs,
     completion_logits,

@@ -14,19 +14,20 @@ import pytest
 import torch
 from children import ANCHOR, OPD, PROJECTED, RLVR, Child
 
-from opd_geometry import files, runs
-from opd_geometry.checkpoints import list_matrices, read_matrix
-from opd_geometry.models import (
+from opd_geometry import files
+from opd_geometry.experiments import runs
+from opd_geometry.experiments.runs import ProjectionConfig, Run, Stored
+from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
+from opd_geometry.geometry.projection import leaked_energy
+from opd_geometry.geometry.spectra import singular_values, top_right_subspace
+from opd_geometry.training.models import (
     build_model,
     character_tokenizer,
     load_model,
     round_to_bfloat16,
     save_model,
 )
-from opd_geometry.projection import leaked_energy
-from opd_geometry.runs import ProjectionConfig, Run, Stored
-from opd_geometry.spectra import singular_values, top_right_subspace
-from opd_geometry.tasks import BENCHMARKS
+from opd_geometry.training.tasks import BENCHMARKS
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 from children import ANCHOR, OPD, PROJECTED, RLVR, TEACHER, Child
 from rich.console import Console
 
-from opd_geometry import runs, schedule
-from opd_geometry.measure import kept_table, measure_run, provenance_path
-from opd_geometry.runs import Run
-from opd_geometry.schedule import Row
+from opd_geometry.experiments import runs, schedule
+from opd_geometry.experiments.measure import kept_table, measure_run, provenance_path
+from opd_geometry.experiments.runs import Run
+from opd_geometry.experiments.schedule import Row
 
 
 def soon(condition: Callable[[], bool], what: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_geometry import bits, selection
+from opd_geometry.geometry import bits, selection
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 ALPHAS = [1e-4, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0]

@@ -6,11 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry import sensitivity
-from opd_geometry.claims import judge
-from opd_geometry.measure import COLUMNS
-from opd_geometry.sensitivity import CHOICES, HANGS, NULL, OPEN, STAYS, Choice, Reading
-from opd_geometry.statements import claim_of
+from opd_geometry.analysis import sensitivity
+from opd_geometry.analysis.claims import judge
+from opd_geometry.analysis.sensitivity import (
+    CHOICES,
+    HANGS,
+    NULL,
+    OPEN,
+    STAYS,
+    Choice,
+    Reading,
+)
+from opd_geometry.analysis.statements import claim_of
+from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
 STEPS = (10, 50)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_geometry import sft, tasks
-from opd_geometry.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.optimizer import OptimizerConfig, adamw
-from opd_geometry.sft import SFTConfig, draw_batch, encode_pairs, sft_steps
+from opd_geometry.training import sft, tasks
+from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
+from opd_geometry.training.optimizer import OptimizerConfig, adamw
+from opd_geometry.training.sft import SFTConfig, draw_batch, encode_pairs, sft_steps
 
 TOKENIZER = character_tokenizer()
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id

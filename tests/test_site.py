@@ -9,7 +9,8 @@ import nbformat
 import pytest
 import yaml
 
-from opd_geometry import site, sources
+from opd_geometry import sources
+from opd_geometry.book import site
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -187,8 +187,38 @@ def test_the_hash_of_a_real_notebook_moves_with_the_rules(tmp_path: Path) -> Non
     assert {len(digest) for digest in before.values()} == {64}
     (copy / "cli.py").write_text("")
     assert before == sources.stamp(path, copy)
-    for module in ("verdicts.py", "spectra.py", "rollout.py"):
+    for module in (
+        "analysis/verdicts.py",
+        "geometry/spectra.py",
+        "training/rollout.py",
+    ):
         text = (copy / module).read_text()
         (copy / module).write_text(f"{text}\nCHANGED = True\n")
         assert before != sources.stamp(path, copy), module
         (copy / module).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "from lib.room import deep",
+        "import lib.room.deep",
+        "from lib.room.deep import X",
+    ],
+)
+def test_rooms_within_rooms_count(package: Path, how: str) -> None:
+    room = package / "room"
+    room.mkdir()
+    (room / "__init__.py").write_text("")
+    (room / "deep.py").write_text(
+        "from . import beside\nfrom ..side import TWO\nX = 1\n"
+    )
+    (room / "beside.py").write_text("X = 1\n")
+    (package / "top.py").write_text(f"{how}\n")
+    before = sources.library_digest(["lib.top"], package)
+    for path in (room / "__init__.py", room / "beside.py", package / "side.py"):
+        text = path.read_text()
+        path.write_text(f"{text}\nCHANGED = True\n")
+        assert before != sources.library_digest(["lib.top"], package), path
+        path.write_text(text)
+    assert before == sources.library_digest(["lib.top"], package)

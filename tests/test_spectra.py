@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_geometry import spectra
+from opd_geometry.geometry import spectra
 
 SHAPES = [(12, 12), (9, 17), (17, 9), (1, 5), (5, 1), (1, 1)]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry import contrast_figures, sweeps
-from opd_geometry.measure import COLUMNS
+from opd_geometry.analysis import sweeps
+from opd_geometry.book import contrast_figures
+from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from opd_geometry import tables
+from opd_geometry.geometry import tables
 
 TABLE = pd.DataFrame(
     {

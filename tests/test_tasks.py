@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from opd_geometry import tasks
-from opd_geometry.tasks import BENCHMARKS, FAMILIES, QUALITIES, Problem
+from opd_geometry.training import tasks
+from opd_geometry.training.tasks import BENCHMARKS, FAMILIES, QUALITIES, Problem
 
 CHAIN = Problem("chain", (23, 45, -12), "c:23+45-12=")
 

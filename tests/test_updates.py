@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_geometry import bits, spectra, updates
+from opd_geometry.geometry import bits, spectra, updates
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

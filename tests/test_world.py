@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from opd_geometry import measure, profiles, runs
+from opd_geometry.experiments import measure, profiles, runs
 
 LAPTOP = profiles.PROFILES["laptop"]
 ARMS = ("sft", "opd", "rlvr")

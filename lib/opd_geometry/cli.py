@@ -23,8 +23,8 @@ from opd_geometry.printing import duration, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from opd_geometry.runs import Run
-    from opd_geometry.schedule import Row
+    from opd_geometry.experiments.runs import Run
+    from opd_geometry.experiments.schedule import Row
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -170,7 +170,7 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
     """
-    from opd_geometry.schedule import plan as plan_runs
+    from opd_geometry.experiments.schedule import plan as plan_runs
 
     _print_plan(plan_runs(_asked(profile, arms, seeds, origin)), jobs)
 
@@ -188,7 +188,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
       opd-geometry status
       opd-geometry status --profile laptop --arms reader --seeds 0-2
     """
-    from opd_geometry.schedule import plan as plan_runs
+    from opd_geometry.experiments.schedule import plan as plan_runs
 
     rows = plan_runs(_asked(profile, arms, seeds, origin))
     print_table(
@@ -212,7 +212,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
 
 def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
     """The runs that the options name; errors name what is wrong with them."""
-    from opd_geometry.profiles import build, parse_arms, parse_seeds
+    from opd_geometry.experiments.profiles import build, parse_arms, parse_seeds
 
     scratch = origin == "scratch"
     return [
@@ -224,7 +224,7 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
 
 def _print_plan(rows: "list[Row]", jobs: int) -> None:
     """Runs with their time each, and that of all of them."""
-    from opd_geometry.schedule import total_seconds
+    from opd_geometry.experiments.schedule import total_seconds
 
     print_table(
         ["run", "steps", "estimated time", "state"],
@@ -241,7 +241,7 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
 
 def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
     """Train, and say in one line each what failed; the exit code."""
-    from opd_geometry.schedule import train_all
+    from opd_geometry.experiments.schedule import train_all
 
     failed = train_all(profile, runs, jobs)
     for one, reason in failed.items():
@@ -274,8 +274,8 @@ def commit(profile: str, arms: str, seeds: str) -> None:
       opd-geometry commit --seeds 0-2
       opd-geometry commit --profile laptop --arms opd,rlvr --seeds 3
     """
-    from opd_geometry import measure
-    from opd_geometry.runs import is_done
+    from opd_geometry.experiments import measure
+    from opd_geometry.experiments.runs import is_done
 
     runs = _asked(profile, arms, seeds, "committed")
     done = [run for run in runs if is_done(run)]
@@ -299,8 +299,8 @@ def checkpoints(profile: str, arms: str) -> None:
       opd-geometry checkpoints
       opd-geometry checkpoints --arms sft,opd
     """
-    from opd_geometry.profiles import STAGES, build, parse_arms
-    from opd_geometry.runs import store
+    from opd_geometry.experiments.profiles import STAGES, build, parse_arms
+    from opd_geometry.experiments.runs import store
 
     for arm in parse_arms(arms, profile):
         stage = arm in STAGES
@@ -321,10 +321,10 @@ def claims(profile: str) -> None:
       opd-geometry claims
       opd-geometry claims --profile laptop
     """
-    from opd_geometry import measure
-    from opd_geometry.claims import claims_table, write_claims
-    from opd_geometry.profiles import settings_of
-    from opd_geometry.runs import data_directory
+    from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.experiments import measure
+    from opd_geometry.experiments.profiles import settings_of
+    from opd_geometry.experiments.runs import data_directory
 
     settings_of(profile)
     table = measure.committed(profile)
@@ -382,9 +382,9 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
       opd-geometry audit --sample 3
       opd-geometry audit --sample 1 --seed 7 --arms sft,opd --jobs 1
     """
-    from opd_geometry import audit as audits
-    from opd_geometry.profiles import parse_arms
-    from opd_geometry.schedule import plan as plan_runs
+    from opd_geometry.analysis import audit as audits
+    from opd_geometry.experiments.profiles import parse_arms
+    from opd_geometry.experiments.schedule import plan as plan_runs
 
     runs = audits.draw(profile, sample, seed, parse_arms(arms, profile))
     with audits.apart() as place:
@@ -448,7 +448,7 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
       opd-geometry chapters
       opd-geometry chapters --profile laptop --seeds 0-2 02_locking
     """
-    from opd_geometry.site import execute_chapter, known_parameters
+    from opd_geometry.book.site import execute_chapter, known_parameters
 
     root = repository()
     given = {"profile": profile, "seeds": seeds}
@@ -479,10 +479,10 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
       opd-geometry book
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
     """
-    from opd_geometry import measure
-    from opd_geometry.claims import claims_table, write_claims
-    from opd_geometry.profiles import ARMS, parse_seeds
-    from opd_geometry.site import execute_chapter, known_parameters, read_notebook
+    from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
+    from opd_geometry.experiments import measure
+    from opd_geometry.experiments.profiles import ARMS, parse_seeds
 
     root = repository()
     notebooks = _notebooks(root, ())
@@ -517,9 +517,9 @@ def site() -> int:
     Examples:
       opd-geometry site
     """
-    from opd_geometry.measure import committed_provenance, committed_runs
-    from opd_geometry.profiles import PUBLISHED
-    from opd_geometry.runs import data_directory
+    from opd_geometry.experiments.measure import committed_provenance, committed_runs
+    from opd_geometry.experiments.profiles import PUBLISHED
+    from opd_geometry.experiments.runs import data_directory
     from opd_geometry.sources import stale_chapters
 
     root = repository()
@@ -570,8 +570,8 @@ def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
 
 def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
     """What ``book`` trains: the reader's arms, and any that is not committed."""
-    from opd_geometry.measure import committed_provenance
-    from opd_geometry.profiles import READER_ARMS
+    from opd_geometry.experiments.measure import committed_provenance
+    from opd_geometry.experiments.profiles import READER_ARMS
 
     shelf = set(committed_provenance()["run"])
     published = zip(
@@ -612,7 +612,7 @@ def _build(
     root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
 ) -> int:
     """Stage, build and check a book under _build/NAME; the exit code."""
-    from opd_geometry.site import build_site, check_site, stage_site
+    from opd_geometry.book.site import build_site, check_site, stage_site
 
     place = root / "_build" / name
     source = stage_site(root, place / "source", pages, banner)

@@ -19,7 +19,7 @@ from opd_geometry.printing import duration, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from opd_geometry.pairs import Plan, Progress
+    from opd_geometry.geometry.pairs import Plan, Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 WEIGHTED = "sparsity_bf16", "update_density", "null_sparsity_bf16"
@@ -144,10 +144,10 @@ def measure_command(
       opd-geometry measure base trained --out qkvo.json --roles q,k,v,o --rank-k 64
       opd-geometry measure base trained --out table.csv --resume
     """
-    from opd_geometry.comparison import Settings
-    from opd_geometry.hub import locate
-    from opd_geometry.pairs import METRICS, parse_metrics, plan_pair, summarise
-    from opd_geometry.tables import check_output
+    from opd_geometry.geometry.comparison import Settings
+    from opd_geometry.geometry.hub import locate
+    from opd_geometry.geometry.pairs import METRICS, parse_metrics, plan_pair, summarise
+    from opd_geometry.geometry.tables import check_output
 
     check_output(out, force, resume)
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
@@ -198,10 +198,10 @@ def trajectory_command(
       opd-geometry trajectory base run/checkpoint-* --k 16 --roles q,k,v,o --out run.csv
       opd-geometry trajectory base run/step_100 run/step_200 --out run.parquet --jobs 2
     """
-    from opd_geometry.comparison import Settings
-    from opd_geometry.hub import locate
-    from opd_geometry.pairs import plan_trajectory, step_of
-    from opd_geometry.tables import check_output
+    from opd_geometry.geometry.comparison import Settings
+    from opd_geometry.geometry.hub import locate
+    from opd_geometry.geometry.pairs import plan_trajectory, step_of
+    from opd_geometry.geometry.tables import check_output
 
     check_output(out, force, resume)
     steps = [step_of(checkpoint) for checkpoint in checkpoints]
@@ -249,7 +249,7 @@ def report_command(
       opd-geometry report pair.csv --out report.html
       opd-geometry report pair.parquet steps.csv --out report.html --title "My 8B, OPD"
     """
-    from opd_geometry.report import write_report
+    from opd_geometry.book.report import write_report
 
     page = write_report(tables, out, title, force)
     click.echo(f"Open {page}")
@@ -286,7 +286,7 @@ def _folded(names: Iterable[str]) -> str:
 
 def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
     """What of a plan is still to be measured."""
-    from opd_geometry.tables import finished
+    from opd_geometry.geometry.tables import finished
 
     return plan.without(finished(out, plan.description)) if resume else plan
 
@@ -295,7 +295,7 @@ def _project(
     forecasts: list[tuple[str, "Plan", tuple[str, ...], bool]], jobs: int
 ) -> None:
     """How long it will take, before it starts; nothing if nothing is left."""
-    from opd_geometry.forecast import probe_speed, projected_seconds
+    from opd_geometry.geometry.forecast import probe_speed, projected_seconds
 
     left = forecasts[0][1]
     if not left.tasks:
@@ -307,8 +307,8 @@ def _project(
 
 
 def _run(plan: "Plan", out: Path, jobs: int, resume: bool) -> "pd.DataFrame":
-    from opd_geometry.pairs import run_plan
-    from opd_geometry.tables import partial_path
+    from opd_geometry.geometry.pairs import run_plan
+    from opd_geometry.geometry.tables import partial_path
 
     try:
         with _Display(len(plan.tasks)) as display:
@@ -390,7 +390,7 @@ def _number(name: str, value: float) -> str:
 
 def _verdict(plan: "Plan", table: "pd.DataFrame", out: Path) -> int:
     """Where the table is, and what in it is not to be trusted; the exit code."""
-    from opd_geometry.pairs import REFUSED
+    from opd_geometry.geometry.pairs import REFUSED
 
     click.echo(f"Written to {out}")
     noted = table[table["note"] != ""].drop_duplicates("matrix")

@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def stamp(notebook: Path, package: Path = PACKAGE) -> dict[str, str]:
     """
     cells = _cells(notebook)
     code = [source for kind, source in cells if kind == "code"]
-    imported = {name for x in code for name in _imports(_parsed(x, notebook), package)}
+    imported = {name for x in code for name in _imports(_parsed(x, notebook))}
     return {
         "notebook_sha256": _digest(json.dumps(cells)),
         "library_sha256": library_digest(imported, package),
@@ -82,8 +83,8 @@ def library_digest(names: Iterable[str], package: Path = PACKAGE) -> str:
     """A hash of the code of modules and of all that they import from the library.
 
     Args:
-        names: of the library, with dots, such as ``opd_geometry.measure``; others, and
-            names inside modules, are passed over.
+        names: of the library, with dots, such as ``opd_geometry.experiments.measure``;
+            others, and names inside modules, are passed over.
         package: folder of the library.
     """
     found: dict[str, str] = {}
@@ -93,36 +94,42 @@ def library_digest(names: Iterable[str], package: Path = PACKAGE) -> str:
         path = _module_path(name, package)
         if name in found or path is None:
             continue
-        found[name], imported = _code(path.read_text(encoding="utf8"), path)
-        waiting |= imported
+        found[name], imported = _code(path.read_text(encoding="utf8"), path, name)
+        waiting |= {name.rpartition(".")[0], *imported}
     return _digest("".join(f"{name} {found[name]}\n" for name in sorted(found)))
 
 
 @lru_cache
-def _code(source: str, path: Path) -> tuple[str, frozenset[str]]:
+def _code(source: str, path: Path, name: str) -> tuple[str, frozenset[str]]:
     """A module's code without docstrings and layout, and the names that it imports."""
     tree = _parsed(source, path)
-    imported = frozenset(_imports(tree, path.parent))
+    inside = name if path.stem == "__init__" else name.rpartition(".")[0]
+    imported = frozenset(_imports(tree, inside))
     return _dumped(_without_docstrings(tree)), imported
 
 
 def _module_path(name: str, package: Path) -> Path | None:
-    """The file of a module of the library; None for any other name."""
+    """The file of a module or package of the library; None for any other name."""
     top, *below = name.split(".")
-    if top != package.name or len(below) > 1:
+    if top != package.name:
         return None
-    path = package / f"{below[0] if below else '__init__'}.py"
+    path = package.joinpath(*below)
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return path if path.is_file() else None
 
 
-def _imports(tree: ast.Module, package: Path) -> Iterator[str]:
-    """Names that a module imports, and those that it takes out of them."""
+def _imports(tree: ast.Module, inside: str | None = None) -> Iterator[str]:
+    """Names that code imports, and those that it takes out of them.
+
+    Args:
+        tree: the code.
+        inside: its package, where relative imports begin; None for a notebook.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = package.name if node.level else None  # from . import measure
-            source = ".".join(filter(None, (start, node.module)))
+            source = resolve_name("." * node.level + (node.module or ""), inside)
             yield source
             yield from (f"{source}.{alias.name}" for alias in node.names)
 

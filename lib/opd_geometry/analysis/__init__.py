@@ -1,0 +1,1 @@
+"""From tables of runs to comparisons, and from these to verdicts."""

@@ -1,0 +1,186 @@
+"""Committed runs, drawn at random and trained anew: are the committed numbers met?
+
+A drawn run is trained from the committed base and teacher, and with it all that it
+starts or branches from, in a data directory of its own, so that nothing finished is
+found there. It is measured as it was, and each metric at the end of training is held
+against the committed value of the same arm and seed:
+
+    distance = |fresh - committed| / spread
+    spread = max(highest - lowest, LEAST_SPREAD * largest magnitude)
+
+with highest, lowest and largest over the *other* committed seeds of the arm: with its
+own, a committed number that is wrong would widen the spread that it is judged by.
+Beyond a distance of 1 a value lies *outside*: training one seed twice gave a larger
+difference than training all the others.
+
+On the processor kind that the committed runs were trained on, fresh values are equal
+but for the seven digits that are committed. Elsewhere a run rounds otherwise and goes
+its own way, which is why the unit is a spread of seeds and not a digit.
+"""
+
+import random
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from opd_geometry.analysis.evidence import (
+    ALL_ACCURACIES,
+    ATTENTION,
+    LAYERS,
+    accuracy,
+    first,
+    last,
+    over_matrices,
+)
+from opd_geometry.experiments.measure import (
+    committed_provenance,
+    committed_runs,
+    committed_table,
+    measure_run,
+)
+from opd_geometry.experiments.profiles import PROFILES, settings_of
+from opd_geometry.experiments.runs import Run, data_directory, provenance
+from opd_geometry.experiments.schedule import environment
+from opd_geometry.files import clear_write_errors
+from opd_geometry.geometry.comparison import METRICS
+from opd_geometry.sources import library_digest
+
+LEAST_SEEDS = 3  # its own, and two others that lie apart
+LEAST_SPREAD = 1e-3  # relative: what all seeds share may differ in its last digits
+LENT = ("checkpoints", "measurements")  # committed, and read by the fresh runs
+# Means over the attention matrices, as in the claims; all others over the layers.
+TRAJECTORIES = ("stable_rank", "stable_rank_bf16", "frobenius_norm", "hill_alpha")
+SIMILARITY = "similarity_to_end"  # at the first checkpoint: at the end it is 1
+
+
+def draw(profile: str, sample: int, seed: int, arms: Iterable[str]) -> list[Run]:
+    """Committed runs, drawn at random without repetition.
+
+    Arms with fewer than ``LEAST_SEEDS`` committed seeds have no spread: left out.
+
+    Args:
+        profile: a key of ``PROFILES``.
+        sample: how many.
+        seed: the same draw again, while the same runs are committed.
+        arms: which arms to draw from.
+
+    Raises:
+        ValueError: unknown profile, or fewer runs are committed than are to be drawn.
+    """
+    settings_of(profile)
+    wanted = set(arms)
+    known = [run for run in committed_runs(profile) if run.arm in wanted]
+    listed = [run.arm for run in known]
+    known = [run for run in known if listed.count(run.arm) >= LEAST_SEEDS]
+    if not 0 < sample <= len(known):
+        raise ValueError(
+            f"sample {sample}: expected 1 to {len(known)}, the committed runs of "
+            f"profile {profile} whose arm has {LEAST_SEEDS} seeds or more; ask for "
+            "fewer, or for other arms"
+        )
+    return random.Random(seed).sample(known, sample)
+
+
+def machines(runs: Iterable[Run]) -> str:
+    """Where the committed runs were trained, and what trains them now, in a line."""
+    listed = committed_provenance().set_index("run")["machine"]
+    theirs = sorted({str(listed[run.key()]) for run in runs})
+    return f"committed on {'; '.join(theirs)}, trained now on {provenance()['machine']}"
+
+
+@contextmanager
+def apart() -> Iterator[Path]:
+    """A data directory without finished runs, in force within: its path.
+
+    It lies below ``data/audit`` and belongs to the code that trains and measures, so
+    that what was interrupted goes on, and with other code begins anew.
+    """
+    shelf, code = (
+        data_directory().resolve(),
+        library_digest(["opd_geometry.experiments.measure"]),
+    )
+    place = shelf / "audit" / code[:12]
+    with clear_write_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in LENT:
+            if not (place / name).exists():
+                (place / name).unlink(missing_ok=True)  # points to where it once was
+                (place / name).symlink_to(shelf / name)
+    with environment({"OPD_GEOMETRY_DATA": str(place)}):
+        yield place
+
+
+def clear(place: Path) -> None:
+    """Remove what an audit has trained, and ``data/audit`` if nothing else is there."""
+    shutil.rmtree(place)
+    with suppress(OSError):
+        place.parent.rmdir()
+
+
+def readings(table: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """What is compared of an arm: one row a metric, one column a seed.
+
+    Means over matrices at the last checkpoint, as the claims take them, and accuracies
+    there. A metric that the table lacks, or that is undefined, is NaN.
+
+    Args:
+        table: tidy.
+        arm: which rows.
+    """
+
+    def mean(metric: str) -> pd.Series:
+        roles = ATTENTION if metric in (*TRAJECTORIES, SIMILARITY) else LAYERS
+        return over_matrices(table, arm, metric, roles, weighted=metric == "sparsity")
+
+    values = {metric: last(mean(metric)) for metric in (*METRICS, "leak")}
+    values[SIMILARITY] = first(mean(SIMILARITY))
+    values |= {metric: accuracy(table, arm, (metric,)) for metric in ALL_ACCURACIES}
+    return pd.DataFrame(values).astype(float).T
+
+
+def held_against(fresh: pd.Series, committed: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Hold the metrics of a fresh run against the committed ones of its arm.
+
+    Args:
+        fresh: metric to value.
+        committed: one row a metric, one column a seed; see ``readings``.
+        seed: of the fresh run; one of the columns.
+
+    Returns:
+        One row a metric that either has: fresh, committed, lowest and highest of the
+        other seeds, distance (infinite if only one of both is defined), outside.
+    """
+    own, others = committed[seed], committed.drop(columns=seed)
+    lowest, highest = others.min(axis=1), others.max(axis=1)
+    spread = np.maximum(highest - lowest, LEAST_SPREAD * others.abs().max(axis=1))
+    gap = (fresh - own).abs().fillna(np.inf)
+    distance = (gap / spread).where(gap > 0, 0.0).fillna(np.inf)
+    rows = {
+        "fresh": fresh,
+        "committed": own,
+        "lowest": lowest,
+        "highest": highest,
+        "distance": distance,
+        "outside": distance > 1,
+    }
+    return pd.DataFrame(rows).loc[fresh.notna() | own.notna()]
+
+
+def audited(profile: str, run: Run) -> pd.DataFrame:
+    """Hold a run that was trained anew against the committed runs of its arm.
+
+    Args:
+        profile: its profile.
+        run: finished in the data directory in force; see ``apart``.
+
+    Returns:
+        As ``held_against``.
+    """
+    shelf = [committed_table(r) for r in committed_runs(profile) if r.arm == run.arm]
+    fresh = readings(measure_run(run, PROFILES[profile].rank), run.arm)[run.seed]
+    committed = readings(pd.concat(shelf, ignore_index=True), run.arm)
+    return held_against(fresh, committed, run.seed)

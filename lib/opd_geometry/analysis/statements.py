@@ -1,0 +1,376 @@
+"""The paper's sixteen claims: statement, numbers, quantity and rule, in our words.
+
+The texts say what ``evidence`` computes; their margins come from there. They were
+written before the runs that they judge.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from opd_geometry.analysis import evidence as ev
+from opd_geometry.analysis.verdicts import Evidence
+
+RATIO = "ratio"  # averaged as logarithms, shown as a factor
+SHARE = "share of entries"
+ACCURACY = "accuracy"
+THREE_ARMS = ("sft", "opd", "rlvr")
+FALLING = ("rlvr", "opd", "sft")
+
+GAUSSIAN = "The same of Gaussian updates with the same Frobenius norm per matrix."
+NOT_NOISE = "Gaussian updates: they keep one stable rank, whatever their norm."
+MATCHED = "sft-matched: SFT from OPD's anchor, at OPD's learning rate, steps and batch."
+
+ORDER_RULE = (
+    "Reproduced when {what} have a 95 % interval above {zero}, not reproduced when one "
+    "lies below. Explained when the null, or sft-matched in OPD's place, shows such a "
+    "difference too, unless it is shown to be less than half of the arms' own."
+)
+BAND_RULE = (
+    "Reproduced when OPD's highest over lowest lies below {band:.2f} (the paper's "
+    "{of}), SFT grows{beyond} and by more than OPD, and RLVR shrinks and by more than "
+    "OPD, each with its whole 95 % interval; not reproduced when an interval lies on "
+    "the other side. Explained when OPD's stable rank is more than half that of noise, "
+    "or the null, or sft-matched in OPD's place, shows half of a difference in growth."
+)
+KEPT_RULE = (
+    f"A trajectory is kept when its distance has a 95 % interval below a factor of "
+    f"{ev.SAME_FACTOR:g}. Reproduced when {{what}}, not reproduced when one interval "
+    "lies on the other side. Explained when sft-matched keeps the trajectory too, or "
+    "OPD's stable rank is more than half that of noise."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper, and how it is judged.
+
+    Attributes:
+        id: its name in the book.
+        paper_item: where it stands in arXiv:2606.07082.
+        statement: the claim, in our words.
+        paper_value: the numbers that the paper prints.
+        quantity: what is computed, one number a seed.
+        unit: of the effect.
+        rule: how the seeds' numbers become a verdict.
+        null, matched: what the claim is held against.
+        arms, metrics: what the table must hold (arms may be shell patterns).
+        evidence: tidy table to parts and controls.
+        control_arms: arms without which a claim that holds stays inconclusive.
+    """
+
+    id: str
+    paper_item: str
+    statement: str
+    paper_value: str
+    quantity: str
+    unit: str
+    rule: str
+    null: str
+    matched: str
+    arms: tuple[str, ...]
+    metrics: tuple[str, ...]
+    evidence: Callable[[pd.DataFrame], Evidence]
+    control_arms: tuple[str, ...] = ("sft-matched",)
+
+
+CLAIMS = (
+    Claim(
+        id="sparsity-order",
+        paper_item="Table 1",
+        statement="Seen in bf16, OPD leaves more weights unchanged than SFT and fewer "
+        "than RLVR.",
+        paper_value="8.1 / 51.6 / 77.2 % (SFT / OPD / RLVR)",
+        quantity="Share of entries unchanged at the end, weighted by the matrices' "
+        "sizes: OPD minus SFT, RLVR minus OPD.",
+        unit=SHARE,
+        rule=ORDER_RULE.format(what="both differences", zero="0"),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("sparsity", "parameters"),
+        evidence=ev.final_order("sparsity", rising=THREE_ARMS, weighted=True),
+    ),
+    Claim(
+        id="sparsity-robust",
+        paper_item="Table 1",
+        statement="OPD's sparsity hardly depends on the sizes of teacher and student, "
+        "the data domain, or a mixture-of-experts teacher.",
+        paper_value="48.6 to 57.1 % in six variants, 51.6 % in the main run",
+        quantity="Size-weighted share of unchanged entries at the end: each variant "
+        "minus OPD.",
+        unit=SHARE,
+        rule=f"Reproduced when every difference has a 95 % interval within "
+        f"{ev.SPARSITY_MARGIN:g} either way (the paper's widest is 0.055), not "
+        "reproduced when one lies outside. Explained when sft-matched, or a Gaussian "
+        "update with a variant's norm, stays within it too.",
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=("opd", *ev.VARIANT_ARMS),
+        metrics=("sparsity", "parameters"),
+        evidence=ev.robust_sparsity,
+    ),
+    Claim(
+        id="rotation-order",
+        paper_item="Figure 2",
+        statement="SFT rotates the principal subspaces of the weights most, OPD less, "
+        "RLVR least.",
+        paper_value="above 10, about 1, below 0.5 degrees (SFT, OPD, RLVR; one layer)",
+        quantity="Largest principal angle at the end, mean of left and right and over "
+        "matrices: SFT over OPD, OPD over RLVR.",
+        unit=RATIO,
+        rule=ORDER_RULE.format(what="both ratios", zero="1"),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("angle_left_max_deg", "angle_right_max_deg"),
+        evidence=ev.final_order(
+            "angle_left_max_deg", "angle_right_max_deg", rising=FALLING, log=True
+        ),
+    ),
+    Claim(
+        id="drift-order",
+        paper_item="Figure 2",
+        statement="SFT shifts the singular values of the weights most, OPD less, RLVR "
+        "least.",
+        paper_value="NSS about 1e-3, 1e-4, 1e-5 (SFT, OPD, RLVR)",
+        quantity="Normalised spectral shift at the end, mean over matrices: SFT over "
+        "OPD, OPD over RLVR.",
+        unit=RATIO,
+        rule=ORDER_RULE.format(what="both ratios", zero="1"),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("nss",),
+        evidence=ev.final_order("nss", rising=FALLING, log=True),
+    ),
+    Claim(
+        id="density-order",
+        paper_item="Figure 3",
+        statement="The share of visibly updated entries falls from SFT over OPD to "
+        "RLVR.",
+        paper_value="92.73 / 46.28 / 27.76 % (SFT / OPD / RLVR)",
+        quantity="Share of entries changed in bf16 at the end, plain mean over "
+        "matrices: SFT minus OPD, OPD minus RLVR.",
+        unit=SHARE,
+        rule=ORDER_RULE.format(what="both differences", zero="0"),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("density",),
+        evidence=ev.final_order("density", rising=FALLING),
+    ),
+    Claim(
+        id="principal-depleted",
+        paper_item="Figure 3",
+        statement="From SFT over OPD to RLVR a falling share of the updated entries is "
+        "principal ones, and for OPD and RLVR fewer than chance would give.",
+        paper_value="29.66 / 27.31 / 26.65 % (SFT / OPD / RLVR), baseline 30 %",
+        quantity="Overlap with the principal mask at the end, mean over matrices: SFT "
+        f"minus OPD, OPD minus RLVR, the baseline {ev.MASK_ALPHA:g} minus OPD and "
+        "minus RLVR.",
+        unit=SHARE,
+        rule=ORDER_RULE.format(what="all four differences", zero="0"),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("principal_overlap",),
+        evidence=ev.principal_depleted,
+    ),
+    Claim(
+        id="lowmag-enriched",
+        paper_item="Figure 3",
+        statement="From SFT over OPD to RLVR a rising share of the updated entries is "
+        "of small magnitude.",
+        paper_value="31.88 / 53.59 / 73.48 % (SFT / OPD / RLVR)",
+        quantity="Overlap with the low-magnitude mask at the end, mean over matrices: "
+        "OPD minus SFT, RLVR minus OPD.",
+        unit=SHARE,
+        rule=ORDER_RULE.format(what="both differences", zero="0"),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("low_magnitude_overlap",),
+        evidence=ev.final_order("low_magnitude_overlap", rising=THREE_ARMS),
+    ),
+    Claim(
+        id="rank-band",
+        paper_item="Figure 4a",
+        statement="Over training the stable rank of OPD's update stays in a narrow "
+        "band, while SFT's expands and RLVR's contracts.",
+        paper_value="OPD about 18 to 28, SFT up to about 75",
+        quantity="Mean stable rank of the attention updates, last checkpoint over "
+        "first: SFT, RLVR, SFT over OPD, OPD over RLVR; of OPD highest over lowest.",
+        unit=RATIO,
+        rule=BAND_RULE.format(band=ev.RANK_BAND, of="28 over 18", beyond=""),
+        null=NOT_NOISE,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("stable_rank",),
+        evidence=ev.regimes("stable_rank", ev.RANK_BAND, sft_growth=1.0),
+    ),
+    Claim(
+        id="norm-decoupled",
+        paper_item="Figure 4b",
+        statement="OPD moves the weights well further than RLVR although both updates "
+        "end at comparable stable rank.",
+        paper_value="curves only",
+        quantity="OPD over RLVR at the end, means over the attention updates: "
+        "Frobenius norm, and stable rank.",
+        unit=RATIO,
+        rule=f"Reproduced when the norms' ratio has a 95 % interval above "
+        f"{ev.COMPARABLE_FACTOR:g} and the stable ranks' one within that factor of 1, "
+        "not reproduced when an interval lies outside. Explained when the stable rank "
+        "of either is more than half that of noise.",
+        null=NOT_NOISE,
+        matched="None: the two arms share anchor, learning rate, steps and batch.",
+        arms=("opd", "rlvr"),
+        metrics=("frobenius_norm", "stable_rank"),
+        evidence=ev.norm_decoupled,
+        control_arms=(),
+    ),
+    Claim(
+        id="hill-mild",
+        paper_item="Figure 4c",
+        statement="The Hill exponent of OPD's update drifts mildly, while SFT's rises "
+        "sharply and RLVR's falls.",
+        paper_value="OPD about 2.3 to 2.9",
+        quantity="Mean Hill exponent of the attention updates, last checkpoint over "
+        "first: SFT, RLVR, SFT over OPD, OPD over RLVR; of OPD highest over lowest.",
+        unit=RATIO,
+        rule=BAND_RULE.format(
+            band=ev.HILL_BAND, of="2.9 over 2.3", beyond=" beyond that factor"
+        ),
+        null=GAUSSIAN,
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("hill_alpha", "stable_rank"),
+        evidence=ev.regimes("hill_alpha", ev.HILL_BAND, sft_growth=ev.HILL_BAND),
+    ),
+    Claim(
+        id="early-lock",
+        paper_item="Figure 5",
+        statement="At its first checkpoint OPD's update nearly spans its final top "
+        "right subspace, while SFT and RLVR approach theirs gradually.",
+        paper_value="curves only, on an axis from 0.4 to 1.0",
+        quantity="Sim_K of first and last checkpoint, mean over the attention updates: "
+        "OPD minus SFT, OPD minus RLVR, and OPD's own.",
+        unit="Sim_K",
+        rule=f"Reproduced when both differences have a 95 % interval above 0 and OPD's "
+        f"own one above {ev.LOCKED:g}, not reproduced when one lies below. Explained "
+        f"when random subspaces reach {ev.LOCKED:g} too, or sft-matched lies above SFT "
+        "and is not shown to be nearer to it than to OPD.",
+        null="K/n, the mean Sim_K of two random subspaces.",
+        matched=MATCHED,
+        arms=THREE_ARMS,
+        metrics=("similarity_to_end",),
+        evidence=ev.early_lock,
+    ),
+    Claim(
+        id="sufficient-opd",
+        paper_item="Figures 6 and 8",
+        statement="Confined, after a fifth of training, to the rank-K right subspace "
+        "of its update so far, OPD performs as well as unconfined.",
+        paper_value="curves and bars only (rank 16, five benchmarks)",
+        quantity="Sampled accuracy at the end, projected minus unprojected OPD: on "
+        "chain, and mean over all benchmarks.",
+        unit=ACCURACY,
+        rule=f"Reproduced when both differences have a 95 % interval above "
+        f"-{ev.ACCURACY_MARGIN:g}, not reproduced when one lies below. Explained when "
+        "a random subspace, or stopping where the projection begins, passes on chain "
+        "too and is not shown to be worse than the projected run.",
+        null="A random subspace of the same rank (opd-projected-random).",
+        matched="OPD stopped at the branch, where the projection begins.",
+        arms=("opd", "opd-projected"),
+        metrics=ev.ALL_ACCURACIES,
+        evidence=ev.sufficient_opd,
+        control_arms=("opd-projected-random",),
+    ),
+    Claim(
+        id="degrades-sft",
+        paper_item="Figures 6 and 8",
+        statement="The same projection, over the matched window, degrades SFT.",
+        paper_value="curves and bars only (rank 16, five benchmarks)",
+        quantity="Loss of sampled accuracy on chain at the end, unprojected minus "
+        "projected: SFT's, and SFT's minus OPD's.",
+        unit=ACCURACY,
+        rule=f"Reproduced when SFT's loss has a 95 % interval above "
+        f"{ev.ACCURACY_MARGIN:g}, and its excess over OPD's loss one above 0; not "
+        "reproduced when one lies below. Explained when a random subspace degrades SFT "
+        "too and is not shown to cost more, or when sft-matched is not degraded.",
+        null="A random subspace of the same rank (sft-projected-random).",
+        matched="sft-matched, projected onto its own early subspace.",
+        arms=("sft", "sft-projected", "opd", "opd-projected"),
+        metrics=ev.CHAIN,
+        evidence=ev.degrades_sft,
+        control_arms=("sft-projected-random", "sft-matched", "sft-matched-projected"),
+    ),
+    Claim(
+        id="sparse-tokens",
+        paper_item="Figures 7a and 9a",
+        statement="Learning from only a half or a quarter of the tokens, chosen by gap "
+        "or at random, keeps OPD's stable-rank trajectory.",
+        paper_value="curves only (kept shares 0.5 and 0.25)",
+        quantity="Distance of the stable-rank trajectory from OPD's as a factor, mean "
+        "absolute log ratio over checkpoints: top-gap and random, 50 and 25 %.",
+        unit=RATIO,
+        rule=KEPT_RULE.format(what="all four arms keep it"),
+        null=NOT_NOISE,
+        matched=MATCHED,
+        arms=("opd", *ev.TOKEN_ARMS),
+        metrics=("stable_rank",),
+        evidence=ev.kept_trajectories(*ev.TOKEN_ARMS),
+    ),
+    Claim(
+        id="off-policy",
+        paper_item="Figures 7b and 9b",
+        statement="Rollouts written by the teacher keep OPD's stable-rank trajectory, "
+        "at a modestly larger norm.",
+        paper_value="curves only",
+        quantity="Distance of the stable-rank trajectory from OPD's as a factor, and "
+        "the Frobenius norm at the end, off-policy over OPD.",
+        unit=RATIO,
+        rule=KEPT_RULE.format(
+            what="it is kept and the norms' ratio has a 95 % interval between 1 and "
+            f"{ev.MODEST_FACTOR:g}"
+        ),
+        null=NOT_NOISE,
+        matched=MATCHED,
+        arms=("opd", "off-policy"),
+        metrics=("stable_rank", "frobenius_norm"),
+        evidence=ev.off_policy,
+    ),
+    Claim(
+        id="mixing",
+        paper_item="Figures 7c and 9c",
+        statement="Mixtures of OPD and RLVR that OPD dominates keep OPD's stable-rank "
+        "trajectory; at a small share of OPD they depart from it.",
+        paper_value="curves only (alpha = 0.75, 0.5, 0.25, 0.05, 0.01)",
+        quantity="Distance of the stable-rank trajectory from OPD's as a factor, at "
+        "alpha = 0.75, 0.5, 0.05 and 0.01.",
+        unit=RATIO,
+        rule=KEPT_RULE.format(
+            what="it is kept at alpha = 0.75 and 0.5, and the interval lies above that "
+            "factor at 0.05 and 0.01"
+        ),
+        null=NOT_NOISE,
+        matched=MATCHED,
+        arms=("opd", "mix-0.75", "mix-0.50", "mix-0.05", "mix-0.01"),
+        metrics=("stable_rank",),
+        evidence=ev.mixing,
+    ),
+)
+
+
+def claim_of(claim_id: str) -> Claim:
+    """The claim of that id.
+
+    Raises:
+        ValueError: unknown id; the message lists the known ones.
+    """
+    for claim in CLAIMS:
+        if claim.id == claim_id:
+            return claim
+    known = ", ".join(claim.id for claim in CLAIMS)
+    raise ValueError(f"unknown claim {claim_id!r}; expected {known}")

@@ -1,0 +1,1 @@
+"""What a reader sees: figures, chapters, the site, a report about a pair."""

@@ -1,0 +1,508 @@
+"""What every chapter does: check its parameters, get its runs, publish what it found.
+
+A chapter is a notebook that papermill executes. What it publishes is stored in its
+outputs under a name, for its own text and for other pages of the book.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from opd_geometry.analysis.claims import Finding, claim_card, judge
+from opd_geometry.analysis.statements import claim_of
+from opd_geometry.experiments.measure import SOURCES, committed_provenance
+from opd_geometry.experiments.measure import load as load_measurements
+from opd_geometry.experiments.profiles import PROFILES, build, parse_seeds
+from opd_geometry.experiments.runs import Run, is_done
+from opd_geometry.experiments.schedule import train_all
+
+PARAMETERS = ("profile", "seeds", "source", "jobs")
+PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
+# What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
+KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
+DIGITS = 4  # what is printed and published: another processor changes the seventh
+VERDICT_MARKS = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "inconclusive": "?",
+    "explained by a control": "≈",
+    "not measured": "–",
+}
+
+
+class ParameterError(ValueError):
+    """A parameter that no chapter has, or a value that it cannot take."""
+
+    def _render_traceback_(self) -> list[str]:
+        """One line in a notebook, instead of the frames that led here."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Checked parameters of a chapter.
+
+    Attributes:
+        profile: a key of ``profiles.PROFILES``.
+        seeds: which seeds.
+        source: one of ``measure.SOURCES``: which runs are preferred.
+        jobs: runs trained at a time, where some have to be.
+    """
+
+    profile: str
+    seeds: tuple[int, ...]
+    source: str
+    jobs: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Checked parameters of the chapter about two checkpoints.
+
+    Attributes:
+        before, after: where training started and ended, as they were given.
+    """
+
+    before: str
+    after: str
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """What ``pairs.measure_checkpoints`` takes.
+
+        A path that does not exist from here is looked for from the checkout's root, so
+        that a notebook opened in its own folder finds what papermill finds.
+        """
+        before, after = map(_from_checkout, (self.before, self.after))
+        return before, after
+
+
+def _from_checkout(place: str) -> str:
+    root = Path(__file__).resolve().parents[3]
+    elsewhere = not Path(place).exists() and (root / place).exists()
+    return str(root / place) if elsewhere else place
+
+
+def check_parameters(names: Mapping[str, object]) -> Parameters:
+    """Read a chapter's parameters; refuse unknown names and values.
+
+    papermill only warns of a parameter that the notebook does not have, and passes
+    what it cannot parse as a string.
+
+    Args:
+        names: the notebook's ``globals()`` before it defines anything else. In a
+            notebook that was checked before, further names are its own.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        ParameterError: one line, naming the known parameters or values.
+    """
+    _check_names(names, PARAMETERS)
+    profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
+    _one_of("profile", profile, PROFILES)
+    _one_of("source", source, SOURCES)
+    if type(jobs) is not int or jobs < 1:
+        raise ParameterError(f"jobs {jobs!r}: expected an integer, 1 or larger")
+    try:
+        numbers = tuple(parse_seeds(str(seeds)))
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    return Parameters(str(profile), numbers, str(source), jobs)
+
+
+def check_pair(names: Mapping[str, object]) -> Pair:
+    """Read the parameters of the chapter about two checkpoints.
+
+    Args:
+        names: as in ``check_parameters``.
+
+    Returns:
+        The two places.
+
+    Raises:
+        ParameterError: one line, naming the known parameters, or what is no place.
+    """
+    _check_names(names, PAIR)
+    for name in PAIR:
+        if not isinstance(names[name], str) or not names[name]:
+            raise ParameterError(
+                f"{name} {names[name]!r}: expected a directory, a .safetensors file or "
+                "a hub id"
+            )
+    return Pair(str(names["before"]), str(names["after"]))
+
+
+def _check_names(names: Mapping[str, object], known: tuple[str, ...]) -> None:
+    """Refuse what a notebook does not have, and a notebook without its parameters."""
+    if not any(isinstance(value, (Parameters, Pair)) for value in names.values()):
+        unknown = [
+            name
+            for name, value in names.items()
+            if name not in known and _is_given(name, value)
+        ]
+        if unknown:
+            raise ParameterError(
+                f"unknown parameter {', '.join(unknown)}; expected {', '.join(known)}"
+            )
+    missing = [name for name in known if name not in names]
+    if missing:
+        raise ParameterError(
+            f"no parameter {', '.join(missing)}; run the parameters cell first"
+        )
+
+
+def _is_given(name: str, value: object) -> bool:
+    """Whether a name in a fresh notebook can be a parameter."""
+    own = KERNEL_NAMES.fullmatch(name) is not None
+    return not own and not callable(value) and not isinstance(value, ModuleType)
+
+
+def _one_of(name: str, value: object, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise ParameterError(f"unknown {name} {value!r}; expected {', '.join(known)}")
+
+
+def load(
+    parameters: Parameters, arms: Iterable[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A chapter's measurements; what neither is committed nor here is trained.
+
+    An arm that the profile does not list is not trained for the asking: it is left
+    out, in words, unless every asked seed of it is there.
+
+    Args:
+        parameters: of the chapter.
+        arms: its arms.
+
+    Returns:
+        As ``measure.load``: the tidy table, and a provenance row a run.
+
+    Raises:
+        ValueError: unknown arm, or a run that failed; the message says why.
+    """
+    profile, listed = parameters.profile, PROFILES[parameters.profile].arms
+    absent = {arm: _absent(parameters, arm) for arm in arms}
+    optional = [arm for arm, runs in absent.items() if runs and arm not in listed]
+    if optional:
+        print(f"left out, being no part of profile {profile}: {', '.join(optional)}")
+    kept = [arm for arm in absent if arm not in optional]
+    missing = [run for arm in kept for run in absent[arm]]
+    if missing:
+        # Not stderr, which a book must not show.
+        console = Console(file=sys.stdout, force_jupyter=False, force_terminal=False)
+        failed = train_all(profile, missing, parameters.jobs, console)
+        if failed:
+            run, reason = next(iter(failed.items()))
+            raise ValueError(f"{run.name} is not finished: {reason}")
+    return load_measurements(profile, kept, parameters.seeds, parameters.source)
+
+
+def _absent(parameters: Parameters, arm: str) -> list[Run]:
+    """The asked runs of an arm that are neither committed nor finished here."""
+    committed = set(committed_provenance()["run"])
+    runs = []
+    for seed in parameters.seeds:
+        published = build(parameters.profile, arm, seed)
+        scratch = parameters.source == "scratch"
+        own = build(parameters.profile, arm, seed, scratch)
+        if published.key() not in committed and not is_done(own):
+            runs.append(own)
+    return runs
+
+
+# --- what a chapter shows ----------------------------------------------------------
+
+
+def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
+    """A table as it is shown: numbers as text of a few significant digits."""
+
+    def shown(value: object) -> object:
+        if not isinstance(value, float):
+            return value
+        return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+    def unnamed(_: object) -> None:
+        """The name of an index would take a row of its own."""
+
+    return frame.map(shown).rename_axis(index=unnamed, columns=unnamed)
+
+
+def publish(**values: Any) -> None:
+    """Store values in the notebook's outputs, for the text of this and other pages.
+
+    Args:
+        values: name to an integer, a float (rounded to ``DIGITS`` significant digits),
+            a text, a figure, or what ``html`` and ``markdown`` return.
+    """
+    # Heavy, and needed only inside a notebook.
+    from myst_nb import glue  # type: ignore[import-untyped]
+
+    for name, value in values.items():
+        shown = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        glue(name, shown, display=False)
+
+
+def markdown(text: str) -> Any:
+    """Text that a page sets as markdown, where a plain string is set as it is."""
+    from IPython.display import Markdown
+
+    return Markdown(text)
+
+
+def html(frame: pd.DataFrame) -> Any:
+    """A table for a page: without index, its cells wrapped, in the page's style."""
+    from IPython.display import HTML
+
+    with pd.option_context("display.max_colwidth", None):
+        text = frame.to_html(index=False, border=0, classes="table", na_rep="–")
+    # The class that pandas adds would set the heads of the columns flush right.
+    text = text.replace('class="dataframe table"', 'class="table"')
+    return HTML(text.replace(' style="text-align: right;"', ""))
+
+
+def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
+    """One sentence: profile, seeds, which runs are from where, machines, time.
+
+    Args:
+        parameters: of the chapter.
+        provenance: of ``load``.
+    """
+    here = provenance[provenance["source"] == "this machine"]
+    kept = len(provenance) - len(here)
+    names = [f"{run.arm} (seed {run.seed})" for run in here.itertuples()]
+    trained = f"{len(here)} trained on this machine: {', '.join(names)}"
+    machines = sorted({str(name) for name in provenance["machine"]})
+    hours = provenance["wall_seconds"].sum() / 3600
+    return (
+        f"Profile {parameters.profile}, {seeds_text(parameters.seeds)}: "
+        f"{len(provenance)} runs, {kept} of them read from committed measurements, "
+        f"{trained if names else 'none trained on this machine'}. Together "
+        f"{hours:.1f} hours of training on one core each ({'; '.join(machines)})."
+    )
+
+
+def seeds_text(seeds: Iterable[int]) -> str:
+    """Seeds for a sentence.
+
+    >>> seeds_text([0, 1, 2]), seeds_text([3])
+    ('seeds 0, 1 and 2', 'seed 3')
+    """
+    *others, last = [str(seed) for seed in seeds]
+    return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
+
+
+def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame:
+    """A chapter's claims and what came of them, in words.
+
+    Args:
+        table: tidy.
+        claim_ids: which claims.
+
+    Returns:
+        One row a claim: claim, the paper, here, verdict.
+
+    Raises:
+        ValueError: unknown claim.
+    """
+    rows = []
+    for claim in map(claim_of, claim_ids):
+        finding = judge(claim, table)
+        rows.append(
+            {
+                "claim": f"{claim.statement} ({claim.id})",
+                "the paper": f"{claim.paper_item}: {claim.paper_value}",
+                "here": _here(finding),
+                "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def results_table(findings: pd.DataFrame) -> pd.DataFrame:
+    """All claims for the page of results: effect, interval, controls and verdicts.
+
+    Args:
+        findings: of ``claims.claims_table``.
+
+    Returns:
+        One row a claim, in words and short numbers.
+    """
+    rows = findings.to_dict("records")
+    return pd.DataFrame(
+        {
+            "claim": [
+                f"{row['statement']} The paper, {row['paper_item']}: "
+                f"{row['paper_value']} ({row['id']})"
+                for row in rows
+            ],
+            "effect [95 %]": [_interval_text(row) for row in rows],
+            "seeds": findings["n_seeds"],
+            "null": findings["null"],
+            "matched control": findings["matched"],
+            "verdict": [_verdict_text(row) for row in rows],
+        }
+    )
+
+
+def _verdict_text(row: Mapping[str, Any]) -> str:
+    """The verdict, and the one with RLVR at the paper's ratio where it is another."""
+    verdict, again = row["verdict"], row["verdict_at_papers_ratio"]
+    marked = f"{VERDICT_MARKS[verdict]} {verdict}"
+    if not again:
+        return marked
+    told = "the same" if again == verdict else again
+    return f"{marked}; with RLVR at the paper's ratio: {told}"
+
+
+def _interval_text(row: Mapping[str, Any]) -> str:
+    """``0.12 [0.1, 0.14] (unit)``, or a dash."""
+    if math.isnan(row["effect"]):
+        return "–"
+    known = not math.isnan(row["low"])
+    between = f" [{row['low']:.3g}, {row['high']:.3g}]" if known else ""
+    return f"{row['effect']:.3g}{between} ({row['unit']})"
+
+
+def _here(finding: Finding) -> str:
+    """Effect, interval and seeds in a cell."""
+    if finding.verdict == "not measured":
+        return "–"
+    seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
+    return _interval_text({**vars(finding), "unit": f"{finding.unit}; {seeds}"})
+
+
+def claim_cards(
+    claim_ids: Iterable[str],
+    table: pd.DataFrame,
+    provenance: pd.DataFrame,
+    parameters: Parameters,
+) -> Any:
+    """The cards of a chapter's claims, for a page.
+
+    Args:
+        claim_ids: which claims.
+        table, provenance: of ``load``.
+        parameters: of the chapter; its profile says at what scale the runs are.
+    """
+    settings = PROFILES[parameters.profile]
+    scale = (
+        f"student of {settings.student.layers} layers of width "
+        f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
+        f"width {settings.teacher.width}"
+    )
+    cards = [claim_card(key, table, provenance, scale) for key in claim_ids]
+    return markdown("\n".join(cards))
+
+
+def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:
+    """What runs cost, for whoever wants to repeat them.
+
+    Args:
+        provenance: of ``load``.
+
+    Returns:
+        One row an arm: arm, runs, steps, minutes (mean over its runs, on one core).
+    """
+    by_arm = provenance.groupby("arm", sort=False)
+    minutes = by_arm["wall_seconds"].mean() / 60
+    return pd.DataFrame(
+        {
+            "arm": list(by_arm.groups),
+            "runs": by_arm.size().to_numpy(),
+            "steps": by_arm["steps"].max().to_numpy(),
+            "minutes a run": [f"{x:.1f}" for x in minutes],
+        }
+    )
+
+
+def versions_text(provenance: pd.DataFrame) -> str:
+    """Which versions of what the runs were trained with."""
+    names = ("python", "torch", "transformers", "numpy")
+    told = (f"{n} {', '.join(sorted(set(provenance[n].astype(str))))}" for n in names)
+    return "; ".join(told)
+
+
+def profile_table() -> pd.DataFrame:
+    """The profiles, their sizes and budgets."""
+    rows = []
+    for name, profile in PROFILES.items():
+        policy, student, teacher = profile.policy, profile.student, profile.teacher
+        rows.append(
+            {
+                "profile": name,
+                "student": f"{student.layers} layers of width {student.width}",
+                "teacher": f"{teacher.layers} layers of width {teacher.width}",
+                "SFT": f"{profile.sft.steps} steps of {profile.sft.batch_sequences} "
+                "demonstrations",
+                "OPD, RLVR and controls": f"{policy.steps} steps of "
+                f"{policy.prompts_per_step} prompts with {policy.group_size} responses",
+                "K": profile.rank,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def differences_table(
+    profile: str, arms: Iterable[str], reference: str = "opd"
+) -> pd.DataFrame:
+    """What each arm changes against another one: descriptions, field by field.
+
+    Args:
+        profile: a key of ``profiles.PROFILES``.
+        arms: which.
+        reference: what they are held against.
+
+    Returns:
+        One row an arm: arm, and "against REFERENCE": the fields that differ, with both
+        values, and where the arm is confined. Fields that only one of the two loops
+        has are left out.
+
+    Raises:
+        ValueError: unknown profile or arm.
+    """
+    theirs = _fields(build(profile, reference, 0))
+    rows = []
+    for arm in arms:
+        run = build(profile, arm, 0)
+        own = _fields(run)
+        shared = [name for name in own if name in theirs and own[name] != theirs[name]]
+        told = [f"{name}: {theirs[name]} → {own[name]}" for name in shared]
+        if run.projection is not None:
+            confined = dataclasses.asdict(run.projection)
+            told += [f"confined, {name}: {value}" for name, value in confined.items()]
+            told.append(f"from step {run.branch_step()} on")
+        rows.append({"arm": arm, f"against {reference}": "; ".join(told) or "nothing"})
+    return pd.DataFrame(rows)
+
+
+def _fields(run: Run) -> dict[str, str]:
+    """A run's settings as text, without its arm, its seed and what it was made for."""
+    train = {f.name: getattr(run.train, f.name) for f in dataclasses.fields(run.train)}
+    optimizer = dataclasses.asdict(train.pop("optimizer"))
+    for name in ("micro_batch", "micro_prompts"):  # memory only
+        train.pop(name, None)
+    found = {
+        "objective": "demonstrations" if "data" in train else "policy gradient",
+        "start": _origin(run.start),
+        "teacher": "none" if run.teacher is None else _origin(run.teacher),
+        **optimizer,
+        **train,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def _origin(start: object) -> str:
+    """What a run starts from, or who teaches it: an arm, a stored checkpoint."""
+    return str(getattr(start, "arm", getattr(start, "source", start)))

@@ -1,0 +1,568 @@
+"""Figures that hold arms against arms: at equal norm, one change at a time, in sweeps.
+
+In the book's one style (see ``figures``); tidy tables in, figures out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from opd_geometry.analysis.confinement import STOPPED, sufficiency
+from opd_geometry.analysis.evidence import ACCURACY_MARGIN, ALL_ACCURACIES
+from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM, NORM
+from opd_geometry.book.figures import (
+    ARM_STYLES,
+    BLUE,
+    CONFINED_STYLES,
+    GREY,
+    METRIC_LABELS,
+    NULL_LABEL,
+    ORANGE,
+    WIDTH,
+    ArmStyle,
+    at_end,
+    draw_curve,
+    over_matrices,
+    place_labels,
+    plain_log_ticks,
+    present,
+    styled,
+)
+from opd_geometry.experiments.runs import BRANCH_FRAC
+
+SHARES = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
+
+
+def against_norm(
+    table: pd.DataFrame, arms: Sequence[str], metrics: Sequence[str]
+) -> Figure:
+    """Metrics over how far the update has gone, instead of over training.
+
+    Args:
+        table: tidy.
+        arms: a line each.
+        metrics: a panel each.
+
+    Returns:
+        The figure: a dot a checkpoint (mean over seeds), the norm on a logarithmic
+        axis, the arms' Gaussian updates as small grey dots. What lies on one line
+        depends on the norm alone.
+
+    Raises:
+        ValueError: the table has none of the arms.
+    """
+    arms = present(table, arms)
+    rows = -(-len(metrics) // 2)
+    with styled():
+        figure, axes = plt.subplots(
+            rows, 2, figsize=(WIDTH, 0.4 + 2.5 * rows), sharex=True, squeeze=False
+        )
+        for ax, metric in zip(axes.flat, metrics, strict=False):
+            _draw_against_norm(ax, table, arms, metric)
+        for ax in axes.flat[len(metrics) :]:
+            ax.set_axis_off()
+        for ax in axes[-1]:
+            ax.set_xlabel("Frobenius norm of the update")
+        lines, names = axes[0][0].get_legend_handles_labels()
+        # Lines that lie on one another cannot be named where they end.
+        figure.legend(
+            lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False
+        )
+    return figure
+
+
+def _draw_against_norm(
+    ax: Axes, table: pd.DataFrame, arms: Sequence[str], metric: str
+) -> None:
+    """One metric of the arms and of their Gaussian updates."""
+    for arm in arms:
+        of_arm = table[table["arm"] == arm]
+        look = ARM_STYLES[arm]
+        norm, values, null = (
+            over_matrices(of_arm, name).groupby("step")["value"].mean()
+            for name in (NORM, metric, f"null_{metric}")
+        )
+        path: Any = {"color": look.colour, "linestyle": look.dash, "label": look.label}
+        ax.plot(norm, values.reindex(norm.index), marker="o", markersize=3, **path)
+        label = NULL_LABEL if arm == arms[-1] else "_null"
+        ax.plot(norm, null.reindex(norm.index), ".", color=GREY, ms=3, label=label)
+    ax.set(title=METRIC_LABELS[metric], xscale="log")
+    plain_log_ticks(ax.xaxis)
+    if metric not in SHARES:
+        ax.set_yscale("log")
+        plain_log_ticks(ax.yaxis)
+
+
+def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Figure:
+    """What each change does, at the end and once both arms have gone equally far.
+
+    Args:
+        comparison: of ``matching.compared``.
+        names: pair of arms to what changes between them; the rows, from the top.
+
+    Returns:
+        The figure: a column a metric, a row a pair. An open dot is the ratio of the two
+        arms at their ends, a filled one at equal norm, both with 95 % intervals; a grey
+        tick is the ratio of their Gaussian updates at equal norm.
+    """
+    metrics = list(dict.fromkeys(comparison["metric"]))
+    there = set(zip(comparison["arm"], comparison["other"], strict=True))
+    pairs = [pair for pair in names if pair in there]
+    with styled():
+        figure, axes = plt.subplots(
+            1,
+            len(metrics),
+            figsize=(WIDTH, 0.9 + 0.5 * len(pairs)),
+            sharey=True,
+            squeeze=False,
+        )
+        for ax, metric in zip(axes[0], metrics, strict=True):
+            of_metric = comparison[comparison["metric"] == metric]
+            for place, pair in enumerate(pairs):
+                of_pair = (of_metric["arm"] == pair[0]) & (
+                    of_metric["other"] == pair[1]
+                )
+                _draw_rung(ax, place, of_metric[of_pair].set_index("at"))
+            ax.axvline(1, color=GREY, lw=0.8, zorder=0)
+            ax.set(xscale="log", title=METRIC_LABELS[metric].replace(", ", ",\n"))
+            _factor_ticks(ax)
+            for between in range(1, len(pairs)):
+                ax.axhline(between - 0.5, color=GREY, lw=0.3)
+        labels = [
+            f"{names[pair]}\n{ARM_STYLES[pair[0]].label} → {ARM_STYLES[pair[1]].label}"
+            for pair in pairs
+        ]
+        axes[0][0].set_yticks(range(len(pairs)), labels, fontsize=7)
+        axes[0][0].invert_yaxis()
+        figure.supxlabel(
+            "factor ( ○ at the end   ● at equal norm   ┃ Gaussian updates there )",
+            fontsize=8,
+            color=GREY,
+        )
+    return figure
+
+
+def _draw_rung(ax: Axes, place: int, rows: pd.DataFrame) -> None:
+    """One pair in one metric: two dots with intervals, and the null."""
+    for at, shift, face in ((AT_END, -0.14, "none"), (AT_EQUAL_NORM, 0.14, None)):
+        row = rows.loc[at]
+        if np.isnan(row["ratio"]):
+            continue
+        colour = ARM_STYLES[row["other"]].colour
+        look: Any = {"color": colour, "lw": 1.2}
+        ax.hlines(place + shift, row["low"], row["high"], **look)
+        ax.plot(row["ratio"], place + shift, "o", ms=5, mfc=face or colour, mec=colour)
+    null = rows.loc[AT_EQUAL_NORM, "null"]
+    if np.isfinite(null):
+        ax.vlines(null, place + 0.0, place + 0.3, color=GREY, lw=2)
+
+
+def _factor_ticks(ax: Axes) -> None:
+    """A logarithmic axis of factors around 1, with at most four plain ticks."""
+    low, high = ax.get_xlim()
+    far = max(high, 1 / low)
+    low, high = min(low, far**-0.3), max(high, far**0.3)
+    for step in (1.02, 1.05, 1.1, 1.2, 1.5, 2, 5, 10):
+        ticks = [step**n for n in range(-9, 10) if low <= step**n <= high]
+        if len(ticks) <= 4:
+            break
+    ax.set(xlim=(low, high), xticks=ticks)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(axis="x", which="minor", length=0)
+
+
+# --- confined runs ---------------------------------------------------------------
+
+
+def subspace_dots(
+    table: pd.DataFrame, families: Sequence[str], measure: str = "trained task"
+) -> Figure:
+    """What each confinement costs (Figures 6 and 8 of the paper, with controls).
+
+    Args:
+        table: tidy, with free arms and their confined twins.
+        families: the free arms, a panel each.
+        measure: a key of ``confinement.MEASURES``.
+
+    Returns:
+        The figure: a row a subspace, a dot at the accuracy lost against the free run
+        with its 95 % interval. The band is the margin within which a subspace
+        suffices, the dotted line the free run stopped where the others are confined.
+
+    Raises:
+        ValueError: the table has none of the families.
+    """
+    families = present(table, families)
+    found = {name: sufficiency(table, name, measure) for name in families}
+    suffixes = [
+        suffix
+        for suffix in CONFINED_STYLES
+        if any(f"{n}-projected{suffix}" in set(found[n]["arm"]) for n in families)
+    ]
+    with styled():
+        figure, axes = plt.subplots(
+            1,
+            len(families),
+            figsize=(WIDTH, 1.1 + 0.3 * len(suffixes)),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+        )
+        for ax, name in zip(axes[0], families, strict=True):
+            rows = found[name].set_index("arm")
+            for place, suffix in enumerate(suffixes):
+                arm = f"{name}-projected{suffix}"
+                if arm in rows.index:
+                    _draw_loss(ax, place, rows.loc[arm], CONFINED_STYLES[suffix].colour)
+            ax.axvspan(-ACCURACY_MARGIN, 0, color=GREY, alpha=0.15, lw=0)
+            ax.axvline(0, color=ARM_STYLES[name].colour, lw=1.2)
+            ax.axvline(rows.loc[STOPPED, "difference"], color=GREY, ls=":", lw=1.2)
+            ax.set_title(ARM_STYLES[name].label, color=ARM_STYLES[name].colour)
+        labels = [CONFINED_STYLES[suffix].label for suffix in suffixes]
+        axes[0][0].set_yticks(range(len(suffixes)), labels)
+        axes[0][0].invert_yaxis()
+        figure.supxlabel(
+            "accuracy minus the free run's ( ┊ stopped at the branch   ▒ margin )",
+            fontsize=8,
+            color=GREY,
+        )
+    return figure
+
+
+def _draw_loss(ax: Axes, place: int, row: pd.Series, colour: str) -> None:
+    """A dot with its interval; open where the subspace falls short."""
+    ax.hlines(place, row["low"], row["high"], color=colour, lw=1.4)
+    face = colour if row["outcome"] == "suffices" else "none"
+    ax.plot(row["difference"], place, "o", ms=5, mfc=face, mec=colour)
+
+
+def rank_sweep(
+    table: pd.DataFrame,
+    families: Sequence[str],
+    ranks: Mapping[str, int],
+    metric: str = "accuracy/chain",
+) -> Figure:
+    """Accuracy by the number of directions that a run is left with.
+
+    Args:
+        table: tidy.
+        families: the free arms, a panel each.
+        ranks: suffix of a confined arm to its K.
+        metric: a model metric.
+
+    Returns:
+        The figure: lines for the run's own early subspace and for random ones, bands
+        over seeds; a solid line at the free run, a dotted one where it stood at the
+        branch.
+
+    Raises:
+        ValueError: the table has none of the families.
+    """
+    families = present(table, families)
+    values = over_matrices(table, metric)
+    with styled():
+        figure, axes = plt.subplots(
+            1, len(families), figsize=(WIDTH, 2.8), sharey=True, squeeze=False
+        )
+        for ax, name in zip(axes[0], families, strict=True):
+            for kind in ("", "-random"):
+                _draw_ranks(ax, values, name, kind, ranks)
+            of_free = values[values["arm"] == name]
+            for frac, dash in ((1.0, "-"), (BRANCH_FRAC, ":")):
+                level = of_free[np.isclose(of_free["frac"], frac)]["value"].mean()
+                colour = ARM_STYLES[name].colour if frac == 1.0 else GREY
+                words = "free" if frac == 1.0 else "stopped"
+                span: Any = {"color": colour, "linestyle": dash, "label": words}
+                ax.plot([min(ranks.values()), max(ranks.values())], [level] * 2, **span)
+            ax.set(xscale="log", title=ARM_STYLES[name].label, xlabel="rank K")
+            ax.set_xticks(sorted(set(ranks.values())))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xlim(min(ranks.values()) / 1.1, max(ranks.values()) * 1.1)
+        axes[0][0].set_ylabel(METRIC_LABELS.get(metric, metric))
+        for ax in axes[0]:
+            ax.set_ylim(ax.get_ylim())
+            place_labels(ax)
+    return figure
+
+
+def _draw_ranks(
+    ax: Axes, values: pd.DataFrame, family: str, kind: str, ranks: Mapping[str, int]
+) -> None:
+    """One kind of subspace over its rank."""
+    of_kind = {
+        f"{family}-projected{suffix}": rank
+        for suffix, rank in ranks.items()
+        if suffix.startswith("-random") == (kind == "-random")
+    }
+    ends = values[(values["frac"] == 1.0) & values["arm"].isin(list(of_kind))]
+    ends = ends.assign(frac=ends["arm"].map(of_kind))
+    if len(ends):
+        look = CONFINED_STYLES[kind]
+        short = "random" if kind else "own"
+        draw_curve(ax, ends.sort_values("frac"), look._replace(label=short))
+
+
+def benchmark_dots(
+    table: pd.DataFrame, families: Sequence[str], suffixes: Sequence[str]
+) -> Figure:
+    """Every benchmark of free and confined runs (Figure 8 of the paper).
+
+    Args:
+        table: tidy.
+        families: the free arms, a panel each.
+        suffixes: of the confined arms that are shown.
+
+    Returns:
+        The figure: a row a benchmark, a mark an arm at its mean over seeds, a line from
+        the lowest to the highest seed.
+
+    Raises:
+        ValueError: the table has none of the families.
+    """
+    families = present(table, families)
+    with styled():
+        figure, axes = plt.subplots(
+            1,
+            len(families),
+            figsize=(WIDTH, 1.3 + 0.42 * len(ALL_ACCURACIES)),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+        )
+        for ax, name in zip(axes[0], families, strict=True):
+            arms = {name: ARM_STYLES[name]._replace(label="free")}
+            arms |= {f"{name}-projected{s}": CONFINED_STYLES[s] for s in suffixes}
+            for shift, (arm, look) in enumerate(arms.items()):
+                _draw_benchmarks(ax, table, arm, look, 0.18 * shift - 0.27)
+            ax.set(title=ARM_STYLES[name].label, xlabel="sampled accuracy")
+            ax.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+            for between in range(1, len(ALL_ACCURACIES)):
+                ax.axhline(between - 0.5, color=GREY, lw=0.3)
+        names = [metric.removeprefix("accuracy/") for metric in ALL_ACCURACIES]
+        axes[0][0].set_yticks(range(len(names)), names)
+        axes[0][0].invert_yaxis()
+        dots, labels = axes[0][0].get_legend_handles_labels()
+        place: Any = {"loc": "outside upper center", "ncols": len(labels)}
+        figure.legend(dots, labels, fontsize=8, frameon=False, **place)
+    return figure
+
+
+def _draw_benchmarks(
+    ax: Axes, table: pd.DataFrame, arm: str, look: ArmStyle, shift: float
+) -> None:
+    """One arm's accuracies, a row a benchmark."""
+    for place, metric in enumerate(ALL_ACCURACIES):
+        seeds = at_end(table[table["arm"] == arm], metric)["value"]
+        if seeds.empty:
+            continue
+        ax.hlines(place + shift, seeds.min(), seeds.max(), color=look.colour, lw=1.2)
+        face = "none" if look.dash == "--" else look.colour
+        label = look.label if place == 0 else "_again"
+        dot: Any = {"mfc": face, "mec": look.colour, "color": look.colour}
+        ax.plot(seeds.mean(), place + shift, "o", ms=4.5, lw=0, label=label, **dot)
+
+
+# --- sweeps and variants ---------------------------------------------------------
+
+
+def sweep(
+    table: pd.DataFrame,
+    arms: Sequence[str],
+    places: Mapping[str, float],
+    metrics: Sequence[str],
+    xlabel: str,
+    printed: Mapping[tuple[str, str], float] | None = None,
+) -> Figure:
+    """Metrics at the end of training over a setting: a learning rate, or a width.
+
+    Args:
+        table: tidy.
+        arms: a line each, by the name of the arm without a suffix.
+        places: suffix of an arm (empty for the arm itself) to where it stands.
+        metrics: a panel each.
+        xlabel: what the setting is.
+        printed: (arm, metric) to what the paper prints, drawn as a triangle at the
+            right edge.
+
+    Returns:
+        The figure: means over seeds, bands from the smallest to the largest seed, the
+        Gaussian null of each arm dotted in the arm's colour.
+
+    Raises:
+        ValueError: the table has none of the arms.
+    """
+    arms, rows = present(table, arms), -(-len(metrics) // 2)
+    with styled():
+        figure, axes = plt.subplots(
+            rows, 2, figsize=(WIDTH, 0.4 + 2.4 * rows), sharex=True, squeeze=False
+        )
+        for ax, metric in zip(axes.flat, metrics, strict=False):
+            for arm in arms:
+                _draw_sweep(ax, table, arm, places, metric)
+                value = (printed or {}).get((arm, metric))
+                if value is not None:
+                    mark: Any = {"color": ARM_STYLES[arm].colour, "clip_on": False}
+                    ax.plot(1.0, value, "<", transform=ax.get_yaxis_transform(), **mark)
+            _finish_sweep(ax, metric, places)
+        for ax in axes.flat[len(metrics) :]:
+            ax.set_axis_off()
+        for ax in axes[-1]:
+            ax.set_xlabel(xlabel)
+        lines, names = axes[0][0].get_legend_handles_labels()
+        place: Any = {"loc": "outside upper center", "ncols": len(names)}
+        figure.legend(lines, names, fontsize=8, frameon=False, **place)
+    return figure
+
+
+def _draw_sweep(
+    ax: Axes, table: pd.DataFrame, arm: str, places: Mapping[str, float], metric: str
+) -> None:
+    """One arm's line in one metric, and its null."""
+    at = {f"{arm}{suffix}": place for suffix, place in places.items()}
+    of_arm = table[table["arm"].isin(list(at))]
+    look = ARM_STYLES[arm]
+    for name in (metric, f"null_{metric}"):
+        ends = at_end(of_arm, name)
+        ends = ends.assign(frac=ends["arm"].map(at)).sort_values("frac")
+        if name == metric and len(ends):
+            draw_curve(ax, ends, look)
+        elif len(ends):
+            label = NULL_LABEL if arm == "rlvr" else "_null"
+            draw_curve(ax, ends, ArmStyle(label, look.colour, ":"), band=False)
+
+
+def _finish_sweep(ax: Axes, metric: str, places: Mapping[str, float]) -> None:
+    """Title, and axes with ticks where something stands."""
+    ax.set(title=METRIC_LABELS[metric], xscale="log")
+    ax.set_xticks(sorted(places.values()))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(axis="x", which="minor", length=0)
+    if metric not in SHARES:
+        ax.set_yscale("log")
+        plain_log_ticks(ax.yaxis)
+
+
+def variant_dots(
+    table: pd.DataFrame,
+    arms: Mapping[str, str],
+    metrics: Sequence[str],
+    margins: Mapping[str, tuple[float, float]],
+) -> Figure:
+    """Variants of one arm side by side (Table 1 of the paper, as a picture).
+
+    Args:
+        table: tidy.
+        arms: arm to its name in the figure; the first one is what the others vary.
+        metrics: a panel each.
+        margins: metric to the ends of a band around the first arm's mean: differences,
+            or factors for a metric that is no share.
+
+    Returns:
+        The figure: small dots are seeds, a large one their mean, a grey tick the
+        Gaussian null.
+
+    Raises:
+        ValueError: the table has none of the arms.
+    """
+    names = {arm: arms[arm] for arm in present(table, arms)}
+    with styled():
+        figure, axes = plt.subplots(
+            1,
+            len(metrics),
+            figsize=(WIDTH, 0.9 + 0.34 * len(names)),
+            sharey=True,
+            squeeze=False,
+        )
+        for ax, metric in zip(axes[0], metrics, strict=True):
+            first = None
+            for place, arm in enumerate(names):
+                seeds = at_end(table[table["arm"] == arm], metric)["value"]
+                null = at_end(table[table["arm"] == arm], f"null_{metric}")["value"]
+                colour = ARM_STYLES[arm].colour
+                ax.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5, ms=4)
+                ax.plot(seeds.mean(), place, "o", color=colour, ms=6)
+                ax.plot(null.mean(), place, "|", color=GREY, ms=11, mew=2)
+                first = seeds.mean() if first is None else first
+            if metric in margins and first is not None:
+                low, high = margins[metric]
+                share = metric in SHARES
+                band = (
+                    (first + low, first + high)
+                    if share
+                    else (first * low, first * high)
+                )
+                ax.axvspan(*band, color=GREY, alpha=0.15, lw=0)
+            ax.set_title(METRIC_LABELS[metric].replace(", ", ",\n"))
+        axes[0][0].set_yticks(range(len(names)), list(names.values()))
+        axes[0][0].invert_yaxis()
+        figure.supxlabel(
+            "( ● mean over seeds   ┃ Gaussian null   ▒ margin )", fontsize=8, color=GREY
+        )
+    return figure
+
+
+# --- all claims at once ----------------------------------------------------------
+
+# What speaks for a claim, against it, or neither.
+OUTCOME_MARKS = {
+    "holds": ("o", BLUE, True),
+    "ruled out": ("o", BLUE, True),
+    "fails": ("X", ORANGE, True),
+    "shows it too": ("X", ORANGE, True),
+    "open": ("o", GREY, False),
+    "undecided": ("o", GREY, False),
+    "not available": ("_", GREY, False),
+}
+KINDS = {"part": "its parts", "null": "against the null", "matched": "matched control"}
+
+
+def claims_board(
+    parts: Mapping[str, pd.DataFrame], verdicts: Mapping[str, str]
+) -> Figure:
+    """Every claim with the outcome of each of its parts and controls.
+
+    Args:
+        parts: id of a claim to its ``claims.parts_table``.
+        verdicts: id of a claim to its verdict.
+
+    Returns:
+        The figure: a row a claim, a mark a part or control, the verdict at the end.
+    """
+    widths = {
+        kind: max(1, *(int((rows["kind"] == kind).sum()) for rows in parts.values()))
+        for kind in KINDS
+    }
+    with styled():
+        figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.27 * len(parts)))
+        start = 0.0
+        for kind, title in KINDS.items():
+            for row, rows in enumerate(parts.values()):
+                of_kind = rows[rows["kind"] == kind]["outcome"]
+                for place, outcome in enumerate(of_kind):
+                    marker, colour, full = OUTCOME_MARKS[outcome]
+                    look: Any = {"mec": colour, "mfc": colour if full else "none"}
+                    ax.plot(start + place, row, marker, ms=6.5, lw=0, **look)
+            ax.text(start - 0.3, -1.1, title, fontsize=8, color=GREY)
+            start += widths[kind] + 1.2
+        for row, key in enumerate(parts):
+            ax.text(
+                start - 0.6, row, verdicts[key], fontsize=8, va="center", color=GREY
+            )
+            ax.axhline(row + 0.5, color=GREY, lw=0.3)
+        ax.set_yticks(range(len(parts)), list(parts))
+        ax.set(xlim=(-0.7, start + 3.2), ylim=(len(parts) - 0.5, -1.6), xticks=())
+        ax.spines[["left", "bottom"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        figure.supxlabel(
+            "( ● speaks for the claim   ✖ against it   ○ open )", fontsize=8, color=GREY
+        )
+    return figure

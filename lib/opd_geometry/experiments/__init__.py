@@ -1,0 +1,1 @@
+"""Which runs there are, made and measured so that they can be made again."""

@@ -1,0 +1,425 @@
+"""Presets: which arms there are, and how large each profile trains them.
+
+A profile fixes sizes and budgets; an arm is one difference from its neighbours; a seed
+varies all sampling, the data order and, through the SFT anchor, where the policy arms
+start. ``build(profile, arm, seed)`` turns the three into a run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from opd_geometry.experiments.runs import ProjectionConfig, Run, Stored, stored
+from opd_geometry.training.models import ModelConfig
+from opd_geometry.training.optimizer import OptimizerConfig
+from opd_geometry.training.policy import PolicyConfig
+from opd_geometry.training.sft import SFTConfig
+
+# Demonstrations of mixed quality give an anchor whose skill exceeds its sampled
+# accuracy, as a language model's does; a teacher that has seen some of everything stays
+# soft enough to put mass on its student's tokens.
+STUDENT_QUALITIES = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
+TEACHER_QUALITIES = (("careful", 0.88), ("guess", 0.04), ("sloppy", 0.08))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes and budgets of every stage.
+
+    Attributes:
+        student, teacher: shapes.
+        base, base_annealing: pretraining of the student; the second half draws more
+            running totals. teacher_base: pretraining of the teacher.
+        sft: the SFT arm, whose final checkpoint is the anchor.
+        teacher_sft: what turns the teacher's base into the teacher.
+        policy: OPD's settings; every policy arm differs in one or two fields.
+        rank: K of Sim_K and of projected training, just under the stable rank early on.
+        arms: what ``all`` stands for.
+        shelf: name under which base and teacher are stored in data/checkpoints, if so.
+        own_base_from: the first seed with a base of its own; None: all share one.
+    """
+
+    student: ModelConfig
+    teacher: ModelConfig
+    base: SFTConfig
+    base_annealing: SFTConfig
+    teacher_base: SFTConfig
+    sft: SFTConfig
+    teacher_sft: SFTConfig
+    policy: PolicyConfig
+    rank: int
+    arms: tuple[str, ...]
+    shelf: str | None = None
+    own_base_from: int | None = None
+
+
+def _pretraining(steps: int, rate: float) -> SFTConfig:
+    return SFTConfig(
+        OptimizerConfig(rate, "cosine", 100, 0.05, (0.9, 0.95)),
+        steps=steps,
+        batch_sequences=128,
+        micro_batch=32,
+        data="pretraining",
+    )
+
+
+def _sft(
+    steps: int, rate: float, qualities: tuple[tuple[str, float], ...]
+) -> SFTConfig:
+    return SFTConfig(
+        OptimizerConfig(rate, "cosine", steps // 10, 0.1, (0.9, 0.95)),
+        steps=steps,
+        batch_sequences=96,
+        micro_batch=32,
+        qualities=qualities,
+    )
+
+
+# Arms of the policy loop as changes of OPD's settings (the claims' controls).
+_LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
+    "opd": {},
+    "rlvr": {"alpha": 0.0},
+    "tokens-top-50": {"token_selection": "top-gap", "keep_frac": 0.5},
+    "tokens-top-25": {"token_selection": "top-gap", "keep_frac": 0.25},
+    "tokens-random-50": {"token_selection": "random", "keep_frac": 0.5},
+    "tokens-random-25": {"token_selection": "random", "keep_frac": 0.25},
+    "off-policy": {"rollouts": "teacher", "clip_low": 1.0, "clip_high": 1.0},
+    "mix-0.75": {"alpha": 0.75},
+    "mix-0.50": {"alpha": 0.5},
+    "mix-0.25": {"alpha": 0.25},
+    "mix-0.05": {"alpha": 0.05},
+    "mix-0.01": {"alpha": 0.01},
+}
+_POLICY_ARMS = {
+    **_LAPTOP_POLICY_ARMS,
+    # cross-entropy on what the teacher writes, at OPD's budget
+    "ce-teacher": {"rollouts": "teacher", "credit": "likelihood"},
+    "opd-task-gcd": {"benchmarks": ("gcd",)},
+}
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """A projected arm: what it branches from, and where it is confined.
+
+    Attributes:
+        free: the unconstrained arm.
+        subspace, form: see ``runs.ProjectionConfig``.
+        factor: K in units of the profile's rank.
+        donor: the arm whose early subspace is taken instead of its own.
+    """
+
+    free: str
+    subspace: str = "own"
+    form: str = "gradient"
+    factor: float = 1
+    donor: str | None = None
+
+
+_LAPTOP_PROJECTED_ARMS = {
+    "opd-projected": _Projected("opd"),
+    "opd-projected-random": _Projected("opd", "random"),
+    "opd-projected-update": _Projected("opd", form="update"),
+    "sft-projected": _Projected("sft"),
+    "sft-projected-random": _Projected("sft", "random"),
+    # the paper's rule for K, just under the stable rank at the branch, for SFT itself
+    "sft-projected-wide": _Projected("sft", factor=2),
+    "sft-matched-projected": _Projected("sft-matched"),
+}
+_PROJECTED_ARMS = {
+    **_LAPTOP_PROJECTED_ARMS,
+    "opd-projected-pretrained": _Projected("opd", "pretrained"),
+    "opd-projected-donor": _Projected("opd", "donor", donor="sft-matched"),
+    "opd-projected-half": _Projected("opd", factor=0.5),
+    "opd-projected-wide": _Projected("opd", factor=2),
+    "opd-projected-wider": _Projected("opd", factor=4),
+    "opd-projected-random-wider": _Projected("opd", "random", factor=4),
+    "sft-projected-pretrained": _Projected("sft", "pretrained"),
+    "sft-projected-donor": _Projected("sft", "donor", donor="opd"),
+    "sft-projected-update": _Projected("sft", form="update"),
+    "sft-projected-half": _Projected("sft", factor=0.5),
+    "sft-projected-wider": _Projected("sft", factor=4),
+    "sft-matched-projected-random": _Projected("sft-matched", "random"),
+    "sft-matched-projected-pretrained": _Projected("sft-matched", "pretrained"),
+    "sft-matched-projected-donor": _Projected("sft-matched", "donor", donor="opd"),
+    "sft-matched-projected-update": _Projected("sft-matched", form="update"),
+    "sft-matched-projected-half": _Projected("sft-matched", factor=0.5),
+    "sft-matched-projected-wide": _Projected("sft-matched", factor=2),
+    "sft-matched-projected-wider": _Projected("sft-matched", factor=4),
+}
+# Other teachers for OPD: width in units of the student's, and experts.
+_TEACHER_ARMS = {
+    "opd-teacher-x1": (1, 0),
+    "opd-teacher-x2": (2, 0),
+    "opd-teacher-moe": (1.5, 8),
+}
+_RATES = {"x0.3": 0.3, "x3": 3.0}  # in units of the arm's own learning rate
+_RATE_ARMS = {
+    f"{arm}-lr-{name}": (arm, factor)
+    for arm in ("sft", "opd", "rlvr")
+    for name, factor in _RATES.items()
+}
+_WIDTHS = {"x1.5": 1.5, "x2": 2}  # in units of the student's width
+_WIDTH_ARMS = {
+    f"{arm}-width-{name}": (arm, factor)
+    for name, factor in _WIDTHS.items()
+    for arm in ("sft", "opd", "rlvr")
+}
+# The paper's RLVR has 8 times OPD's batch and 3.4 times its steps.
+PAPER_BATCH, PAPER_STEPS = 8, 3.4
+
+ARMS = ("sft", "sft-matched", *_LAPTOP_POLICY_ARMS, *_LAPTOP_PROJECTED_ARMS)
+PUBLISHED_ARMS = tuple(
+    dict.fromkeys(
+        [
+            *ARMS,
+            "sft-base-matched",
+            "rlvr-paper",
+            *_POLICY_ARMS,
+            *_PROJECTED_ARMS,
+            *_RATE_ARMS,
+            *_TEACHER_ARMS,
+            *_WIDTH_ARMS,
+        ]
+    )
+)
+STAGES = ("base", "teacher")  # stored in data/checkpoints
+_LAPTOP = Profile(
+    student=ModelConfig(width=128, layers=4),
+    teacher=ModelConfig(width=192, layers=4),
+    base=_pretraining(3000, 1.5e-3),
+    base_annealing=replace(_pretraining(1200, 1e-3), data="annealing"),
+    teacher_base=_pretraining(2000, 1e-3),
+    sft=replace(
+        _sft(400, 5e-4, STUDENT_QUALITIES), benchmarks=("chain", "gcd", "chain", "base")
+    ),
+    teacher_sft=_sft(600, 3e-4, TEACHER_QUALITIES),
+    policy=PolicyConfig(OptimizerConfig(1e-5, warmup_steps=10), steps=150),
+    rank=2,
+    arms=ARMS,
+    shelf="laptop",
+)
+# The laptop's runs and many more: what every claim of the paper needs.
+_PUBLISHED = replace(_LAPTOP, arms=PUBLISHED_ARMS, own_base_from=3)
+# Seconds instead of minutes: for tests, never for conclusions.
+_SMOKE = Profile(
+    student=ModelConfig(width=64, layers=2),
+    teacher=ModelConfig(width=64, layers=2),
+    base=_pretraining(20, 1.5e-3),
+    base_annealing=replace(_pretraining(5, 1e-3), data="annealing"),
+    teacher_base=_pretraining(20, 1e-3),
+    sft=_sft(20, 1e-3, STUDENT_QUALITIES),
+    teacher_sft=_sft(20, 1e-3, TEACHER_QUALITIES),
+    policy=PolicyConfig(
+        OptimizerConfig(1e-4, warmup_steps=2),
+        steps=10,
+        prompts_per_step=4,
+        group_size=4,
+        max_new_tokens=16,
+    ),
+    rank=2,
+    arms=ARMS,
+)
+PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP, "published": _PUBLISHED}
+PUBLISHED = "published"  # whose committed measurements the published pages print
+
+# What a reader's own run trains: each kind of arm and one control of each kind.
+READER_ARMS = (
+    "sft",
+    "opd",
+    "rlvr",
+    "opd-projected",
+    "sft-projected",
+    "tokens-top-25",
+    "off-policy",
+    "mix-0.05",
+)
+
+
+def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
+    """The run of an arm.
+
+    Args:
+        profile: a key of ``PROFILES``.
+        arm: one of ``PUBLISHED_ARMS``, or ``base`` or ``teacher``.
+        seed: 0 or larger.
+        from_scratch: train base and teacher instead of taking the committed ones.
+
+    Raises:
+        ValueError: unknown profile or arm; the message lists the known ones.
+    """
+    settings = settings_of(profile)
+    if arm == "base":
+        return _base(settings, settings.student, _base_seed(settings, seed))
+    if arm == "teacher":
+        return _teacher(settings, settings.teacher)
+    if arm == "sft":
+        start = _shared_base(settings, seed, from_scratch)
+        return Run("sft", seed, settings.sft, start)
+    if arm == "sft-base-matched":
+        return Run(
+            arm, seed, _matched(settings), _shared_base(settings, seed, from_scratch)
+        )
+    if arm in _WIDTH_ARMS:
+        return _wider(profile, arm, seed, from_scratch)
+    if arm in _RATE_ARMS:
+        plain, factor = _RATE_ARMS[arm]
+        run = build(profile, plain, seed, from_scratch)
+        rate = factor * run.train.optimizer.learning_rate
+        optimizer = replace(run.train.optimizer, learning_rate=rate)
+        return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
+    if arm in _PROJECTED_ARMS:
+        return _projected(profile, arm, seed, from_scratch)
+    anchor = build(profile, "sft", seed, from_scratch)
+    if arm == "sft-matched":
+        return Run(arm, seed, _matched(settings), anchor)
+    if arm == "rlvr-paper":
+        longer = replace(
+            settings.policy,
+            alpha=0.0,
+            steps=round(PAPER_STEPS * settings.policy.steps),
+            prompts_per_step=PAPER_BATCH * settings.policy.prompts_per_step,
+        )
+        return Run(arm, seed, longer, anchor)
+    if arm in _TEACHER_ARMS:
+        factor, experts = _TEACHER_ARMS[arm]
+        shape = replace(_scaled(settings.student, factor), experts=experts)
+        return Run(arm, seed, settings.policy, anchor, _teacher(settings, shape))
+    if arm in _POLICY_ARMS:
+        train = replace(settings.policy, **_POLICY_ARMS[arm])  # type: ignore[arg-type]
+        teacher = _shared_teacher(settings, from_scratch)
+        return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
+    raise ValueError(f"unknown arm {arm!r}; expected {_or(settings.arms)}")
+
+
+def settings_of(profile: str) -> Profile:
+    """Sizes and budgets of a profile.
+
+    Raises:
+        ValueError: unknown profile; the message lists the known ones.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
+    return PROFILES[profile]
+
+
+def _base(settings: Profile, shape: ModelConfig, seed: int) -> Run:
+    early = Run("base-early", seed, settings.base, shape)
+    return Run("base", seed, settings.base_annealing, early)
+
+
+def _teacher(settings: Profile, shape: ModelConfig) -> Run:
+    grown = Run("teacher-base", 0, settings.teacher_base, shape)
+    return Run("teacher", 0, settings.teacher_sft, grown)
+
+
+def _base_seed(settings: Profile, seed: int) -> int:
+    """Seed of the base below a run: 0, or the run's own where the profile says so."""
+    own = settings.own_base_from
+    return 0 if own is None or seed < own else seed
+
+
+def _shared_base(settings: Profile, seed: int, from_scratch: bool) -> Run | Stored:
+    """The base that seeds share, committed unless from scratch, or the seed's own."""
+    base_seed = _base_seed(settings, seed)
+    if from_scratch or settings.shelf is None or base_seed:
+        return _base(settings, settings.student, base_seed)
+    return stored(f"checkpoints/{settings.shelf}-base")
+
+
+def _shared_teacher(settings: Profile, from_scratch: bool) -> Run | Stored:
+    if from_scratch or settings.shelf is None:
+        return _teacher(settings, settings.teacher)
+    return stored(f"checkpoints/{settings.shelf}-teacher")
+
+
+def _matched(settings: Profile) -> SFTConfig:
+    """SFT at the policy arms' learning rate, steps, sequences and problems."""
+    policy = settings.policy
+    return replace(
+        settings.sft,
+        optimizer=policy.optimizer,
+        steps=policy.steps,
+        batch_sequences=policy.prompts_per_step * policy.group_size,
+        benchmarks=policy.benchmarks,
+    )
+
+
+def _projected(profile: str, arm: str, seed: int, from_scratch: bool) -> Run:
+    """An arm that goes on, confined, where its unconstrained twin was at the branch."""
+    spec = _PROJECTED_ARMS[arm]
+    free = build(profile, spec.free, seed, from_scratch)
+    donor = build(profile, spec.donor, seed, from_scratch) if spec.donor else None
+    rank = max(1, round(spec.factor * PROFILES[profile].rank))
+    projection = ProjectionConfig(rank, spec.subspace, spec.form)
+    return replace(free, arm=arm, projection=projection, branch=free, donor=donor)
+
+
+def _wider(profile: str, arm: str, seed: int, from_scratch: bool) -> Run:
+    """An arm of a wider student; all seeds share the base of that width."""
+    settings = PROFILES[profile]
+    plain, factor = _WIDTH_ARMS[arm]
+    base = _base(settings, _scaled(settings.student, factor), 0)
+    suffix = arm.removeprefix(plain)
+    anchor = Run(f"sft{suffix}", seed, settings.sft, base)
+    if plain == "sft":
+        return anchor
+    run = build(profile, plain, seed, from_scratch)
+    return replace(run, arm=arm, start=anchor)
+
+
+def _scaled(shape: ModelConfig, factor: float) -> ModelConfig:
+    return replace(shape, width=round(factor * shape.width))
+
+
+def _or(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+MOST_SEEDS = 1000  # a typing error should not fill the disk
+
+
+def parse_seeds(text: str | int) -> list[int]:
+    """Read seeds as ``3``, ``0,2`` or ``0-4``.
+
+    Raises:
+        ValueError: anything else, naming it.
+    """
+    seeds: list[int] = []
+    for part in str(text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not all(map(_is_number, (first, last) if dash else (first,))):
+            raise ValueError(f"seeds {text!r}: expected integers such as 3, 0,2 or 0-4")
+        low, high = int(first), int(last if dash else first)
+        if not 0 <= high - low < MOST_SEEDS:
+            raise ValueError(
+                f"seeds {text!r}: {part.strip()} is a range of {high - low + 1} seeds; "
+                f"expected the smaller end first, and at most {MOST_SEEDS}"
+            )
+        seeds += range(low, high + 1)
+    return sorted(set(seeds))
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a seed: ASCII digits, of a length that NumPy takes."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
+def parse_arms(text: str, profile: str) -> list[str]:
+    """Read arms as a comma-separated list, ``reader`` or the profile's ``all``.
+
+    ``base`` and ``teacher``, the stages that all seeds share, can be named as well.
+
+    Raises:
+        ValueError: unknown profile or arm, listing the known ones.
+    """
+    settings = settings_of(profile)
+    if text == "all":
+        return list(settings.arms)
+    if text == "reader":
+        return list(READER_ARMS)
+    arms = [part.strip() for part in text.split(",")]
+    for arm in arms:
+        if arm not in (*PUBLISHED_ARMS, *STAGES):
+            known = _or((*settings.arms, *STAGES))
+            raise ValueError(f"unknown arm {arm!r}; expected {known}, reader or all")
+    return list(dict.fromkeys(arms))

@@ -1,0 +1,593 @@
+"""A run is a frozen description; its hash names a directory; asking for it fills it.
+
+``ensure(run)`` returns a finished run's directory: at once if it is there, by resuming
+if it was interrupted, by training otherwise. What a run starts from (its anchor, the
+run it branches from) is ensured first. A run killed at any point and asked for again
+ends with the same bits as one that was never killed; two processes that ask for one run
+do the work once.
+
+Layout of ``data/runs/ARM-sSEED-HASH/``:
+
+- ``run.json``: the description; ``checkpoints/step-000020/``: float32 master weights as
+  an ordinary Hugging Face checkpoint, step 0 being what the run started from;
+- ``state.pt``: weights, moments, history and step to resume from; ``branch.pt``: the
+  same at the step where projected runs branch off;
+- ``progress.json``: for whoever watches; ``done.json``: written last, ``failed.json``:
+  why the last attempt ended (see ``schedule``); ``lock``: held while it trains.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+import opd_geometry
+from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.geometry import spectra
+from opd_geometry.geometry.projection import (
+    project_gradients,
+    project_updates,
+    random_subspace,
+)
+from opd_geometry.training import evaluation, tasks
+from opd_geometry.training.models import (
+    ModelConfig,
+    build_model,
+    character_tokenizer,
+    check_reads_tasks,
+    check_same_vocabulary,
+    load_model,
+    round_to_bfloat16,
+    save_model,
+)
+from opd_geometry.training.optimizer import adamw
+from opd_geometry.training.policy import PolicyConfig, policy_steps
+from opd_geometry.training.sft import SFTConfig, sft_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECIPE = 1  # raised when the same description would train to other weights
+CHECKPOINT_FRACS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+BRANCH_FRAC = 0.2  # projected runs take over here (the paper's "about 20 %")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that is not a run: a directory below data/, any directory, a hub id.
+
+    Attributes:
+        source: directory (absolute, or relative to the data directory), or hub id with
+            its revision, ``owner/name@revision``.
+        digest: SHA-256 of its files, tokenizer and config included, or the revision;
+            part of a run's identity.
+    """
+
+    source: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """Training confined to a rank-K right subspace from ``BRANCH_FRAC`` on.
+
+    Attributes:
+        rank: K.
+        subspace: ``own`` (top right singular vectors of this run's own W_t - W_0 at the
+            branch), ``random``, ``pretrained`` (those of W_0), or ``donor`` (own, but
+            of another run; see ``Run.donor``).
+        form: ``gradient`` (g <- g V V^T before the optimizer, as in the paper; Adam
+            leaks) or ``update`` (the weights' change itself, which stays inside).
+    """
+
+    rank: int
+    subspace: str = "own"
+    form: str = "gradient"
+
+    def __post_init__(self) -> None:
+        if self.subspace not in ("own", "random", "pretrained", "donor"):
+            raise ValueError(
+                f"unknown subspace {self.subspace!r}; "
+                "expected own, random, pretrained or donor"
+            )
+        if self.form not in ("gradient", "update"):
+            raise ValueError(f"unknown form {self.form!r}; expected gradient or update")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's weights.
+
+    Attributes:
+        arm: its name in the book (``opd``, ``rlvr``, ``sft``, ...).
+        seed: varies sampling, data order and, through ``start``, the anchor.
+        train: the loop and its settings.
+        start: a shape to initialise, a stored checkpoint, or the run whose final
+            checkpoint is taken over, rounded to bf16 as a stored checkpoint is.
+        teacher: who scores (and writes off-policy), if anyone.
+        projection: confines training after the branch point.
+        branch: the unconstrained run whose state at the branch is continued.
+        donor: the run whose early subspace is taken, where it is another's.
+        recipe: see ``RECIPE``.
+    """
+
+    arm: str
+    seed: int
+    train: SFTConfig | PolicyConfig
+    start: "ModelConfig | Stored | Run"
+    teacher: "Stored | Run | None" = None
+    projection: ProjectionConfig | None = None
+    branch: "Run | None" = None
+    donor: "Run | None" = None
+    recipe: int = RECIPE
+
+    def __post_init__(self) -> None:
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed {self.seed!r}: expected an integer, 0 or larger")
+        if (self.projection is None) != (self.branch is None):
+            raise ValueError(
+                f"run {self.arm!r}: a projection and the run it branches from "
+                "go together"
+            )
+        given = self.projection is not None and self.projection.subspace == "donor"
+        if given != (self.donor is not None):
+            raise ValueError(
+                f"run {self.arm!r}: the subspace donor and a donor go together"
+            )
+
+    def key(self) -> str:
+        """Twelve hexadecimal digits that change with anything that matters."""
+        text = json.dumps(_description(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """Name of the run's directory."""
+        return f"{self.arm}-s{self.seed}-{self.key()}"
+
+    @property
+    def needs(self) -> "list[Run]":
+        """The runs that must be finished before this one can start."""
+        candidates = (self.start, self.teacher, self.branch, self.donor)
+        return [run for run in candidates if isinstance(run, Run)]
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps after which a checkpoint is stored, the last one included."""
+        steps = self.train.steps
+        return sorted({max(1, round(frac * steps)) for frac in CHECKPOINT_FRACS})
+
+    def branch_step(self) -> int:
+        """The step at which projected runs take over."""
+        return max(1, round(BRANCH_FRAC * self.train.steps))
+
+
+def _description(value: Any) -> Any:
+    """A configuration without the fields that stand at their default.
+
+    A new field with a default therefore renames no earlier run.
+    """
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {
+        field.name: getattr(value, field.name) for field in dataclasses.fields(value)
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    return {"type": type(value).__name__} | {
+        name: _description(content)
+        for name, content in fields.items()
+        if content != defaults[name]
+    }
+
+
+def data_directory() -> Path:
+    """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
+    default = Path(__file__).resolve().parents[3] / "data"
+    return Path(os.environ.get("OPD_GEOMETRY_DATA") or default)
+
+
+def run_directory(run: Run) -> Path:
+    """Where a run lives, whether or not it exists yet."""
+    return data_directory() / "runs" / run.name
+
+
+def stored(source: str | Path) -> Stored:
+    """Describe a checkpoint by its place and what stands there.
+
+    Args:
+        source: a directory, relative to the data directory or absolute, or a hub id
+            with its revision, ``owner/name@revision``.
+
+    Raises:
+        ValueError: no safetensors there, or a hub id without a revision.
+    """
+    directory = data_directory() / source
+    name, _, revision = str(source).partition("@")
+    if revision and not directory.exists():
+        return Stored(str(source), revision)
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"no checkpoint at {source}: expected a directory with safetensors below "
+            f"{data_directory()}, an absolute path, or a hub id with its revision, "
+            f"{name}@REVISION"
+        )
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    return Stored(
+        str(source), _digest(tuple((file, file.stat().st_mtime_ns) for file in files))
+    )
+
+
+@lru_cache
+def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+    """SHA-256 of names and contents, read again only when a file was modified."""
+    digest = hashlib.sha256()
+    for file, _ in files:
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def store(run: Run, source: str) -> Stored:
+    """Put a finished run's last checkpoint, in bf16, where ``stored`` finds it.
+
+    Args:
+        run: a base, a teacher, or a run to give away.
+        source: directory, relative to the data directory.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    if not is_done(run):
+        raise ValueError(
+            f"{run.arm} is not trained yet; run opd-geometry run --arms {run.arm} "
+            "first, of the base and the teacher with --from scratch"
+        )
+    model, tokenizer = load_model(checkpoint(run))
+    save_model(model, tokenizer, data_directory() / source, dtype=torch.bfloat16)
+    return stored(source)
+
+
+def checkpoint(run: Run, step: int | None = None) -> Path:
+    """Directory of a finished run's checkpoint (None: the last one)."""
+    step = run.train.steps if step is None else step
+    return run_directory(run) / "checkpoints" / f"step-{step:06d}"
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run is finished."""
+    return (run_directory(run) / "done.json").is_file()
+
+
+def ensure(run: Run) -> Path:
+    """Return the directory of a finished run, training or resuming it if need be.
+
+    Raises:
+        ValueError: one line; what a run starts from is missing or broken, or the
+            directory cannot be written.
+    """
+    directory = run_directory(run)
+    if is_done(run):
+        return directory
+    for needed in run.needs:
+        ensure(needed)
+    with clear_write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / "lock"), one_thread():
+            if not is_done(run):  # another process may have finished it meanwhile
+                _train(run, directory)
+    return directory
+
+
+def is_running(run: Run) -> bool:
+    """Whether some process holds the run's lock."""
+    directory = run_directory(run)
+    if not directory.is_dir():
+        return False
+    try:
+        with FileLock(directory / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that cannot be written holds no running run
+        return False
+
+
+def progress(run: Run) -> dict[str, Any]:
+    """What a run last said of itself: step, steps, accuracy, wall_seconds; or {}."""
+    directory = run_directory(run)
+    if (directory / "done.json").is_file():
+        return read_json(directory / "done.json", *SUMMARY)
+    try:
+        return read_json(directory / "progress.json", *SUMMARY)
+    except ValueError:  # not there yet, or damaged: it is for watching only
+        return {}
+
+
+def history(run: Run) -> list[dict[str, Any]]:
+    """A finished run's per-step metrics and evaluations: step, metric, value."""
+    records = read_json(run_directory(run) / "history.json", "records")["records"]
+    return list(records)
+
+
+def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The weights W_0 that a run starts from, in float32, and its tokenizer.
+
+    What another stage hands over is rounded to bf16 first, as a published checkpoint
+    is.
+    """
+    if isinstance(run.start, ModelConfig):
+        return build_model(run.start, run.seed), character_tokenizer()
+    model, tokenizer = load_model(_location(run.start))
+    return round_to_bfloat16(model), tokenizer
+
+
+def _location(source: Stored | Run) -> Path | str:
+    """Where a stored checkpoint or a finished run's last checkpoint lies."""
+    if isinstance(source, Run):
+        return checkpoint(source)
+    local = data_directory() / source.source
+    return local if local.exists() else source.source
+
+
+def _train(run: Run, directory: Path) -> None:
+    """Train from the last saved state to the end, storing as it goes."""
+    began = time.monotonic()
+    _clear_drafts(directory)
+    (directory / "failed.json").unlink(missing_ok=True)
+    write_json(directory / "run.json", dataclasses.asdict(run))
+    model, tokenizer = starting_model(run)
+    check_reads_tasks(tokenizer)
+    if not (checkpoint(run, 0) / "config.json").is_file():
+        save_model(model, tokenizer, checkpoint(run, 0))
+    optimizer = adamw(model, run.train.optimizer)
+    state = _restore(run, directory, model, optimizer)
+    if run.projection is not None:
+        _confine(run, run.projection, model, optimizer)
+    wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
+    save_every = max(1, run.train.steps // 20)
+    for metrics in _loop(run, model, tokenizer, optimizer, state["step"]):
+        step = state["step"] = state["step"] + 1
+        state["history"] += _records(step, metrics)
+        if step in wanted:
+            save_model(model, tokenizer, checkpoint(run, step))
+            state["history"] += _records(step, _evaluate(run, model, tokenizer, step))
+        state["wall_seconds"] = spent + time.monotonic() - began
+        # the branch first: a run that resumes after this step would not save it again
+        if step == run.branch_step() and run.branch is None:
+            _save_state(directory / "branch.pt", model, optimizer, state)
+        if step in wanted or step % save_every == 0:
+            _save_state(directory / "state.pt", model, optimizer, state)
+        write_json(directory / "progress.json", _summary(run, state))
+    write_json(directory / "history.json", {"records": state["history"]})
+    write_json(directory / "done.json", {**_summary(run, state), **provenance()})
+    (directory / "state.pt").unlink(missing_ok=True)
+
+
+def _loop(
+    run: Run,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    optimizer: torch.optim.Optimizer,
+    first_step: int,
+) -> Iterator[dict[str, float]]:
+    """The run's training loop, from ``first_step``."""
+    if isinstance(run.train, SFTConfig):
+        return sft_steps(
+            run.train, model, tokenizer, optimizer, seed=run.seed, first_step=first_step
+        )
+    teacher = None
+    if run.teacher is not None and run.train.needs_teacher:
+        teacher, theirs = load_model(_location(run.teacher))
+        check_same_vocabulary(tokenizer, theirs)
+    return policy_steps(
+        run.train,
+        model,
+        teacher,
+        tokenizer,
+        optimizer,
+        seed=run.seed,
+        first_step=first_step,
+    )
+
+
+def _confine(
+    run: Run,
+    projection: ProjectionConfig,
+    model: "PreTrainedModel",
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put the projection on the optimizer, for every weight matrix of the model."""
+    bases, parameters = confining_bases(run), dict(model.named_parameters())
+    project = project_gradients if projection.form == "gradient" else project_updates
+    project(optimizer, {parameters[name]: basis for name, basis in bases.items()})
+
+
+def confining_bases(run: Run) -> dict[str, Tensor]:
+    """The right subspaces that a projected run is confined to.
+
+    Args:
+        run: with a projection; the run it branches from, and a donor, are finished.
+
+    Returns:
+        Name of a weight matrix to V_K, (n_cols, K).
+    """
+    assert run.branch is not None
+    assert run.projection is not None
+    giver, rank = run.donor or run.branch, run.projection.rank
+    origin, _ = load_model(checkpoint(giver, 0))
+    early, _ = load_model(checkpoint(giver, giver.branch_step()))
+    after = dict(early.named_parameters())
+    generator = torch.Generator().manual_seed(run.seed)
+    bases = {}
+    for name, parameter in origin.named_parameters():
+        if parameter.ndim != 2:
+            continue
+        w_before, w_after = parameter.detach(), after[name].detach()
+        if run.projection.subspace in ("own", "donor"):
+            bases[name] = spectra.top_right_subspace(w_after - w_before, rank)
+        elif run.projection.subspace == "pretrained":
+            bases[name] = spectra.top_right_subspace(w_before, rank)
+        else:
+            bases[name] = random_subspace(parameter.shape[1], rank, generator)
+    return bases
+
+
+def _evaluate(
+    run: Run,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    step: int,
+) -> dict[str, float]:
+    """Sampled accuracies at a checkpoint: of chain, and of everything at the last."""
+    if step < run.train.steps:
+        return {"accuracy/chain": evaluation.accuracy(model, tokenizer, "chain")}
+    scores = {
+        f"accuracy/{name}": evaluation.accuracy(model, tokenizer, name, samples=4)
+        for name in tasks.BENCHMARKS
+    }
+    greedy = evaluation.accuracy(model, tokenizer, "chain", temperature=0)
+    return {**scores, "greedy/chain": greedy}
+
+
+def _restore(
+    run: Run,
+    directory: Path,
+    model: "PreTrainedModel",
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """Load the newest saved state into model and optimizer, or begin.
+
+    A projected run begins with the state of the run it branches from; its seconds are
+    its own.
+
+    Raises:
+        ValueError: a state that cannot be read.
+    """
+    source, own = directory / "state.pt", {}
+    if not source.is_file() and run.branch is not None:
+        source, own = run_directory(run.branch) / "branch.pt", {"wall_seconds": 0.0}
+    elif not source.is_file():
+        return {"step": 0, "history": [], "wall_seconds": 0.0}
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(
+            f"cannot resume from {source}: {type(error).__name__}, expected the whole "
+            f"state of a run; remove {source.parent} to train it anew"
+        ) from error
+    return {**state, **own}
+
+
+def _save_state(
+    path: Path,
+    model: "PreTrainedModel",
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
+    """Store everything a resumed run needs, whole or not at all."""
+    with replacing(path) as draft:
+        content = {
+            **state,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        # through an open file: only then does a full disk come as an OSError, wrapped
+        with open(draft, "wb") as file:
+            torch.save(content, file)
+
+
+def _records(step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"step": step, "metric": k, "value": v} for k, v in metrics.items()]
+
+
+SUMMARY = ("step", "steps", "accuracy", "wall_seconds")
+
+
+def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """What a watcher wants to know."""
+    recent = [
+        record["value"]
+        for record in state["history"][-200:]
+        if record["metric"] in ("accuracy/chain", "reward")
+    ]
+    return {
+        "step": state["step"],
+        "steps": run.train.steps,
+        "accuracy": recent[-1] if recent else None,
+        "wall_seconds": round(state["wall_seconds"], 3),
+    }
+
+
+def provenance() -> dict[str, str]:
+    """Library, versions and machine: where a number comes from."""
+    return {
+        "library": opd_geometry.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "numpy": version("numpy"),
+        "machine": f"{platform.system()} {platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: several would add up in another order, to other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that readers see the old file or the new one."""
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What ``write_json`` wrote, if it is whole.
+
+    Args:
+        path: of a file in a run's directory.
+        keys: that the content must have.
+
+    Raises:
+        ValueError: one line naming the file, if it is missing, damaged or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {**content, **{key: content[key] for key in keys}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged, expected {', '.join(keys) or 'an object'}; "
+            f"remove {path.parent} to train that run anew"
+        ) from error
+
+
+def _clear_drafts(directory: Path) -> None:
+    """Remove what a killed process left half-written; the caller holds the lock."""
+    for draft in (*directory.glob(".*"), *directory.glob("checkpoints/.*")):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)

@@ -1,0 +1,484 @@
+"""Many runs at once: what they need, what they cost, one process each, their progress.
+
+A run starts as soon as what it needs is finished, the one that most work waits for
+first. Each trains and measures in a process of its own with one thread, so a run that
+fails, or that the system kills, leaves the others alone and blocks only what needs it.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from graphlib import TopologicalSorter
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+
+import pandas as pd
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from opd_geometry.experiments.measure import (
+    committed_provenance,
+    is_measured,
+    measure_run,
+)
+from opd_geometry.experiments.profiles import PROFILES
+from opd_geometry.experiments.runs import (
+    Run,
+    data_directory,
+    ensure,
+    is_done,
+    is_running,
+    one_thread,
+    progress,
+    read_json,
+    run_directory,
+    write_json,
+)
+from opd_geometry.printing import duration
+
+# Read when a worker imports torch and transformers, hence set before it starts.
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+REFRESH_SECONDS = 1.0  # of the display on a terminal
+LOG_SECONDS = 30.0  # between the lines of a run in a log
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a plan.
+
+    Attributes:
+        run: the run.
+        state: ``done``, ``running``, ``failed`` or ``to do`` (begun or not).
+        step, steps: where it stands, and its length.
+        accuracy: last sampled accuracy or mean reward in [0, 1]; None before the first.
+        seconds: the whole run on one core; None if nothing like it was ever timed.
+        seconds_left: 0 when done; None if unknown.
+        reason: why it failed, else empty.
+    """
+
+    run: Run
+    state: str
+    step: int
+    steps: int
+    accuracy: float | None
+    seconds: float | None
+    seconds_left: float | None
+    reason: str
+
+
+# --- what there is to do ---------------------------------------------------------
+
+
+def with_needs(runs: Iterable[Run]) -> list[Run]:
+    """The runs and all they need, each once, what is needed before what needs it."""
+    ordered: dict[Run, None] = {}
+    for run in runs:
+        if run not in ordered:
+            ordered.update(dict.fromkeys([*with_needs(run.needs), run]))
+    return list(ordered)
+
+
+def plan(runs: Iterable[Run]) -> list[Row]:
+    """Where the runs and all they need stand, and what is left to do.
+
+    Args:
+        runs: the runs asked for.
+
+    Returns:
+        One row a run, in an order in which they can be trained; committed timings
+        serve as estimates.
+    """
+    timings = committed_provenance()
+    return [_row(run, timings) for run in with_needs(runs)]
+
+
+def _row(run: Run, timings: pd.DataFrame) -> Row:
+    state, said = run_state(run), progress(run)
+    seconds = said["wall_seconds"] if state == "done" else estimate(run, timings)
+    step = int(said.get("step", first_step(run)))
+    return Row(
+        run,
+        state,
+        step,
+        run.train.steps,
+        said.get("accuracy"),
+        seconds,
+        0.0 if state == "done" else seconds_left(run, said, seconds),
+        failure(run) if state == "failed" else "",
+    )
+
+
+def run_state(run: Run) -> str:
+    """``done``, ``running``, ``failed`` or ``to do``."""
+    if is_done(run):
+        return "done"
+    if is_running(run):
+        return "running"
+    return "failed" if failure(run) else "to do"
+
+
+def failure(run: Run) -> str:
+    """The one-line reason why the run's last attempt failed; empty if it did not."""
+    try:
+        return str(read_json(run_directory(run) / "failed.json", "reason")["reason"])
+    except ValueError:  # it did not fail, or nobody can tell any more
+        return ""
+
+
+def first_step(run: Run) -> int:
+    """The step a run begins at: projected runs take over at the branch."""
+    return 0 if run.branch is None else run.branch_step()
+
+
+def seconds_left(
+    run: Run, said: Mapping[str, float], seconds: float | None
+) -> float | None:
+    """Time to the end at the run's own pace so far, else by the estimate."""
+    done, whole = said.get("step", 0) - first_step(run), run.train.steps
+    if done > 0:
+        return said["wall_seconds"] / done * (whole - said["step"])
+    return seconds
+
+
+def estimate(run: Run, timings: pd.DataFrame) -> float | None:
+    """Seconds for the whole run, as runs of its arm and length took before.
+
+    Args:
+        run: any run.
+        timings: rows with arm, steps and wall_seconds, as of committed_provenance.
+
+    Returns:
+        Their mean; without any, the mean of the finished local runs that trained in
+        the same way; None without these.
+    """
+    if "steps" in timings:
+        same = (timings["arm"] == run.arm) & (timings["steps"] == run.train.steps)
+        if same.any():
+            return float(timings["wall_seconds"][same].mean())
+    took = list(_local_seconds(run))
+    return sum(took) / len(took) if took else None
+
+
+def _local_seconds(run: Run) -> Iterator[float]:
+    train = json.loads(json.dumps(asdict(run.train)))
+    for path in data_directory().glob(f"runs/{run.arm}-s*/done.json"):
+        with suppress(ValueError):  # another run's damaged file tells nothing
+            described = read_json(path.with_name("run.json"), "arm", "train")
+            if described["arm"] == run.arm and described["train"] == train:
+                yield float(read_json(path, "wall_seconds")["wall_seconds"])
+
+
+def priorities(rows: Iterable[Row]) -> dict[Run, float]:
+    """How long a run and the longest chain of runs that wait for it still take.
+
+    A run whose time is unknown counts as the longest known one, an hour if none is.
+
+    Args:
+        rows: a plan.
+
+    Returns:
+        Run to seconds; the run with the largest should start first.
+    """
+    rows = list(rows)
+    unknown = max((row.seconds or 0.0 for row in rows), default=0.0) or 3600.0
+    chains: dict[Run, float] = {}
+    for row in reversed(rows):  # what waits comes before what it waits for
+        own = unknown if row.seconds_left is None else row.seconds_left
+        waiting = [chains[r.run] for r in rows if row.run in r.run.needs]
+        chains[row.run] = own + max(waiting, default=0.0)
+    return chains
+
+
+def total_seconds(rows: Iterable[Row], jobs: int) -> float | None:
+    """Time until all rows are done: the longest chain, or the work shared by jobs.
+
+    Args:
+        rows: a plan.
+        jobs: runs at a time.
+
+    Returns:
+        Seconds, a lower bound; None if the time of a run is unknown.
+    """
+    rows = list(rows)
+    left = [row.seconds_left for row in rows]
+    if any(seconds is None for seconds in left):
+        return None
+    work = sum(seconds for seconds in left if seconds is not None)
+    return max([work / jobs, *priorities(rows).values()])
+
+
+# --- doing it --------------------------------------------------------------------
+
+
+def train_all(
+    profile: str, runs: Iterable[Run], jobs: int, console: Console | None = None
+) -> dict[Run, str]:
+    """Train and measure the runs, after training what they need, several at a time.
+
+    Ctrl-C and SIGTERM end the workers; so does the end of this process, however it
+    comes. What they had stored is resumed the next time.
+
+    Args:
+        profile: decides K of the measurements.
+        runs: the runs asked for.
+        jobs: how many run at a time, a process and a thread each.
+        console: where progress goes: a live display on a terminal, else a line a run
+            now and then; stderr if None.
+
+    Returns:
+        The runs that are not finished and measured now, with one line why: they
+        failed, or something they need did.
+
+    Raises:
+        ValueError: jobs smaller than 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs {jobs}: expected 1 or more, the number of cores to use")
+    asked = set(runs)
+    rows = plan(asked)
+    first, rank = priorities(rows), PROFILES[profile].rank
+    order = TopologicalSorter({row.run: row.run.needs for row in rows})
+    order.prepare()
+    ready: list[Run] = []
+    failed: dict[Run, str] = {}
+
+    def end(run: Run, reason: str) -> None:
+        if reason:
+            failed[run] = reason
+        display.ended(run, reason)
+        order.done(run)
+
+    with _Display(console or Console(stderr=True)) as display, _workers() as workers:
+        while order.is_active():
+            ready = sorted([*ready, *order.get_ready()], key=lambda run: -first[run])
+            while ready and len(workers) < jobs:
+                run = ready.pop(0)
+                missing = [needed.name for needed in run.needs if needed in failed]
+                if missing:
+                    end(run, f"needs {missing[0]}, which is not finished")
+                elif is_finished(run, rank if run in asked else None):
+                    end(run, "")
+                else:
+                    workers[run] = _start(run, rank if run in asked else None)
+            display.running(workers, len(rows))
+            for run in _ended(workers):
+                end(run, _outcome(run, workers.pop(run)))
+    return failed
+
+
+def is_finished(run: Run, rank: int | None) -> bool:
+    """Whether nothing is left to do: trained, and measured if a rank is given."""
+    return is_done(run) and (rank is None or is_measured(run, rank))
+
+
+# --- workers ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: BaseProcess
+    reasons: Connection  # carries (one line, traceback) if the run fails
+
+
+@contextmanager
+def _workers() -> Iterator[dict[Run, _Worker]]:
+    """The running workers; those left at the end, or at SIGTERM, are ended."""
+    workers: dict[Run, _Worker] = {}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.process.terminate()
+        for worker in workers.values():
+            worker.process.join()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _start(run: Run, rank: int | None) -> _Worker:
+    context = get_context("spawn")
+    reasons, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_work, args=(run, rank, sender), name=run.name, daemon=True
+    )
+    with environment(WORKER_ENVIRONMENT), _no_interrupt():
+        process.start()
+    sender.close()
+    return _Worker(process, reasons)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for what is started within."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits, and never reaches a process started within.
+
+    The terminal sends it to all; only the parent should answer, by ending the others.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(run: Run, rank: int | None, reasons: Connection) -> None:
+    """What a worker does: train, measure, say in one line what went wrong."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with one_thread():
+            if rank is None:
+                ensure(run)
+            else:
+                measure_run(run, rank)
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        line = " ".join(str(error).split())
+        reasons.send((kind + line, traceback.format_exc()))
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, even by kill -9."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _ended(workers: Mapping[Run, _Worker]) -> list[Run]:
+    """Runs whose process has ended, after waiting a moment for the first."""
+    if not workers:
+        return []
+    ended = wait([w.process.sentinel for w in workers.values()], REFRESH_SECONDS)
+    return [run for run, w in workers.items() if w.process.sentinel in ended]
+
+
+def _outcome(run: Run, worker: _Worker) -> str:
+    """Why the run failed, also recorded in its directory; empty if it did not."""
+    worker.process.join()
+    record, code = run_directory(run) / "failed.json", worker.process.exitcode
+    if code == 0:
+        with suppress(OSError):
+            record.unlink(missing_ok=True)
+        return ""
+    try:
+        reason, details = worker.reasons.recv()
+    except EOFError:  # it had no time to say
+        name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+        reason, details = f"its process was ended by {name}; is memory short?", ""
+    with suppress(OSError):  # the reason may be that nothing can be written here
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"reason": reason, "traceback": details})
+    return str(reason)
+
+
+# --- progress --------------------------------------------------------------------
+
+
+class _Display:
+    """One line a running run: redrawn on a terminal, now and then in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+        self.n_ended = 0
+        self.said: dict[Run, float] = {}
+
+    def __enter__(self) -> "_Display":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def running(self, runs: Iterable[Run], total: int) -> None:
+        if self.console.is_terminal:
+            lines = [progress_line(run) for run in runs]
+            lines.append(f"{self.n_ended} of {total} runs ended")
+            shown = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+            self.live.update(shown, refresh=True)
+            return
+        now = time.monotonic()
+        for run in runs:
+            if now - self.said.get(run, -LOG_SECONDS) >= LOG_SECONDS:
+                self.said[run] = now
+                self._print(progress_line(run))
+
+    def ended(self, run: Run, reason: str) -> None:
+        self.n_ended += 1
+        failed = f"{short_name(run):<24} failed: {reason}"
+        self._print(failed if reason else ended_line(run))
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def short_name(run: Run) -> str:
+    """Arm and seed, for people."""
+    return f"{run.arm}-s{run.seed}"
+
+
+def progress_line(run: Run) -> str:
+    """Name, step of steps, accuracy and time left of a run that is being trained.
+
+    Nothing but the name of a run that has said nothing yet.
+    """
+    said = progress(run)
+    if not said:
+        return f"{short_name(run):<24} starting"
+    left = seconds_left(run, said, None)
+    tail = f"{duration(left)} left" if left else "measuring"
+    return f"{short_name(run):<24} {_standing(said)}  {tail}"
+
+
+def ended_line(run: Run) -> str:
+    """The same of a finished run, with the time it took."""
+    said = progress(run)
+    took = duration(said["wall_seconds"])
+    return f"{short_name(run):<24} {_standing(said)}  done in {took}"
+
+
+def _standing(said: Mapping[str, float | None]) -> str:
+    accuracy = said["accuracy"]
+    shown = "" if accuracy is None else f"accuracy {accuracy:.2f}"
+    steps = f"{said['step']}/{said['steps']}"
+    return f"{steps:>9}  {shown:<13}"

@@ -1,0 +1,1 @@
+"""What changed between two checkpoints, a matrix at a time; knows no training."""

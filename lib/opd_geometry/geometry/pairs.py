@@ -1,0 +1,766 @@
+"""Anyone's checkpoints to tables, a matrix at a time.
+
+`measure_checkpoints` compares two checkpoints, `trajectory` follows one run. Both read
+a matrix when its turn comes, so the peak of memory is set by the largest matrix and not
+by the model, and both keep each finished matrix, so an interrupted table goes on.
+`measure_tensors` and `follow_tensors` are the same for tensors at hand.
+"""
+
+import math
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opd_geometry.geometry import bits, comparison, gram, spectra
+from opd_geometry.geometry.checkpoints import (
+    Skipped,
+    StoredPair,
+    list_files,
+    list_matrices,
+    list_pairs,
+    list_skipped,
+    missing_names,
+)
+from opd_geometry.geometry.comparison import (
+    ANGLES,
+    DEFAULTS,
+    Reference,
+    Settings,
+    null_seed,
+    reference,
+)
+from opd_geometry.geometry.tables import Row, finish, growing
+
+# Column -> name in `comparison`, which the book's own tables use.
+METRICS = {
+    "sparsity_bf16": "sparsity",
+    "update_density": "density",
+    **{name: name for name in ANGLES},
+    "nss": "nss",
+    "principal_overlap": "principal_overlap",
+    "low_magnitude_overlap": "low_magnitude_overlap",
+    "stable_rank": "stable_rank",
+    "frobenius_norm": "frobenius_norm",
+    "relative_norm": "relative_norm",
+    "hill_alpha": "hill_alpha",
+}
+NULL_METRICS = (
+    *ANGLES,
+    "nss",
+    "principal_overlap",
+    "low_magnitude_overlap",
+    "sparsity_bf16",
+)
+GROUPS = {
+    "all": tuple(METRICS),
+    "cheap": (
+        "sparsity_bf16",
+        "update_density",
+        "low_magnitude_overlap",
+        "frobenius_norm",
+        "relative_norm",
+    ),
+    "angles": ANGLES,
+    "overlaps": ("principal_overlap", "low_magnitude_overlap"),
+    "norms": ("frobenius_norm", "relative_norm"),
+    "spread": ("stable_rank", "hill_alpha"),
+}
+IDENTITY = ("matrix", "role", "layer", "rows", "cols", "dtype_before", "dtype_after")
+COLUMNS = (
+    *IDENTITY,
+    *METRICS,
+    *(f"null_{name}" for name in NULL_METRICS),
+    "gap_at_k",
+    "angle_error_deg",
+    "note",
+)
+TRAJECTORY_COLUMNS = (
+    "step",
+    "matrix",
+    "role",
+    "layer",
+    "stable_rank",
+    "frobenius_norm",
+    "hill_alpha",
+    "similarity_to_end",
+    "similarity_null",
+    "note",
+)
+# An update that is zero turns nothing, exactly.
+UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
+REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
+# What one matrix may raise without harm to the others.
+REFUSALS = (ValueError, torch.linalg.LinAlgError)
+FORMAT = 1  # raised when the same checkpoints would give other rows
+
+
+def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
+    """Columns that the names of metrics and groups stand for, in the table's order.
+
+    Raises:
+        ValueError: an unknown name.
+
+    >>> parse_metrics(["norms", "nss"])
+    ('nss', 'frobenius_norm', 'relative_norm')
+    """
+    wanted: set[str] = set()
+    for name in names:
+        if name not in GROUPS and name not in METRICS:
+            raise ValueError(
+                f"unknown metric {name!r}, expected a group ({', '.join(GROUPS)}) or "
+                f"a column ({', '.join(METRICS)})"
+            )
+        wanted |= set(GROUPS.get(name, (name,)))
+    if not wanted:
+        raise ValueError(f"no metric asked for, expected some of {', '.join(GROUPS)}")
+    return tuple(name for name in METRICS if name in wanted)
+
+
+# --- tensors ---------------------------------------------------------------------
+
+
+def measure_tensors(
+    before: Tensor | Reference,
+    w_after: Tensor,
+    settings: Settings = DEFAULTS,
+    metrics: Collection[str] = tuple(METRICS),
+    null: bool = True,
+    seed: int | tuple[int, ...] = 0,
+) -> dict[str, float]:
+    """The diagnostics of one matrix, as the columns of `measure_checkpoints`.
+
+    Args:
+        before: W_0 (n_rows, n_cols), any floating dtype, or `comparison.reference` of
+            it, which is then computed once for all later checkpoints.
+        w_after: (n_rows, n_cols).
+        settings: ranks and thresholds; those of a Reference count if it is one.
+        metrics: columns to compute.
+        null: also measure a Gaussian update of the same norm.
+        seed: of that Gaussian.
+
+    Returns:
+        Column to value: the metrics, their nulls, gap_at_k = (s_k - s_{k+1}) / s_1 of
+        W_0 and angle_error_deg, the bound of what rounding does to the angles; NaN
+        where one is undefined or was not asked for. Equal matrices give angles of 0.
+
+    Raises:
+        ValueError: shapes differ, a value is not finite, or an argument is unknown.
+
+    Source: arXiv:2606.07082 Table 1, Figures 2 to 4; the nulls are ours.
+    """
+    before = reference(before, settings) if isinstance(before, Tensor) else before
+    asked = {name: METRICS[name] for name in parse_metrics(metrics)}
+    turns = bool({*asked} & {*ANGLES})
+    quality = comparison.ANGLE_QUALITY if turns else ()
+    names = [*dict.fromkeys(["frobenius_norm", *asked.values(), *quality])]
+    found = comparison.compare(before, w_after, names)
+    row = {column: found[name] for column, name in asked.items()}
+    row |= {name: found[name] for name in quality}
+    if found["frobenius_norm"] == 0.0:
+        return _complete(row | {k: v for k, v in UNMOVED.items() if k in row})
+    if null and (columns := [name for name in NULL_METRICS if name in asked]):
+        nulls = comparison.compare_null(
+            before, w_after, seed, [asked[name] for name in columns]
+        )
+        row |= {f"null_{name}": nulls[f"null_{asked[name]}"] for name in columns}
+    return _complete(row)
+
+
+def _complete(row: dict[str, float]) -> dict[str, float]:
+    names = [n for n in COLUMNS if n not in IDENTITY and n != "note"]
+    return {name: row.get(name, math.nan) for name in names}
+
+
+def follow_tensors(
+    w_before: Tensor,
+    later: Callable[[int], Tensor],
+    steps: Sequence[int],
+    k: int = 16,
+    settings: Settings = DEFAULTS,
+) -> list[Row]:
+    """How the update of one matrix spreads and settles over a run.
+
+    Sim_K(t, end) = ||V_K(t)^T V_K(end)||_F^2 / K, V_K(t) the top-K right singular
+    vectors of W_t - W_0
+
+    Args:
+        w_before: W_0 (n_rows, n_cols).
+        later: step -> W_t; asked for one at a time, for the last step first.
+        steps: ascending; the last is the end.
+        k: K, cut to the smaller side of the matrix.
+        settings: its hill_k counts.
+
+    Returns:
+        A row a step: step, stable_rank, frobenius_norm, hill_alpha,
+        similarity_to_end (0 to 1) and similarity_null = K / n_cols, that of random
+        subspaces; NaN where an update has no such subspace.
+
+    Raises:
+        ValueError: shapes differ or a value is not finite.
+
+    Source: arXiv:2606.07082 Figures 4 and 5 (K = 16).
+    """
+    k = min(k, *w_before.shape)
+    end: Tensor | None = None
+    rows = []
+    for step in reversed(steps):
+        values, subspace = _spread_of(w_before, later(step), k, settings)
+        if step == steps[-1]:
+            end = subspace
+        similarity = math.nan
+        if subspace is not None and end is not None:
+            similarity = spectra.subspace_similarity(subspace, end)
+        rows.append(
+            {
+                "step": step,
+                **values,
+                "similarity_to_end": similarity,
+                "similarity_null": k / w_before.shape[1],
+            }
+        )
+    return rows[::-1]
+
+
+def _spread_of(
+    w_before: Tensor, w_after: Tensor, k: int, settings: Settings
+) -> tuple[dict[str, float], Tensor | None]:
+    """Norm, stable rank and Hill exponent of an update, and its top subspace."""
+    delta = comparison.difference(w_before, w_after)
+    norm = bits.norm(delta)
+    if norm == 0.0:
+        nothing = {"stable_rank": math.nan, "hill_alpha": math.nan}
+        return {"frobenius_norm": 0.0, **nothing}, None
+    hill_k = settings.hill_rank(delta.shape)
+    top = max(min(hill_k, *delta.shape), k)
+    values, subspace = gram.leading_right(delta, top, k)
+    return {
+        "frobenius_norm": norm,
+        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
+        "hill_alpha": comparison.defined(spectra.hill_exponent, values, hill_k),
+    }, subspace
+
+
+# --- matrices of checkpoints -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairTask:
+    """One matrix of two checkpoints, to be measured wherever it is sent to."""
+
+    pair: StoredPair
+    settings: Settings
+    metrics: tuple[str, ...]
+    null: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the matrix."""
+        return self.pair.before.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_rows, n_cols)."""
+        return self.pair.before.shape
+
+    @property
+    def n_bytes(self) -> int:
+        """To be read."""
+        return self.pair.before.n_bytes + self.pair.after.n_bytes
+
+    def rows(self) -> list[Row]:
+        """Its row of `COLUMNS`; empty but for the note where a value is not finite."""
+        before, after = self.pair.before, self.pair.after
+        row: Row = {
+            "matrix": before.name,
+            "role": before.role,
+            "layer": before.layer,
+            "rows": before.shape[0],
+            "cols": before.shape[1],
+            "dtype_before": before.dtype,
+            "dtype_after": after.dtype,
+        }
+        w_before, w_after = self.pair.read()
+        seed = null_seed(self.seed, before.name, 0)
+        try:
+            _refuse_damage({"before": w_before, "after": w_after})
+            values = measure_tensors(
+                w_before, w_after, self.settings, self.metrics, self.null, seed
+            )
+        except REFUSALS as error:
+            return [row | _complete({}) | {"note": f"{REFUSED}{error}"}]
+        return [row | values | {"note": _warning(values)}]
+
+
+def _refuse_damage(tensors: dict[str, Tensor]) -> None:
+    """Say which of the tensors hold how many NaN and inf, in few words."""
+    found = []
+    for name, w in tensors.items():
+        n_nan, n_inf = bits.count_nonfinite(w)
+        if n_nan or n_inf:
+            found.append(f"{n_nan} NaN and {n_inf} inf {name}")
+    if found:
+        raise ValueError(", ".join(found))
+
+
+def _warning(values: dict[str, float]) -> str:
+    """Why the angles of a row mean little; nothing if they are good."""
+    error = values["angle_error_deg"]
+    if error > gram.ANGLE_ERROR_DEG:
+        return (
+            f"angles uncertain by {error:.1e} degrees: at k the singular values have "
+            "hardly a gap"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class TrajectoryTask:
+    """One matrix of a run's checkpoints."""
+
+    steps: tuple[int, ...]
+    pairs: tuple[StoredPair, ...]  # (W_0, W_t) in the order of steps
+    k: int
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Of the matrix."""
+        return self.pairs[0].before.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_rows, n_cols)."""
+        return self.pairs[0].before.shape
+
+    @property
+    def pair(self) -> StoredPair:
+        """Its first and its last matrix."""
+        return self.pairs[-1]
+
+    @property
+    def n_bytes(self) -> int:
+        """To be read."""
+        later = sum(pair.after.n_bytes for pair in self.pairs)
+        return self.pairs[0].before.n_bytes + later
+
+    def rows(self) -> list[Row]:
+        """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
+        matrix = self.pairs[0].before
+        identity = {"matrix": matrix.name, "role": matrix.role, "layer": matrix.layer}
+        pair_of = dict(zip(self.steps, self.pairs, strict=True))
+        w_before = self.pairs[0].read_before()
+
+        def later(step: int) -> Tensor:
+            w = pair_of[step].read_after()
+            _refuse_damage({"before": w_before, f"at step {step}": w})
+            return w
+
+        try:
+            found = follow_tensors(w_before, later, self.steps, self.k, self.settings)
+        except REFUSALS as error:
+            empty = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
+            return [
+                empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
+                for step in self.steps
+            ]
+        return [
+            {name: (identity | row | {"note": ""})[name] for name in TRAJECTORY_COLUMNS}
+            for row in found
+        ]
+
+
+Task = PairTask | TrajectoryTask
+
+
+# --- what there is to do ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a table will hold, known from headers alone.
+
+    Attributes:
+        tasks: one a matrix, in natural order.
+        columns: of the table.
+        skipped: tensors that are not measured, with the reason.
+        missing: names on one side only, with the checkpoint that lacks them.
+        description: what is measured, to tell whether a partial table fits.
+    """
+
+    tasks: Sequence[Task]
+    columns: tuple[str, ...]
+    skipped: list[Skipped]
+    missing: list[tuple[str, str]]
+    description: dict[str, Any] = field(repr=False)
+
+    @property
+    def entries(self) -> int:
+        """Weights to be read on either side."""
+        shapes = [task.shape for task in self.tasks]
+        return sum(rows * cols for rows, cols in shapes)
+
+    def without(self, names: Collection[str]) -> "Plan":
+        """The same, less the matrices of these names."""
+        left = [task for task in self.tasks if task.name not in names]
+        return replace(self, tasks=left)
+
+
+def plan_pair(
+    before: str | Path,
+    after: str | Path,
+    settings: Settings = DEFAULTS,
+    metrics: Collection[str] = tuple(METRICS),
+    roles: Collection[str] | None = None,
+    null: bool = True,
+    seed: int = 0,
+) -> Plan:
+    """Every matrix that two checkpoints have in common.
+
+    Args:
+        before, after: directories or .safetensors files.
+        settings, metrics, null: as `measure_tensors`.
+        roles: only these; None for all.
+        seed: of the nulls; every matrix has noise of its own.
+
+    Raises:
+        FileNotFoundError, ValueError: as `checkpoints.list_pairs`, or the two have
+            fewer than half of their matrices in common; a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
+    pairs = list_pairs(before, after, roles, missing="skip")
+    missing = _missing(before, after, roles)
+    asked = parse_metrics(metrics)
+    tasks = [PairTask(pair, settings, asked, null, seed) for pair in pairs]
+    description = {
+        "table": f"measure {FORMAT}",
+        "files": [_fingerprint(before), _fingerprint(after)],
+        "settings": asdict(settings),
+        "metrics": list(asked),
+        "roles": sorted(roles) if roles is not None else None,
+        "null": null,
+        "seed": seed,
+    }
+    return Plan(tasks, COLUMNS, _skipped(before, after), missing, description)
+
+
+def plan_trajectory(
+    before: str | Path,
+    checkpoints: Sequence[str | Path],
+    k: int = 16,
+    settings: Settings = DEFAULTS,
+    roles: Collection[str] | None = None,
+    steps: Sequence[int] | None = None,
+) -> Plan:
+    """Every matrix that all checkpoints of a run have in common with the first.
+
+    Args:
+        before: W_0.
+        checkpoints: later ones, in any order.
+        k: dimension of the subspaces.
+        settings: its hill_k counts.
+        roles: only these; None for all.
+        steps: of the checkpoints; None takes `step_of` their names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
+            of one step.
+    """
+    if k < 1:
+        raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
+    numbers = [step_of(c) for c in checkpoints] if steps is None else list(steps)
+    if not numbers or len({*numbers}) < len(numbers):
+        raise ValueError(
+            f"steps {numbers}, expected one or more and no two alike; name each "
+            "checkpoint once"
+        )
+    order = sorted(zip(numbers, checkpoints, strict=True), key=lambda pair: pair[0])
+    sides = {
+        step: {p.before.name: p for p in list_pairs(before, path, roles, "skip")}
+        for step, path in order
+    }
+    missing = [m for _, path in order for m in _missing(before, path, roles)]
+    common = [
+        name for name in sides[order[0][0]] if all(name in s for s in sides.values())
+    ]
+    if not common:
+        raise ValueError(
+            f"{before} and all of {len(order)} checkpoints have no matrix in common, "
+            "expected one architecture"
+        )
+    tasks = [
+        TrajectoryTask(
+            tuple(sides), tuple(side[name] for side in sides.values()), k, settings
+        )
+        for name in common
+    ]
+    description = {
+        "table": f"trajectory {FORMAT}",
+        "files": [_fingerprint(path) for path in (before, *(p for _, p in order))],
+        "steps": [step for step, _ in order],
+        "k": k,
+        "hill_k": settings.hill_k,
+        "roles": sorted(roles) if roles is not None else None,
+    }
+    skipped = _skipped(before, *(path for _, path in order))
+    return Plan(tasks, TRAJECTORY_COLUMNS, skipped, missing, description)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """Step that a checkpoint's name ends in.
+
+    Raises:
+        ValueError: no number in the name.
+
+    >>> step_of("run/checkpoint-256"), step_of("out/global_step_64.safetensors")
+    (256, 64)
+    """
+    name = str(checkpoint).rstrip("/").removesuffix(".safetensors")
+    found = re.search(r"(\d+)\D*$", name.rsplit("/", 1)[-1])
+    if not found:
+        raise ValueError(
+            f"{checkpoint} has no number in its name, expected one that ends in its "
+            "step, such as checkpoint-256; rename or link it"
+        )
+    return int(found[1])
+
+
+def _missing(
+    before: str | Path, after: str | Path, roles: Collection[str] | None
+) -> list[tuple[str, str]]:
+    """(name, checkpoint without it); refused if that is most of the model."""
+    matrices = [
+        {m.name for m in list_matrices(path) if roles is None or m.role in roles}
+        for path in (before, after)
+    ]
+    common = matrices[0] & matrices[1]
+    if len(common) < max(map(len, matrices)) / 2:
+        raise ValueError(
+            f"{before} and {after} have {len(common)} matrices in common out of "
+            f"{len(matrices[0])} and {len(matrices[1])}, expected two checkpoints of "
+            "one architecture"
+        )
+    if roles is not None:
+        only = [matrices[0] - common, matrices[1] - common]
+        names: tuple[Iterable[str], Iterable[str]] = (sorted(only[0]), sorted(only[1]))
+    else:
+        names = missing_names(before, after)
+    return [(name, str(after)) for name in names[0]] + [
+        (name, str(before)) for name in names[1]
+    ]
+
+
+def _skipped(*paths: str | Path) -> list[Skipped]:
+    found = {skip.name: skip for path in paths for skip in list_skipped(path)}
+    return list(found.values())
+
+
+def _fingerprint(path: str | Path) -> list[list[Any]]:
+    """Files of a checkpoint with size and time: whether it is still the same one."""
+    files = list_files(path)
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+# --- doing it --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A matrix that has just been finished."""
+
+    name: str
+    done: int
+    total: int
+    seconds: float
+
+
+Report = Callable[[Progress], None]
+
+
+def run_plan(
+    plan: Plan,
+    out: Path | None = None,
+    jobs: int = 1,
+    resume: bool = False,
+    report: Report | None = None,
+) -> pd.DataFrame:
+    """The table of a plan.
+
+    Args:
+        plan: of `plan_pair` or `plan_trajectory`.
+        out: also write it there (`tables.SUFFIXES`); each finished matrix is kept
+            beside it until then.
+        jobs: processes; each needs memory of its own.
+        resume: take over the matrices that an interrupted measurement has finished.
+        report: told of each finished matrix.
+
+    Raises:
+        ValueError: the place cannot be written to, another process is writing there,
+            or the interrupted measurement is of something else.
+    """
+    if out is None:
+        return _table(plan, _measured(plan.tasks, jobs, {}, report, lambda *_: None))
+    with growing(out, plan.description, resume) as partial:
+        rows = _measured(plan.tasks, jobs, partial.done, report, partial.add)
+        table = _table(plan, rows)
+        finish(out, table)  # before another process may begin
+    return table
+
+
+def _measured(
+    tasks: Sequence[Task],
+    jobs: int,
+    done: dict[str, list[Row]],
+    report: Report | None,
+    keep: Callable[[str, list[Row]], None],
+) -> dict[str, list[Row]]:
+    rows = dict(done)
+    left = [task for task in tasks if task.name not in rows]
+    started = time.monotonic()
+    for task, found in _results(left, jobs):
+        keep(task.name, found)
+        rows[task.name] = found
+        if report:
+            seconds = time.monotonic() - started
+            report(Progress(task.name, len(rows), len(tasks), seconds))
+    return rows
+
+
+def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]]]:
+    """Tasks with their rows, as they are finished."""
+    if jobs == 1 or len(tasks) < 2:
+        yield from ((task, task.rows()) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(
+        min(jobs, len(tasks)),
+        multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    try:
+        futures = {pool.submit(_rows, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process was killed, perhaps for want of memory, expected none; finished "
+            "matrices are kept, go on with --resume and fewer --jobs"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _rows(task: Task) -> list[Row]:
+    return task.rows()
+
+
+def _table(plan: Plan, rows: dict[str, list[Row]]) -> pd.DataFrame:
+    ordered = [row for task in plan.tasks for row in rows[task.name]]
+    table = pd.DataFrame(ordered, columns=list(plan.columns))
+    if "step" in table:
+        table = table.sort_values("step", kind="stable", ignore_index=True)
+    return table
+
+
+def measure_checkpoints(
+    before: str | Path,
+    after: str | Path,
+    settings: Settings = DEFAULTS,
+    metrics: Collection[str] = tuple(METRICS),
+    roles: Collection[str] | None = None,
+    null: bool = True,
+    seed: int = 0,
+    jobs: int = 1,
+) -> pd.DataFrame:
+    """Every diagnostic of every matrix of two checkpoints, a row a matrix.
+
+    Args:
+        before, after, settings, metrics, roles, null, seed: as `plan_pair`.
+        jobs: processes.
+
+    Returns:
+        A table with `COLUMNS`; NaN where a metric is undefined or not asked for, and
+        where a matrix holds NaN or inf, which its note then counts.
+
+    Raises:
+        FileNotFoundError, ValueError: as `plan_pair`.
+    """
+    plan = plan_pair(before, after, settings, metrics, roles, null, seed)
+    return run_plan(plan, jobs=jobs)
+
+
+def trajectory(
+    before: str | Path,
+    checkpoints: Sequence[str | Path],
+    k: int = 16,
+    settings: Settings = DEFAULTS,
+    roles: Collection[str] | None = None,
+    jobs: int = 1,
+) -> pd.DataFrame:
+    """How every matrix's update spreads and settles over a run, a row a step.
+
+    Args:
+        before, checkpoints, k, settings, roles: as `plan_trajectory`.
+        jobs: processes.
+
+    Returns:
+        A table with `TRAJECTORY_COLUMNS`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `plan_trajectory`.
+    """
+    return run_plan(plan_trajectory(before, checkpoints, k, settings, roles), jobs=jobs)
+
+
+# --- summary ---------------------------------------------------------------------
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a role and one over all, as in the paper's Table 1.
+
+    Sparsity and density are weighted by the numbers of entries; every other metric is
+    the plain mean over matrices that have it.
+
+    Args:
+        table: of `measure_checkpoints`.
+
+    Returns:
+        role, matrices, parameters, then a column a metric and null that was measured.
+    """
+    metrics = [
+        name
+        for name in COLUMNS
+        if name.removeprefix("null_") in METRICS and table[name].notna().any()
+    ]
+    groups = [(str(role), part) for role, part in table.groupby("role", sort=False)]
+    return pd.DataFrame(
+        [
+            {
+                "role": role,
+                "matrices": len(part),
+                "parameters": int((part["rows"] * part["cols"]).sum()),
+                **{name: _mean(part, name) for name in metrics},
+            }
+            for role, part in [*groups, ("all", table)]
+        ]
+    )
+
+
+def _mean(part: pd.DataFrame, name: str) -> float:
+    values = part[name]
+    if not name.endswith(("sparsity_bf16", "density")):
+        return float(values.mean())
+    weights = (part["rows"] * part["cols"])[values.notna()].astype(float)
+    total = weights.sum()
+    return float((values.dropna() * weights).sum() / total) if total else math.nan

@@ -1,0 +1,1 @@
+"""Small students, their tasks, and the arms that post-train them."""

@@ -1,0 +1,54 @@
+"""Accuracy on the benchmarks: sampled (avg@n) and greedy."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd_geometry.training import tasks
+from opd_geometry.training.rollout import decode_completions, encode_prompts, sample
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: str,
+    *,
+    problems: int = 256,
+    samples: int = 2,
+    temperature: float = 1.0,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+) -> float:
+    """Share of completions of held-out problems that the verifier accepts (avg@n).
+
+    Args:
+        model, tokenizer: what is evaluated.
+        benchmark: a key of ``tasks.BENCHMARKS``.
+        problems: how many held-out problems; the same ones for every model.
+        samples: completions per problem (n of avg@n); 1 when greedy.
+        temperature: 0 decodes greedily.
+        max_new_tokens: longest completion.
+        seed: of the sampling; the same random numbers for every model.
+
+    Returns:
+        Accuracy in [0, 1]; its standard error is at most 0.5 / sqrt(problems).
+    """
+    questions = tasks.held_out(benchmark, problems)
+    ids, mask = encode_prompts([q.prompt for q in questions], tokenizer)
+    device = next(model.parameters()).device
+    rollout = sample(
+        model,
+        ids.to(device),
+        mask.to(device),
+        group_size=1 if temperature == 0 else samples,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        generator=torch.Generator().manual_seed(seed),
+        temperature=temperature,
+    )
+    texts = decode_completions(rollout, tokenizer)
+    ended = rollout.ended(tokenizer.eos_token_id).tolist()
+    right = [
+        end and tasks.verify(questions[i // rollout.group_size], text)
+        for i, (text, end) in enumerate(zip(texts, ended, strict=True))
+    ]
+    return sum(right) / len(right)

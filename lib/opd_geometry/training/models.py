@@ -1,0 +1,238 @@
+"""Models and tokenizer: ordinary Hugging Face checkpoints, tiny or large.
+
+The tiny models are Qwen3 decoders (transformers' own class, untied head, grouped-query
+attention) with a tokenizer that reads one character as one token. Whatever takes one of
+them takes any causal language model, by directory or by hub id.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from opd_geometry.training.tasks import CHARACTERS
+
+PAD, EOS = "<pad>", "<eos>"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a tiny Qwen3 model.
+
+    Attributes:
+        width: hidden size; heads have ``head_size`` channels each.
+        layers: number of decoder layers.
+        head_size: channels of a head; two query heads share a key-value head.
+        experts: 0 for one dense network a layer; else Qwen3-MoE, whose router sends
+            every token to two experts of a third of the dense network's size.
+    """
+
+    width: int = 128
+    layers: int = 4
+    head_size: int = 32
+    experts: int = 0
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A fast tokenizer: each character of ``tasks.CHARACTERS`` is one token."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="left"
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """A freshly initialised Qwen3 or Qwen3-MoE model in float32.
+
+    Args:
+        config: its shape.
+        seed: decides the initial weights; the global generator is left as it was.
+    """
+    heads = config.width // config.head_size
+    shape: dict[str, Any] = {
+        "vocab_size": 2 + len(CHARACTERS),
+        "hidden_size": config.width,
+        "intermediate_size": 3 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "head_dim": config.head_size,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "dtype": torch.float32,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not config.experts:
+            return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+        shape |= {
+            "num_experts": config.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": config.width,
+        }
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()
+
+
+def load_model(
+    source: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: a directory with a Hugging Face checkpoint, or a hub id, with
+            ``@revision`` or the newest.
+        dtype: the dtype of the loaded weights (float32: master weights).
+
+    Raises:
+        ValueError: one line that says what is missing or broken.
+    """
+    path = Path(source)
+    where, _, revision = str(source).partition("@")
+    at: dict[str, Any] = (
+        {"revision": revision} if revision and not path.exists() else {}
+    )
+    where = where if at else str(source)
+    if (path.exists() or path.is_absolute()) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"no checkpoint at {path}: expected a directory with config.json, "
+            "safetensors and a tokenizer"
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **at
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot load a model from {source}: {reason}; expected complete "
+            "safetensors of a causal language model"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would start from random numbers there
+        raise ValueError(
+            f"the checkpoint {source} lacks {min(report['missing_keys'])}; expected "
+            "complete safetensors of a causal language model"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **at)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot load the tokenizer beside {source}: {reason}; save one with "
+            "tokenizer.save_pretrained"
+        ) from error
+    if not tokenizer(CHARACTERS)["input_ids"]:  # made up from the model's type alone
+        raise ValueError(
+            f"no tokenizer beside {source}; save one with tokenizer.save_pretrained"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks say what is padding
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer beside {source} has {len(tokenizer)} tokens but the model "
+            f"has {model.config.vocab_size}; use the tokenizer it was trained with"
+        )
+    return model.eval(), tokenizer
+
+
+def check_reads_tasks(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot write and read the characters of the tasks.
+
+    Raises:
+        ValueError: the first character that does not come back.
+    """
+    for character in CHARACTERS:
+        ids = tokenizer(f"1{character}1", add_special_tokens=False)["input_ids"]
+        if character not in tokenizer.decode(ids)[1:-1]:
+            raise ValueError(
+                f"the tokenizer cannot read {character!r}, which the tasks use; "
+                "expected the tokenizer that the checkpoint was trained with"
+            )
+
+
+def check_same_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a teacher that reads other tokens than its student.
+
+    Raises:
+        ValueError: the first token on which the two vocabularies differ.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = sorted(t for t in ours.keys() | theirs if ours.get(t) != theirs.get(t))
+    if differing:
+        token = differing[0]
+        raise ValueError(
+            f"student and teacher tokenizers differ: token {token!r} is "
+            f"{ours.get(token)} for one and {theirs.get(token)} for the other; a "
+            "teacher scores its student's tokens, so both need one vocabulary"
+        )
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint so that it is there whole or not at all.
+
+    Args:
+        model: the model to store.
+        tokenizer: stored beside it.
+        directory: where; replaced if it exists.
+        dtype: dtype of the stored weights (None: as they are). The model in memory
+            keeps its own.
+    """
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        state = {
+            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        model.save_pretrained(draft, state_dict=state)
+        tokenizer.save_pretrained(draft)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(draft, directory)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def round_to_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """Round every weight to the nearest bfloat16 value, kept in float32.
+
+    A published checkpoint is stored in bf16, and the next stage starts from what was
+    stored: only then does a weight have to travel half a unit in the last place before
+    its stored value changes (the third gate of the paper's account).
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
+    return model

@@ -1,0 +1,343 @@
+"""On-policy distillation, RLVR and every mixture of them: one loop, one advantage.
+
+Per step (arXiv:2606.07082, section 2 and appendix G): draw prompts, let the student
+(or the teacher) write a group of completions for each, score every token, form the
+advantage
+
+    A_t = alpha * (log pi_T(y_t) - log pi_theta(y_t)) + (1 - alpha) * A_GRPO(y),
+
+and take one clipped policy-gradient step. alpha = 1 is OPD, alpha = 0 is RLVR.
+
+``policy_steps`` is the whole loop, a generator like ``sft.sft_steps``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd_geometry.training import losses, tasks
+from opd_geometry.training.optimizer import (
+    OptimizerConfig,
+    check_finite,
+    learning_rate,
+    set_learning_rate,
+)
+from opd_geometry.training.rollout import (
+    Rollout,
+    completion_log_probs,
+    completion_logits,
+    decode_completions,
+    encode_prompts,
+    sample,
+)
+
+_STREAM = 2  # separates this loop's random numbers from the supervised loop's
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """One run of the policy loop.
+
+    Attributes:
+        optimizer: AdamW and schedule (constant in the paper).
+        steps: rollout rounds; one optimizer step each.
+        prompts_per_step, group_size: the batch is their product.
+        alpha: weight of the distillation advantage; 1 is OPD, 0 is RLVR.
+        estimator: ``sampled`` (gap of the sampled token, the paper's experiments) or
+            ``full`` (reverse KL over the vocabulary, the paper's appendix D).
+        rollouts: who writes the completions, ``student`` or ``teacher``.
+        credit: ``gap`` (the advantage above) or ``likelihood``: every token's advantage
+            is one. With the teacher's rollouts that is cross-entropy on what the
+            teacher wrote, at this loop's budget.
+        token_selection: ``all``, ``top-gap`` or ``random``.
+        keep_frac: share of tokens that a selection keeps.
+        clip_low, clip_high: the importance ratio stays within 1 - low and 1 + high.
+        temperature: of the rollouts.
+        max_new_tokens: longest completion.
+        benchmarks: which task distributions the prompts come from.
+        micro_prompts: prompts (with their groups) a forward pass; memory only.
+        mixed_precision: ``no`` or ``bf16`` (autocast; weights stay float32).
+    """
+
+    optimizer: OptimizerConfig
+    steps: int
+    prompts_per_step: int = 24
+    group_size: int = 8
+    alpha: float = 1.0
+    estimator: str = "sampled"
+    rollouts: str = "student"
+    credit: str = "gap"
+    token_selection: str = "all"
+    keep_frac: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    temperature: float = 1.0
+    max_new_tokens: int = 40
+    benchmarks: tuple[str, ...] = ("chain",)
+    micro_prompts: int = 24
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha {self.alpha}: expected 0 (RLVR) to 1 (OPD)")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r}: expected {' or '.join(known)}"
+                )
+        if self.estimator == "full" and (
+            self.alpha < 1.0 or self.token_selection != "all"
+        ):
+            raise ValueError(
+                f"estimator full with alpha {self.alpha} and {self.token_selection} "
+                "tokens: the full-vocabulary reverse KL has no per-token advantage to "
+                "mix or select; use the sampled estimator"
+            )
+        if self.credit == "likelihood" and (
+            self.alpha < 1.0 or self.estimator == "full"
+        ):
+            raise ValueError(
+                f"credit likelihood with alpha {self.alpha} and estimator "
+                f"{self.estimator}: every token's advantage is one, nothing is mixed; "
+                "use alpha 1 and the sampled estimator"
+            )
+        if self.token_selection == "top-gap" and not self.needs_teacher:
+            raise ValueError(
+                "token_selection top-gap with alpha 0: no teacher scores the tokens; "
+                "select at random, or set alpha above 0"
+            )
+        if not self.temperature > 0.0:
+            raise ValueError(
+                f"temperature {self.temperature}: expected above 0; a policy gradient "
+                "needs samples"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a step asks the teacher anything."""
+        return self.alpha > 0.0 or self.rollouts == "teacher"
+
+
+_CHOICES = {
+    "estimator": ("sampled", "full"),
+    "rollouts": ("student", "teacher"),
+    "credit": ("gap", "likelihood"),
+    "token_selection": ("all", "top-gap", "random"),
+}
+
+
+def policy_steps(
+    config: PolicyConfig,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    *,
+    seed: int,
+    first_step: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Train by policy gradient; yields the step's metrics after each optimizer step.
+
+    Args:
+        config: the run.
+        model: the student, trained in place, float32 weights.
+        teacher: scores the tokens (and writes them off-policy); same vocabulary.
+        tokenizer: of both.
+        optimizer: as made by ``optimizer.adamw``, with its moments when resuming.
+        seed: decides prompts, samples and token masks together with the step.
+        first_step: where to continue.
+
+    Yields:
+        ``reward`` (share of verified completions), ``gap`` (mean r_t in nats, when a
+        teacher scores), ``loss``, ``grad_norm``, ``tokens`` (mean completion length),
+        ``learned_frac`` (share of the prompts that had something to teach),
+        ``learning_rate``.
+
+    Raises:
+        ValueError: the configuration needs a teacher and none is given, or a gradient
+            is not finite.
+    """
+    if config.needs_teacher and teacher is None:
+        raise ValueError(f"alpha {config.alpha} needs a teacher; give one, or alpha 0")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device).eval()
+    model.eval()  # no dropout anywhere; Qwen3 has none, other models may
+    author = model if config.rollouts == "student" else teacher
+    assert author is not None
+    for step in range(first_step, config.steps):
+        rate = learning_rate(config.optimizer, step, config.steps)
+        set_learning_rate(optimizer, rate)
+        generator = step_generator(seed, step)
+
+        # 1. rollouts and rewards
+        problems = draw_prompts(config, seed, step)
+        prompt_ids, prompt_mask = encode_prompts(
+            [problem.prompt for problem in problems], tokenizer
+        )
+        rollout = sample(
+            author,
+            prompt_ids.to(accelerator.device),
+            prompt_mask.to(accelerator.device),
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            generator=generator,
+            temperature=config.temperature,
+        )
+        rewards = verify_completions(problems, rollout, tokenizer)
+        reward_advantages = torch.zeros_like(rewards)
+        if config.alpha < 1.0:
+            reward_advantages = losses.group_advantage(rewards, config.group_size)
+        random_weights = random_token_weights(config, rollout, generator)
+
+        # 2. one gradient, a few prompts with their groups at a time
+        kept = prompts_to_learn(config, rewards)
+        learned = rollout.mask[rollout.rows_of(kept)].sum()
+        totals = {"loss": 0.0, "gap": 0.0}
+        for part in kept.split(config.micro_prompts) if len(kept) else ():
+            piece, rows = rollout.take(part), rollout.rows_of(part)
+            width = piece.mask.shape[1]
+            if config.estimator == "full":
+                loss, gap = full_vocabulary_loss(config, model, teacher, piece)
+            else:
+                log_probs = completion_log_probs(model, piece, config.temperature)
+                # teacher-written tokens have no sampling probability of the student
+                own = config.rollouts == "student"
+                old = piece.log_probs if own else log_probs.detach()
+                gap = token_gap(config, old, teacher, piece)
+                weights = random_weights[rows, :width]
+                if config.token_selection == "top-gap":
+                    weights = losses.top_gap_weights(gap, piece.mask, config.keep_frac)
+                advantages = torch.ones_like(gap)
+                if config.credit == "gap":
+                    advantages = losses.mix_advantages(
+                        -gap, reward_advantages[rows], config.alpha
+                    )
+                loss = losses.policy_loss(
+                    log_probs,
+                    old,
+                    advantages,
+                    weights,
+                    piece.mask,
+                    config.clip_low,
+                    config.clip_high,
+                    n_sequences=len(rows),
+                )
+            share = len(part) / len(kept)
+            accelerator.backward(loss * share)
+            totals["loss"] += float(loss.detach()) * share
+            totals["gap"] += float(gap.sum() / learned)
+
+        # 3. one optimizer step, unless no group had anything to teach
+        norm = float(
+            accelerator.clip_grad_norm_(
+                model.parameters(), config.optimizer.max_grad_norm
+            )
+        )
+        check_finite(norm, step, rate)
+        if len(kept):
+            optimizer.step()
+        optimizer.zero_grad()
+        yield {
+            **totals,
+            "reward": float(rewards.mean()),
+            "tokens": float(rollout.mask.sum() / len(rewards)),
+            "learned_frac": len(kept) / len(problems),
+            "grad_norm": norm,
+            "learning_rate": rate,
+        }
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one step's samples and token masks, a function of both."""
+    words = np.random.SeedSequence([seed, _STREAM, step, 1]).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+def draw_prompts(config: PolicyConfig, seed: int, step: int) -> list[tasks.Problem]:
+    """The problems of one step, the benchmarks in equal shares."""
+    rng = np.random.default_rng([seed, _STREAM, step, 0])
+    names = config.benchmarks
+    return [
+        tasks.draw_problem(names[i % len(names)], rng)
+        for i in range(config.prompts_per_step)
+    ]
+
+
+def verify_completions(
+    problems: list[tasks.Problem], rollout: Rollout, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """Binary reward of every completion, (B,) float32; an unfinished one earns 0."""
+    texts = decode_completions(rollout, tokenizer)
+    right = [
+        float(tasks.verify(problems[i // rollout.group_size], text))
+        for i, text in enumerate(texts)
+    ]
+    ended = rollout.ended(tokenizer.eos_token_id)
+    return torch.tensor(right, device=ended.device) * ended
+
+
+def prompts_to_learn(config: PolicyConfig, rewards: Tensor) -> Tensor:
+    """Prompts that contribute: RLVR skips groups whose rewards are all alike.
+
+    With any distillation in the mix every prompt carries a signal, so none is skipped.
+    """
+    groups = len(rewards) // config.group_size
+    if config.alpha > 0.0:
+        return torch.arange(groups, device=rewards.device)
+    return losses.group_has_variance(rewards, config.group_size).nonzero().squeeze(1)
+
+
+def token_gap(
+    config: PolicyConfig,
+    student_log_probs: Tensor,
+    teacher: PreTrainedModel | None,
+    piece: Rollout,
+) -> Tensor:
+    """r_t = log pi_theta - log pi_T on the written tokens, (B, T), 0 off the mask.
+
+    Zeros when nothing asks for the teacher (RLVR), which is then not run.
+    """
+    if teacher is None or not config.needs_teacher:
+        return torch.zeros_like(student_log_probs)
+    with torch.no_grad():
+        scored = completion_log_probs(teacher, piece, config.temperature)
+    return -losses.opd_advantage(student_log_probs, scored).masked_fill(~piece.mask, 0)
+
+
+def full_vocabulary_loss(
+    config: PolicyConfig,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    piece: Rollout,
+) -> tuple[Tensor, Tensor]:
+    """Reverse KL over the vocabulary on the visited states, and the sampled gap."""
+    assert teacher is not None
+    with torch.no_grad():
+        theirs = completion_logits(teacher, piece) / config.temperature
+    ours = completion_logits(model, piece) / config.temperature
+    gap = losses.token_log_probs(ours.detach(), piece.completions)
+    gap = gap - losses.token_log_probs(theirs, piece.completions)
+    return (
+        losses.reverse_kl(ours, theirs, piece.mask),
+        gap.masked_fill(~piece.mask, 0.0),
+    )
+
+
+def random_token_weights(
+    config: PolicyConfig, rollout: Rollout, generator: torch.Generator
+) -> Tensor:
+    """Weights (B, T) of the tokens: ones, or a random selection rescaled to its sum.
+
+    Drawn for the whole batch at once, so that micro-batches do not change the draw.
+    """
+    if config.token_selection != "random":
+        return torch.ones_like(rollout.log_probs)
+    return losses.random_token_weights(rollout.mask, config.keep_frac, generator)

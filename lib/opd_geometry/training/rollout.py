@@ -1,0 +1,335 @@
+"""Sampling completions, and scoring them under any model.
+
+Both share one idea: a prompt is read once for the whole group of its completions. To
+sample, its keys and values are copied to the group; to score, when all tokens are
+known, prompt and group are laid out as one row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd_geometry.training.losses import token_log_probs
+
+# Tokens that are scored at a time: what stays in a processor's caches is computed
+# faster, while an accelerator wants to be kept busy. No result depends on it.
+_TOKENS_PER_PASS = {"cpu": 1024}
+_MANY_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of sampled completions, ``B = prompts * group_size`` rows.
+
+    Attributes:
+        prompt_ids: (P, L) int64, left-padded; one row per distinct prompt.
+        prompt_mask: (P, L) int64, 1 where a real token stands.
+        completions: (B, T) int64, right-padded; rows of a group are neighbours.
+        mask: (B, T) bool, true up to and including the end-of-sequence token.
+        log_probs: (B, T) float32, log-probability of each token under the model and
+            temperature it was sampled with; 0 where ``mask`` is false.
+        group_size: completions per prompt.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completions: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    group_size: int
+
+    def take(self, prompts: Tensor) -> "Rollout":
+        """The given prompts with their groups, cut to the longest of each."""
+        rows = self.rows_of(prompts)
+        mask = self.mask[rows]
+        longest = int(mask.sum(1).max())
+        prompt_mask = self.prompt_mask[prompts]
+        first = prompt_mask.shape[1] - int(prompt_mask.sum(1).max())
+        return Rollout(
+            self.prompt_ids[prompts, first:],
+            prompt_mask[:, first:],
+            self.completions[rows, :longest],
+            mask[:, :longest],
+            self.log_probs[rows, :longest],
+            self.group_size,
+        )
+
+    def ended(self, eos_token_id: int) -> Tensor:
+        """Which completions the model ended itself, (B,) bool; the others were cut."""
+        return ((self.completions == eos_token_id) & self.mask).any(1)
+
+    def rows_of(self, prompts: Tensor) -> Tensor:
+        """Row numbers of the groups of the given prompts."""
+        members = torch.arange(self.group_size, device=prompts.device)
+        return (prompts[:, None] * self.group_size + members).flatten()
+
+
+def encode_prompts(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
+    """Tokenize prompts, left-padded: ids and mask, both (P, L) int64."""
+    batch = tokenizer(
+        prompts, padding=True, return_tensors="pt", add_special_tokens=False
+    )
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def decode_completions(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Completion texts without the end-of-sequence token; ``B`` strings.
+
+    Any other special token that was sampled shows, so that no verifier misses it.
+    """
+    lengths = (rollout.mask & (rollout.completions != tokenizer.eos_token_id)).sum(1)
+    rows = zip(rollout.completions.tolist(), lengths.tolist(), strict=True)
+    return list(tokenizer.batch_decode([ids[:length] for ids, length in rows]))
+
+
+def _read_prompts(
+    model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int
+) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """Prefill each prompt once, then copy its cache to its group.
+
+    Returns the logits of the first completion token (B, V), the cache, the mask (B, L)
+    and the prompt lengths (B, 1).
+    """
+    cache = DynamicCache(config=model.config)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(group_size)
+    mask = prompt_mask.repeat_interleave(group_size, 0)
+    lengths = mask.sum(1, keepdim=True)
+    return logits.repeat_interleave(group_size, 0), cache, mask, lengths
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    eos_token_id: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Sample ``group_size`` completions per prompt with a key-value cache.
+
+    Every row has its own uniform number at every position (inverse transform), so what
+    one row draws does not depend on when others finish. Finished rows leave the batch
+    once a tenth of it is done.
+
+    Args:
+        model: any causal language model.
+        prompt_ids, prompt_mask: (P, L) int64, left-padded.
+        group_size: completions per prompt.
+        max_new_tokens: longest completion; a row that has not ended by then is cut.
+        eos_token_id: the token that ends a row.
+        generator: CPU generator; the only source of randomness.
+        temperature: logits are divided by it; 0 takes the most likely token.
+
+    Returns:
+        The rollout, with the log-probabilities it was sampled with.
+    """
+    logits, cache, mask, lengths = _read_prompts(
+        model, prompt_ids, prompt_mask, group_size
+    )
+    rows, device = logits.shape[0], logits.device
+    uniform = torch.rand(max_new_tokens, rows, 1, generator=generator).to(device)
+    tokens = torch.full((rows, max_new_tokens), eos_token_id, device=device)
+    log_probs = torch.zeros(rows, max_new_tokens, device=device)
+    drawn = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    batch = torch.arange(rows, device=device)  # rows that are still in the cache
+    running = torch.ones_like(batch, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        chosen, log_prob = _draw(logits, uniform[t, batch], temperature)
+        tokens[batch, t] = torch.where(running, chosen, eos_token_id)
+        log_probs[batch, t] = torch.where(running, log_prob, 0.0)
+        drawn[batch, t] = running
+        running = running & (chosen != eos_token_id)
+        alive = int(running.sum())
+        if alive == 0 or t + 1 == max_new_tokens:
+            break
+        if alive <= 0.9 * len(batch):
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            batch, mask, lengths = batch[keep], mask[keep], lengths[keep]
+            chosen, running = chosen[keep], running[keep]
+        mask = pad(mask, (0, 1), value=1)
+        with torch.inference_mode():
+            logits = model(
+                input_ids=chosen[:, None],
+                attention_mask=mask,
+                position_ids=lengths + t,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+    used = t + 1
+    return Rollout(
+        prompt_ids,
+        prompt_mask,
+        tokens[:, :used],
+        drawn[:, :used],
+        log_probs[:, :used],
+        group_size,
+    )
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token a row by inverse transform (or the most likely one), and its log-prob.
+
+    Args:
+        logits: (B, V).
+        uniform: (B, 1) in [0, 1).
+        temperature: 0 means greedy, scored at temperature 1.
+
+    Returns:
+        Tokens (B,) int64 and their float32 log-probabilities (B,).
+    """
+    log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = log_probs.argmax(-1, keepdim=True)
+    else:
+        # float64: the last bins must not vanish in the sum over a large vocabulary
+        cumulative = log_probs.double().exp().cumsum(-1)
+        tokens = torch.searchsorted(
+            cumulative, uniform * cumulative[:, -1:], right=True
+        )
+        tokens.clamp_(max=logits.shape[-1] - 1)
+    return tokens.squeeze(1), log_probs.gather(1, tokens).squeeze(1)
+
+
+def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """Logits of every completion token, each prompt read once per group.
+
+    Equal to a forward pass over prompt and completion together, at a fraction of its
+    cost; differentiable. A prompt and its group form one row, in which a completion
+    sees the prompt and itself but not its neighbours; rows of like length share a pass.
+
+    Returns:
+        (B, T, V); position t scores ``rollout.completions[:, t]``.
+
+    Raises:
+        ValueError: a layer of the model decides by itself whom a token sees.
+    """
+    _require_masked_attention(model, rollout)
+    width = rollout.mask.shape[1]
+    parts = _passes(rollout)
+    logits = [_one_pass(model, rollout.take(part)) for part in parts]
+    padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in logits]
+    rows = torch.cat([rollout.rows_of(part) for part in parts])
+    return torch.cat(padded)[rows.argsort()]
+
+
+def _passes(rollout: Rollout) -> tuple[Tensor, ...]:
+    """Prompts of like length together, a few at a time: little padding, warm caches."""
+    tokens = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1)
+    longest = rollout.prompt_ids.shape[1] + int(tokens.max())
+    budget = _TOKENS_PER_PASS.get(rollout.mask.device.type, _MANY_TOKENS)
+    return tokens.argsort(stable=True).split(max(1, budget // longest))
+
+
+def _one_pass(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """``completion_logits`` in one forward pass, (B, T, V)."""
+    ids, positions, visible, source = _pack(rollout)
+    logits = model(
+        input_ids=ids,
+        attention_mask=_as_model_mask(visible, model),
+        position_ids=positions,
+        use_cache=False,
+    ).logits
+    prompt = torch.arange(len(source), device=ids.device) // rollout.group_size
+    return logits[prompt[:, None], source]
+
+
+def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay each prompt and its group out as one row of S tokens.
+
+    The last token of a completion is left out: nothing is predicted from it.
+
+    Returns:
+        ids and positions (P, S) int64; visible (P, S, S) bool, who sees whom; source
+        (B, T) int64, the place in its row whose logits score a completion's token.
+    """
+    prompts, width = rollout.prompt_ids.shape
+    device = rollout.mask.device
+    given = rollout.mask[:, 1:]  # tokens that predict another one
+    counts = given.sum(1).view(prompts, -1)
+    start = (width + counts.cumsum(1) - counts).view(-1, 1)
+    size = width + int(counts.sum(1).max())
+    step = torch.arange(rollout.mask.shape[1], device=device)
+    source = (start + step - 1).masked_fill(~rollout.mask, 0)
+    source[:, 0] = width - 1
+
+    member = torch.arange(len(start), device=device)[:, None].expand_as(given)[given]
+    rows, places = member // rollout.group_size, source[:, 1:][given]
+    lengths = rollout.prompt_mask.sum(1)
+    ids = rollout.prompt_ids.new_zeros(prompts, size)
+    positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
+    ids[:, :width] = rollout.prompt_ids
+    positions[:, :width] = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)
+    branch[:, :width] = rollout.prompt_mask - 1  # 0 on the prompt, -1 on padding
+    ids[rows, places] = rollout.completions[:, :-1][given]
+    positions[rows, places] = lengths[rows] + step[:-1].expand_as(given)[given]
+    branch[rows, places] = 1 + member
+    same = branch[:, :, None] == branch[:, None, :]
+    visible = (same | (branch == 0)[:, None, :]).tril()
+    return ids, positions, visible, source
+
+
+def _require_masked_attention(model: PreTrainedModel, rollout: Rollout) -> None:
+    """Refuse layers that would not keep the completions of a row apart."""
+    how = getattr(model.config, "_attn_implementation", "sdpa")
+    if how not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attention {how}: expected sdpa or eager, which take a mask for every "
+            "pair of tokens; call model.set_attn_implementation('sdpa')"
+        )
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        raise ValueError(
+            f"layers of type {', '.join(others)}: expected attention, whose mask keeps "
+            "the completions of a prompt apart; choose a model without them"
+        )
+    longest = rollout.prompt_ids.shape[1] + rollout.mask.shape[1]
+    window = getattr(model.config, "sliding_window", None) or longest
+    if longest > window:
+        raise ValueError(
+            f"{longest} tokens in a model with a sliding window of {window}: expected "
+            "no more than the window; shorten max_new_tokens or choose another model"
+        )
+
+
+def _as_model_mask(visible: Tensor, model: PreTrainedModel) -> Tensor:
+    """(P, S, S) bool as the (P, 1, S, S) mask that the model's attention expects."""
+    visible = visible[:, None]
+    if model.config._attn_implementation != "eager":
+        return visible
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, lowest)
+
+
+def completion_log_probs(
+    model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of every sampled token under ``model``.
+
+    Returns:
+        (B, T) float32, in nats; 0 where ``rollout.mask`` is false.
+    """
+    logits = completion_logits(model, rollout) / temperature
+    log_probs = token_log_probs(logits, rollout.completions)
+    return log_probs.masked_fill(~rollout.mask, 0.0)

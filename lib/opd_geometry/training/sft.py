@@ -1,0 +1,161 @@
+"""Supervised training on demonstrations: pretraining, the SFT arm, the teacher.
+
+``sft_steps`` is the whole loop. It is a generator: each ``next`` is one optimizer step,
+so whoever runs it decides what to store and when (see ``runs``). Every batch is drawn
+from (seed, step) alone, hence nothing but weights, moments and the step has to be saved
+for a resumed run to continue bit for bit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd_geometry.training import tasks
+from opd_geometry.training.losses import sft_loss
+from opd_geometry.training.optimizer import (
+    OptimizerConfig,
+    check_finite,
+    learning_rate,
+    set_learning_rate,
+)
+
+_STREAM = 1  # separates this loop's random numbers from the policy loop's
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """One supervised run.
+
+    Attributes:
+        optimizer: AdamW and schedule.
+        steps: optimizer steps.
+        batch_sequences: demonstrations a step.
+        micro_batch: demonstrations a forward pass (memory only, never the result).
+        data: ``demonstrations`` of the tasks, or one of the broad mixtures,
+            ``pretraining`` and ``annealing`` (see ``tasks.draw_pretraining``).
+        benchmarks: which task distributions the demonstrations come from.
+        qualities: (quality, weight) pairs of the demonstrations.
+        learn_prompt: whether prompt tokens are learned too (pretraining).
+        mixed_precision: ``no`` or ``bf16`` (autocast; weights stay float32).
+    """
+
+    optimizer: OptimizerConfig
+    steps: int
+    batch_sequences: int
+    micro_batch: int = 128
+    data: str = "demonstrations"
+    benchmarks: tuple[str, ...] = ("chain", "gcd", "base")
+    qualities: tuple[tuple[str, float], ...] = (("careful", 1.0),)
+    learn_prompt: bool = False
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.data not in ("demonstrations", "pretraining", "annealing"):
+            raise ValueError(
+                f"unknown data {self.data!r}; expected demonstrations, pretraining "
+                "or annealing"
+            )
+
+
+def sft_steps(
+    config: SFTConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    *,
+    seed: int,
+    first_step: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Train on demonstrations; yields the step's metrics after each optimizer step.
+
+    Args:
+        config: the run.
+        model: trained in place, float32 weights.
+        tokenizer: reads and pads the demonstrations.
+        optimizer: as made by ``optimizer.adamw``, with its moments when resuming.
+        seed: decides the demonstrations together with the step.
+        first_step: where to continue.
+
+    Yields:
+        ``loss`` (nats a token), ``grad_norm`` (before clipping), ``learning_rate``.
+
+    Raises:
+        ValueError: a gradient that is not finite.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.eval()  # no dropout anywhere; Qwen3 has none, other models may
+    for step in range(first_step, config.steps):
+        rate = learning_rate(config.optimizer, step, config.steps)
+        set_learning_rate(optimizer, rate)
+        # neighbours in length share a forward pass, so that little of it is padding
+        pairs = sorted(draw_batch(config, seed, step), key=lambda p: len(p[0] + p[1]))
+        parts = [
+            encode_pairs(part, tokenizer, config.learn_prompt)
+            for part in batched(pairs, config.micro_batch)
+        ]
+        total = float(sum(learned[:, 1:].sum() for _, learned in parts))
+        loss_sum = 0.0
+        for tokens, learned in parts:
+            ids = tokens.to(accelerator.device)
+            mask = learned[:, 1:].to(accelerator.device)
+            logits = model(input_ids=ids[:, :-1]).logits
+            loss = sft_loss(logits, ids[:, 1:], mask, denominator=total)
+            accelerator.backward(loss)
+            loss_sum += loss.item()
+        norm = float(
+            accelerator.clip_grad_norm_(
+                model.parameters(), config.optimizer.max_grad_norm
+            )
+        )
+        check_finite(norm, step, rate)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield {"loss": loss_sum, "grad_norm": norm, "learning_rate": rate}
+
+
+def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]:
+    """The (prompt, response) pairs of one step."""
+    rng = np.random.default_rng([seed, _STREAM, step])
+    if config.data != "demonstrations":
+        annealing = config.data == "annealing"
+        return tasks.draw_pretraining(config.batch_sequences, rng, annealing)
+    return tasks.draw_demonstrations(
+        config.batch_sequences, config.benchmarks, dict(config.qualities), rng
+    )
+
+
+def batched(pairs: list[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    """Consecutive slices of at most ``size`` pairs."""
+    return (pairs[i : i + size] for i in range(0, len(pairs), size))
+
+
+def encode_pairs(
+    pairs: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    learn_prompt: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Tokenize (prompt, response) pairs, right-padded, each ended by the EOS token.
+
+    Prompt and response are tokenized apart, so that the boundary is where sampling
+    will put it, whatever the tokenizer merges.
+
+    Returns:
+        tokens (B, T) int64 and learned (B, T) bool: true on response and EOS, and on
+        the prompt if ``learn_prompt``.
+    """
+    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([r for _, r in pairs], add_special_tokens=False)["input_ids"]
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = [[*p, *a, eos] for p, a in zip(prompts, answers, strict=True)]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    position = torch.arange(longest)
+    length = torch.tensor([len(row) for row in rows])[:, None]
+    start = torch.tensor([0 if learn_prompt else len(p) for p in prompts])[:, None]
+    return tokens, (position >= start) & (position < length)
