@@ -39,6 +39,22 @@ from opd_geometry.experiments.runs import BRANCH_FRAC
 SHARES = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 
 
+def _panels(
+    count: int, height: float, sharex: bool = False
+) -> tuple[Figure, Sequence[Axes]]:
+    """A row of panels across the page, whose rows mean the same."""
+    figure, axes = plt.subplots(
+        1, count, figsize=(WIDTH, height), sharex=sharex, sharey=True, squeeze=False
+    )
+    return figure, list(axes[0])
+
+
+def _name_rows(ax: Axes, names: Sequence[str], **look: Any) -> None:
+    """Names at the rows 0, 1, ... from the top of the leftmost panel."""
+    ax.set_yticks(range(len(names)), names, **look)
+    ax.invert_yaxis()
+
+
 def against_norm(
     table: pd.DataFrame, arms: Sequence[str], metrics: Sequence[str]
 ) -> Figure:
@@ -115,14 +131,8 @@ def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Fi
     there = set(zip(comparison["arm"], comparison["other"], strict=True))
     pairs = [pair for pair in names if pair in there]
     with styled():
-        figure, axes = plt.subplots(
-            1,
-            len(metrics),
-            figsize=(WIDTH, 0.9 + 0.5 * len(pairs)),
-            sharey=True,
-            squeeze=False,
-        )
-        for ax, metric in zip(axes[0], metrics, strict=True):
+        figure, axes = _panels(len(metrics), 0.9 + 0.5 * len(pairs))
+        for ax, metric in zip(axes, metrics, strict=True):
             of_metric = comparison[comparison["metric"] == metric]
             for place, pair in enumerate(pairs):
                 of_pair = (of_metric["arm"] == pair[0]) & (
@@ -138,8 +148,7 @@ def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Fi
             f"{names[pair]}\n{ARM_STYLES[pair[0]].label} → {ARM_STYLES[pair[1]].label}"
             for pair in pairs
         ]
-        axes[0][0].set_yticks(range(len(pairs)), labels, fontsize=7)
-        axes[0][0].invert_yaxis()
+        _name_rows(axes[0], labels, fontsize=7)
         figure.supxlabel(
             "factor ( ○ at the end   ● at equal norm   ┃ Gaussian updates there )",
             fontsize=8,
@@ -207,15 +216,9 @@ def subspace_dots(
         if any(f"{n}-projected{suffix}" in set(found[n]["arm"]) for n in families)
     ]
     with styled():
-        figure, axes = plt.subplots(
-            1,
-            len(families),
-            figsize=(WIDTH, 1.1 + 0.3 * len(suffixes)),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
-        for ax, name in zip(axes[0], families, strict=True):
+        height = 1.1 + 0.3 * len(suffixes)
+        figure, axes = _panels(len(families), height, sharex=True)
+        for ax, name in zip(axes, families, strict=True):
             rows = found[name].set_index("arm")
             for place, suffix in enumerate(suffixes):
                 arm = f"{name}-projected{suffix}"
@@ -226,8 +229,7 @@ def subspace_dots(
             ax.axvline(rows.loc[STOPPED, "difference"], color=GREY, ls=":", lw=1.2)
             ax.set_title(ARM_STYLES[name].label, color=ARM_STYLES[name].colour)
         labels = [CONFINED_STYLES[suffix].label for suffix in suffixes]
-        axes[0][0].set_yticks(range(len(suffixes)), labels)
-        axes[0][0].invert_yaxis()
+        _name_rows(axes[0], labels)
         figure.supxlabel(
             "accuracy minus the free run's ( ┊ stopped at the branch   ▒ margin )",
             fontsize=8,
@@ -268,10 +270,8 @@ def rank_sweep(
     families = present(table, families)
     values = over_matrices(table, metric)
     with styled():
-        figure, axes = plt.subplots(
-            1, len(families), figsize=(WIDTH, 2.8), sharey=True, squeeze=False
-        )
-        for ax, name in zip(axes[0], families, strict=True):
+        figure, axes = _panels(len(families), 2.8)
+        for ax, name in zip(axes, families, strict=True):
             for kind in ("", "-random"):
                 _draw_ranks(ax, values, name, kind, ranks)
             of_free = values[values["arm"] == name]
@@ -286,8 +286,8 @@ def rank_sweep(
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlim(min(ranks.values()) / 1.1, max(ranks.values()) * 1.1)
-        axes[0][0].set_ylabel(METRIC_LABELS.get(metric, metric))
-        for ax in axes[0]:
+        axes[0].set_ylabel(METRIC_LABELS.get(metric, metric))
+        for ax in axes:
             ax.set_ylim(ax.get_ylim())
             place_labels(ax)
     return figure
@@ -329,15 +329,9 @@ def benchmark_dots(
     """
     families = present(table, families)
     with styled():
-        figure, axes = plt.subplots(
-            1,
-            len(families),
-            figsize=(WIDTH, 1.3 + 0.42 * len(ALL_ACCURACIES)),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
-        for ax, name in zip(axes[0], families, strict=True):
+        height = 1.3 + 0.42 * len(ALL_ACCURACIES)
+        figure, axes = _panels(len(families), height, sharex=True)
+        for ax, name in zip(axes, families, strict=True):
             arms = {name: ARM_STYLES[name]._replace(label="free")}
             arms |= {f"{name}-projected{s}": CONFINED_STYLES[s] for s in suffixes}
             for shift, (arm, look) in enumerate(arms.items()):
@@ -347,9 +341,8 @@ def benchmark_dots(
             for between in range(1, len(ALL_ACCURACIES)):
                 ax.axhline(between - 0.5, color=GREY, lw=0.3)
         names = [metric.removeprefix("accuracy/") for metric in ALL_ACCURACIES]
-        axes[0][0].set_yticks(range(len(names)), names)
-        axes[0][0].invert_yaxis()
-        dots, labels = axes[0][0].get_legend_handles_labels()
+        _name_rows(axes[0], names)
+        dots, labels = axes[0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(labels)}
         figure.legend(dots, labels, fontsize=8, frameon=False, **place)
     return figure
@@ -475,39 +468,39 @@ def variant_dots(
     """
     names = {arm: arms[arm] for arm in present(table, arms)}
     with styled():
-        figure, axes = plt.subplots(
-            1,
-            len(metrics),
-            figsize=(WIDTH, 0.9 + 0.34 * len(names)),
-            sharey=True,
-            squeeze=False,
-        )
-        for ax, metric in zip(axes[0], metrics, strict=True):
-            first = None
+        figure, axes = _panels(len(metrics), 0.9 + 0.34 * len(names))
+        for ax, metric in zip(axes, metrics, strict=True):
             for place, arm in enumerate(names):
-                seeds = at_end(table[table["arm"] == arm], metric)["value"]
-                null = at_end(table[table["arm"] == arm], f"null_{metric}")["value"]
-                colour = ARM_STYLES[arm].colour
-                ax.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5, ms=4)
-                ax.plot(seeds.mean(), place, "o", color=colour, ms=6)
-                ax.plot(null.mean(), place, "|", color=GREY, ms=11, mew=2)
-                first = seeds.mean() if first is None else first
-            if metric in margins and first is not None:
-                low, high = margins[metric]
-                share = metric in SHARES
-                band = (
-                    (first + low, first + high)
-                    if share
-                    else (first * low, first * high)
-                )
+                _draw_variant(ax, place, table[table["arm"] == arm], metric)
+            if metric in margins:
+                ends = at_end(table[table["arm"] == next(iter(names))], metric)
+                band = _around(ends["value"].mean(), margins[metric], metric)
                 ax.axvspan(*band, color=GREY, alpha=0.15, lw=0)
             ax.set_title(METRIC_LABELS[metric].replace(", ", ",\n"))
-        axes[0][0].set_yticks(range(len(names)), list(names.values()))
-        axes[0][0].invert_yaxis()
+        _name_rows(axes[0], list(names.values()))
         figure.supxlabel(
             "( ● mean over seeds   ┃ Gaussian null   ▒ margin )", fontsize=8, color=GREY
         )
     return figure
+
+
+def _draw_variant(ax: Axes, place: int, of_arm: pd.DataFrame, metric: str) -> None:
+    """One variant in one metric: its seeds, their mean and its null."""
+    seeds, null = (at_end(of_arm, name)["value"] for name in (metric, f"null_{metric}"))
+    colour = ARM_STYLES[of_arm["arm"].iloc[0]].colour
+    ax.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5, ms=4)
+    ax.plot(seeds.mean(), place, "o", color=colour, ms=6)
+    ax.plot(null.mean(), place, "|", color=GREY, ms=11, mew=2)
+
+
+def _around(
+    value: float, margin: tuple[float, float], metric: str
+) -> tuple[float, float]:
+    """The ends of a margin of differences for a share, of factors otherwise."""
+    low, high = margin
+    if metric in SHARES:
+        return value + low, value + high
+    return value * low, value * high
 
 
 # --- all claims at once ----------------------------------------------------------
