@@ -65,6 +65,7 @@ def judge(claim: Claim, table: pd.DataFrame) -> Finding:
     Raises:
         ValueError: columns are missing, or an arm has two runs of one seed.
     """
+    table = _of_claim(claim, table)
     check_table(table)
     runs = _runs(claim, table)
     if missing(claim, table):
@@ -151,6 +152,7 @@ def parts_table(claim_id: str, table: pd.DataFrame) -> pd.DataFrame:
         ValueError: unknown claim, or as ``judge``.
     """
     claim = claim_of(claim_id)
+    table = _of_claim(claim, table)
     check_table(table)
     judged: list[tuple[str, Part, str]] = []
     if not missing(claim, table):
@@ -253,6 +255,14 @@ def check_table(table: pd.DataFrame) -> None:
         raise ValueError(
             f"two runs of arm {arm}, seed {seed}; expected one: keep a single profile"
         )
+
+
+def _of_claim(claim: Claim, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows a claim may read: few of many, and each part goes through them again."""
+    if "arm" not in table:
+        return table
+    arms = arms_matching(table, claim.arms + claim.control_arms)
+    return table[table["arm"].isin(arms)]
 
 
 def missing(claim: Claim, table: pd.DataFrame) -> list[str]:
