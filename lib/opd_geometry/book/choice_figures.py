@@ -28,7 +28,6 @@ from opd_geometry.book.figures import (
     ARM_STYLES,
     BLUE,
     GREY,
-    MASK_ALPHA,
     METRIC_LABELS,
     NULL_LABEL,
     RED,
@@ -39,6 +38,7 @@ from opd_geometry.book.figures import (
     share_vertical,
     styled,
 )
+from opd_geometry.geometry.comparison import MASK_ALPHA
 
 FATE_COLOURS = {STAYS: BLUE, OPEN: GREY, HANGS: RED}
 FATE_WORDS = {STAYS: "does not hang", OPEN: "undecided", HANGS: "hangs on the choice"}

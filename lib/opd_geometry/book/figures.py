@@ -19,6 +19,8 @@ from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from opd_geometry.geometry.comparison import MASK_ALPHA
+
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 GREY = "#808080"  # reads on white and on black
@@ -118,8 +120,6 @@ METRIC_LABELS = {
 }
 WEIGHTED_METRICS = ("sparsity", "null_sparsity")  # by parameters, as Table 1 is
 LOG_METRICS = ("frobenius_norm", "relative_norm")
-# Where the null of a mask overlap would lie if changes fell on random places.
-MASK_ALPHA = 0.5
 ANNOTATED_LAYERS = 12  # a map of more layers has no room for numbers
 
 
