@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.book import consistency
-from opd_geometry.book.consistency import (
+from opd_geometry.analysis import consistency
+from opd_geometry.analysis.consistency import (
     FITS,
     MASKS,
     THREE,
@@ -15,6 +15,7 @@ from opd_geometry.book.consistency import (
     share_interval,
     share_interval_of_means,
 )
+from opd_geometry.book import consistency_figures
 from opd_geometry.experiments.choices import MASK_SHARES
 from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.geometry.comparison import MASK_ALPHA
@@ -136,7 +137,7 @@ def test_shares_that_were_not_measured_are_refused(table: pd.DataFrame) -> None:
 def test_shares_are_drawn_with_the_right_names(table: pd.DataFrame) -> None:
     known = {a: consistency.measured_shares(table, THREE, a) for a in (0.3, 0.5)}
     paper = consistency.printed_shares()
-    figure = consistency.feasible_shares(
+    figure = consistency_figures.feasible_shares(
         paper, {0.3: "drawn", 0.5: "stated"}, *[known] * 2
     )
     left, right = figure.axes
@@ -187,7 +188,7 @@ def test_seeds_that_say_the_opposite_are_told() -> None:
     nearest = consistency.closest(seeds)
     assert set(nearest["part"]) == {"norm, opd over rlvr"}
     np.testing.assert_allclose(nearest["spreads"].std(), 1.0)
-    (axis,) = consistency.one_seed(seeds).axes
+    (axis,) = consistency_figures.one_seed(seeds).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "norm-decoupled:  norm, opd over rlvr"
     ]
@@ -209,7 +210,7 @@ def test_one_seed_is_read_and_drawn_without_a_spread() -> None:
     assert seeds["spread"].isna().all()
     assert consistency.readings(seeds)["agree"].all()
     assert consistency.closest(seeds).empty
-    assert consistency.one_seed(seeds).axes
+    assert consistency_figures.one_seed(seeds).axes
 
 
 # --- points, printed numbers, settings ---------------------------------------------

@@ -1,24 +1,19 @@
 """Do printed numbers fit together? What they allow, what one seed would have said.
 
-Pure arithmetic on ``data/paper`` and on tidy tables, and the figures of it, in the
-book's one style (see ``figures``).
+Pure arithmetic on ``data/paper`` and on tidy tables.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from opd_geometry.analysis import evidence as ev
 from opd_geometry.analysis.claims import check_table, missing
 from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.analysis.verdicts import Part, interval
-from opd_geometry.book.figures import ARM_STYLES, BLUE, GREY, RED, WIDTH, styled
 from opd_geometry.experiments.profiles import build
 from opd_geometry.experiments.runs import data_directory
 from opd_geometry.geometry.comparison import MASK_ALPHA
@@ -256,93 +251,6 @@ def joint(rows: pd.DataFrame) -> dict[str, float]:
     return ends | {name: float(rows[name].min()) for name in ("high", "mean_high")}
 
 
-def feasible_shares(
-    paper: pd.DataFrame,
-    stated: Mapping[float, str],
-    measured: Mapping[float, pd.DataFrame],
-    null: Mapping[float, pd.DataFrame],
-) -> Figure:
-    """Which share a mask can hold: by printed numbers, and by ours, where it is known.
-
-    Args:
-        paper: of ``printed_shares``.
-        stated: share to what the paper says of it; vertical lines of the left panel,
-            named on their outer sides.
-        measured: true share to ``measured_shares``; vertical lines of the right panel.
-        null: the same of Gaussian updates.
-
-    Returns:
-        Two panels of intervals. Thick: from pooled counts; thin: from any means. A grey
-        tick on the left is the share of which a random update would overlap as printed,
-        on the right it is the true share.
-    """
-    with styled():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
-        for place, row in enumerate(paper.itertuples()):
-            look = ARM_STYLES[str(row.arm)]
-            _draw_interval(left, place, row._asdict(), look.colour, row.overlap)
-        _draw_interval(left, len(paper), joint(paper), GREY)
-        for (share, said), side in zip(stated.items(), ("right", "left"), strict=False):
-            left.axvline(share, color=RED, linestyle=":", lw=1.2, zorder=0)
-            said = f"{said} " if side == "right" else f" {said}"
-            left.text(share, -0.75, said, color=RED, fontsize=8, ha=side, va="bottom")
-        labels = _draw_known(right, measured, null)
-        names = _row_names(paper)
-        left.set_yticks(range(len(names)), names, fontsize=8)
-        right.set_yticks(range(len(labels)), labels, fontsize=8)
-        left.set_title("the paper's Figure 3", pad=20)
-        right.set_title("here, with masks of known share", pad=20)
-        for ax in (left, right):
-            ax.set(xlim=(0, 1), xlabel="share α that a mask can hold")
-            ax.set_ylim(len(labels) - 0.4, -0.7)
-            ax.tick_params(axis="y", length=0)
-    return figure
-
-
-def _draw_known(
-    ax: Axes,
-    measured: Mapping[float, pd.DataFrame],
-    null: Mapping[float, pd.DataFrame],
-) -> list[str]:
-    """Intervals of masks whose share is known, a line a share; names of the rows."""
-    labels: list[str] = []
-    shifts = np.linspace(-0.17, 0.17, len(measured)) if len(measured) > 1 else [0.0]
-    for shift, (share, rows) in zip(shifts, measured.items(), strict=True):
-        ax.axvline(share, color=GREY, linestyle=":", lw=1.2, zorder=0)
-        ax.text(share, -0.75, f"{share:g}", fontsize=8, ha="center", va="bottom")
-        groups = list(rows.groupby(["arm", "mask"], sort=False))
-        for place, ((arm, _), group) in enumerate(groups):
-            colour = ARM_STYLES[arm].colour
-            _draw_interval(ax, place + shift, joint(group), colour, share, width=4)
-        for place, ends in enumerate((joint(rows), joint(null[share])), len(groups)):
-            _draw_interval(ax, place + shift, ends, GREY, share, width=4)
-        labels = [*_row_names(rows), "Gaussian updates"]
-    return labels
-
-
-def _row_names(rows: pd.DataFrame) -> list[str]:
-    """Arms with their masks in the order of the rows, and all of them."""
-    pairs = dict.fromkeys(zip(rows["arm"], rows["mask"], strict=True))
-    return [f"{ARM_STYLES[a].label}, {MASKS[m]}" for a, m in pairs] + ["all together"]
-
-
-def _draw_interval(
-    ax: Axes,
-    place: float,
-    ends: Mapping[str, Any],
-    colour: str,
-    tick: float | None = None,
-    width: float = 7,
-) -> None:
-    """A thin line for means, a thick one for pooled counts, a tick."""
-    look: dict[str, Any] = {"color": colour, "solid_capstyle": "butt"}
-    ax.plot([ends["mean_low"], ends["mean_high"]], [place] * 2, lw=1.5, **look)
-    ax.plot([ends["low"], ends["high"]], [place] * 2, lw=width, **look)
-    if tick is not None:
-        half = 0.045 * width
-        ax.plot([tick] * 2, [place - half, place + half], color=GREY, lw=1.2)
-
-
 # --- what one seed would have said -----------------------------------------------
 
 
@@ -446,46 +354,6 @@ def closest(seeds: pd.DataFrame) -> pd.DataFrame:
     return chosen.assign(spreads=spreads)
 
 
-def one_seed(seeds: pd.DataFrame) -> Figure:
-    """Where each seed stands in the part of each claim that is the closest call.
-
-    Args:
-        seeds: of ``by_seed``.
-
-    Returns:
-        A row a claim, a dot a seed, in standard deviations from the part's bound, a
-        tick at the mean. Left of zero, in red, are seeds that alone say the opposite of
-        the mean. The grey band holds 95 % of the seeds of a quantity that lies on its
-        bound.
-    """
-    rows = closest(seeds)
-    order = rows.groupby("claim")["spreads"].mean().sort_values()
-    with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 1.0 + 0.3 * max(4, len(order))))
-        ax.axvspan(-1.96, 1.96, color=GREY, alpha=0.18, lw=0)
-        ax.axvline(0, color=GREY, lw=1)
-        labels = []
-        for place, claim in enumerate(order.index):
-            of_claim = rows[rows["claim"] == claim]
-            for colour, there in (
-                (BLUE, of_claim["agrees"]),
-                (RED, ~of_claim["agrees"]),
-            ):
-                dots = of_claim.loc[there, "spreads"]
-                ax.plot(dots, [place] * len(dots), "o", color=colour, ms=5, alpha=0.8)
-            ax.plot(order[claim], place, "|", color=GREY, ms=13, mew=1.6)
-            labels.append(f"{claim}:  {of_claim['part'].iloc[0]}")
-        ax.set_yticks(range(len(labels)), labels, fontsize=8)
-        ax.set_ylim(len(labels) - 0.4, -0.6)
-        near, far = min([-2.5, *rows["spreads"]]), max([3.0, *rows["spreads"]])
-        ax.set_xlim(near - 0.4, far + 0.4)
-        said: dict[str, Any] = {"va": "bottom", "fontsize": 8}
-        ax.text(-0.1, -0.75, "alone says the opposite ←", color=RED, ha="right", **said)
-        ax.text(0.1, -0.75, "→ agrees with all seeds", color=BLUE, ha="left", **said)
-        ax.set_xlabel("distance from the bound, in standard deviations over seeds")
-    return figure
-
-
 # --- settings --------------------------------------------------------------------
 
 SETTINGS = (
@@ -558,7 +426,7 @@ def settings_table(profile: str, arms: Sequence[str] = THREE) -> pd.DataFrame:
         "setting": [s.replace("_", " ") for s in SETTINGS]
     }
     for arm in arms:
-        label, ours = ARM_STYLES[arm].label, own_settings(profile, arm)
+        label, ours = arm.upper(), own_settings(profile, arm)
         paper = theirs[arm].to_dict() if arm in theirs else {}
         columns[f"{label}, paper"] = [_told(paper.get(name)) for name in SETTINGS]
         columns[f"{label}, here"] = [_told(ours.get(name)) for name in SETTINGS]
