@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from opd_geometry.analysis import sweeps
 from opd_geometry.book import contrast_figures
@@ -112,3 +113,37 @@ def test_the_board_marks_what_speaks_against_a_claim() -> None:
     marks = [line.get_marker() for line in ax.lines if line.get_marker() in ("o", "X")]
     assert marks == ["o", "X", "o"]
     assert {text.get_text() for text in ax.texts} >= set(verdicts.values())
+
+
+def dots(ax: Axes, marker: str) -> list[tuple[float, float]]:
+    """Where the single marks of a kind stand: across, and the row."""
+    there = [line for line in ax.lines if line.get_marker() == marker]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in there]
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit", "margin", "band"),
+    [
+        ("nss", 1.0, (0.8, 1.25), (0.8 * 1.01, 1.25 * 1.01)),
+        ("sparsity", 0.2, (-0.06, 0.06), (0.2525 - 0.06, 0.2525 + 0.06)),
+    ],
+)
+def test_variants_stand_side_by_side_with_a_margin_around_the_first(
+    metric: str, unit: float, margin: tuple[float, float], band: tuple[float, float]
+) -> None:
+    table = planted({"opd-task-gcd": 2 * unit, "opd": unit}, metric)
+    names = {"opd": "OPD", "opd-width-x2": "wide", "opd-task-gcd": "gcd"}
+    figure = contrast_figures.variant_dots(table, names, [metric], {metric: margin})
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["OPD", "gcd"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
+    # Sparsity is weighted by the matrices' sizes, 1.25 in place of 1.
+    mean = unit * 1.01 * (1.25 if metric == "sparsity" else 1.0)
+    np.testing.assert_allclose(dots(ax, "o"), [(mean, 0), (2 * mean, 1)])
+    np.testing.assert_allclose(dots(ax, "|"), [(2 * mean, 0), (4 * mean, 1)])
+    (span,) = ax.patches
+    np.testing.assert_allclose(
+        [span.get_x(), span.get_x() + span.get_width()], band, rtol=1e-6
+    )
+    bare = contrast_figures.variant_dots(table, names, [metric], {})
+    assert not bare.axes[0].patches
