@@ -409,6 +409,7 @@ def sweep(
             ax.set_axis_off()
         for ax in axes[-1]:
             ax.set_xlabel(xlabel)
+        axes[0][0].plot([], [], color=GREY, linestyle=":", label=NULL_LABEL)
         lines, names = axes[0][0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(names)}
         figure.legend(lines, names, fontsize=8, frameon=False, **place)
@@ -428,8 +429,7 @@ def _draw_sweep(
         if name == metric and len(ends):
             draw_curve(ax, ends, look)
         elif len(ends):
-            label = NULL_LABEL if arm == "rlvr" else "_null"
-            draw_curve(ax, ends, ArmStyle(label, look.colour, ":"), band=False)
+            draw_curve(ax, ends, ArmStyle("_null", look.colour, ":"), band=False)
 
 
 def _finish_sweep(ax: Axes, metric: str, places: Mapping[str, float]) -> None:
