@@ -405,6 +405,17 @@ def test_claims_use_the_weighting_that_the_paper_states(paper_table):
     assert claims.judge(claim_of("sparsity-order"), table).verdict == "reproduced"
 
 
+def test_a_variant_is_read_as_its_weighted_sparsity_minus_opds(paper_table):
+    """Half of the entries lie in one matrix: 0.53 / 2 + 0.9 / 2 - 0.5."""
+    table = paper_table.copy()
+    rows = (table["metric"] == "sparsity") & (table["role"] == "up")
+    table.loc[rows & (table["arm"] == "opd-task-gcd"), "value"] = 0.9
+    finding = claims.judge(claim_of("sparsity-robust"), table)
+    assert finding.verdict == "not reproduced"
+    assert "opd-task-gcd minus opd" in finding.unit
+    assert finding.effect == pytest.approx(0.215, abs=0.01)
+
+
 def test_one_matrix_that_is_nan_leaves_its_seed_out():
     table = plant({"opd": {"stable_rank": OPD_RANK}}, seeds=range(3), noise=0.0)
     spoilt = (table["seed"] == 1) & (table["role"] == "q") & (table["step"] == 100)

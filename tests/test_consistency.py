@@ -205,6 +205,14 @@ def test_seeds_that_all_fail_agree() -> None:
     assert (norm["spreads"] > 0).all()
 
 
+def test_the_closest_call_is_told_by_its_distance_whatever_its_side() -> None:
+    seeds = consistency.by_seed(runs([0.2, 0.21, 0.19], [1.0, 1.1, 1.2]))
+    means = seeds.groupby("part")["mean"].first()
+    assert means["norm, opd over rlvr"] < 0 < means["stable rank, opd over rlvr"]
+    nearest = consistency.closest(seeds)
+    assert set(nearest["part"]) == {"stable rank, opd over rlvr"}
+
+
 def test_one_seed_is_read_and_drawn_without_a_spread() -> None:
     seeds = consistency.by_seed(runs([1.6], [1.0]))
     assert seeds["spread"].isna().all()

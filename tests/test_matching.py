@@ -16,7 +16,10 @@ SEEDS = (0, 1, 2)
 
 
 def planted(arm: str, speed: float, level: float) -> list[tuple[object, ...]]:
-    """An arm whose norm is speed * step and whose nss is level * (1 + ln norm)."""
+    """An arm whose norm is speed * step and whose nss is level * (1 + ln norm).
+
+    Both are means over two matrices of the layers, one with a third of the other.
+    """
     rows: list[tuple[object, ...]] = []
     for seed in SEEDS:
         for step in STEPS:
@@ -27,9 +30,9 @@ def planted(arm: str, speed: float, level: float) -> list[tuple[object, ...]]:
                 "null_nss": 1 + np.log(norm),
             }
             rows += [
-                (f"{arm}-{seed}", arm, seed, step, matrix, "q", 0, metric, value)
+                (f"{arm}-{seed}", arm, seed, step, role, role, 0, metric, share * value)
                 for metric, value in values.items()
-                for matrix in ("a", "b")
+                for role, share in (("q", 0.5), ("up", 1.5))
             ]
     return rows
 
