@@ -87,9 +87,8 @@ def against_norm(
             ax.set_xlabel("Frobenius norm of the update")
         lines, names = axes[0][0].get_legend_handles_labels()
         # Lines that lie on one another cannot be named where they end.
-        figure.legend(
-            lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False
-        )
+        look: Any = {"fontsize": 8, "frameon": False, "handlelength": 4}
+        figure.legend(lines, names, loc="outside upper center", ncols=3, **look)
     return figure
 
 
@@ -173,16 +172,16 @@ def _draw_rung(ax: Axes, place: int, rows: pd.DataFrame) -> None:
 
 
 def _factor_ticks(ax: Axes) -> None:
-    """A logarithmic axis of factors around 1, with at most four plain ticks."""
+    """A logarithmic axis of factors around 1, with about three plain ticks."""
     low, high = ax.get_xlim()
     far = max(high, 1 / low)
     low, high = min(low, far**-0.3), max(high, far**0.3)
     for step in (1.02, 1.05, 1.1, 1.2, 1.5, 2, 5, 10):
         ticks = [step**n for n in range(-9, 10) if low <= step**n <= high]
-        if len(ticks) <= 4:
+        if len(ticks) <= 3:
             break
     ax.set(xlim=(low, high), xticks=ticks)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 2):g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", which="minor", length=0)
 
@@ -332,7 +331,7 @@ def benchmark_dots(
         height = 1.3 + 0.42 * len(ALL_ACCURACIES)
         figure, axes = _panels(len(families), height, sharex=True)
         for ax, name in zip(axes, families, strict=True):
-            arms = {name: ARM_STYLES[name]._replace(label="free")}
+            arms = {name: ArmStyle("free", GREY)}
             arms |= {f"{name}-projected{s}": CONFINED_STYLES[s] for s in suffixes}
             for shift, (arm, look) in enumerate(arms.items()):
                 _draw_benchmarks(ax, table, arm, look, 0.18 * shift - 0.27)

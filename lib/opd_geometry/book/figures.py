@@ -270,22 +270,18 @@ def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
 
 
 def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
-    r"""Arms and their values, largest first; ``≈`` where they look the same.
+    r"""Arms and their values, largest first; no word on whether they differ.
 
     >>> ranking({"sft": 0.081, "opd": 0.516, "rlvr": 0.0811}, ".1%")
-    'OPD 51.6\xa0% > RLVR 8.1\xa0% ≈ SFT 8.1\xa0%'
+    'OPD 51.6\xa0%, RLVR 8.1\xa0%, SFT 8.1\xa0%'
 
     Between a number and its per cent sign stands a space that does not break; an
     undefined value is left out.
     """
-    text, before = "", ""
     known = {arm: value for arm, value in values.items() if not np.isnan(value)}
-    for arm, value in sorted(known.items(), key=lambda item: -item[1]):
-        shown = f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
-        sign = " ≈ " if shown == before else " > "
-        text += f"{sign if text else ''}{ARM_STYLES[arm].label} {shown}"
-        before = shown
-    return text
+    ranked = sorted(known.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{ARM_STYLES[arm].label} {value:{form}}" for arm, value in ranked)
+    return text.replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def with_null(metrics: Iterable[str]) -> list[str]:
