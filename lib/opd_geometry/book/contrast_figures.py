@@ -476,6 +476,9 @@ def variant_dots(
                 band = _around(ends["value"].mean(), margins[metric], metric)
                 ax.axvspan(*band, color=GREY, alpha=0.15, lw=0)
             ax.set_title(METRIC_LABELS[metric].replace(", ", ",\n"))
+            if metric not in SHARES:
+                ax.set_xscale("log")
+                plain_log_ticks(ax.xaxis)
         _name_rows(axes[0], list(names.values()))
         figure.supxlabel(
             "( ● mean over seeds   ┃ Gaussian null   ▒ margin )", fontsize=8, color=GREY

@@ -273,14 +273,14 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
     r"""Arms and their values, largest first; no word on whether they differ.
 
     >>> ranking({"sft": 0.081, "opd": 0.516, "rlvr": 0.0811}, ".1%")
-    'OPD 51.6\xa0%, RLVR 8.1\xa0%, SFT 8.1\xa0%'
+    'OPD 51.6\xa0%; RLVR 8.1\xa0%; SFT 8.1\xa0%'
 
     Between a number and its per cent sign stands a space that does not break; an
     undefined value is left out.
     """
     known = {arm: value for arm, value in values.items() if not np.isnan(value)}
     ranked = sorted(known.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{ARM_STYLES[arm].label} {value:{form}}" for arm, value in ranked)
+    text = "; ".join(f"{ARM_STYLES[arm].label} {value:{form}}" for arm, value in ranked)
     return text.replace("%", "\N{NO-BREAK SPACE}%")
 
 
