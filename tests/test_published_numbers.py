@@ -211,6 +211,8 @@ SETTINGS = {
     SHAPES.teacher.width,
     100 * rules.CONFIDENCE,
     evidence.ACCURACY_MARGIN,
+    evidence.SPARSITY_MARGIN,
+    evidence.COMPARABLE_FACTOR,
     comparison.MASK_ALPHA,
     profiles.PAPER_BATCH,
     profiles.PAPER_STEPS,
@@ -225,6 +227,9 @@ QUOTED: dict[str, set[float]] = {
     "01_localisation": {299, 5375},
     "02_locking": {63, 299, 2024},  # the year of AIME
     "03_controls": {0.91},  # 1 / 1.1, in an answer
+    # the widest gap of Table 1; ratios and billions of parameters; an answer
+    "06_variants": {0.055, 1.75, 14, 21},
+    "07_scale": {14},  # billions of parameters
     # thousands of prompts, updates a round, and an answer worked out from the print
     "10_contradictions": {17, 37.5, 0.54, 0.64, 0.7},
 }
