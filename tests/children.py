@@ -250,6 +250,14 @@ def command_with_small_files(most_bytes: int, *arguments: str) -> tuple[int, str
     return command("spawn", *arguments)
 
 
+def enter_audit() -> None:
+    """Take the place in which committed runs are trained anew, and leave it."""
+    from opd_geometry.analysis import audit
+
+    with audit.apart():
+        pass
+
+
 def peak_of_measuring(before: Path, after: Path) -> int:
     """Bytes that measuring adds to what this process has held at any time before."""
     from opd_geometry.geometry import pairs

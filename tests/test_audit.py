@@ -88,6 +88,10 @@ def test_a_value_that_only_one_has_lies_outside() -> None:
     }
 
 
+# As the claims read them: of the attention matrices.
+TRAJECTORIES = ("stable_rank", "stable_rank_bf16", "frobenius_norm", "hill_alpha")
+
+
 # --- what is compared ----------------------------------------------------------------
 
 
@@ -109,9 +113,10 @@ def test_readings_are_the_means_that_the_claims_take() -> None:
     given = {
         "sparsity": [0.0, 0.0, 1.0],
         "density": [0.0, 0.0, 0.9],
-        "stable_rank": [1.0, 3.0, 100.0],
         "similarity_to_end": [0.01, 0.03, 9.0],
+        "leak": [0.1, 0.2, 0.6],
     }
+    given |= {metric: [1.0, 3.0, 100.0] for metric in TRAJECTORIES}
     table = pd.DataFrame(rows_of(0, **given), columns=measure.COLUMNS)
     strangers = table.assign(arm="rlvr", value=7.0)
     found = readings(pd.concat([table, strangers]), "opd")[0].dropna()
@@ -119,7 +124,8 @@ def test_readings_are_the_means_that_the_claims_take() -> None:
         {
             "sparsity": 0.8,  # by size
             "density": 0.3,
-            "stable_rank": 2.0,  # of the attention matrices
+            "leak": 0.3,
+            **dict.fromkeys(TRAJECTORIES, 2.0),
             "similarity_to_end": 0.2,  # at the first checkpoint
             "accuracy/chain": 0.5,
         }
@@ -202,6 +208,36 @@ def test_another_library_begins_anew(
     monkeypatch.setattr(audit, "library_digest", lambda _: "0" * 64)
     with audit.apart() as other:
         assert other != place
+
+
+def test_two_audits_do_not_share_a_place(data: Path) -> None:
+    """The first to end would clear away what the other one trains."""
+    with audit.apart() as place, pytest.raises(ValueError, match="another audit is at"):
+        Child(data, children.enter_audit).result()
+    Child(data, children.enter_audit).result()
+    with audit.apart() as again:
+        audit.clear(again)
+    assert not place.exists()
+
+
+def test_what_was_killed_while_it_was_cleared_is_not_taken_for_trained(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **how: object) -> None:
+        if path.is_dir():
+            raise KeyboardInterrupt
+
+    with audit.apart() as place:
+        (place / "runs").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(audit.shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                audit.clear(place)
+    with audit.apart() as again:
+        assert again == place
+        assert not (again / "runs").exists()
+        audit.clear(again)
+    assert not (data / "audit").exists()
 
 
 def test_a_place_that_cannot_be_written_is_one_line(data: Path) -> None:

@@ -581,6 +581,93 @@ def test_every_claim_is_refuted_and_explained_in_some_world():
     assert {claim_id for claim_id, _, _ in SHOWN_BY_A_CONTROL} == set(IDS)
 
 
+# Margin to a world just inside it, and one just outside, of what they make.
+KEPT, LOST, EXPLAINED = "reproduced", "not reproduced", "explained by a control"
+MARGINS = [
+    ("sparsity-robust", "opd-width-x2", "sparsity", 0.559, KEPT, 0.561, LOST),
+    ("rank-band", "opd", "stable_rank", (18, 27.9, 20), KEPT, (18, 28.1, 20), LOST),
+    ("hill-mild", "opd", "hill_alpha", (2.3, 2.89, 2.5), KEPT, (2.3, 2.91, 2.5), LOST),
+    ("norm-decoupled", "rlvr", "frobenius_norm", 1.59, KEPT, 1.61, LOST),
+    (
+        "early-lock",
+        "opd",
+        "similarity_to_end",
+        (0.505, 0.8, 1.0),
+        KEPT,
+        (0.495, 0.8, 1.0),
+        LOST,
+    ),
+    (
+        "sufficient-opd",
+        "opd-projected",
+        "accuracy/chain",
+        (0.1, 0.2, 0.851),
+        KEPT,
+        (0.1, 0.2, 0.849),
+        LOST,
+    ),
+    (
+        "degrades-sft",
+        "sft-projected",
+        "accuracy/chain",
+        (0.1, 0.2, 0.499),
+        KEPT,
+        (0.1, 0.2, 0.501),
+        LOST,
+    ),
+    (
+        "sparse-tokens",
+        "tokens-top-25",
+        "stable_rank",
+        scaled(1.099),
+        KEPT,
+        scaled(1.101),
+        LOST,
+    ),
+    ("sparse-tokens", "opd", "null_stable_rank", 44.1, KEPT, 43.9, EXPLAINED),
+    ("off-policy", "off-policy", "frobenius_norm", 2.99, KEPT, 3.01, LOST),
+]
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "arm", "metric", "inside", "then", "outside", "else_"), MARGINS
+)
+def test_margins_are_those_that_were_fixed_before_the_runs(
+    claim_id, arm, metric, inside, then, outside, else_
+):
+    for level, verdict in ((inside, then), (outside, else_)):
+        world = changed((arm, metric, level))
+        assert judged(claim_id, world, noise=1e-6).verdict == verdict
+
+
+def test_variants_are_weighted_by_size_too(paper_table):
+    """What the small matrices gain and the large one loses cancels out."""
+    table = paper_table.copy()
+    variant = (table["arm"] == "opd-width-x2") & (table["metric"] == "sparsity")
+    table.loc[variant, "value"] += np.where(table["role"] == "up", -0.2, 0.2)[variant]
+    assert claims.judge(claim_of("sparsity-robust"), table).verdict == "reproduced"
+
+
+def test_sft_matched_can_explain_the_depletion_and_not_the_order():
+    """It stands for OPD there, not for RLVR, which is depleted twice as much."""
+    world = changed(
+        ("sft", "principal_overlap", 0.47), ("sft-matched", "principal_overlap", 0.455)
+    )
+    finding = judged("principal-depleted", world, noise=1e-4)
+    assert finding.verdict == "explained by a control"
+    assert finding.matched.startswith("baseline minus sft-matched: ")
+
+
+def test_a_course_with_an_undefined_checkpoint_leaves_its_seed_out(paper_table):
+    table = paper_table.copy()
+    spoilt = (table["arm"] == "opd") & (table["metric"] == "stable_rank")
+    spoilt &= (table["seed"] == 3) & (table["step"] == STEPS[1])
+    table.loc[spoilt, "value"] = math.nan
+    rows = claims.parts_table("rank-band", table).set_index("label")
+    assert rows.loc["opd, highest over lowest", "n_seeds"] == 4
+    assert rows.loc["sft, last over first", "n_seeds"] == 5
+
+
 def test_sft_may_grow_less_than_the_band_in_rank_but_not_in_hill():
     rank = changed(("sft", "stable_rank", (20.0, 24.0, 28.0)))
     assert judged("rank-band", rank).verdict == "reproduced"
@@ -799,6 +886,9 @@ def test_a_card_says_what_the_table_says(paper_table, paper_findings, tmp_path):
     assert "| width 128; opd 0-4; rlvr 0-4 |" in card
     assert "steps and batch. |" in card  # no matched arm, so no value of one
     assert "1,000 s of training in 2 runs (Linux x86_64)" in card
+    control = provenance.assign(arm=["sft-matched", "mix-0.05", "sft"])
+    card = claims.claim_card("sparsity-order", paper_table, control)
+    assert "5,000,100 s of training in 2 runs (Linux x86_64; another)" in card
     path = claims.write_claims(paper_findings, tmp_path / "c.csv")
     stored = pd.read_csv(path)
     for name in IDS:

@@ -73,6 +73,22 @@ def test_holds_the_measured_against_its_bound(held: pd.DataFrame) -> None:
     assert one.loc[("null", DENSITY), "measured"] == pytest.approx(0.55)
 
 
+def test_a_null_has_the_norm_of_its_arm_and_ranks_and_gaps_of_its_own() -> None:
+    table = planted({"opd": (0.1, 0.05)})
+    table.loc[table["metric"] == "null_stable_rank", "value"] = 16.0
+    held = gates.held_against(table)
+    one = held[(held["seed"] == 0) & (held["matrix"] == "1") & (held["gate"] == ANGLE)]
+    one = one.set_index("side")
+    assert one["norm"].to_dict() == pytest.approx({"arm": 0.1, "null": 0.05})
+    assert one["gap_share"].to_dict() == pytest.approx({"arm": 0.2, "null": 0.1})
+
+
+def test_every_arm_is_read_at_its_own_end() -> None:
+    table = planted({"opd": (0.1, 0.05), "rlvr": (0.2, 0.1)})
+    table.loc[table["arm"] == "opd", "step"] -= 1  # ends at 8, the other one at 9
+    assert set(gates.held_against(table)["arm"]) == {"opd", "rlvr"}
+
+
 def test_a_silent_bound_has_no_used_share(held: pd.DataFrame) -> None:
     sft = held[(held["arm"] == "sft") & (held["gate"] == ANGLE)]
     assert sft[sft["side"] == "arm"]["used"].isna().all()
@@ -120,9 +136,24 @@ def test_tells_the_norm_or_more() -> None:
     assert found.loc[turned, columns].to_list() == [*"<<>>", "beyond the norm"]
 
 
-def test_an_order_that_seeds_do_not_decide_tells_nothing() -> None:
-    held = gates.held_against(planted({"opd": (0.1, 0.1), "rlvr": (0.1, 0.2)}))
+@pytest.mark.parametrize("rlvr", [(0.1, 0.2), (0.2, 0.1)])
+def test_an_order_that_seeds_do_not_decide_tells_nothing(
+    rlvr: tuple[float, float],
+) -> None:
+    held = gates.held_against(planted({"opd": (0.1, 0.1), "rlvr": rlvr}))
     assert set(gates.told_apart(held, ["opd", "rlvr"])["tells"]) == {"undecided"}
+
+
+def test_bounds_tell_and_not_what_was_measured(held: pd.DataFrame) -> None:
+    """The angles are in the other order; the bounds, in that of their nulls."""
+    turned = held.assign(measured=1 / held["measured"])
+    found = gates.told_apart(turned, ["opd", "rlvr"]).set_index("gate")
+    columns = ["measured", "bound", "null_measured", "null_bound", "tells"]
+    assert found.loc[SHIFT, columns].to_list() == [*"<><>", "the norm"]
+    arm = turned["side"] == "arm"
+    turned["measured"] = turned["measured"].where(arm, held["measured"])
+    found = gates.told_apart(turned, ["opd", "rlvr"]).set_index("gate")
+    assert found.loc[SHIFT, columns].to_list() == [*"<>>>", "the norm"]
 
 
 def test_small_gaps_go_with_large_angles(held: pd.DataFrame) -> None:
@@ -132,6 +163,18 @@ def test_small_gaps_go_with_large_angles(held: pd.DataFrame) -> None:
     turned = held.assign(measured=-held["measured"])
     found = gates.steering(turned).set_index(["arm", "side", "cause"])["mean"]
     assert found["opd", "arm", "small gap"] == pytest.approx(-1.0)
+
+
+def test_a_gap_and_a_large_update_are_two_causes(held: pd.DataFrame) -> None:
+    """Angles that follow 1 / gap, in matrices that are pushed the less the more."""
+    matrix = held["matrix"].astype(int)
+    inverse_gap, norm = 1.0 + matrix, 8.0 - matrix**2 / 2
+    moved = held.assign(
+        gap_share=inverse_gap * norm, norm=norm, measured=inverse_gap**3
+    )
+    found = gates.steering(moved).set_index(["arm", "side", "cause"])["mean"]
+    assert found["opd", "arm", "small gap"] == pytest.approx(1.0)
+    assert found["opd", "arm", "large update"] == pytest.approx(-1.0)
 
 
 def test_the_summary_counts(held: pd.DataFrame) -> None:
@@ -146,6 +189,9 @@ def test_the_summary_counts(held: pd.DataFrame) -> None:
         [0.2, 0.2]
     )
     assert found.loc[SHIFT, "pairs: the norm"] == 1
+    held.loc[held["matrix"] == "0", "used"] = 9.0  # one in four: a median stays
+    found = gates.summary(held, told).set_index("bounds")
+    assert found.loc[SHIFT, "used"] == pytest.approx(0.2)
     held.loc[held["gate"] == SHIFT, "measured"] = 99.0
     found = gates.summary(held, told).set_index("bounds")
     assert found.loc[SHIFT, "breaches"] == found.loc[SHIFT, "tests"]

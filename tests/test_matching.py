@@ -50,9 +50,40 @@ def test_reads_between_checkpoints(table: pd.DataFrame) -> None:
     np.testing.assert_allclose(found, 2 * (1 + np.log(wanted)), rtol=1e-12)
 
 
+def test_norm_and_metric_are_means_over_all_matrices_of_the_layers(
+    table: pd.DataFrame,
+) -> None:
+    """The MLP's go three times as far and have three times as much; the head, 99."""
+    rows = []
+    for role, factor in (("up", 3.0), ("head", 99.0)):
+        more = table[table["matrix"] == "a"]
+        rows.append(more.assign(matrix=role, role=role, value=factor * more["value"]))
+    both = pd.concat([table[table["matrix"] == "a"], *rows])
+    wanted = pd.Series({0: 57.0})
+    plain = matching.at_norm(table, "opd", "nss", wanted)
+    found = matching.at_norm(both, "opd", "nss", 2 * wanted)
+    np.testing.assert_allclose(found, 2 * plain)
+    for at in (AT_END, AT_EQUAL_NORM):
+        found = matching.ratio(both, "opd", "rlvr", "nss", at)
+        np.testing.assert_allclose(
+            found, matching.ratio(table, "opd", "rlvr", "nss", at)
+        )
+    norm = matching.common_norm(both, "opd", "rlvr")
+    np.testing.assert_allclose(norm, 2 * matching.common_norm(table, "opd", "rlvr"))
+
+
 @pytest.mark.parametrize("norm", [9.9, 80.1])
 def test_never_reads_beyond_the_checkpoints(table: pd.DataFrame, norm: float) -> None:
     assert np.isnan(matching.at_norm(table, "opd", "nss", pd.Series({0: norm}))[0])
+
+
+def test_a_norm_that_shrinks_on_the_way_is_reached_at_no_one_moment(
+    table: pd.DataFrame,
+) -> None:
+    back = (table["metric"] == "frobenius_norm") & (table["step"] == 40)
+    table.loc[back & (table["seed"] == 1), "value"] = 15.0
+    found = matching.at_norm(table, "opd", "nss", pd.Series({0: 30.0, 1: 30.0}))
+    assert found.isna().to_list() == [False, True]
 
 
 def test_the_common_norm_is_the_shorter_way(table: pd.DataFrame) -> None:

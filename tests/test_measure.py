@@ -378,15 +378,62 @@ def test_damaged_kept_table_is_measured_again(copied: Path) -> None:
     assert not measure.is_measured(OPD, RANK)
     pd.testing.assert_frame_equal(measure.measure_run(OPD, RANK), whole)
     assert measure.is_measured(OPD, RANK)
+    content = bytearray(kept.read_bytes())
+    content[1000:1400] = bytes(400)  # whole at its end, so it passes for measured
+    kept.write_bytes(content)
+    pd.testing.assert_frame_equal(measure.measure_run(OPD, RANK), whole)
 
 
-@pytest.mark.parametrize("content", ["", "run,arm\n1,2\n", "{]"])
-def test_damaged_provenance_is_named(content: str, data: Path) -> None:
+HEAD = ",".join(measure.PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "No columns"),
+        ("run,arm\n1,2\n", "it has no column seed, steps, "),
+        ("{]", "it has no column run, "),
+        ("\xff", "codec can't decode"),
+        (f"{HEAD}\na,opd,,1,1,m\n", "a seed is nan, expected 0 or larger"),
+        (f"{HEAD}\na,opd,-1,1,1,m\n", "a seed is -1, expected 0 or larger"),
+        (f"{HEAD}\na,opd,1.5,1,1,m\n", "a seed is 1.5, expected 0 or larger"),
+        (f"{HEAD}\na,opd,0,1,1,m\na,opd,0,1,1,m\n", "it lists run a twice"),
+        (None, "Is a directory"),
+    ],
+)
+def test_damaged_provenance_is_named(
+    content: str | None, reason: str, data: Path
+) -> None:
     path = measure.provenance_path()
     path.parent.mkdir(parents=True)
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"runs\.csv is damaged"):
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content, encoding="latin1")
+    with pytest.raises(ValueError, match=rf"runs\.csv is damaged: .*{reason}"):
         measure.committed_provenance()
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_a_table_with_other_rows_than_its_runs_is_refused(copied: Path) -> None:
+    """As of another run, edited by hand, or merged: nothing is averaged over it."""
+    measure.commit("smoke", [OPD, RLVR])
+    path, other = measure.committed_path(OPD), measure.committed_path(RLVR)
+    table = pd.read_parquet(path)
+    for changed, reason in (
+        (pd.read_parquet(other), "its rows are not those of run opd-s0-"),
+        (table[:0], "its rows are not those of run opd-s0-"),
+        (table.assign(seed=1), "its rows are not those of run opd-s0-"),
+        (table.assign(arm="rlvr"), "its rows are not those of run opd-s0-"),
+        (table.assign(step=math.nan), "step"),
+        (table.assign(value="many"), "could not convert"),
+        (pd.concat([table, table[5:6]]), "two values of one matrix, step and metric"),
+    ):
+        changed.to_parquet(path)
+        with pytest.raises(ValueError, match=f"{path.name} is damaged: .*{reason}"):
+            measure.committed("smoke")
+    table.to_parquet(path)
+    assert len(measure.committed("smoke")) > len(table)
 
 
 @pytest.mark.usefixtures("tiny_profile")
@@ -448,12 +495,11 @@ def test_commit_replaces_its_runs(copied: Path) -> None:
         listing.columns
     )
     old = measure.measure_run(OPD, RANK)
-    stale = old.assign(run="stale", value=0.0)
-    stale.to_parquet(measure.kept_table(OPD, RANK), index=False)
+    old.assign(value=0.0).to_parquet(measure.kept_table(OPD, RANK), index=False)
     measure.commit("smoke", [OPD])
     again = measure.committed("smoke")
     assert len(again) == len(table)
-    assert set(again[again["arm"] == "opd"]["run"]) == {"stale"}
+    assert set(again[again["arm"] == "opd"]["value"]) == {0.0}
     kept = again[again["arm"] == "rlvr"].reset_index(drop=True)
     before = table[table["arm"] == "rlvr"].reset_index(drop=True)
     pd.testing.assert_frame_equal(kept.astype(object), before.astype(object))

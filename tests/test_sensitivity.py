@@ -179,6 +179,35 @@ def test_reading_the_default_changes_no_verdict() -> None:
     assert judge(claim, again).verdict == judge(claim, table).verdict
 
 
+def test_reading_by_size_weighs_once() -> None:
+    """The claim about sparsity weighs by size itself."""
+    table = ordered("sparsity")
+    table.loc[table["metric"].eq("sparsity") & table["role"].eq("up"), "value"] *= 2
+    choice = Choice("sparsity", "x", (Reading("x", "sparsity", weighted=True),), "x")
+    claim = claim_of("sparsity-order")
+    again = judge(claim, sensitivity.reread(table, choice, choice.readings[0]))
+    assert again.effect == pytest.approx(judge(claim, table).effect)
+
+
+def test_rotation_is_judged_on_the_angle_that_was_chosen() -> None:
+    """Both largest angles give way to it."""
+    largest = ("angle_left_max_deg", "angle_right_max_deg")
+    table = ordered(*largest, turned="angle_left_mean_deg")
+    chosen = Reading("left mean", "angle_left_mean_deg")
+    choice = Choice("angle_left_mean_deg", "which angle", (chosen,), "left mean")
+    again = sensitivity.reread(table, choice, chosen)
+    again = again[again["step"] == 50].groupby(["arm", "metric"])["value"].mean()
+    for metric in largest:
+        assert again["sft", metric] == pytest.approx(1.0)
+        assert again["rlvr", metric] == pytest.approx(4.0)
+        assert again["rlvr", f"null_{metric}"] == pytest.approx(3.0)
+
+
+def test_attention_and_mlp_are_all_matrices() -> None:
+    roles = {*sensitivity.ATTENTION, *sensitivity.MLP}
+    assert roles == set(sensitivity.LAYERS)
+
+
 def test_a_claim_can_hang_on_the_choice() -> None:
     table = ordered("sparsity", turned="sparsity@eta=9")
     readings = (Reading("1", "sparsity"), Reading("9", "sparsity@eta=9"))

@@ -66,6 +66,16 @@ def test_sparsity_is_weighted_by_size() -> None:
     np.testing.assert_allclose(found[0], np.log(1.25))
 
 
+def test_what_is_shown_is_weighted_as_what_is_judged_and_a_mean_over_seeds() -> None:
+    table = planted({"opd": 0.4, "opd-wide": 0.2}, "sparsity")
+    table.loc[table["seed"] == 2, "value"] *= 2
+    (row,) = sweeps.approach(table, "opd", "-wide", {"sparsity": 0.1}).itertuples()
+    seeds = np.mean([1.0, 1.01, 2 * 1.02])
+    np.testing.assert_allclose(
+        [row.ours, row.changed], [0.4 * 1.25 * seeds, 0.2 * 1.25 * seeds]
+    )
+
+
 # --- figures ---------------------------------------------------------------------
 
 

@@ -397,6 +397,8 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
             return code
         found = {run: audits.audited(profile, run) for run in runs}
         outside = [line for run in runs for line in _print_audit(run, found[run])]
+        if not outside:
+            audits.clear(place)
     n_values = sum(len(rows) for rows in found.values())
     if outside:
         return _complain(
@@ -404,7 +406,6 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
             f"{', '.join(outside)}; what was trained is kept in {place}",
             1,
         )
-    audits.clear(place)
     click.echo(f"{n_values} values of {len(runs)} runs lie within the committed spread")
     return 0
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from opd_geometry.analysis.evidence import (
     ALL_ACCURACIES,
@@ -98,6 +99,9 @@ def apart() -> Iterator[Path]:
 
     It lies below ``data/audit`` and belongs to the code that trains and measures, so
     that what was interrupted goes on, and with other code begins anew.
+
+    Raises:
+        ValueError: another process audits there, or the folder cannot be written.
     """
     shelf, code = (
         data_directory().resolve(),
@@ -106,17 +110,31 @@ def apart() -> Iterator[Path]:
     place = shelf / "audit" / code[:12]
     with clear_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
-        for name in LENT:
-            if not (place / name).exists():
-                (place / name).unlink(missing_ok=True)  # points to where it once was
-                (place / name).symlink_to(shelf / name)
-    with environment({"OPD_GEOMETRY_DATA": str(place)}):
+        try:
+            alone = FileLock(place / "lock", timeout=0).acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"another audit is at work in {place}: expected none; wait until it is "
+                "done"
+            ) from error
+    with alone, environment({"OPD_GEOMETRY_DATA": str(place)}):
+        with clear_write_errors(place):
+            for name in LENT:
+                if not (place / name).exists():
+                    (place / name).unlink(missing_ok=True)  # where it once was
+                    (place / name).symlink_to(shelf / name)
         yield place
 
 
 def clear(place: Path) -> None:
-    """Remove what an audit has trained, and ``data/audit`` if nothing else is there."""
-    shutil.rmtree(place)
+    """Remove what an audit has trained, and ``data/audit`` if nothing else is there.
+
+    Under another name first: a run that is half removed must not look finished.
+    """
+    gone = place.with_name(f".{place.name}")
+    shutil.rmtree(gone, ignore_errors=True)  # of one that was killed right here
+    place.rename(gone)
+    shutil.rmtree(gone)
     with suppress(OSError):
         place.parent.rmdir()
 

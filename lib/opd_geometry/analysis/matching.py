@@ -38,7 +38,8 @@ def at_norm(table: pd.DataFrame, arm: str, metric: str, norm: Values) -> Values:
         norm: one number a seed, a mean over the same matrices.
 
     Returns:
-        One number a seed; NaN where the norm lies outside the arm's checkpoints.
+        One number a seed; NaN where the norm lies outside the arm's checkpoints, or
+        does not grow from each to the next: then it is reached more than once.
 
     Source: ours; the paper compares final checkpoints, which went different distances.
     """
@@ -49,6 +50,9 @@ def at_norm(table: pd.DataFrame, arm: str, metric: str, norm: Values) -> Values:
         if seed not in values.index.get_level_values("seed"):
             continue
         of_seed = norms.loc[seed]
+        if not (of_seed.is_monotonic_increasing and of_seed.is_unique):
+            found[seed] = np.nan
+            continue
         place = np.interp(
             np.log(wanted), np.log(of_seed), of_seed.index, np.nan, np.nan
         )

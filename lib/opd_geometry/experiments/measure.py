@@ -9,8 +9,8 @@ training metrics of every step, accuracies at the checkpoints. The metric ``para
 of every matrix, at step 0, is its number of entries: the weight of its sparsity.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +227,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     """
     ensure(run)
     kept = kept_table(run, rank)
-    if is_measured(run, rank):
+    with suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
         return pd.read_parquet(kept)
     first = 0 if run.branch is None else run.branch_step()
     steps = [step for step in run.checkpoint_steps() if step > first]
@@ -275,33 +275,59 @@ def committed_path(run: Run) -> Path:
 
 
 def committed_provenance() -> pd.DataFrame:
-    """One row a committed run: run, arm, seed, steps, seconds, versions, machine."""
+    """One row a committed run: run, arm, seed, steps, seconds, versions, machine.
+
+    Raises:
+        ValueError: the list cannot be read, or has no run of its own in every line.
+    """
     path = provenance_path()
-    if not path.is_file():
+    if not path.exists():
         return pd.DataFrame(columns=PROVENANCE)
-    try:
-        return _with_columns(pd.read_csv(path), PROVENANCE, path)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {RESTORE}") from error
+    with _damage(path):
+        table = _with_columns(pd.read_csv(path), PROVENANCE)
+        for seed in table["seed"]:
+            if not str(seed).isdecimal():
+                raise ValueError(f"a seed is {seed}, expected 0 or larger")
+        twice = table["run"][table["run"].duplicated()]
+        if len(twice):
+            raise ValueError(f"it lists run {twice.iloc[0]} twice")
+    return table
 
 
 def committed_table(run: Run) -> pd.DataFrame:
-    """The table of a run that is listed as committed."""
+    """The table of a run that is listed as committed.
+
+    Raises:
+        ValueError: it cannot be read, or holds other rows than those of this run.
+    """
     path = committed_path(run)
+    with _damage(path):
+        table = _with_columns(pd.read_parquet(path), COLUMNS)
+        table = table.astype({"step": int, "value": float})
+        found = set(table[["run", "arm", "seed"]].itertuples(index=False, name=None))
+        if found != {(run.key(), run.arm, run.seed)}:
+            raise ValueError(f"its rows are not those of run {run.name}")
+        if table.duplicated(["step", "matrix", "metric"]).any():
+            raise ValueError("it has two values of one matrix, step and metric")
+    return table
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn whatever is wrong with a committed file into one clear line."""
     try:
-        table = _with_columns(pd.read_parquet(path), COLUMNS, path)
-        return table.astype({"value": float})
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}; {RESTORE}") from error
+        yield
+    except (OSError, ValueError) as error:  # those of pandas and pyarrow among them
+        absent = isinstance(error, FileNotFoundError)
+        what = "missing" if absent else f"damaged: {error}"
+        raise ValueError(f"{path} is {what}; {RESTORE}") from error
 
 
-def _with_columns(table: pd.DataFrame, columns: list[str], path: Path) -> pd.DataFrame:
+def _with_columns(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The table, refused if it lacks a column."""
     missing = [name for name in columns if name not in table]
     if missing:
-        raise ValueError(
-            f"{path} is damaged: it has no column {', '.join(missing)}; {RESTORE}"
-        )
+        raise ValueError(f"it has no column {', '.join(missing)}")
     return table
 
 
