@@ -55,6 +55,13 @@ def _name_rows(ax: Axes, names: Sequence[str], **look: Any) -> None:
     ax.invert_yaxis()
 
 
+def _name_columns(shown: np.ndarray, xlabel: str) -> None:
+    """What the lowest panel of each of two columns shows across, with its ticks."""
+    for ax in shown[-2:]:
+        ax.set_xlabel(xlabel)
+        ax.tick_params(axis="x", labelbottom=True)
+
+
 def against_norm(
     table: pd.DataFrame, arms: Sequence[str], metrics: Sequence[str]
 ) -> Figure:
@@ -83,8 +90,7 @@ def against_norm(
             _draw_against_norm(ax, table, arms, metric)
         for ax in axes.flat[len(metrics) :]:
             ax.set_axis_off()
-        for ax in axes[-1]:
-            ax.set_xlabel("Frobenius norm of the update")
+        _name_columns(axes.flat[: len(metrics)], "Frobenius norm of the update")
         lines, names = axes[0][0].get_legend_handles_labels()
         # Lines that lie on one another cannot be named where they end.
         look: Any = {"fontsize": 8, "frameon": False, "handlelength": 4}
@@ -406,8 +412,7 @@ def sweep(
             _finish_sweep(ax, metric, places)
         for ax in axes.flat[len(metrics) :]:
             ax.set_axis_off()
-        for ax in axes[-1]:
-            ax.set_xlabel(xlabel)
+        _name_columns(axes.flat[: len(metrics)], xlabel)
         axes[0][0].plot([], [], color=GREY, linestyle=":", label=NULL_LABEL)
         lines, names = axes[0][0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(names)}
@@ -471,7 +476,7 @@ def variant_dots(
         for ax, metric in zip(axes, metrics, strict=True):
             for place, arm in enumerate(names):
                 _draw_variant(ax, place, table[table["arm"] == arm], metric)
-            if metric in margins:
+            if metric in margins and next(iter(arms)) in names:
                 ends = at_end(table[table["arm"] == next(iter(names))], metric)
                 band = _around(ends["value"].mean(), margins[metric], metric)
                 ax.axvspan(*band, color=GREY, alpha=0.15, lw=0)
