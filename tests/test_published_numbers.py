@@ -190,7 +190,7 @@ NOT_PROSE = re.compile(
     | (?<!`)\{[\w-]+(?::[^}`]*)?\}(?!`)   # what chapters.say puts in
     |```.*?``` | `[^`]*`
     |\$\$.*?\$\$ | \$[^$]+\$
-    |,?[ ]\(?\d{4}\)?\]\(https://[^)]*\)    # the year of a cited paper
+    |,?\s\(?\d{4}\)?\]\(https://[^)]*\)    # the year of a cited paper
     |\]\([^)]*\) | https?://\S+ | arXiv:[\d.]+
     |^:{3,}[^\n]*$ | ^:(?:name|doc|link|link-type|gutter|figwidth):[^\n]*$
     |^\d+\.[ ]                      # items of a list
