@@ -378,27 +378,73 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
     return min(known), max(known)
 
 
-def at_8b(densities: Mapping[str, float], seed: int = 0) -> pd.DataFrame:
-    """Spectral shift of unplaced updates on Gaussian weights of Qwen3-8B's shapes.
+# --- spectral shift by size ----------------------------------------------------------
 
-    Minutes: it decomposes matrices of up to 12288 x 4096.
+
+def expected_shift(distance: float, shape: tuple[int, int]) -> float:
+    """Spectral shift of independent steps on independent weights.
+
+    NSS^2 = e^2 / n + (e^2 / 2)^2,  n = max(shape)
+
+    The first term is the variance of u_i^T D v_i, the second the growth of all singular
+    values by sqrt(1 + e^2). It holds while steps are small beside the spacing of
+    singular values, and within a factor of 1.3 beyond.
+
+    Args:
+        distance: e, norm of the update over that of the weights.
+        shape: of the matrix.
+
+    Source: ours.
+
+    >>> round(expected_shift(0.001, (100, 10_000)), 8)
+    1e-05
+    """
+    return float(np.hypot(distance / max(shape) ** 0.5, distance**2 / 2))
+
+
+def shift_rows(
+    densities: Mapping[str, float], shapes: Sequence[tuple[int, int]], seed: int = 0
+) -> pd.DataFrame:
+    """Spectral shift of unplaced updates on Gaussian weights, measured and expected.
 
     Args:
         densities: arm to density.
+        shapes: of the matrices.
         seed: of weights and updates.
 
     Returns:
-        arm, role, nss; one row for each shape and the roles that have it.
+        arm, n (larger side), nss, expected, distance (of the stored difference).
     """
     rows = []
-    for role in ("q", "k", "gate"):  # down is gate turned
-        (origin,) = og.synthetic("Gaussian", seed, {role: SHAPES[role]})
-        old = origin.top.spectrum
+    for shape in shapes:
+        (origin,) = og.synthetic("Gaussian", seed, {"q": shape})
+        w = origin.w.double()
+        old = gram.decompose(w, 1).spectrum
         draw = pr.without_place([origin], "Gaussian", seed)
-        for arm, scale in zip(
-            densities, draw.scales(list(densities.values()))[0], strict=True
-        ):
-            new = gram.decompose(draw.after(0, scale), 1).spectrum
-            shift = spectra.normalised_spectral_shift(old, new)
-            rows.append({"arm": arm, "role": role, "nss": shift})
+        scales = draw.scales(list(densities.values()))[0]
+        for arm, scale in zip(densities, scales, strict=True):
+            after = draw.after(0, scale).double()
+            distance = float((after - w).norm() / w.norm())
+            new = gram.decompose(after, 1).spectrum
+            rows.append(
+                {
+                    "arm": arm,
+                    "n": max(shape),
+                    "nss": spectra.normalised_spectral_shift(old, new),
+                    "expected": expected_shift(distance, shape),
+                    "distance": distance,
+                }
+            )
     return pd.DataFrame(rows)
+
+
+def at_8b(distances: Mapping[str, float]) -> dict[str, float]:
+    """Expected spectral shift at Qwen3-8B's shapes, mean over the seven matrices.
+
+    Args:
+        distances: arm to norm of the stored difference over that of the weights.
+    """
+    return {
+        arm: float(np.mean([expected_shift(e, shape) for shape in SHAPES.values()]))
+        for arm, e in distances.items()
+    }

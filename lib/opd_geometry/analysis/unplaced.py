@@ -26,6 +26,7 @@ from opd_geometry.experiments import measure
 from opd_geometry.experiments.runs import data_directory
 from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.geometry import gram, spectra
+from opd_geometry.geometry.comparison import MASK_ALPHA
 from opd_geometry.geometry.spectra import default_rank
 
 COMMITTED = "gemma3-270m-bf16"
@@ -175,35 +176,25 @@ def expected_table(
     return pd.DataFrame(rows)
 
 
-def drawn_table(
-    origins: Sequence[Origin],
-    draws: Mapping[str, int],
-    spectra_too: bool = True,
-    masks: bool = True,
-) -> pd.DataFrame:
-    """Every printed diagnostic at the printed densities, over draws.
+def drawn_table(origins: Sequence[Origin], draws: int) -> pd.DataFrame:
+    """Every printed diagnostic of Gaussian updates at the printed densities.
 
     Args:
         origins: the matrices.
-        draws: law to how many draws.
-        spectra_too: whether spectra and angles are computed.
-        masks: whether overlaps are.
+        draws: how many.
 
     Returns:
-        law, arm, metric, ``mean``, ``low``, ``high`` (over draws, of means over
-        matrices), ``matrix_low``, ``matrix_high`` (over draws and matrices; NaN for
-        masks), draws.
+        arm, metric, ``mean``, ``low``, ``high`` (over draws, of means over matrices),
+        draws, ``matrix_low``, ``matrix_high`` (over draws and matrices; NaN for
+        overlaps).
     """
     densities, found = paper_densities(), []
-    for law, n in draws.items():
-        for seed in range(n):
-            draw = pr.without_place(origins, law, seed)
-            rows = pr.mask_rows(draw, densities) if masks else []
-            if spectra_too:
-                rows += pr.spectral_rows(draw, densities)
-            found += [{"law": law, "seed": seed, "matrix": "", **row} for row in rows]
+    for seed in range(draws):
+        draw = pr.without_place(origins, "Gaussian", seed)
+        rows = pr.mask_rows(draw, densities) + pr.spectral_rows(draw, densities)
+        found += [{"seed": seed, "matrix": "", **row} for row in rows]
     table = pd.DataFrame(found)
-    keys = ["law", "arm", "metric"]
+    keys = ["arm", "metric"]
     means = table.groupby([*keys, "seed"], sort=False)["value"].mean().reset_index()
     summary = pr.summarised(means, keys).set_index(keys)
     single = table[table["matrix"] != ""].groupby(keys)["value"]
@@ -369,6 +360,40 @@ def gaps_table(
     return pd.DataFrame(rows)
 
 
+# --- this book's own diagnostics -----------------------------------------------------
+
+
+def own_density(arm: str = "opd") -> float:
+    """Mean density of the layers' matrices at the end of this book's runs of an arm."""
+    table, _ = measure.load("published", [arm], range(5), "committed")
+    rows = table[(table["metric"] == "density") & table["role"].isin(og.ROLES)]
+    last = rows["step"] == rows.groupby("seed")["step"].transform("max")
+    return float(rows.loc[last, "value"].mean())
+
+
+def own_limits_table(draws: int = N_DRAWS, each: int = 1) -> pd.DataFrame:
+    """The smallest place that each of this book's diagnostics would show.
+
+    At the book's student and OPD's density.
+
+    Args:
+        draws: of an update without place.
+        each: draws with each place.
+
+    Returns:
+        As ``power.limits``, with the column ``density``.
+    """
+    student = data_directory() / "checkpoints" / STUDENT
+    origins, density = og.stored(student, alpha=MASK_ALPHA), own_density()
+    table = pd.concat(
+        [
+            pw.own_rows(origins, density, range(draws), [("none", 0.0)]),
+            pw.own_rows(origins, density, range(each), pw.grid()),
+        ]
+    )
+    return pw.limits(table, pw.draws_bands(table)).assign(density=density)
+
+
 # --- made, kept, read ----------------------------------------------------------------
 
 
@@ -394,7 +419,6 @@ def make(model: str, folder: Path | None = None, told: str = "") -> Path:
     every = Set(ALL_LAYERS, ON, og.stored(model))
     layers = sorted({origin.layer for origin in three})
     one = [o for o in three if o.layer == layers[len(layers) // 2]]
-    draws = {law: N_DRAWS if law == "Gaussian" else SOME for law in og.LAWS}
     sources = {THREE_LAYERS: three, ALL_LAYERS: every.origins}
 
     def expected() -> pd.DataFrame:
@@ -417,16 +441,10 @@ def make(model: str, folder: Path | None = None, told: str = "") -> Path:
         "agreement": agreements,
         "drawn": lambda: pd.concat(
             [
-                drawn_table(three, draws, spectra_too=False).assign(w0=THREE_LAYERS),
-                drawn_table(one, {"Gaussian": N_DRAWS}).assign(w0=ONE_LAYER),
-                drawn_table(three, {"Gaussian": 2}, masks=False).assign(
-                    w0=THREE_LAYERS
-                ),
+                drawn_table(one, N_DRAWS).assign(w0=ONE_LAYER),
+                drawn_table(three, 1).assign(w0=THREE_LAYERS),
             ]
         ),
-        "placed": lambda: placed_table(one),
-        "decay": lambda: decay_table(one, 1),
-        "gaps": lambda: gaps_table(one),
         "means": lambda: od.two_means(every.origins, paper_densities()),
         "pairs": lambda: pairs_table(three, folder),
         "provenance": lambda: provenance(model, sources, told),
@@ -595,3 +613,94 @@ def against(
 def _four(inner: tuple[float, float], outer: tuple[float, float]) -> dict[str, float]:
     names = ("low", "high", "wide_low", "wide_high")
     return dict(zip(names, (*inner, *outer), strict=True))
+
+
+REFERENCE = {"grid": ON, "law": "Gaussian", "average": pr.PLAIN}  # of three layers
+CHOICES = [(arm, metric) for metric in pr.MASKS for arm in ("opd", "rlvr")]
+
+
+def base_case(expected: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """The reference case: (arm, metric) to overlap.
+
+    Args:
+        expected: of a model's tables.
+    """
+    rows = expected[(expected["w0"] == THREE_LAYERS)]
+    for column, value in (*REFERENCE.items(), ("divisor", BAND_DIVISOR)):
+        rows = rows[rows[column] == value]
+    return rows.set_index(["arm", "metric"])["value"].to_dict()
+
+
+def choices_table(expected: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Each choice that is not printed, changed by itself.
+
+    Args:
+        expected: of a model's tables.
+        others: of further weights.
+
+    Returns:
+        Indexed by the choice, first ``printed`` and ``reference``; a column an overlap
+        of OPD and RLVR.
+    """
+    every = pd.concat([expected, others])
+    usual = {**REFERENCE, "divisor": BAND_DIVISOR, "w0": THREE_LAYERS}
+    paper, base = paper_overlaps(), base_case(expected)
+    found = {
+        "printed": [paper[key] for key in CHOICES],
+        "reference": [base[key] for key in CHOICES],
+    }
+    for column in ("law", "average", "grid", "divisor", "w0"):
+        rows = every
+        for name, value in usual.items():
+            if name != column:
+                rows = rows[rows[name] == value]
+        for value, group in rows.groupby(column, sort=False):
+            if value == usual[column]:
+                continue
+            name = f"rank n/{value}" if column == "divisor" else str(value)
+            label = {"law": "update: ", "w0": "weights: "}.get(column, "") + name
+            values = group.set_index(["arm", "metric"])["value"]
+            found[label] = [float(values[key]) for key in CHOICES]
+    columns = [
+        f"{'low' if metric == pr.MASKS[0] else 'principal'}, {arm.upper()}"
+        for arm, metric in CHOICES
+    ]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns)
+
+
+HALF_DECADE = 10**0.5
+
+
+def limit_bands(
+    choices: Mapping[tuple[str, str], tuple[float, float]],
+    placed: pd.DataFrame,
+    arm: str = "opd",
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """What a diagnostic must leave before a reader of print would see a place.
+
+    Args:
+        choices: of ``bands``: for overlaps.
+        placed: of ``placed_table``; NSS and angles have half a decade about their mean
+            without place, being printed as orders.
+        arm: whose.
+
+    Returns:
+        (arm, metric) to the band.
+    """
+    none = placed[(placed["family"] == "none") & (placed["arm"] == arm)]
+    means = none.groupby("metric")["value"].mean()
+    found = {key: ends for key, ends in choices.items() if key[0] == arm}
+    for metric in pr.SPECTRAL:
+        half = float(means[metric]) * (HALF_DECADE - 1)
+        found[arm, metric] = float(means[metric]) - half, float(means[metric]) + half
+    return found
+
+
+def refutations() -> pd.DataFrame:
+    """Objections that were tried, and what each changed.
+
+    Returns:
+        The rows of ``data/unplaced/refutations.csv``: attempt, objection, outcome,
+        changed.
+    """
+    return pd.read_csv(data_directory() / "unplaced" / "refutations.csv")

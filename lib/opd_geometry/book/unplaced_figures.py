@@ -77,7 +77,14 @@ def _draw_bands(ax: Axes, rows: pd.DataFrame) -> None:
         ring = {"mfc": "none", "mec": figures.GREY, "ms": 7, "mew": 1.3}
         ax.plot(row["neutral"], place, "o", **ring)
         ax.plot(
-            row["printed"], place, "o", color=colour, ms=8, mec="white", mew=1.0, zorder=5
+            row["printed"],
+            place,
+            "o",
+            color=colour,
+            ms=8,
+            mec="white",
+            mew=1.0,
+            zorder=5,
         )
     ax.set_yticks(range(len(rows)), rows["label"], fontsize=SMALL)
     ax.tick_params(axis="x", labelsize=SMALL)
@@ -100,10 +107,10 @@ def _explain(ax: Axes, rows: pd.DataFrame) -> None:
         arrowprops={"arrowstyle": "-", "lw": 0.8, "color": figures.GREY},
         **said,
     )
+    ax.text(last["wide_low"] - 0.012, place, "no place of its own", ha="right", **said)
     ax.text(
-        last["wide_low"] - 0.012, place, "no place of its own", ha="right", **said
+        last["neutral"] + 0.012, place - 0.5, "all entries alike", ha="left", **said
     )
-    ax.text(last["neutral"] + 0.012, place - 0.5, "all entries alike", ha="left", **said)
 
 
 # --- power ---------------------------------------------------------------------------
@@ -127,7 +134,10 @@ def left_possible(allowed: pd.DataFrame) -> Figure:
     heights = [len(names) + 0.8 for names in by_unit.values()]
     with styled():
         figure, axes = plt.subplots(
-            len(units), 1, figsize=(WIDTH, 1.4 + 0.42 * sum(heights)), height_ratios=heights
+            len(units),
+            1,
+            figsize=(WIDTH, 1.4 + 0.42 * sum(heights)),
+            height_ratios=heights,
         )
         for ax, (unit, names) in zip(axes, by_unit.items(), strict=True):
             _draw_possible(ax, allowed, names, unit)
@@ -226,7 +236,11 @@ def shift_by_size(
             ax.plot(1.35 * right, order, "o", color=style.colour, ms=8, mec="white")
             ax.plot(1.8 * right, decay[arm], "x", color=style.colour, ms=8, mew=2)
             ax.text(
-                0.93 * first["n"], first["nss"], style.label, ha="right", va="center",
+                0.93 * first["n"],
+                first["nss"],
+                style.label,
+                ha="right",
+                va="center",
                 fontsize=SMALL + 1,
             )
         ax.set(xscale="log", yscale="log", xlim=(0.62 * points["n"].min(), 2.3 * right))
@@ -238,6 +252,13 @@ def shift_by_size(
         ax.set_ylabel("spectral shift NSS", fontsize=SMALL)
         top = ax.get_ylim()[1]
         for at, words in ((1.35, "printed"), (1.8, "decay")):
-            ax.text(at * right, top, words, fontsize=SMALL, ha="center", va="bottom",
-                    rotation=35)
+            ax.text(
+                at * right,
+                top,
+                words,
+                fontsize=SMALL,
+                ha="center",
+                va="bottom",
+                rotation=35,
+            )
     return figure
