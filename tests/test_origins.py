@@ -40,7 +40,7 @@ def test_an_entry_changes_at_its_critical_scale_and_not_before(on_grid: bool) ->
         rows = slice(0 if on_grid else 2, None)  # off it, a zero may have either sign
         share = (after != before)[rows].double().mean()
         # torch rounds to bf16 by way of float32, which moves what lies at a border
-        assert abs(share - changed) <= (0.0 if on_grid else 0.002)
+        assert abs(float(share) - changed) <= (0.0 if on_grid else 0.002)
 
 
 def test_the_scale_at_a_density_changes_so_many_entries() -> None:
@@ -90,6 +90,14 @@ def test_synthetic_weights_are_on_the_grid_and_repeat(kind: str) -> None:
     assert torch.equal(one, again)
     assert torch.equal(one, one.bfloat16().float())
     assert float(one.std()) == pytest.approx(og.SPREAD, rel=0.02)
+
+
+def test_weights_and_updates_of_one_seed_are_independent() -> None:
+    (origin,) = og.synthetic("Gaussian", 0, {"q": (64, 64)})
+    for seed in (0, (0, 0), (0, 7), (0, 1)):
+        z = og.drawn("Gaussian", (64, 64), np.random.default_rng(seed))
+        pair = torch.stack([origin.w.ravel(), z.ravel()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.1
 
 
 def test_unknown_laws_and_weights_name_the_known() -> None:

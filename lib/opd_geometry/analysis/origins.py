@@ -8,7 +8,7 @@ that every density has its scale, exactly and without a search.
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def drawn(law: str, shape: Sequence[int], rng: np.random.Generator) -> Tensor:
 # --- one matrix ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Origin:
     """One weight matrix before the update.
 
@@ -99,28 +99,38 @@ class Origin:
         k = default_rank(self.w.shape, ANGLE_DIVISOR)
         return gram.decompose(self.w.bfloat16(), k)
 
-    @cache  # noqa: B019 -- as long-lived as the origin, which holds the weights
     def principal(self, divisor: int = PRINCIPAL_DIVISOR) -> np.ndarray:
         """Principal mask of rank n / divisor, flat."""
-        rank, found = default_rank(self.w.shape, divisor), self.top
-        mask = updates.reconstruction_mask(
-            found.left[:, :rank],
-            found.spectrum[:rank],
-            found.right[:, :rank],
-            self.alpha,
-        )
-        return mask.numpy().ravel()
+        if divisor not in self._principal:
+            rank, found = default_rank(self.w.shape, divisor), self.top
+            mask = updates.reconstruction_mask(
+                found.left[:, :rank],
+                found.spectrum[:rank],
+                found.right[:, :rank],
+                self.alpha,
+            )
+            self._principal[divisor] = mask.numpy().ravel()
+        return self._principal[divisor]
 
     @cached_property
-    def counts(self) -> tuple[unplaced.Magnitudes, dict[int, unplaced.Magnitudes]]:
-        """Entries by magnitude: all, and those of the principal mask by n / r."""
-        inside = {
+    def _principal(self) -> dict[int, np.ndarray]:
+        return {}
+
+    @cached_property
+    def whole(self) -> unplaced.Magnitudes:
+        """Entries by magnitude."""
+        return unplaced.magnitudes(self.w)
+
+    @cached_property
+    def inside(self) -> dict[int, unplaced.Magnitudes]:
+        """Those of the principal mask by magnitude, by n / r."""
+        masks = {divisor: self.principal(divisor) for divisor in SIDE_RANKS}
+        return {
             divisor: unplaced.magnitudes(
-                self.w, torch.from_numpy(self.principal(divisor)).reshape(self.w.shape)
+                self.w, torch.from_numpy(mask).reshape(self.w.shape)
             )
-            for divisor in SIDE_RANKS
+            for divisor, mask in masks.items()
         }
-        return unplaced.magnitudes(self.w), inside
 
     def critical(self, direction: Tensor) -> np.ndarray:
         """The scale at which each entry of ``w + scale * direction`` changes in bf16.
@@ -242,8 +252,10 @@ def synthetic(
     if kind not in SYNTHETIC:
         raise ValueError(f"unknown weights {kind!r}; expected {', '.join(SYNTHETIC)}")
     found = []
+    # The middle number keeps them apart from updates: numpy seeds 0 and (0, 0) alike,
+    # and an update in proportion to the weights changes none of them at first.
     for i, (role, shape) in enumerate((shapes or LAYER).items()):
-        drawn = SYNTHETIC[kind](np.random.default_rng((seed, i)), shape)
+        drawn = SYNTHETIC[kind](np.random.default_rng((seed, 101, i + 1)), shape)
         w = torch.from_numpy(drawn * (SPREAD / drawn.std())).bfloat16().float()
         found.append(Origin(f"{kind}.{role}", role, 0, w, alpha))
     return found

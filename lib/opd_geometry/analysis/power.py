@@ -28,9 +28,8 @@ TENTH = 0.1
 
 def _sized(origin: Origin, z: Tensor, b: float, _: np.random.Generator) -> Tensor:
     size = origin.w.abs()
-    if b < 0:  # no gain is infinite: zeros move as the smallest others
-        size = size.clamp(min=float(size[size > 0].min()))
-    return z * size**b
+    # zeros change at any step: they move as the smallest others do, whatever the power
+    return z * size.clamp(min=float(size[size > 0].min())) ** b
 
 
 def _large(origin: Origin, z: Tensor, gain: float, _: np.random.Generator) -> Tensor:

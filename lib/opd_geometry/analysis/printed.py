@@ -105,7 +105,7 @@ def _scales(
     by_role: Mapping[str, float],
 ) -> list[float]:
     """A scale a matrix."""
-    wholes, name = [origin.counts[0] for origin in origins], og.LAWS[law]
+    wholes, name = [origin.whole for origin in origins], og.LAWS[law]
     if average == POOLED:
         scale = closed.scale_at_density(closed.pooled(wholes), density, name)
         return [scale] * len(wholes)
@@ -148,8 +148,8 @@ def _overlaps(
     """Both overlaps: means over matrices, or of all entries together."""
     counts = []
     for origin, scale in zip(origins, scales, strict=True):
-        whole, inside = origin.counts
-        parts = (whole, closed.smallest(whole, origin.alpha), inside[divisor])
+        whole, inside = origin.whole, origin.inside[divisor]
+        parts = (whole, closed.smallest(whole, origin.alpha), inside)
         counts.append(
             [float(p.counts @ closed.chances(p, scale, og.LAWS[law])) for p in parts]
         )
@@ -371,7 +371,7 @@ def agreement(origins: Sequence[Origin], law: str, densities: Sequence[float]) -
     """
     found = []
     for origin in origins:
-        whole = origin.counts[0]
+        whole = origin.whole
         scales = {
             d: closed.scale_at_density(whole, d, og.LAWS[law]) for d in set(densities)
         }
@@ -396,7 +396,7 @@ def shared_gain(
     """
     found = []
     for i, origin in enumerate(origins):
-        rng = np.random.default_rng((seed, i))
+        rng = np.random.default_rng((seed, 7, i + 1))
         n_rows, n_cols = origin.w.shape
         size = (n_rows, 1) if side == "rows" else (1, n_cols)
         gain = torch.from_numpy(np.exp(log_sd * rng.standard_normal(size))).float()

@@ -446,7 +446,7 @@ def make(model: str, folder: Path | None = None, told: str = "") -> Path:
             ]
         ),
         "means": lambda: od.two_means(every.origins, paper_densities()),
-        "pairs": lambda: pairs_table(three, folder),
+        "pairs": lambda: pairs_table(folder),
         "provenance": lambda: provenance(model, sources, told),
     }
     with clear_write_errors(folder):
@@ -457,18 +457,21 @@ def make(model: str, folder: Path | None = None, told: str = "") -> Path:
     return folder
 
 
-def pairs_table(origins: Sequence[Origin], folder: Path) -> pd.DataFrame:
+PAIR_WEIGHTS = ("Gaussian", "Weibull, 0.8", "Weibull, 1.5", "Student t, 5")
+
+
+def pairs_table(folder: Path) -> pd.DataFrame:
     """Every pair of numbers that another work prints, and whether one distance does.
 
     Args:
-        origins: pretrained matrices.
-        folder: with ``decay.csv``.
+        folder: with ``decay.csv``, for the spectra; all else is of synthetic weights.
     """
     decay = pd.read_csv(folder / "decay.csv")
     moved = decay[decay["update"]]
     shares = (moved["nss"] / moved["distance"]).groupby(moved["arm"])
     ends = {arm: (float(v.min()), float(v.max())) for arm, v in shares}
-    return od.pairs_table(od.related_pairs(origins, ends))
+    sets = [og.synthetic(kind, 0, {"q": (512, 512)}) for kind in PAIR_WEIGHTS]
+    return od.pairs_table(od.related_pairs(sets, ends))
 
 
 def placed_table(

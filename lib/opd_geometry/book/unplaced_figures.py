@@ -52,14 +52,14 @@ def on_bands(rows: pd.DataFrame) -> Figure:
         for ax, panel in zip(axes[:, 0], panels, strict=True):
             _draw_bands(ax, rows[rows["panel"] == panel].reset_index(drop=True))
             ax.set_title(TITLES[panel], loc="left", fontsize=SMALL + 1)
-            unit = 1.0 if panel == "jaccard" else 100.0
-            ax.xaxis.set_major_formatter(
-                FuncFormatter(
-                    lambda x, _, unit=unit: f"{x:.2f}" if unit == 1 else f"{x:.0%}"
-                )
-            )
+            if panel != "jaccard":
+                ax.xaxis.set_major_formatter(FuncFormatter(_per_cent))
         _explain(axes[0, 0], rows[rows["panel"] == panels[0]].reset_index(drop=True))
     return figure
+
+
+def _per_cent(value: float, _: object) -> str:
+    return f"{100 * value:.0f} %"
 
 
 def _draw_bands(ax: Axes, rows: pd.DataFrame) -> None:
@@ -107,7 +107,9 @@ def _explain(ax: Axes, rows: pd.DataFrame) -> None:
         arrowprops={"arrowstyle": "-", "lw": 0.8, "color": figures.GREY},
         **said,
     )
-    ax.text(last["wide_low"] - 0.012, place, "no place of its own", ha="right", **said)
+    ax.text(
+        last["wide_low"] - 0.012, place, "an update without place", ha="right", **said
+    )
     ax.text(
         last["neutral"] + 0.012, place - 0.5, "all entries alike", ha="left", **said
     )
