@@ -299,8 +299,8 @@ def decay_table(origins: Sequence[Origin], draws: int = SOME) -> pd.DataFrame:
                     keys = {"arm": arm, "decay": decay, "update": step > 0}
                     exact = (1 - decay) * w + step * direction
                     rows += [keys | row for row in _both_readouts(origin, exact)]
-    keys = ["arm", "decay", "update", "readout"]
-    return pd.DataFrame(rows).groupby(keys, sort=False).mean().reset_index()
+    by = ["arm", "decay", "update", "readout"]
+    return pd.DataFrame(rows).groupby(by, sort=False).mean().reset_index()
 
 
 def _both_readouts(origin: Origin, exact: Tensor) -> Iterator[dict[str, object]]:

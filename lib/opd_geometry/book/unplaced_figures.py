@@ -5,6 +5,7 @@ In the book's one style (see ``figures``); tables of ``analysis.unplaced`` and
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -74,7 +75,7 @@ def _draw_bands(ax: Axes, rows: pd.DataFrame) -> None:
                 alpha=alpha,
                 solid_capstyle="butt",
             )
-        ring = {"mfc": "none", "mec": figures.GREY, "ms": 7, "mew": 1.3}
+        ring: dict[str, Any] = {"mfc": "none", "mec": figures.GREY, "ms": 7, "mew": 1.3}
         ax.plot(row["neutral"], place, "o", **ring)
         ax.plot(
             row["printed"],
@@ -98,7 +99,7 @@ def _explain(ax: Axes, rows: pd.DataFrame) -> None:
     """Names what a row is made of, on the last row of the first panel."""
     last = rows.iloc[-1]
     place = len(rows) - 1
-    said = {"fontsize": SMALL, "va": "center"}
+    said: dict[str, Any] = {"fontsize": SMALL, "va": "center"}
     ax.annotate(
         "printed",
         (last["printed"], place),
