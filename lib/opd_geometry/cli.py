@@ -613,14 +613,14 @@ def _build(
     root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
 ) -> int:
     """Stage, build and check a book under _build/NAME; the exit code."""
-    from opd_geometry.book.site import build_site, check_site, stage_site
+    from opd_geometry.book import site as pages_of
 
     place = root / "_build" / name
-    source = stage_site(root, place / "source", pages, banner)
-    (source / "data").mkdir(exist_ok=True)
-    shutil.copy(claims_csv, source / "data" / "claims.csv")
-    page = build_site(source, place / "html")
-    problems = check_site(place / "html", source)
+    source = pages_of.stage_site(root, place / "source", pages, banner)
+    pages_of.add_claims(source, claims_csv)
+    pages_of.add_hero(source)
+    page = pages_of.build_site(source, place / "html")
+    problems = pages_of.check_site(place / "html", source)
     for problem in problems:
         _complain(problem, 1)
     click.echo(f"Open {page}")

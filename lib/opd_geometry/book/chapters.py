@@ -20,6 +20,7 @@ from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge
 from opd_geometry.analysis.statements import claim_of
+from opd_geometry.book.board import VERDICT_MARKS
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import PROFILES, build, parse_seeds
@@ -31,13 +32,6 @@ PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
-VERDICT_MARKS = {
-    "reproduced": "✓",
-    "not reproduced": "✗",
-    "inconclusive": "?",
-    "explained by a control": "≈",
-    "not measured": "–",
-}
 
 
 class ParameterError(ValueError):

@@ -31,6 +31,7 @@ from opd_geometry.book.figures import (
     METRIC_LABELS,
     NULL_LABEL,
     RED,
+    SMALL,
     WIDTH,
     place_labels,
     plain_log_ticks,
@@ -233,7 +234,7 @@ def _name_rows(
         names.append(choice if again else f"{METRIC_LABELS[quantity]}: {choice}")
         if y and not again:
             ax.axhline(y - 0.5, color=GREY, lw=0.5)
-        ax.text(right - 0.3, y, values[y], fontsize=8, va="center", color=GREY)
+        ax.text(right - 0.3, y, values[y], fontsize=SMALL, va="center", color=GREY)
     ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
     ax.tick_params(axis="y", labelsize=8)
 
@@ -253,7 +254,7 @@ def _key_of_board(figure: Figure) -> None:
         handles=tiles + marks,
         loc="outside lower center",
         ncols=6,
-        fontsize=8,
+        fontsize=SMALL,
         frameon=False,
         columnspacing=1.0,
         handletextpad=0.5,
@@ -312,7 +313,7 @@ def against_bounds(held: pd.DataFrame, arms: Sequence[str]) -> Figure:
             handles=keys,
             loc="outside upper center",
             ncols=4,
-            fontsize=8,
+            fontsize=SMALL,
             frameon=False,
         )
     return figure
@@ -343,7 +344,13 @@ def _draw_wedin(ax: Axes) -> None:
     ax.plot(share, allowed, color=GREY, lw=1, label="_bound")
     ax.axvspan(1, high, color=GREY, alpha=0.12, lw=0)
     ax.text(
-        0.97, 0.04, "silent", transform=ax.transAxes, ha="right", fontsize=8, color=GREY
+        0.97,
+        0.04,
+        "silent",
+        transform=ax.transAxes,
+        ha="right",
+        fontsize=SMALL,
+        color=GREY,
     )
     ax.set_xlim(low, high)
     ax.set_ylim(top=150)
@@ -414,7 +421,7 @@ def _draw_strip(
     used = 100 * held[chosen]["used"].dropna()
     if used.empty:
         if side == "arm":
-            ax.text(1, place, "bound silent", va="center", fontsize=8, color=GREY)
+            ax.text(1, place, "bound silent", va="center", fontsize=SMALL, color=GREY)
         return
     jitter = place + 0.22 * (np.arange(len(used)) * 0.618 % 1 - 0.5)
     colour = GREY if side == "null" else ARM_STYLES[arm].colour

@@ -24,6 +24,7 @@ from opd_geometry.book.figures import (
     METRIC_LABELS,
     NULL_LABEL,
     ORANGE,
+    SMALL,
     WIDTH,
     ArmStyle,
     at_end,
@@ -93,7 +94,7 @@ def against_norm(
         _name_columns(axes.flat[: len(metrics)], "Frobenius norm of the update")
         lines, names = axes[0][0].get_legend_handles_labels()
         # Lines that lie on one another cannot be named where they end.
-        look: Any = {"fontsize": 8, "frameon": False, "handlelength": 4}
+        look: Any = {"fontsize": SMALL, "frameon": False, "handlelength": 4}
         figure.legend(lines, names, loc="outside upper center", ncols=3, **look)
     return figure
 
@@ -153,10 +154,10 @@ def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Fi
             f"{names[pair]}\n{ARM_STYLES[pair[0]].label} → {ARM_STYLES[pair[1]].label}"
             for pair in pairs
         ]
-        _name_rows(axes[0], labels, fontsize=7)
+        _name_rows(axes[0], labels, fontsize=SMALL)
         figure.supxlabel(
             "factor ( ○ at the end   ● at equal norm   ┃ Gaussian updates there )",
-            fontsize=8,
+            fontsize=SMALL,
             color=GREY,
         )
     return figure
@@ -237,7 +238,7 @@ def subspace_dots(
         _name_rows(axes[0], labels)
         figure.supxlabel(
             "accuracy minus the free run's ( ┊ stopped at the branch   ▒ margin )",
-            fontsize=8,
+            fontsize=SMALL,
             color=GREY,
         )
     return figure
@@ -349,7 +350,7 @@ def benchmark_dots(
         _name_rows(axes[0], names)
         dots, labels = axes[0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(labels)}
-        figure.legend(dots, labels, fontsize=8, frameon=False, **place)
+        figure.legend(dots, labels, fontsize=SMALL, frameon=False, **place)
     return figure
 
 
@@ -416,7 +417,7 @@ def sweep(
         axes[0][0].plot([], [], color=GREY, linestyle=":", label=NULL_LABEL)
         lines, names = axes[0][0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(names)}
-        figure.legend(lines, names, fontsize=8, frameon=False, **place)
+        figure.legend(lines, names, fontsize=SMALL, frameon=False, **place)
     return figure
 
 
@@ -486,7 +487,9 @@ def variant_dots(
                 plain_log_ticks(ax.xaxis)
         _name_rows(axes[0], list(names.values()))
         figure.supxlabel(
-            "( ● mean over seeds   ┃ Gaussian null   ▒ margin )", fontsize=8, color=GREY
+            "( ● mean over seeds   ┃ Gaussian null   ▒ margin )",
+            fontsize=SMALL,
+            color=GREY,
         )
     return figure
 
@@ -551,11 +554,11 @@ def claims_board(
                     marker, colour, full = OUTCOME_MARKS[outcome]
                     look: Any = {"mec": colour, "mfc": colour if full else "none"}
                     ax.plot(start + place, row, marker, ms=6.5, lw=0, **look)
-            ax.text(start - 0.3, -1.1, title, fontsize=8, color=GREY)
+            ax.text(start - 0.3, -1.1, title, fontsize=SMALL, color=GREY)
             start += widths[kind] + 1.2
         for row, key in enumerate(parts):
             ax.text(
-                start - 0.6, row, verdicts[key], fontsize=8, va="center", color=GREY
+                start - 0.6, row, verdicts[key], fontsize=SMALL, va="center", color=GREY
             )
             ax.axhline(row + 0.5, color=GREY, lw=0.3)
         ax.set_yticks(range(len(parts)), list(parts))
@@ -563,6 +566,8 @@ def claims_board(
         ax.spines[["left", "bottom"]].set_visible(False)
         ax.tick_params(axis="y", length=0)
         figure.supxlabel(
-            "( ● speaks for the claim   ✖ against it   ○ open )", fontsize=8, color=GREY
+            "( ● speaks for the claim   ✖ against it   ○ open )",
+            fontsize=SMALL,
+            color=GREY,
         )
     return figure

@@ -7,6 +7,7 @@ unless it is told to by the path of an output.
 """
 
 import ast
+import base64
 import html
 import os
 import re
@@ -19,11 +20,14 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
+from PIL import Image
 
 from opd_geometry import sources
+from opd_geometry.book import board
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 COMPLAINT = re.compile(r"(?:WARNING|ERROR|CRITICAL|Error):")
@@ -33,6 +37,8 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.~*/-])/(?:home|root|Users|tmp|mnt|opt|private|var|work|workspace"
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
+HERO = "fig-ladder"  # the figure of the first page
+SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
 WEB_ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 CSS_ADDRESS = re.compile(r"(?:url\(|@import)\s*['\"]?\s*((?:https?:)?//[^'\")\s;]+)")
 LOADS_NOTHING = {"canonical", "index", "next", "prev", "search"}  # <link rel="...">
@@ -266,6 +272,60 @@ def stage_site(
     return target
 
 
+def add_claims(source: Path, claims_csv: Path) -> None:
+    """Put the table of claims into a staged book: boards, marks at chapters, the csv.
+
+    Args:
+        source: of ``stage_site``.
+        claims_csv: of ``claims.write_claims``; from the same runs as the chapters.
+    """
+    (source / "data").mkdir(exist_ok=True)
+    shutil.copy(claims_csv, source / "data" / "claims.csv")
+    findings = pd.read_csv(claims_csv)
+    for name, brief in (("board", False), ("board-brief", True)):
+        text = board.board(findings, brief)
+        (source / "book" / f"{name}.html").write_text(text, encoding="utf8")
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf8"))
+    tally = board.tally(findings)
+    for entry in (entry for part in toc["parts"] for entry in part["chapters"]):
+        chapter = Path(entry["file"]).name
+        if chapter in tally:
+            page = read_notebook(source / f"{entry['file']}.ipynb")
+            entry["title"] = f"{title_of(page)} {tally[chapter]}"
+    text = yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
+    (source / "_toc.yml").write_text(text, encoding="utf8")
+
+
+def add_hero(source: Path, name: str = HERO) -> None:
+    """Give the first page the figure that tells the story, with its words.
+
+    Args:
+        source: of ``stage_site``; receives ``hero.png`` and ``hero.md``.
+        name: of the figure, in the metadata of its cell.
+
+    Raises:
+        ValueError: no chapter has such a figure.
+    """
+    for chapter in sorted((source / "book" / "chapters").glob("*.ipynb")):
+        for cell in read_notebook(chapter).cells:
+            shown = cell.metadata.get("mystnb", {})
+            if shown.get("figure", {}).get("name") != name:
+                continue
+            (picture,) = [o.data["image/png"] for o in cell.outputs if "data" in o]
+            (source / "book" / "hero.png").write_bytes(base64.b64decode(picture))
+            alt, caption = shown["image"]["alt"], shown["figure"]["caption"]
+            text = f"```{{figure}} hero.png\n:alt: {alt}\n\n{caption.strip()}\n```\n"
+            (source / "book" / "hero.md").write_text(text, encoding="utf8")
+            return
+    raise ValueError(f"no figure {name}: name one of a chapter's figures so")
+
+
+def title_of(notebook: NotebookNode) -> str:
+    """The first heading of a notebook."""
+    text = "\n".join(cell.source for cell in notebook.cells)
+    return text.partition("# ")[2].partition("\n")[0]
+
+
 def with_captions(notebook: NotebookNode) -> NotebookNode:
     """A chapter whose captions belong to their figures, as a page has them.
 
@@ -364,9 +424,25 @@ def build_site(source: Path, out: Path) -> Path:
         ]
         first = said[0].replace(f"{source.resolve()}{os.sep}", "") if said else "?"
         raise ValueError(f"the book does not build: {first} (all of it: {log})")
+    slim(built)
     _replace_folder(built, out)
     shutil.rmtree(work)
     return out / "index.html"
+
+
+def slim(html_dir: Path) -> None:
+    """Take out of a built site what no reader needs: a third of its weight.
+
+    Maps of sources, languages other than the book's, fonts in older formats; pictures
+    keep 256 colours.
+    """
+    for pattern in SUPERFLUOUS:
+        for path in html_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in html_dir.glob("_images/*.png"):
+        with Image.open(path) as picture:
+            small = picture.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE)
+        small.save(path, optimize=True)
 
 
 # --- checks --------------------------------------------------------------------
