@@ -23,6 +23,7 @@ from opd_geometry.book.figures import (
     GREY,
     NULL_LABEL,
     ORANGE,
+    TEXT,
 )
 
 COLOURS = {arm: to_hex(look.colour) for arm, look in ARM_STYLES.items()}
@@ -357,7 +358,7 @@ def test_draws_one_seed_without_a_range(name: str) -> None:
 def test_is_transparent_and_its_text_reads_on_light_and_dark(name: str) -> None:
     figure = FIGURES[name](with_benchmarks(planted(ALL)))
     assert {part.get_facecolor()[3] for part in (figure, *figure.axes)} == {0}
-    assert colours_written(figure) <= {GREY, *COLOURS.values()}
+    assert colours_written(figure) <= {GREY, TEXT, *COLOURS.values()}
     assert not plt.get_fignums()
 
 

@@ -165,6 +165,27 @@ def test_a_caption_goes_to_its_figure() -> None:
         site.with_captions(v4.new_notebook(cells=[figure, caption]))
 
 
+def test_what_nobody_reads_leaves_the_site(tmp_path: Path) -> None:
+    write(tmp_path / "_static/a.js.map", "x" * 100)
+    write(tmp_path / "_static/locales/fr/a.json", "{}")
+    write(tmp_path / "_static/a.js", "x")
+    output = nbformat.v4.new_output("stream", text="x")
+    cell = nbformat.v4.new_code_cell("x", outputs=[output])
+    source = tmp_path / "_sources/book/a.ipynb"
+    write(source, nbformat.writes(nbformat.v4.new_notebook(cells=[cell])))
+    site.slim(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.js", "a.ipynb"]
+    assert nbformat.read(source, 4).cells[0].outputs == []
+
+
+def test_what_a_screen_reader_stumbles_over_is_mended(tmp_path: Path) -> None:
+    write(tmp_path / "a.html", '<div role="doc-biblioentry"></div><th></th>')
+    site.mend(tmp_path)
+    text = (tmp_path / "a.html").read_text()
+    assert 'role="listitem"' in text
+    assert "<th></th>" not in text
+
+
 def test_canonical_address_is_no_request(check: PageProblems) -> None:
     assert check(head='<link rel="canonical" href="https://example.org/book">') == []
 

@@ -2,14 +2,14 @@
 const mark = () => {
   const places = ".cell_output .text_html, .cell_output pre, .highlight pre, " +
     "div.math, .pst-scrollable-table-container";
+  let n = 0;
   for (const place of document.querySelectorAll(places)) {
     const scrolls = place.scrollWidth > place.clientWidth + 1;
     place.classList.toggle("scrolls", scrolls);
     if (scrolls) {
-      const table = place.querySelector("table");
       place.tabIndex = 0;
       place.setAttribute("role", "region");
-      place.setAttribute("aria-label", table ? "Table, scrolls" : "Scrolls");
+      place.setAttribute("aria-label", `Wide part ${++n}, scrolls`);
     } else place.removeAttribute("tabindex");
   }
 };

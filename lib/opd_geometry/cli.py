@@ -614,11 +614,13 @@ def _build(
 ) -> int:
     """Stage, build and check a book under _build/NAME; the exit code."""
     from opd_geometry.book import site as pages_of
+    from opd_geometry.book.explorer import write_data
 
     place = root / "_build" / name
     source = pages_of.stage_site(root, place / "source", pages, banner)
     pages_of.add_claims(source, claims_csv)
     pages_of.add_hero(source)
+    write_data(source / "book" / "_static" / "explorer-data.js")
     page = pages_of.build_site(source, place / "html")
     problems = pages_of.check_site(place / "html", source)
     for problem in problems:

@@ -8,6 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from opd_geometry.book.figures import ARM_STYLES
+
+ARM = re.compile(
+    rf"(?<![\w-])(?:{'|'.join(sorted(ARM_STYLES, key=len, reverse=True))})(?![\w-])"
+)
 VERDICT_MARKS = {
     "reproduced": "✓",
     "not reproduced": "✗",
@@ -33,21 +38,22 @@ FILTER = """
 <label>Part <select data-field="part">{parts}</select></label>
 <output aria-live="polite"></output>
 </fieldset>
+"""
+SCRIPT = """
 <script>
-for (const form of document.querySelectorAll(".board-filter")) {
-  const tiles = [...form.nextElementSibling.children];
-  const show = () => {
-    const asked = [...form.querySelectorAll("select")];
-    for (const tile of tiles)
-      tile.hidden = asked.some(
-        ask => ask.value && tile.dataset[ask.dataset.field] !== ask.value);
-    const n = tiles.filter(tile => !tile.hidden).length;
-    form.querySelector("output").textContent = `${n} of ${tiles.length} claims`;
-  };
-  form.hidden = false;
-  form.addEventListener("change", show);
-  document.addEventListener("DOMContentLoaded", show);
-}
+const form = document.querySelector(".board-filter");
+const tiles = [...document.querySelectorAll(".claim")];
+const show = () => {
+  const asked = [...form.querySelectorAll("select")];
+  for (const tile of tiles)
+    tile.hidden = asked.some(
+      ask => ask.value && tile.dataset[ask.dataset.field] !== ask.value);
+  const n = tiles.filter(tile => !tile.hidden).length;
+  form.querySelector("output").textContent = `${n} of ${tiles.length} claims`;
+};
+form.hidden = false;
+form.addEventListener("change", show);
+show();
 </script>
 """
 
@@ -87,12 +93,8 @@ def board(findings: pd.DataFrame, brief: bool = False) -> str:
     if brief:
         return text
     verdicts = [name for name in VERDICT_MARKS if name in set(findings["verdict"])]
-    return (
-        FILTER.replace("{verdicts}", _options(verdicts)).replace(
-            "{parts}", _options(PARTS)
-        )
-        + text
-    )
+    chosen = FILTER.replace("{verdicts}", _options(verdicts))
+    return chosen.replace("{parts}", _options(PARTS)) + text + SCRIPT
 
 
 def tally(findings: pd.DataFrame) -> dict[str, str]:
@@ -131,7 +133,7 @@ def _tile(row: dict[str, Any], brief: bool) -> str:
     link = f'href="chapters/{chapter}.html"'
     if brief:
         return f"{head}<p><a {link}>{statement}</a></p></li>"
-    known = {name: html.escape(minus(text)) for name, text in facts(row).items()}
+    known = {name: html.escape(in_words(text)) for name, text in facts(row).items()}
     told = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items())
     return (
         f'{head}<p class="claim-statement" id="claim-{row["id"]}">{statement}</p>'
@@ -168,13 +170,16 @@ def effect_text(row: Mapping[str, Any]) -> str:
     scale, name = (100, "points") if unit == "share of entries" else (1, unit)
     effect, *ends = (f"{scale * x:.3g}" for x in numbers)
     between = "" if math.isnan(numbers[1]) else f" [{', '.join(ends)}]"
-    return f"{effect}{between} {name} ({which or unit})"
+    return (
+        f"{effect}{between} {name} ({which})" if which else f"{effect}{between} {name}"
+    )
 
 
-def minus(text: str) -> str:
-    """A hyphen before a number is a minus sign.
+def in_words(text: str) -> str:
+    """Arms by their names, and a hyphen before a number as a minus sign.
 
-    >>> minus("from -0.5 to 1e-3, top-gap")
-    'from −0.5 to 1e-3, top-gap'
+    >>> in_words("sft-matched minus opd: -0.5, ruled out")
+    'SFT, matched minus OPD: −0.5, ruled out'
     """
+    text = ARM.sub(lambda found: ARM_STYLES[found[0]].label, text)
     return re.sub(r"(?<![\w-])-(?=[\d.])", "\N{MINUS SIGN}", text)

@@ -21,6 +21,7 @@ from rich.console import Console
 from opd_geometry.analysis.claims import Finding, claim_card, judge
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.book.board import VERDICT_MARKS
+from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import PROFILES, build, parse_seeds
@@ -221,17 +222,32 @@ def _absent(parameters: Parameters, arm: str) -> list[Run]:
 
 
 def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
-    """A table as it is shown: numbers as text of a few significant digits."""
+    """A table as it is shown: numbers of a few digits, arms and metrics by name."""
 
     def shown(value: object) -> object:
         if not isinstance(value, float):
             return value
         return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
-    def unnamed(_: object) -> None:
-        """The name of an index would take a row of its own."""
+    def label(name: object) -> object:
+        metric = str(name).removeprefix("null_")
+        if name in ARM_STYLES:
+            return ARM_STYLES[str(name)].label
+        if metric in METRIC_LABELS:
+            null = ", null" if metric != name else ""
+            return METRIC_LABELS[metric] + null
+        return name
 
-    return frame.map(shown).rename_axis(index=unnamed, columns=unnamed)
+    # The name of an index would take a row of its own; that of the columns stands in
+    # the corner above it.
+    kinds = {"arm": [*ARM_STYLES], "diagnostic": [*METRIC_LABELS]}
+    kind = [k for k, known in kinds.items() if frame.index.isin(known).any()]
+    corner = str(frame.index.name or (kind[0] if kind else "row"))
+    named = frame.map(shown).rename(index=label, columns=label)
+    single = named.columns.nlevels == 1
+    named.index.names = [None] * named.index.nlevels
+    named.columns.names = [corner] if single else [None] * named.columns.nlevels
+    return named
 
 
 _published: dict[str, Any] = {}  # of this kernel's notebook: name to value

@@ -39,6 +39,16 @@ MACHINE_PATH = re.compile(
 )
 HERO = "fig-ladder"  # the figure of the first page
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
+STUMBLES = {
+    ' role="doc-biblioentry"': ' role="listitem"',
+    ' aria-label="Toggle hidden content"': "",
+    'search-button-field search-button__button pst-js-only" title="Search" '
+    'aria-label="Search"': 'search-button-field search-button__button pst-js-only"',
+    'class="bd-sidebar-primary bd-sidebar"': 'class="bd-sidebar-primary bd-sidebar" '
+    'role="region" aria-label="Sidebar"',
+    "<th></th>": '<th><span class="visually-hidden">row</span></th>',
+    "<td></td>": "<td>–</td>",
+}
 WEB_ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 CSS_ADDRESS = re.compile(r"(?:url\(|@import)\s*['\"]?\s*((?:https?:)?//[^'\")\s;]+)")
 LOADS_NOTHING = {"canonical", "index", "next", "prev", "search"}  # <link rel="...">
@@ -300,7 +310,7 @@ def add_hero(source: Path, name: str = HERO) -> None:
     """Give the first page the figure that tells the story, with its words.
 
     Args:
-        source: of ``stage_site``; receives ``hero.png`` and ``hero.md``.
+        source: of ``stage_site``; receives ``hero.png`` and ``hero.inc``.
         name: of the figure, in the metadata of its cell.
 
     Raises:
@@ -315,7 +325,7 @@ def add_hero(source: Path, name: str = HERO) -> None:
             (source / "book" / "hero.png").write_bytes(base64.b64decode(picture))
             alt, caption = shown["image"]["alt"], shown["figure"]["caption"]
             text = f"```{{figure}} hero.png\n:alt: {alt}\n\n{caption.strip()}\n```\n"
-            (source / "book" / "hero.md").write_text(text, encoding="utf8")
+            (source / "book" / "hero.inc").write_text(text, encoding="utf8")
             return
     raise ValueError(f"no figure {name}: name one of a chapter's figures so")
 
@@ -425,6 +435,7 @@ def build_site(source: Path, out: Path) -> Path:
         first = said[0].replace(f"{source.resolve()}{os.sep}", "") if said else "?"
         raise ValueError(f"the book does not build: {first} (all of it: {log})")
     slim(built)
+    mend(built)
     _replace_folder(built, out)
     shutil.rmtree(work)
     return out / "index.html"
@@ -443,6 +454,22 @@ def slim(html_dir: Path) -> None:
         with Image.open(path) as picture:
             small = picture.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE)
         small.save(path, optimize=True)
+    for path in html_dir.glob("_sources/**/*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:  # the repository has them with their outputs
+            cell.pop("outputs", None)
+            if cell.cell_type == "code":
+                cell["outputs"] = []
+        nbformat.write(notebook, path)
+
+
+def mend(html_dir: Path) -> None:
+    """Set right what Sphinx and its theme write and a screen reader stumbles over."""
+    for path in html_dir.rglob("*.html"):
+        text = path.read_text(encoding="utf8")
+        for wrong, right in STUMBLES.items():
+            text = text.replace(wrong, right)
+        path.write_text(text, encoding="utf8")
 
 
 # --- checks --------------------------------------------------------------------
