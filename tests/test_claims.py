@@ -36,11 +36,14 @@ IDS = [
 ]
 TEXTS = ["paper_item", "statement", "paper_value", "quantity", "unit", "rule"]
 # Of data/claims.csv.
-PUBLISHED = ["id", "paper_item", "statement", "paper_value", "n_seeds", "effect"]
-PUBLISHED += ["unit", "low", "high", "null", "matched", "verdict"]
-PUBLISHED += ["verdict_at_papers_ratio", "rule", "runs"]
+PUBLISHED = ["id", "paper_item", "statement", "paper_value", "readout", "n_seeds", "n"]
+PUBLISHED += ["effect", "unit", "low", "high", "null", "matched", "nulls", "controls"]
+PUBLISHED += ["verdict", "verdict_in_bf16", "verdict_at_papers_ratio", "rule", "runs"]
+TWO_READOUTS = {"rank-band", "norm-decoupled", "hill-mild", "early-lock"}
+TWO_READOUTS |= {"sparse-tokens", "off-policy", "mixing"}
 STEPS = (10, 20, 100)  # the second one is where projected runs branch off
 ATTENTION_METRICS = ("stable_rank", "hill_alpha", "frobenius_norm", "similarity")
+NULLS = ("null", "shuffled", "turned", "increments", "walk", "rounding")
 SIZES = {"q": 400, "o": 400, "up": 800}
 
 
@@ -48,41 +51,58 @@ SIZES = {"q": 400, "o": 400, "up": 800}
 
 
 def final(sparsity, angle, nss, principal, low):
-    """Diagnostics of one arm, and a null that is the same for every arm."""
-    return {
+    """Diagnostics of one arm, and nulls that are the same for every arm."""
+    ours = {
         "sparsity": sparsity,
-        "null_sparsity": 0.5,
         "density": 1 - sparsity,
-        "null_density": 0.5,
         "angle_left_max_deg": 0.8 * angle,
         "angle_right_max_deg": 1.2 * angle,
-        "null_angle_left_max_deg": 1.0,
-        "null_angle_right_max_deg": 1.0,
         "nss": nss,
-        "null_nss": 1e-4,
         "principal_overlap": principal,
-        "null_principal_overlap": 0.5,
         "low_magnitude_overlap": low,
-        "null_low_magnitude_overlap": 0.5,
     }
+    flat = dict.fromkeys(ours, 0.5) | {
+        "angle_left_max_deg": 1.0,
+        "angle_right_max_deg": 1.0,
+        "nss": 1e-4,
+    }
+    spectral = ("nss", "angle_left_max_deg", "angle_right_max_deg")
+    for name, level in flat.items():
+        sharper = "turned" if name in spectral else "shuffled"
+        ours |= {f"null_{name}": level, f"{sharper}_{name}": level}
+    return ours
 
 
 def paths(rank, norm=1.0, hill=(2.4, 2.5, 2.6), similarity=(0.8, 0.9, 1.0)):
-    return {
+    """Trajectories in both readouts; nulls keep one level, well away from the arms'."""
+    ours = {
         "stable_rank": rank,
         "null_stable_rank": 200.0,
         "frobenius_norm": norm,
         "hill_alpha": hill,
-        "null_hill_alpha": 9.0,
         "similarity_to_end": similarity,
         "null_similarity_to_end": 0.02,
     }
+    for null in ("increments", "walk"):
+        ours[f"{null}_stable_rank"] = (40.0, 70.0, 40.0)
+        ours[f"{null}_hill_alpha"] = (4.0, 6.0, 4.0)
+        ours[f"{null}_similarity_to_end"] = (0.2, 0.4, 1.0)
+    ours["null_hill_alpha"] = 9.0
+    ours |= dict.fromkeys(evidence.PREDICTORS.values(), 0.1)
+    rounding = {"rounding_stable_rank_bf16": 30.0, "rounding_hill_alpha_bf16": 3.0}
+    return ours | {f"{name}_bf16": level for name, level in ours.items()} | rounding
 
 
 def scores(chain, others=0.5):
+    """Sampled accuracies; without a path, of a run confined at the branch."""
     path = chain if isinstance(chain, tuple) else (0.1, 0.2, chain)
     rest = {f"accuracy/{name}": others for name in BENCHMARKS if name != "chain"}
     return {"accuracy/chain": path, **rest}
+
+
+def gaining(end):
+    """A free run that gains from 0.5 at the branch."""
+    return scores((0.4, 0.5, end))
 
 
 OPD_RANK = (20.0, 24.0, 22.0)
@@ -100,28 +120,33 @@ def variant(sparsity):
 
 def paper_world():
     """Arm to metric to its level: a number, or one a checkpoint."""
+    sft = paths(SFT_RANK, 9.0, SFT_HILL, SFT_SIM)
+    matched = final(0.10, 10.0, 9e-4, 0.485, 0.515)
+    matched |= paths(SFT_RANK, 2.0, SFT_HILL, SFT_SIM)
+    # on coin flips nothing stays in a band, shrinks or locks
+    coin = paths((10.0, 30.0, 40.0), 1.0, (2.0, 3.0, 4.0), (0.1, 0.5, 1.0))
     return {
-        "sft": final(0.08, 12.0, 1e-3, 0.49, 0.51)
-        | paths(SFT_RANK, 9.0, SFT_HILL, SFT_SIM)
-        | scores(0.55),
-        "sft-matched": final(0.10, 10.0, 9e-4, 0.485, 0.515)
-        | paths(SFT_RANK, 2.0, SFT_HILL, SFT_SIM)
-        | scores(0.8),
-        "opd": final(0.5, 1.0, 1e-4, 0.42, 0.6)
-        | paths(OPD_RANK, 2.0)
-        | scores((0.5, 0.6, 0.9)),
+        "sft": final(0.08, 12.0, 1e-3, 0.49, 0.51) | sft | gaining(0.9),
+        **{arm: matched | gaining(0.8) for arm in evidence.MATCHED_ARMS},
+        "rlvr-coin": coin,
+        "opd": final(0.5, 1.0, 1e-4, 0.42, 0.6) | paths(OPD_RANK, 2.0) | gaining(0.9),
         "rlvr": final(0.8, 0.3, 1e-5, 0.35, 0.75)
-        | paths(RLVR_RANK, 1.0, RLVR_HILL, (0.4, 0.7, 1.0)),
+        | paths(RLVR_RANK, 1.0, RLVR_HILL, (0.3, 0.7, 1.0))
+        | gaining(0.8),
         "opd-projected": scores(0.89),
+        "opd-projected-update": scores(0.9),
         "opd-projected-random": scores(0.7),
-        "sft-projected": scores(0.4),
-        "sft-projected-random": scores(0.3),
-        "sft-matched-projected": scores(0.6),
+        "opd-projected-update-random": scores(0.7),
+        "rlvr-projected": scores(0.6),
+        **{f"{arm}-projected": scores(0.6) for arm in evidence.MATCHED_ARMS},
+        "sft-projected": scores(0.7),
+        "sft-projected-update": scores(0.7),
+        "sft-projected-random": scores(0.6),
         "tokens-top-50": paths(scaled(1.02)),
         "tokens-top-25": paths(scaled(1.03)),
         "tokens-random-50": paths(scaled(0.98)),
         "tokens-random-25": paths(scaled(1.04)),
-        "off-policy": paths(scaled(1.02), 2.5),
+        **{arm: paths(scaled(1.02), 2.5) for arm in evidence.RATIO_ARMS},
         "mix-0.75": paths(scaled(1.01)),
         "mix-0.50": paths(scaled(0.97)),
         "mix-0.05": paths(scaled(0.8)),
@@ -141,7 +166,7 @@ def matrix_rows(metric, path, rng, noise):
         for role, offset in (("q", 1.1), ("o", 0.9), ("up", 1.0)):
             rows.append((step, f"layers.0.{role}", role, 0, metric, offset * value))
         rows.append((step, "head", "head", -1, metric, 1e3 * (1 + step)))
-        if metric.removeprefix("null_").startswith(ATTENTION_METRICS):
+        if re.sub(f"^({'|'.join(NULLS)})_", "", metric).startswith(ATTENTION_METRICS):
             rows[-2] = (step, "layers.0.up", "up", 0, metric, -1e3)
     return rows
 
@@ -504,60 +529,83 @@ REFUTED = [
     ("early-lock", ("rlvr", "similarity_to_end", (0.9, 0.95, 1.0))),
     ("early-lock", ("opd", "similarity_to_end", (0.45, 0.8, 1.0))),
     ("sufficient-opd", ("opd-projected", "accuracy/chain", (0.1, 0.2, 0.7))),
+    ("sufficient-opd", ("opd-projected-update", "accuracy/chain", (0.1, 0.2, 0.8))),
     ("sufficient-opd", ("opd-projected", "accuracy/gcd accuracy/base", 0.2)),
-    ("degrades-sft", ("sft-projected", "accuracy/chain", (0.1, 0.2, 0.54))),
+    ("degrades-sft", ("sft-projected", "accuracy/chain", (0.1, 0.2, 0.9))),
+    ("degrades-sft", ("sft-projected-update", "accuracy/chain", (0.1, 0.2, 0.9))),
     ("degrades-sft", ("opd-projected", "accuracy/chain", (0.1, 0.2, 0.6))),
     ("sparse-tokens", ("tokens-random-25", "stable_rank", scaled(1.2))),
     ("sparse-tokens", ("tokens-top-50", "stable_rank", scaled(0.8))),
     ("off-policy", ("off-policy", "stable_rank", scaled(1.2))),
     ("off-policy", ("off-policy", "frobenius_norm", 1.9)),
     ("off-policy", ("off-policy", "frobenius_norm", 3.2)),
+    ("off-policy", ("off-policy-ratio", "stable_rank", scaled(0.8))),
+    ("off-policy", ("off-policy-ratio-clip", "frobenius_norm", 3.2)),
     ("mixing", ("mix-0.50", "stable_rank", scaled(0.8))),
     ("mixing", ("mix-0.05", "stable_rank", scaled(1.01))),
 ]
+ANGLES = "angle_left_max_deg angle_right_max_deg"
+LOCKED_EARLY = (0.8, 0.9, 1.0)
 SHOWN_BY_A_CONTROL = [
     ("sparsity-order", "null", ("sft", "null_sparsity", 0.2)),
     ("sparsity-order", "null", ("rlvr", "null_sparsity", 0.7)),
+    ("sparsity-order", "null", ("rlvr", "shuffled_sparsity", 0.7)),
     ("sparsity-order", "matched", ("sft-matched", "sparsity", 0.45)),
+    ("sparsity-order", "matched", ("sft-learns", "sparsity", 0.45)),
     ("sparsity-robust", "null", ("opd-task-gcd", "null_sparsity", 0.5)),
-    ("sparsity-robust", "matched", ("sft-matched", "sparsity", 0.52)),
-    (
-        "rotation-order",
-        "null",
-        ("sft", "null_angle_left_max_deg null_angle_right_max_deg", 9.0),
-    ),
-    (
-        "rotation-order",
-        "matched",
-        ("sft-matched", "angle_left_max_deg angle_right_max_deg", 1.1),
-    ),
+    ("sparsity-robust", "matched", ("ce-teacher", "sparsity", 0.52)),
+    ("rotation-order", "null", ("sft", ANGLES.replace("angle", "null_angle"), 9.0)),
+    ("rotation-order", "null", ("sft", ANGLES.replace("angle", "turned_angle"), 9.0)),
+    ("rotation-order", "matched", ("sft-learns", ANGLES, 1.1)),
     ("drift-order", "null", ("rlvr", "null_nss", 1e-5)),
+    ("drift-order", "null", ("rlvr", "turned_nss", 1e-5)),
     ("drift-order", "matched", ("sft-matched", "nss", 1e-4)),
     ("density-order", "null", ("rlvr", "null_density", 0.3)),
-    ("density-order", "matched", ("sft-matched", "density", 0.5)),
+    ("density-order", "null", ("sft", "shuffled_density", 0.8)),
+    ("density-order", "matched", ("ce-teacher", "density", 0.5)),
     ("principal-depleted", "null", ("opd", "null_principal_overlap", 0.43)),
     ("principal-depleted", "null", ("rlvr", "null_principal_overlap", 0.36)),
     ("principal-depleted", "null", ("sft opd", "null_principal_overlap", 0.44)),
+    ("principal-depleted", "null", ("opd", "shuffled_principal_overlap", 0.43)),
     ("principal-depleted", "matched", ("sft-matched", "principal_overlap", 0.43)),
     ("lowmag-enriched", "null", ("rlvr", "null_low_magnitude_overlap", 0.6)),
+    ("lowmag-enriched", "null", ("rlvr", "shuffled_low_magnitude_overlap", 0.6)),
     ("lowmag-enriched", "matched", ("sft-matched", "low_magnitude_overlap", 0.6)),
     ("rank-band", "null", ("opd", "null_stable_rank", 25.0)),
-    ("rank-band", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
+    ("rank-band", "null", ("opd", "walk_stable_rank", (40.0, 44.0, 42.0))),
+    ("rank-band", "null", ("opd", "increments_stable_rank", (40.0, 44.0, 42.0))),
+    ("rank-band", "null", ("sft", "walk_stable_rank", (20.0, 40.0, 75.0))),
+    ("rank-band", "null", ("rlvr", "increments_stable_rank", (50.0, 70.0, 40.0))),
+    ("rank-band", "null", ("rlvr-coin", "stable_rank", (10.0, 12.0, 14.0))),
+    ("rank-band", "null", ("rlvr-coin", "stable_rank", (40.0, 70.0, 30.0))),
+    ("rank-band", "matched", ("sft-learns", "stable_rank", OPD_RANK)),
     ("norm-decoupled", "null", ("rlvr", "null_stable_rank", 25.0)),
     ("hill-mild", "null", ("sft", "null_hill_alpha", (5.0, 7.0, 9.0))),
+    ("hill-mild", "null", ("opd", "walk_hill_alpha", (4.0, 4.2, 4.1))),
     ("hill-mild", "matched", ("sft-matched", "hill_alpha", (2.4, 2.5, 2.6))),
     ("early-lock", "null", ("opd", "null_similarity_to_end", 0.6)),
-    ("early-lock", "matched", ("sft-matched", "similarity_to_end", (0.8, 0.9, 1.0))),
+    ("early-lock", "null", ("opd", "increments_similarity_to_end", LOCKED_EARLY)),
+    ("early-lock", "null", ("opd", "walk_similarity_to_end", (0.5, 0.7, 1.0))),
+    ("early-lock", "null", ("sft", "walk_similarity_to_end", (0.01, 0.4, 1.0))),
+    ("early-lock", "null", ("rlvr-coin", "similarity_to_end", (0.75, 0.9, 1.0))),
+    ("early-lock", "null", ("opd", "similarity_of_weights", 0.5)),
+    ("early-lock", "null", ("opd", "similarity_of_stage", 0.5)),
+    ("early-lock", "null", ("opd", "similarity_of_arm", 0.5)),
+    ("early-lock", "null", ("opd", "similarity_of_seed", 0.5)),
+    ("early-lock", "matched", ("ce-teacher", "similarity_to_end", LOCKED_EARLY)),
     ("sufficient-opd", "null", ("opd-projected-random", "accuracy/chain", 0.89)),
-    ("sufficient-opd", "matched", ("opd", "accuracy/chain", (0.5, 0.895, 0.9))),
-    ("degrades-sft", "null", ("sft-projected-random", "accuracy/chain", 0.4)),
-    ("degrades-sft", "matched", ("sft-matched-projected", "accuracy/chain", 0.79)),
+    ("sufficient-opd", "null", ("opd-projected-update-random", "accuracy/chain", 0.9)),
+    ("sufficient-opd", "matched", ("rlvr-projected", "accuracy/chain", 0.8)),
+    ("sufficient-opd", "matched", ("sft-learns-projected", "accuracy/chain", 0.8)),
+    ("degrades-sft", "null", ("sft-projected-random", "accuracy/chain", 0.7)),
+    ("degrades-sft", "matched", ("sft-learns-projected", "accuracy/chain", 0.8)),
     ("sparse-tokens", "null", ("opd", "null_stable_rank", 25.0)),
-    ("sparse-tokens", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
+    ("sparse-tokens", "null", ("rlvr-coin", "stable_rank", OPD_RANK)),
+    ("sparse-tokens", "matched", ("rlvr", "stable_rank", OPD_RANK)),
     ("off-policy", "null", ("opd", "null_stable_rank", 25.0)),
     ("off-policy", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
     ("mixing", "null", ("opd", "null_stable_rank", 25.0)),
-    ("mixing", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
+    ("mixing", "matched", ("rlvr", "stable_rank", OPD_RANK)),
 ]
 
 
