@@ -372,6 +372,67 @@ def test_parts_come_before_controls(parts, controls, expected):
     assert verdicts.verdict_of(parts, controls) == expected
 
 
+def at_p(p_value):
+    """A part above whose range the mean lies, at a two-sided p of four seeds."""
+    spread = np.array([-1.0, -1.0, 1.0, 1.0])
+    mean = stats.t.isf(p_value / 2, 3) * stats.sem(spread)
+    return Part(f"p = {p_value}", pd.Series(spread + mean), -math.inf, 0.0)
+
+
+@pytest.mark.parametrize("p_value", [0.9, 0.2, 0.04, 0.001])
+def test_the_p_value_of_a_part_is_scipys(p_value):
+    part_ = at_p(p_value)
+    expected = stats.ttest_1samp(part_.values, 0.0).pvalue
+    assert verdicts.against(part_) == pytest.approx(expected)
+    assert verdicts.against(part_) == pytest.approx(p_value)
+    assert (verdicts.state(part_) == "fails") == (p_value < 0.05)
+    inside = Part("", part_.values, 0.0, math.inf)
+    assert verdicts.against(inside) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p_values", "failing"),
+    [
+        ([0.04], [0.04]),
+        ([0.04, 0.9], []),  # as good as nothing among two
+        ([0.024, 0.9], [0.024]),
+        ([0.024, 0.04], [0.024, 0.04]),  # the second is then alone
+        ([0.03, 0.026, 0.9], []),
+        ([0.016, 0.024, 0.9], [0.016, 0.024]),
+        ([0.9, 0.016, 0.03], [0.016]),
+    ],
+)
+def test_one_of_several_parts_fails_by_holms_method(p_values, failing):
+    parts = [at_p(p) for p in p_values]
+    found = dict(zip(p_values, verdicts.states(parts), strict=True))
+    assert [p for p in p_values if found[p] == "fails"] == failing
+    expected = "not reproduced" if failing else "inconclusive"
+    assert verdicts.verdict_of(parts, []) == expected
+
+
+def test_parts_that_hold_need_no_correction():
+    """All must hold at once: a margin part is judged by its own 95 % interval."""
+    just = part(1.001, 1.0)
+    assert verdicts.states([just] * 20) == ["holds"] * 20
+
+
+def test_a_control_with_nothing_to_lose_says_nothing_either_way():
+    weak, strong = part(0.5, 1), part(2, 1)
+    for own in (HOLDS, OPEN, FAILS):
+        assert verdicts.ruling(Control("matched", own, None, weak)) == "without power"
+        plain = verdicts.ruling(Control("matched", own))
+        assert verdicts.ruling(Control("matched", own, None, strong)) == plain
+    assert verdicts.ruling(Control("matched", NOTHING, None, weak)) == "not available"
+    powerless = Control("matched", HOLDS, None, weak)
+    ruled_out = Control("matched", FAILS, None, strong)
+    other_kind = Control("null", FAILS)
+    verdict = verdicts.verdict_of
+    assert verdict([HOLDS], [powerless, other_kind]) == "inconclusive"
+    assert verdict([HOLDS], [powerless, ruled_out, other_kind]) == "reproduced"
+    assert verdict([HOLDS], [powerless, SHOWS, other_kind]) == "explained by a control"
+    assert verdict([FAILS], [powerless]) == "not reproduced"
+
+
 def test_the_part_shown_is_the_one_that_decides():
     small, large = part(1.5, 1), part(9, 1)
     assert verdicts.deciding([large, small]) is small
@@ -399,7 +460,10 @@ def test_a_difference_is_paired_by_seed():
     level = {"sft": common, "opd": common + 1 + 0.1 * seeds, "rlvr": common[::-1] + 5}
     flat = pd.Series(0.0, index=seeds)
     parts, _ = verdicts.ordering(
-        lambda arm: level.get(arm, flat), lambda arm: flat, ("sft", "opd", "rlvr")
+        lambda arm: level.get(arm, flat),
+        {"Gaussian": lambda arm: flat},
+        ("sft", "opd", "rlvr"),
+        ("sft-matched",),
     )
     assert [verdicts.state(p) for p in parts] == ["holds", "holds"]
     assert verdicts.interval(parts[0].values)[0] == pytest.approx(1.2)
@@ -646,21 +710,21 @@ MARGINS = [
         LOST,
     ),
     (
-        "sufficient-opd",
+        "sufficient-opd",  # OPD gains 0.4 after the branch, and keeps nine tenths of it
         "opd-projected",
         "accuracy/chain",
-        (0.1, 0.2, 0.851),
+        (0.1, 0.2, 0.861),
         KEPT,
-        (0.1, 0.2, 0.849),
+        (0.1, 0.2, 0.859),
         LOST,
     ),
     (
         "degrades-sft",
-        "sft-projected",
+        "sft-projected-update",
         "accuracy/chain",
-        (0.1, 0.2, 0.499),
+        (0.1, 0.2, 0.859),
         KEPT,
-        (0.1, 0.2, 0.501),
+        (0.1, 0.2, 0.861),
         LOST,
     ),
     (
@@ -723,6 +787,114 @@ def test_sft_may_grow_less_than_the_band_in_rank_but_not_in_hill():
     assert judged("hill-mild", hill).verdict == "not reproduced"
 
 
+def test_the_share_kept_is_a_ratio_of_mean_gains_judged_as_a_difference():
+    """A seed that gains nothing is not divided by; the verdict is the t-test's."""
+    rng = np.random.default_rng(0)
+    gains = np.array([0.2, 0.1, 0.0, -0.01, 0.3])
+    kept = 0.8 * gains + 0.02 * rng.standard_normal(5)
+    rows = []
+    for seed in range(5):
+        for arm, end in (("opd", gains[seed]), ("opd-projected", kept[seed])):
+            for step, value in zip(STEPS, (0.3, 0.5, 0.5 + end), strict=True):
+                place = ("", "model", -1, "accuracy/chain", value)
+                rows.append((f"{arm}{seed}", arm, seed, step, *place))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    share = evidence.kept_share(table, "opd", "opd-projected")
+    assert share.mean() == pytest.approx(kept.mean() / gains.mean())
+    ours = stats.ttest_1samp(share - evidence.KEPT, 0).statistic
+    theirs = stats.ttest_1samp(kept - evidence.KEPT * gains, 0).statistic
+    assert ours == pytest.approx(theirs)
+    none = table.assign(value=table["value"].clip(upper=0.5))
+    assert evidence.kept_share(none, "opd", "opd-projected").isna().all()
+
+
+def test_a_control_without_a_gain_leaves_degrades_sft_undecided():
+    """As matched SFT is here: every subspace passes, as nothing is left to learn."""
+    gone = [(arm, "accuracy/chain", (0.4, 0.5, 0.51)) for arm in evidence.MATCHED_ARMS]
+    spared = [
+        (f"{arm}-projected", "accuracy/chain", 0.51) for arm in evidence.MATCHED_ARMS
+    ]
+    finding = judged("degrades-sft", changed(*gone, *spared))
+    assert finding.verdict == "inconclusive"
+    assert finding.controls.startswith("without power: ")
+    # another one that has power decides
+    finding = judged("degrades-sft", changed(gone[0], spared[0]))
+    assert finding.verdict == "reproduced"
+    assert finding.matched.endswith("ruled out")
+
+
+def test_a_claim_is_judged_in_the_other_readout_by_that_readouts_numbers():
+    finding = judged("rank-band", paper_world())
+    assert (finding.readout, finding.verdict) == ("float32", "reproduced")
+    world = changed(("rlvr", "stable_rank_bf16", (20.0, 24.0, 26.0)))
+    claim, table = claim_of("rank-band"), plant(world)
+    assert claims.judge(claim, table).verdict == "reproduced"
+    assert claims.judge(claim, table, "bf16").verdict == "not reproduced"
+    row = claims.claims_table(table).set_index("id").loc["rank-band"]
+    assert (row["readout"], row["verdict"]) == ("float32", "reproduced")
+    assert row["verdict_in_bf16"] == "not reproduced"
+    card = claims.claim_card("rank-band", table)
+    assert "does not say what it read" in card
+    assert "From bf16: **not reproduced**" in card
+    with pytest.raises(ValueError, match=r"of drift-order: expected float32$"):
+        claims.judge(claim_of("drift-order"), table, "bf16")
+
+
+def test_rounding_alone_explains_what_only_stored_weights_show():
+    """RLVR contracts in bf16, and so does its final update merely scaled down."""
+    world = changed(("rlvr", "rounding_stable_rank_bf16", (40.0, 30.0, 25.0)))
+    claim, table = claim_of("rank-band"), plant(world)
+    assert claims.judge(claim, table).verdict == "reproduced"
+    finding = claims.judge(claim, table, "bf16")
+    assert finding.verdict == "explained by a control"
+    assert finding.nulls.startswith(
+        "shows it too: rounding alone rlvr, first over last"
+    )
+
+
+def test_every_control_is_named_with_what_became_of_it(paper_findings):
+    rows = paper_findings.set_index("id")
+    early = rows.loc["early-lock", "nulls"]
+    assert early.startswith("ruled out: ")
+    for name in ("two random subspaces", "rlvr-coin", "walk opd", "turned increments"):
+        assert name in early
+    for name in evidence.PREDICTORS:
+        assert f"{name} as predictor: 0.1" in early
+    for key in ("sparsity-order", "rank-band", "early-lock", "degrades-sft", "mixing"):
+        for arm in evidence.MATCHED_ARMS:
+            assert arm in rows.loc[key, "controls"]
+    assert rows.loc["norm-decoupled", "controls"] == "none"
+    assert "shuffled rlvr minus opd" in rows.loc["sparsity-order", "nulls"]
+    assert "turned opd over rlvr" in rows.loc["drift-order", "nulls"]
+    assert set(rows["n"]) == {
+        "5 seeds: data, sampling and anchor each; 3 bases, 1 teacher"
+    }
+    for key, row in rows.iterrows():
+        both = key in TWO_READOUTS
+        assert row["verdict_in_bf16"] == ("reproduced" if both else "")
+
+
+def test_levels_say_what_the_table_says(paper_table):
+    """Grouped once for all or filtered for one, the means are the same."""
+    levels = evidence.Levels(paper_table)
+    for arm, metric, roles, weighted in (
+        ("opd", "stable_rank", evidence.ATTENTION, False),
+        ("rlvr", "sparsity", evidence.LAYERS, True),
+        ("sft", "accuracy/chain", ("model",), False),
+        ("sft", "no-such-metric", evidence.LAYERS, False),
+    ):
+        pd.testing.assert_series_equal(
+            evidence.over_matrices(levels, arm, metric, roles, weighted),
+            evidence.over_matrices(paper_table, arm, metric, roles, weighted),
+        )
+    other = levels.with_arm("rlvr", "opd")
+    for arm in ("rlvr", "opd"):
+        found = evidence.over_matrices(other, arm, "nss", evidence.LAYERS)
+        known = evidence.over_matrices(levels, "opd", "nss", evidence.LAYERS)
+        pd.testing.assert_series_equal(found, known)
+    assert not levels.with_arm("rlvr", "rlvr-paper").has("rlvr", "nss")
+
+
 def test_one_seed_is_inconclusive_whatever_it_shows(paper_table):
     found = claims.claims_table(paper_table[paper_table["seed"] == 2])
     assert set(found["verdict"]) == {"inconclusive"}
@@ -744,7 +916,7 @@ def test_loud_seeds_are_inconclusive_and_never_explained():
     found = claims.claims_table(plant(paper_world(), noise=0.6))
     unclear = set(found["verdict"]) - {"inconclusive", "not reproduced"}
     assert not unclear
-    assert (found["verdict"] == "inconclusive").sum() >= 12
+    assert (found["verdict"] == "inconclusive").sum() >= 10
 
 
 def test_rlvr_equal_to_opd_is_inconclusive():

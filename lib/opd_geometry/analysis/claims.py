@@ -5,13 +5,19 @@ page and every chapter's card are rendered from ``claims_table``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from opd_geometry.analysis.evidence import READOUTS, arms_matching
+from opd_geometry.analysis.evidence import (
+    READOUTS,
+    Levels,
+    Table,
+    arms_matching,
+    levels_of,
+)
 from opd_geometry.analysis.statements import CLAIMS, RATIO, Claim, claim_of
 from opd_geometry.analysis.verdicts import (
     RULINGS,
@@ -74,12 +80,12 @@ class Finding:
         return len(self.seeds)
 
 
-def judge(claim: Claim, table: pd.DataFrame, readout: str | None = None) -> Finding:
+def judge(claim: Claim, table: Table, readout: str | None = None) -> Finding:
     """Apply a claim's rule to a tidy table.
 
     Args:
         claim: one of ``CLAIMS``.
-        table: with ``measure.COLUMNS``; at most one run an arm and seed.
+        table: with ``measure.COLUMNS``; at most one run an arm and seed. Or its levels.
         readout: one of the claim's; None: the one that decides.
 
     Raises:
@@ -87,15 +93,14 @@ def judge(claim: Claim, table: pd.DataFrame, readout: str | None = None) -> Find
             is not judged in that readout.
     """
     readout = _readout(claim, readout)
-    table = _of_claim(claim, table)
-    check_table(table)
-    runs = _runs(claim, table, readout)
-    if missing(claim, table, readout):
+    levels = _of_claim(claim, table)
+    runs = _runs(claim, levels, readout)
+    if missing(claim, levels, readout):
         nan, none = math.nan, "not measured"
         return Finding(
             claim.id, readout, (), nan, claim.unit, nan, nan, *[none] * 5, runs
         )
-    parts, controls = _evidence(claim, table, readout)
+    parts, controls = _evidence(claim, levels, readout)
     shown = deciding(parts)
     effect, low, high = (_shown(x, claim.unit) for x in interval(shown.values))
     return Finding(
@@ -127,20 +132,18 @@ def _suffix(claim: Claim, readout: str) -> str:
     return READOUTS[readout] if len(claim.readouts) > 1 else ""
 
 
-def _evidence(claim: Claim, table: pd.DataFrame, readout: str) -> Evidence:
+def _evidence(claim: Claim, table: Levels, readout: str) -> Evidence:
     suffix = _suffix(claim, readout)
     return claim.evidence(table, suffix) if suffix else claim.evidence(table)
 
 
-def at_papers_ratio(table: pd.DataFrame) -> pd.DataFrame:
+def at_papers_ratio(levels: Levels) -> Levels:
     """The table with RLVR at the paper's ratio of batch and steps in RLVR's place.
 
     The paper's RLVR has 8 times OPD's batch and 3.4 times its steps; the book's main
     verdicts compare the two at one budget.
     """
-    arms = table["arm"].astype(object)
-    others = table.assign(arm=arms)[arms != "rlvr"]
-    return others.replace({"arm": {"rlvr-paper": "rlvr"}})
+    return levels.with_arm("rlvr", "rlvr-paper")
 
 
 def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
@@ -160,12 +163,16 @@ def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
     Raises:
         ValueError: as ``judge``.
     """
-    other = at_papers_ratio(table)
+    if "run" in table and "arm" in table:  # compared often below
+        table = table.astype({"run": "category", "arm": "category"})
+    check_table(table)
+    levels = Levels(table)
+    other = at_papers_ratio(levels)
     rows = []
     for claim in CLAIMS:
-        beside = [judge(claim, table, readout) for readout in claim.readouts[1:]]
+        beside = [judge(claim, levels, readout) for readout in claim.readouts[1:]]
         ratio = [judge(claim, other)] if "rlvr" in claim.arms else []
-        rows.append(_row(claim, judge(claim, table), profile, beside, ratio))
+        rows.append(_row(claim, judge(claim, levels), profile, beside, ratio))
     return pd.DataFrame(rows)
 
 
@@ -220,11 +227,10 @@ def parts_table(
     """
     claim = claim_of(claim_id)
     readout = _readout(claim, readout)
-    table = _of_claim(claim, table)
-    check_table(table)
+    levels = _of_claim(claim, table)
     judged: list[tuple[str, Part, str]] = []
-    if not missing(claim, table, readout):
-        parts, controls = _evidence(claim, table, readout)
+    if not missing(claim, levels, readout):
+        parts, controls = _evidence(claim, levels, readout)
         found = zip(parts, states(parts), strict=True)
         judged += [("part", part, word) for part, word in found]
         judged += [(c.kind, c.own, ruling(c)) for c in controls]
@@ -322,7 +328,8 @@ def check_table(table: pd.DataFrame) -> None:
         raise ValueError(
             f"table without {', '.join(absent)}; expected the columns of measure.load"
         )
-    pairs = table[["run", "arm", "seed"]].drop_duplicates()
+    keys = ["run", "arm", "seed"]
+    pairs = table.groupby(keys, observed=True).size().reset_index()[keys]
     twice = pairs[pairs.duplicated(["arm", "seed"])]
     if len(twice):
         arm, seed = twice.iloc[0][["arm", "seed"]]
@@ -331,40 +338,44 @@ def check_table(table: pd.DataFrame) -> None:
         )
 
 
-def _of_claim(claim: Claim, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows a claim may read: few of many, and each part goes through them again."""
-    if "arm" not in table:
+def _of_claim(claim: Claim, table: Table) -> Levels:
+    """The levels of what a claim may read: few rows of many."""
+    if isinstance(table, Levels):
         return table
-    arms = arms_matching(table, claim.arms + claim.control_arms)
-    return table[table["arm"].isin(arms)]
+    if "arm" in table:
+        arms = arms_matching(table, claim.arms + claim.control_arms)
+        table = table[table["arm"].isin(arms)]
+    check_table(table)
+    return Levels(table)
 
 
-def missing(claim: Claim, table: pd.DataFrame, readout: str | None = None) -> list[str]:
+def missing(claim: Claim, table: Table, readout: str | None = None) -> list[str]:
     """Arms, and metrics of arms, that a claim's parts need and the table lacks."""
+    levels = levels_of(table)
     suffix, absent = _suffix(claim, _readout(claim, readout)), []
-    wanted = [f"{name}{suffix}" for name in claim.metrics]
     for pattern in claim.arms:
-        arms = arms_matching(table, [pattern])
+        arms = arms_matching(levels, [pattern])
         absent += [] if arms else [pattern]
-        for arm in arms:
-            there = set(table.loc[table["arm"] == arm, "metric"].unique())
-            absent += [f"{name} of {arm}" for name in wanted if name not in there]
+        absent += [
+            f"{name}{suffix} of {arm}"
+            for arm in arms
+            for name in claim.metrics
+            if not levels.has(arm, f"{name}{suffix}")
+        ]
     return absent
 
 
-def _runs(claim: Claim, table: pd.DataFrame, readout: str) -> str:
+def _runs(claim: Claim, levels: Levels, readout: str) -> str:
     """``opd 0-4; rlvr 0-4; missing: ...``: arms and seeds behind a finding."""
-    arms = list(dict.fromkeys(arms_matching(table, claim.arms + claim.control_arms)))
-    texts = [
-        f"{arm} {_seeds_text(table.loc[table['arm'] == arm, 'seed'])}" for arm in arms
-    ]
+    arms = list(dict.fromkeys(arms_matching(levels, claim.arms + claim.control_arms)))
+    texts = [f"{arm} {_seeds_text(levels.seeds[arm])}" for arm in arms]
     controls = [arm for arm in claim.control_arms if arm not in arms]
-    absent = ", ".join([*missing(claim, table, readout), *controls])
+    absent = ", ".join([*missing(claim, levels, readout), *controls])
     return "; ".join([*texts, f"missing: {absent}"] if absent else texts)
 
 
-def _seeds_text(seeds: pd.Series) -> str:
-    numbers = sorted(int(seed) for seed in seeds.unique())
+def _seeds_text(seeds: Iterable[int]) -> str:
+    numbers = sorted(seeds)
     if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]}-{numbers[-1]}"
     return ",".join(str(number) for number in numbers)
@@ -407,7 +418,7 @@ def _all_text(controls: list[Control], kind: str, unit: str) -> str:
 def _named(control: Control, unit: str) -> str:
     """Name of a control and the value of what it shows, where there is one."""
     value = _shown(interval(control.own.values)[0], unit)
-    return control.own.label + ("" if math.isnan(value) else f" {value:.4g}")
+    return control.own.label + ("" if math.isnan(value) else f": {value:.4g}")
 
 
 def _control_line(what: str, shown: object) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -76,14 +77,103 @@ PREDICTORS = {
 # --- quantities: one number a seed -----------------------------------------------
 
 
-def arms_matching(table: pd.DataFrame, patterns: Iterable[str]) -> list[str]:
+class Levels:
+    """A tidy table, sorted once by what rules ask of it: a metric, then an arm.
+
+    Every rule asks a table for the same means again; here each is taken once.
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        words = ["arm", "role", "metric"]
+        self.table = table.astype(dict.fromkeys(words, "category"))
+        by_metric = self.table.groupby("metric", observed=True, sort=False)
+        self._rows = {str(name): rows for name, rows in by_metric.indices.items()}
+        pairs = table[["arm", "seed"]].drop_duplicates()
+        self.seeds = {
+            str(arm): sorted(int(seed) for seed in seeds)
+            for arm, seeds in pairs.groupby("arm", observed=True)["seed"]
+        }
+        self._alias: dict[str, str] = {}
+        self._kept: dict[object, dict[str, pd.Series]] = {}
+
+    def with_arm(self, arm: str, other: str) -> "Levels":
+        """The same table with another arm in an arm's place."""
+        copy = object.__new__(Levels)
+        copy.__dict__ |= self.__dict__
+        copy._alias = {arm: other}
+        copy.seeds = {a: s for a, s in self.seeds.items() if a not in (arm, other)}
+        if other in self.seeds:
+            copy.seeds[arm] = self.seeds[other]
+        return copy
+
+    def rows(self, metric: str) -> pd.DataFrame:
+        """All rows of a metric."""
+        return self.table.iloc[self._rows.get(metric, [])]
+
+    def has(self, arm: str, metric: str) -> bool:
+        """Whether an arm has any value of a metric."""
+        return arm in self.seeds and self._alias.get(arm, arm) in self._arms(metric)
+
+    def _arms(self, metric: str) -> dict[str, pd.Series]:
+        key = ("arms", metric)
+        if key not in self._kept:
+            self._kept[key] = {
+                str(a): _NOTHING for a in self.rows(metric)["arm"].unique()
+            }
+        return self._kept[key]
+
+    def means(
+        self, arm: str, metric: str, roles: tuple[str, ...], weighted: bool
+    ) -> pd.Series:
+        """As ``over_matrices``."""
+        key = (metric, roles, weighted)
+        if key not in self._kept:
+            self._kept[key] = self._by_arm(metric, roles, weighted)
+        return self._kept[key].get(self._alias.get(arm, arm), _NOTHING)
+
+    def _by_arm(
+        self, metric: str, roles: tuple[str, ...], weighted: bool
+    ) -> dict[str, pd.Series]:
+        rows = self.rows(metric)
+        rows = rows[rows["role"].isin(roles)]
+        weights: float | np.ndarray = 1.0
+        if weighted:
+            names = ["arm", "seed", "matrix"]
+            sizes = self.rows("parameters").set_index(names)["value"]
+            weights = sizes.reindex(pd.MultiIndex.from_frame(rows[names])).to_numpy()
+        sums = pd.DataFrame({"top": rows["value"] * weights, "bottom": weights})
+        keys = [rows["arm"], rows["seed"], rows["step"]]
+        sums = sums.groupby(keys, observed=True).sum(skipna=False)
+        means = sums["top"] / sums["bottom"]
+        by_arm = means.groupby(level="arm", observed=True)
+        return {str(arm): values.droplevel("arm") for arm, values in by_arm}
+
+
+Table: TypeAlias = pd.DataFrame | Levels
+_NOTHING = pd.Series(
+    dtype=float,
+    index=pd.MultiIndex.from_arrays(
+        [np.array([], dtype=int)] * 2, names=["seed", "step"]
+    ),
+)
+
+
+def levels_of(table: Table, arms: Iterable[str] | None = None) -> Levels:
+    """The levels of a table, or of some of its arms."""
+    if isinstance(table, Levels):
+        return table
+    return Levels(table if arms is None else table[table["arm"].isin(list(arms))])
+
+
+def arms_matching(table: Table, patterns: Iterable[str]) -> list[str]:
     """Arms of the table, in the order of the patterns (shell style) that name them."""
-    arms = sorted(str(arm) for arm in table["arm"].unique())
+    there = table.seeds if isinstance(table, Levels) else table["arm"].unique()
+    arms = sorted(map(str, there))
     return [arm for pattern in patterns for arm in arms if fnmatchcase(arm, pattern)]
 
 
 def over_matrices(
-    table: pd.DataFrame,
+    table: Table,
     arm: str,
     metric: str,
     roles: tuple[str, ...],
@@ -92,7 +182,7 @@ def over_matrices(
     """Mean over a model's matrices, indexed by (seed, step) in ascending order.
 
     Args:
-        table: tidy.
+        table: tidy, or its levels.
         arm, metric: which rows.
         roles: of the matrices averaged over.
         weighted: weigh each matrix by its number of entries (metric ``parameters``).
@@ -101,16 +191,7 @@ def over_matrices(
         The means; NaN as soon as one matrix is NaN, so that a seed never counts with
         fewer matrices than the others. Empty without such rows.
     """
-    of_arm = table[(table["arm"] == arm) & table["role"].isin(roles)]
-    rows = of_arm[of_arm["metric"] == metric]
-    weights: float | np.ndarray = 1.0
-    if weighted:
-        sizes = of_arm[of_arm["metric"] == "parameters"].set_index(["seed", "matrix"])
-        keys = pd.MultiIndex.from_frame(rows[["seed", "matrix"]])
-        weights = sizes["value"].reindex(keys).to_numpy()
-    sums = pd.DataFrame({"top": rows["value"] * weights, "bottom": weights})
-    sums = sums.groupby([rows["seed"], rows["step"]]).sum(skipna=False)
-    return sums["top"] / sums["bottom"]
+    return levels_of(table, [arm]).means(arm, metric, roles, weighted)
 
 
 def first(values: pd.Series) -> Values:
@@ -123,7 +204,7 @@ def last(values: pd.Series) -> Values:
     return values.groupby(level="seed").tail(1).droplevel("step")
 
 
-def distance(table: pd.DataFrame, arm: str, other: str, suffix: str = "") -> Values:
+def distance(table: Table, arm: str, other: str, suffix: str = "") -> Values:
     """How far two stable-rank trajectories lie apart, paired by seed and checkpoint.
 
     mean over checkpoints of |ln(stable rank of arm / stable rank of other)|
@@ -136,17 +217,22 @@ def distance(table: pd.DataFrame, arm: str, other: str, suffix: str = "") -> Val
 
 
 def accuracy(
-    table: pd.DataFrame, arm: str, metrics: tuple[str, ...], frac: float = 1.0
+    table: Table, arm: str, metrics: tuple[str, ...], frac: float = 1.0
 ) -> Values:
     """Sampled accuracy at a fraction of training, mean over benchmarks."""
-    rows = table[(table["arm"] == arm) & table["metric"].isin(metrics)]
-    end = rows.groupby("seed")["step"].transform("max")
-    rows = rows[rows["step"] == np.maximum(1, (frac * end).round())]
-    scores = rows.pivot(index="seed", columns="metric", values="value")
-    return scores.reindex(columns=list(metrics)).mean(axis=1, skipna=False)
+    levels = levels_of(table, [arm])
+    paths = [levels.means(arm, metric, ("model",), False) for metric in metrics]
+    scores = []
+    for path in paths:
+        steps = path.index.get_level_values("step").to_series(index=path.index)
+        ends = steps.groupby(level="seed").transform("max")
+        wanted = np.maximum(1, (frac * ends).round())
+        scores.append(path[steps == wanted].droplevel("step"))
+    wide = pd.concat(scores, axis=1, keys=metrics)
+    return wide.mean(axis=1, skipna=False)
 
 
-def kept_share(table: pd.DataFrame, free: str, confined: str) -> Values:
+def kept_share(table: Table, free: str, confined: str) -> Values:
     """Share of what the free run gains after the branch that a confined one gains.
 
     q + ((confined - stopped) - q (free - stopped)) / mean(free - stopped), q = KEPT
@@ -170,7 +256,7 @@ def kept_share(table: pd.DataFrame, free: str, confined: str) -> Values:
     return KEPT + (own - KEPT * gain) / mean
 
 
-def gain(table: pd.DataFrame, free: str) -> Part:
+def gain(table: Table, free: str) -> Part:
     """What there is to lose: the free run's gain after the branch, above the margin."""
     end, stopped = (accuracy(table, free, CHAIN, frac) for frac in (1.0, BRANCH_FRAC))
     return Part(f"gain of {free} after the branch", end - stopped, ACCURACY_MARGIN)
@@ -185,10 +271,10 @@ def final_order(
     nulls: dict[str, str],
     log: bool = False,
     weighted: bool = False,
-) -> Callable[[pd.DataFrame], Evidence]:
+) -> Callable[[Table], Evidence]:
     """Order of the arms' last checkpoints; several metrics are averaged."""
 
-    def evidence(table: pd.DataFrame) -> Evidence:
+    def evidence(table: Table) -> Evidence:
         def level(arm: str, prefix: str = "") -> Values:
             ends = [
                 last(over_matrices(table, arm, prefix + metric, LAYERS, weighted))
@@ -214,7 +300,7 @@ def _twin(level: Callable[[str, str], Values], prefix: str, arm: str) -> Values:
     return level(arm, prefix)
 
 
-def principal_depleted(table: pd.DataFrame) -> Evidence:
+def principal_depleted(table: Table) -> Evidence:
     """The falling order, and how far OPD and RLVR lie below the random baseline."""
     metric = "principal_overlap"
 
@@ -238,7 +324,7 @@ def principal_depleted(table: pd.DataFrame) -> Evidence:
     return [*parts, opd, rlvr], controls
 
 
-def not_noise(table: pd.DataFrame, arm: str, suffix: str = "") -> Control:
+def not_noise(table: Table, arm: str, suffix: str = "") -> Control:
     """The null of rank claims: is the update's stable rank that of Gaussian noise?
 
     A Gaussian keeps one stable rank at any norm, so noise would pass every test of
@@ -255,7 +341,7 @@ def not_noise(table: pd.DataFrame, arm: str, suffix: str = "") -> Control:
 
 def regimes(
     metric: str, band: float, sft_growth: float
-) -> Callable[[pd.DataFrame, str], Evidence]:
+) -> Callable[[Table, str], Evidence]:
     """OPD in a band, SFT growing beyond a factor, RLVR shrinking; in that order.
 
     The Gaussian, the locking nulls, a run on coin flips and, in bf16, rounding alone
@@ -263,7 +349,7 @@ def regimes(
     stay in the band.
     """
 
-    def evidence(table: pd.DataFrame, suffix: str = "") -> Evidence:
+    def evidence(table: Table, suffix: str = "") -> Evidence:
         def path(arm: str, prefix: str = "") -> pd.Series:
             name = prefix + metric + suffix
             return np.log(over_matrices(table, arm, name, ATTENTION))
@@ -310,7 +396,7 @@ def regimes(
     return evidence
 
 
-def norm_decoupled(table: pd.DataFrame, suffix: str = "") -> Evidence:
+def norm_decoupled(table: Table, suffix: str = "") -> Evidence:
     """Two ratios of OPD to RLVR at the end: norm well above 1, stable rank near 1."""
 
     def ratio(metric: str) -> Values:
@@ -326,7 +412,7 @@ def norm_decoupled(table: pd.DataFrame, suffix: str = "") -> Evidence:
     return [norm, rank], [not_noise(table, arm, suffix) for arm in ("opd", "rlvr")]
 
 
-def early_lock(table: pd.DataFrame, suffix: str = "") -> Evidence:
+def early_lock(table: Table, suffix: str = "") -> Evidence:
     """Sim_K of first checkpoint and last: OPD's level, and OPD above the others.
 
     A null explains the level unless it is shown to have less than half of it, and a
@@ -374,7 +460,7 @@ def _gap(
     return level(high, prefix) - level(low, prefix)
 
 
-def robust_sparsity(table: pd.DataFrame) -> Evidence:
+def robust_sparsity(table: Table) -> Evidence:
     """Each variant's sparsity within a margin of OPD's own."""
 
     def gap(arm: str, prefix: str = "") -> Part:
@@ -391,20 +477,20 @@ def robust_sparsity(table: pd.DataFrame) -> Evidence:
     return [gap(arm) for arm in variants], [*nulls, *matched]
 
 
-def same_trajectory(table: pd.DataFrame, arm: str, suffix: str = "") -> Part:
+def same_trajectory(table: Table, arm: str, suffix: str = "") -> Part:
     """The arm's stable-rank trajectory is OPD's, within ``SAME_FACTOR``."""
     apart = distance(table, arm, "opd", suffix)
     return Part(f"{arm} against opd", apart, -math.inf, math.log(SAME_FACTOR))
 
 
-def kept_trajectories(*arms: str) -> Callable[[pd.DataFrame, str], Evidence]:
+def kept_trajectories(*arms: str) -> Callable[[Table, str], Evidence]:
     """Each arm keeps OPD's trajectory; that says something where others do not.
 
     The yardstick is RLVR: where it keeps OPD's trajectory too, nothing was kept that
     only distillation has. So it is for the matched arms, and a run on coin flips.
     """
 
-    def evidence(table: pd.DataFrame, suffix: str = "") -> Evidence:
+    def evidence(table: Table, suffix: str = "") -> Evidence:
         def keeps(kind: str, arm: str) -> Control:
             return Control(kind, same_trajectory(table, arm, suffix))
 
@@ -415,7 +501,7 @@ def kept_trajectories(*arms: str) -> Callable[[pd.DataFrame, str], Evidence]:
     return evidence
 
 
-def off_policy(table: pd.DataFrame, suffix: str = "") -> Evidence:
+def off_policy(table: Table, suffix: str = "") -> Evidence:
     """The trajectory is kept, and the norm is larger by less than ``MODEST_FACTOR``.
 
     In each of three readings of the importance ratio: none, that of student and
@@ -433,7 +519,7 @@ def off_policy(table: pd.DataFrame, suffix: str = "") -> Evidence:
     return parts, controls
 
 
-def mixing(table: pd.DataFrame, suffix: str = "") -> Evidence:
+def mixing(table: Table, suffix: str = "") -> Evidence:
     """Kept at alpha 0.75 and 0.5, left at 0.05 and 0.01."""
     parts, controls = kept_trajectories("mix-0.75", "mix-0.50")(table, suffix)
     for arm in ("mix-0.05", "mix-0.01"):
@@ -442,13 +528,13 @@ def mixing(table: pd.DataFrame, suffix: str = "") -> Evidence:
     return parts, controls
 
 
-def _intact(table: pd.DataFrame, free: str, suffix: str) -> Part:
+def _intact(table: Table, free: str, suffix: str) -> Part:
     """A confined run keeps what the free one gains."""
     confined = free + suffix
     return Part(f"kept by {confined}", kept_share(table, free, confined), KEPT)
 
 
-def _spared(table: pd.DataFrame, free: str, beyond: Values | None = None) -> Control:
+def _spared(table: Table, free: str, beyond: Values | None = None) -> Control:
     """A matched arm that keeps its gain when confined, if it has one to lose.
 
     Args:
@@ -462,7 +548,7 @@ def _spared(table: pd.DataFrame, free: str, beyond: Values | None = None) -> Con
     return Control("matched", own, more, gain(table, free))
 
 
-def sufficient_opd(table: pd.DataFrame) -> Evidence:
+def sufficient_opd(table: Table) -> Evidence:
     """Projected OPD keeps its gain, in both forms; held against random subspaces.
 
     And against confined arms of other objectives, RLVR among them: what they keep too
@@ -483,7 +569,7 @@ def sufficient_opd(table: pd.DataFrame) -> Evidence:
     return [*own, Part(label, lost, -ACCURACY_MARGIN)], controls
 
 
-def degrades_sft(table: pd.DataFrame) -> Evidence:
+def degrades_sft(table: Table) -> Evidence:
     """Confined SFT loses of its gain, in both forms, and more than OPD does.
 
     Held against a random subspace, and arms at OPD's budget: if imitation is spared
