@@ -847,9 +847,7 @@ def test_rounding_alone_explains_what_only_stored_weights_show():
     assert claims.judge(claim, table).verdict == "reproduced"
     finding = claims.judge(claim, table, "bf16")
     assert finding.verdict == "explained by a control"
-    assert finding.nulls.startswith(
-        "shows it too: rounding alone rlvr, first over last"
-    )
+    assert finding.nulls.startswith("shows it too: rounding alone opd over rlvr: 1.6")
 
 
 def test_every_control_is_named_with_what_became_of_it(paper_findings):

@@ -334,7 +334,7 @@ def claims(profile: str) -> None:
             f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
-    findings = claims_table(table)
+    findings = claims_table(table, profile)
     path = write_claims(findings, data_directory() / "claims.csv")
     print_table(
         ["claim", "seeds", "verdict"],
@@ -502,7 +502,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
         click.echo(f"Executed {output.relative_to(root)}")
     table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
     own = root / "_build" / "book" / "claims.csv"
-    write_claims(claims_table(table), own)
+    write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
     return _build(root, "book", executed, own, banner)
 

@@ -97,9 +97,8 @@ def judge(claim: Claim, table: Table, readout: str | None = None) -> Finding:
     runs = _runs(claim, levels, readout)
     if missing(claim, levels, readout):
         nan, none = math.nan, "not measured"
-        return Finding(
-            claim.id, readout, (), nan, claim.unit, nan, nan, *[none] * 5, runs
-        )
+        known = (claim.id, readout, (), nan, claim.unit, nan, nan)
+        return Finding(*known, none, none, none, none, none, runs)
     parts, controls = _evidence(claim, levels, readout)
     shown = deciding(parts)
     effect, low, high = (_shown(x, claim.unit) for x in interval(shown.values))
