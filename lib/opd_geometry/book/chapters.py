@@ -356,7 +356,8 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         claim_ids: which claims.
 
     Returns:
-        One row a claim: claim, the paper, here, verdict.
+        One row a claim: claim, the paper, here, readout, null, matched control (of
+        either kind the one that stands most in the way), verdict.
 
     Raises:
         ValueError: unknown claim.
@@ -369,6 +370,9 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
                 "claim": f"{claim.statement} ({claim.id})",
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 "here": _here(finding),
+                "readout": finding.readout,
+                "null": finding.null,
+                "matched control": finding.matched,
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )
@@ -393,7 +397,8 @@ def results_table(findings: pd.DataFrame) -> pd.DataFrame:
                 for row in rows
             ],
             "effect [95 %]": [_interval_text(row) for row in rows],
-            "seeds": findings["n_seeds"],
+            "readout": findings["readout"],
+            "n": findings["n"],
             "null": findings["null"],
             "matched control": findings["matched"],
             "verdict": [_verdict_text(row) for row in rows],
@@ -402,13 +407,18 @@ def results_table(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def _verdict_text(row: Mapping[str, Any]) -> str:
-    """The verdict, and the one with RLVR at the paper's ratio where it is another."""
-    verdict, again = row["verdict"], row["verdict_at_papers_ratio"]
-    marked = f"{VERDICT_MARKS[verdict]} {verdict}"
-    if not again:
-        return marked
-    told = "the same" if again == verdict else again
-    return f"{marked}; with RLVR at the paper's ratio: {told}"
+    """The verdict, that from bf16, and that with RLVR at the paper's ratio."""
+    verdict, told = (
+        row["verdict"],
+        [f"{VERDICT_MARKS[row['verdict']]} {row['verdict']}"],
+    )
+    for name, words in (
+        ("verdict_in_bf16", "read in bf16"),
+        ("verdict_at_papers_ratio", "with RLVR at the paper's ratio"),
+    ):
+        if again := row[name]:
+            told.append(f"{words}: {'the same' if again == verdict else again}")
+    return "; ".join(told)
 
 
 def _interval_text(row: Mapping[str, Any]) -> str:
@@ -447,7 +457,8 @@ def claim_cards(
         f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
         f"width {settings.teacher.width}"
     )
-    cards = [claim_card(key, table, provenance, scale) for key in claim_ids]
+    profile = parameters.profile
+    cards = [claim_card(key, table, provenance, scale, profile) for key in claim_ids]
     return markdown("\n".join(cards))
 
 
