@@ -56,6 +56,12 @@ def test_a_tile_has_the_same_unit_as_the_paper(findings: pd.DataFrame) -> None:
     assert "a < b" in text
 
 
+def test_one_seed_has_no_verdict(findings: pd.DataFrame) -> None:
+    findings.loc[0, ["n_seeds", "verdict"]] = [1, "inconclusive"]
+    assert "? one seed: no verdict" in board.board(findings)
+    assert "? inconclusive" not in board.board(findings)
+
+
 def test_marks_count_the_claims_of_a_chapter(findings: pd.DataFrame) -> None:
     marks = board.tally(findings)
     assert marks["01_localisation"].startswith("✓1 –")

@@ -118,7 +118,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
         table, MAIN, ("angle_left_mean_deg", "nss")
     ),
     "maps": lambda table: figures.mask_maps(table, ("opd", "rlvr")),
-    "regions": lambda table: figures.region_maps(table, ("opd", "rlvr")),
     "bars": lambda table: figures.mask_bars(table, MAIN),
     "confined": figures.projected_training,
 }
@@ -288,20 +287,6 @@ def test_maps_show_each_matrix_and_end_with_the_null() -> None:
     assert last.get_ylabel().startswith(figures.NULL_LABEL)
 
 
-def test_regions_lie_where_their_names_say_and_average_over_seeds() -> None:
-    names = ["run", "arm", "matrix", "role", "metric"]  # as they are stored
-    table = planted().astype(dict.fromkeys(names, "category"))
-    figure = figures.region_maps(table, ("opd", "rlvr"))
-    maps = [ax for ax in figure.axes if not colour_bar(ax)]
-    assert len(maps) == 9
-    for row, (place, factor) in enumerate(((2, 1), (3, 1), (2, 0.9))):
-        level = np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10
-        expected = factor * 100 * level
-        for ax in maps[3 * row : 3 * row + 3]:
-            shown = ax.collections[0].get_array().reshape(2, 3)
-            np.testing.assert_allclose(shown, expected)
-
-
 def test_regions_are_no_matrices() -> None:
     table = planted(["opd"], [0])
     without = table[table["role"] != "region"]
@@ -346,7 +331,7 @@ def test_draws_with_one_seed_and_with_missing_arms(
     figure = drawn(name, arms, seeds)
     named = [ax.get_xlabel() or ax.get_ylabel() or outer(ax) for ax in figure.axes]
     assert all(named)
-    if name not in ("maps", "bars", "regions"):
+    if name not in ("maps", "bars"):
         known = {figures.NULL_LABEL, figures.SUBSPACE_NULL_LABEL, "as at 20 %"}
         assert known & set(labels(figure))
     if len(seeds) == 1 and name in ("course", "similarity", "grid", "confined"):
@@ -391,7 +376,7 @@ def test_is_transparent_and_its_text_reads_on_light_and_dark(name: str) -> None:
         figures.TEXT,
         *(to_hex(style.colour) for style in ARM_STYLES.values()),
     }
-    assert name in ("maps", "regions") or colours_written(figure) <= allowed
+    assert name == "maps" or colours_written(figure) <= allowed
     assert not plt.get_fignums()
 
 

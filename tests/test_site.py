@@ -153,15 +153,19 @@ def test_a_caption_goes_to_its_figure() -> None:
         metadata={"tags": ["caption", "remove-input"]},
         outputs=[v4.new_output("execute_result", data, execution_count=1)],
     )
-    (cell,) = site.with_captions(v4.new_notebook(cells=[figure, caption])).cells
+    (cell,) = site.as_page(v4.new_notebook(cells=[figure, caption])).cells
     options = {"name": "f", "caption": "**A quarter.** Means over 5 seeds."}
     assert cell.metadata["mystnb"]["figure"] == options
     for cells in ([caption], [v4.new_code_cell("x"), caption]):
         with pytest.raises(ValueError, match="no figure for the caption"):
-            site.with_captions(v4.new_notebook(cells=cells))
+            site.as_page(v4.new_notebook(cells=cells))
+    lead = v4.new_code_cell("chapters.say(...)", metadata={"tags": ["lead"]})
+    title = v4.new_markdown_cell("# Title")
+    cells = site.as_page(v4.new_notebook(cells=[title, figure, lead])).cells
+    assert cells == [title, lead, figure]
     caption.outputs = []
     with pytest.raises(ValueError, match="or none executed"):
-        site.with_captions(v4.new_notebook(cells=[figure, caption]))
+        site.as_page(v4.new_notebook(cells=[figure, caption]))
 
 
 def test_what_nobody_reads_leaves_the_site(tmp_path: Path) -> None:

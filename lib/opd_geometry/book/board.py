@@ -124,10 +124,12 @@ def _options(names: Any) -> str:
 def _tile(row: dict[str, Any], brief: bool) -> str:
     part, chapter = part_of(row)
     verdict = str(row["verdict"])
+    alone = verdict == "inconclusive" and row["n_seeds"] == 1
+    shown = "one seed: no verdict" if alone else verdict
     head = (
         f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
         f'data-part="{html.escape(part)}">'
-        f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {verdict}</p>'
+        f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {shown}</p>'
     )
     statement = html.escape(str(row["statement"]))
     link = f'href="chapters/{chapter}.html"'

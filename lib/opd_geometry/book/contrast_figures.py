@@ -18,12 +18,10 @@ from opd_geometry.analysis.evidence import ACCURACY_MARGIN, ALL_ACCURACIES
 from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM, NORM
 from opd_geometry.book.figures import (
     ARM_STYLES,
-    BLUE,
     CONFINED_STYLES,
     GREY,
     METRIC_LABELS,
     NULL_LABEL,
-    ORANGE,
     SMALL,
     WIDTH,
     ArmStyle,
@@ -511,63 +509,3 @@ def _around(
     if metric in SHARES:
         return value + low, value + high
     return value * low, value * high
-
-
-# --- all claims at once ----------------------------------------------------------
-
-# What speaks for a claim, against it, or neither.
-OUTCOME_MARKS = {
-    "holds": ("o", BLUE, True),
-    "ruled out": ("o", BLUE, True),
-    "fails": ("X", ORANGE, True),
-    "shows it too": ("X", ORANGE, True),
-    "open": ("o", GREY, False),
-    "undecided": ("o", GREY, False),
-    "not available": ("_", GREY, False),
-}
-KINDS = {"part": "its parts", "null": "against the null", "matched": "matched control"}
-
-
-def claims_board(
-    parts: Mapping[str, pd.DataFrame], verdicts: Mapping[str, str]
-) -> Figure:
-    """Every claim with the outcome of each of its parts and controls.
-
-    Args:
-        parts: id of a claim to its ``claims.parts_table``.
-        verdicts: id of a claim to its verdict.
-
-    Returns:
-        The figure: a row a claim, a mark a part or control, the verdict at the end.
-    """
-    widths = {
-        kind: max(1, *(int((rows["kind"] == kind).sum()) for rows in parts.values()))
-        for kind in KINDS
-    }
-    with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.27 * len(parts)))
-        start = 0.0
-        for kind, title in KINDS.items():
-            for row, rows in enumerate(parts.values()):
-                of_kind = rows[rows["kind"] == kind]["outcome"]
-                for place, outcome in enumerate(of_kind):
-                    marker, colour, full = OUTCOME_MARKS[outcome]
-                    look: Any = {"mec": colour, "mfc": colour if full else "none"}
-                    ax.plot(start + place, row, marker, ms=6.5, lw=0, **look)
-            ax.text(start - 0.3, -1.1, title, fontsize=SMALL, color=GREY)
-            start += widths[kind] + 1.2
-        for row, key in enumerate(parts):
-            ax.text(
-                start - 0.6, row, verdicts[key], fontsize=SMALL, va="center", color=GREY
-            )
-            ax.axhline(row + 0.5, color=GREY, lw=0.3)
-        ax.set_yticks(range(len(parts)), list(parts))
-        ax.set(xlim=(-0.7, start + 3.2), ylim=(len(parts) - 0.5, -1.6), xticks=())
-        ax.spines[["left", "bottom"]].set_visible(False)
-        ax.tick_params(axis="y", length=0)
-        figure.supxlabel(
-            "( ● speaks for the claim   ✖ against it   ○ open )",
-            fontsize=SMALL,
-            color=GREY,
-        )
-    return figure

@@ -302,8 +302,11 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
     """
     known = {arm: value for arm, value in values.items() if not np.isnan(value)}
     ranked = sorted(known.items(), key=lambda item: -item[1])
-    text = "; ".join(f"{ARM_STYLES[arm].label} {value:{form}}" for arm, value in ranked)
-    return text.replace("%", "\N{NO-BREAK SPACE}%")
+    return "; ".join(
+        f"{ARM_STYLES[arm].label} "
+        + f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
+        for arm, value in ranked
+    )
 
 
 def with_null(metrics: Iterable[str]) -> list[str]:
@@ -789,69 +792,6 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
     )
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
-
-
-def region_maps(
-    table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd"
-) -> Figure:
-    """Where visible changes lie within one matrix (the 3 x 3 maps of Figure 3).
-
-    Args:
-        table: tidy, with the rows of role ``region`` (see ``measure.map_rows``).
-        arms: the rows.
-        null_of: the arm whose Gaussian null is the last row.
-
-    Returns:
-        The figure: columns as in ``mask_maps``, one square a region of the matrix,
-        means over seeds in per cent; the overlaps' colours are neutral at the mask's
-        own share.
-
-    Raises:
-        ValueError: the table has none of the arms.
-    """
-    rows = [(arm, "") for arm in present(table, arms)]
-    rows += [(arm, "null_") for arm in present(table, [null_of])]
-    regions = table[table["role"] == "region"]
-    with styled():
-        figure, axes = plt.subplots(
-            len(rows), 3, figsize=(WIDTH, 0.4 + 2.2 * len(rows)), layout="constrained"
-        )
-        for row, (arm, prefix) in zip(axes, rows, strict=True):
-            of_arm = regions[regions["arm"] == arm]
-            for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_regions(ax, of_arm[of_arm["metric"] == prefix + metric], metric)
-            label, colour = ARM_STYLES[arm].label, ARM_STYLES[arm].colour
-            row[0].set_ylabel(
-                f"Gaussian null\nof {label}" if prefix else label,
-                color=GREY if prefix else colour,
-            )
-        for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
-    return figure
-
-
-def _draw_regions(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
-    """One map of regions, per cent, mean over seeds."""
-    places = rows["matrix"].str.extract(r"\[(\d+),(\d+)\]$").astype(int)
-    share = 100 * (
-        rows.assign(row=places[0], column=places[1])
-        .groupby(["row", "column"])["value"]
-        .mean()
-        .unstack()
-    )
-    overlap = "overlap" in metric
-    sns.heatmap(
-        share,
-        ax=ax,
-        square=True,
-        cmap=_DIVERGING if overlap else "crest",
-        vmin=20 if overlap else 0,
-        vmax=80 if overlap else 100,
-        xticklabels=False,
-        yticklabels=False,
-        cbar_kws={"shrink": 0.8},
-    )
-    ax.set(xlabel="", ylabel="")
 
 
 def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:

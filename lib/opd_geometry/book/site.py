@@ -270,7 +270,7 @@ def stage_site(
     )
     (fresh / "book" / "chapters").mkdir()
     for chapter in chapters:
-        page = with_captions(read_notebook(chapter))
+        page = as_page(read_notebook(chapter))
         nbformat.write(page, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
     config = read_config(root / "_config.yml")
@@ -330,17 +330,33 @@ def add_hero(source: Path, name: str = HERO) -> None:
     raise ValueError(f"no figure {name}: name one of a chapter's figures so")
 
 
+def add_page(source: Path, name: str, text: str) -> None:
+    """Put a page that was made from runs first among those of what came out.
+
+    Args:
+        source: of ``stage_site``.
+        name: of the page, without its suffix.
+        text: Markdown.
+    """
+    (source / "book" / f"{name}.md").write_text(text, encoding="utf8")
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf8"))
+    toc["parts"][0]["chapters"].insert(0, {"file": f"book/{name}"})
+    text = yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
+    (source / "_toc.yml").write_text(text, encoding="utf8")
+
+
 def title_of(notebook: NotebookNode) -> str:
     """The first heading of a notebook."""
     text = "\n".join(cell.source for cell in notebook.cells)
     return text.partition("# ")[2].partition("\n")[0]
 
 
-def with_captions(notebook: NotebookNode) -> NotebookNode:
-    """A chapter whose captions belong to their figures, as a page has them.
+def as_page(notebook: NotebookNode) -> NotebookNode:
+    """A chapter as a page has it: captions at their figures, what came out first.
 
     In a notebook the caption is the output of the cell below the figure, since it holds
-    numbers and metadata cannot; there that cell is tagged ``caption``.
+    numbers and metadata cannot; there that cell is tagged ``caption``. What sums the
+    chapter up is computed last, and tagged ``lead``.
 
     Args:
         notebook: as executed; changed in place.
@@ -358,7 +374,9 @@ def with_captions(notebook: NotebookNode) -> NotebookNode:
         if "figure" not in options or not texts:
             raise ValueError(f"no figure for the caption, or none executed: {cell.id}")
         options["figure"]["caption"] = texts[0]
-    notebook.cells = kept
+    first = [cell for cell in kept if "lead" in _tags(cell)]
+    rest = [cell for cell in kept if "lead" not in _tags(cell)]
+    notebook.cells = [*rest[:1], *first, *rest[1:]]
     return notebook
 
 
