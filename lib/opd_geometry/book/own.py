@@ -35,7 +35,7 @@ def against_published(
 
     Returns:
         One row an own run and metric: arm, seed, diagnostic, yours, lowest, highest (of
-        the other published seeds), n (of them), lies (``within`` or ``outside`` of their
+        the other published seeds), n (of them), lies (``within`` or ``outside`` their
         range, which a further seed of n leaves with a chance of 2 in n + 1).
 
     Raises:
