@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training.losses import token_log_probs
+from opd_geometry.training.models import frame
 
 # Tokens that are scored at a time: what stays in a processor's caches is computed
 # faster, while an accelerator wants to be kept busy. No result depends on it.
@@ -71,8 +72,9 @@ def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
     """Tokenize prompts, left-padded: ids and mask, both (P, L) int64."""
+    framed = [frame(prompt, tokenizer) for prompt in prompts]
     batch = tokenizer(
-        prompts, padding=True, return_tensors="pt", add_special_tokens=False
+        framed, padding=True, return_tensors="pt", add_special_tokens=False
     )
     return batch["input_ids"], batch["attention_mask"]
 
