@@ -245,6 +245,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     directory: str | Path,
     dtype: torch.dtype | None = None,
+    only: tuple[str, ...] | None = None,
 ) -> None:
     """Write a checkpoint so that it is there whole or not at all.
 
@@ -254,14 +255,17 @@ def save_model(
         directory: where; replaced if it exists.
         dtype: dtype of the stored weights (None: as they are). The model in memory
             keeps its own.
+        only: modules, by the last part of their names, whose weights are stored; None
+            for a checkpoint that can be loaded.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         state = {
-            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+            name: (tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
             for name, tensor in model.state_dict().items()
+            if only is None or name.split(".")[-2] in only
         }
         model.save_pretrained(draft, state_dict=state)
         tokenizer.save_pretrained(draft)

@@ -90,15 +90,6 @@ PRETRAINED_BENCHMARKS: dict[str, Benchmark] = {
     "pretrained/brief": Benchmark("brief", (3, 5), 9),
 }
 KNOWN_BENCHMARKS = BENCHMARKS | PRETRAINED_BENCHMARKS
-_WORLDS = {
-    "": tuple(BENCHMARKS),
-    "pretrained": tuple(PRETRAINED_BENCHMARKS),
-}
-
-
-def world(benchmark: str) -> str:
-    """The world that a benchmark belongs to: empty for the small one's."""
-    return benchmark.rpartition("/")[0]
 
 
 def short_name(benchmark: str) -> str:
@@ -106,9 +97,18 @@ def short_name(benchmark: str) -> str:
     return benchmark.rpartition("/")[2]
 
 
-def world_benchmarks(benchmark: str) -> tuple[str, ...]:
-    """All benchmarks of the world that a benchmark belongs to."""
-    return _WORLDS[world(benchmark)]
+def related(benchmark: str) -> tuple[str, ...]:
+    """The benchmarks that a pretrained student of one of them is asked.
+
+    >>> related("pretrained/list")
+    ('pretrained/list', 'pretrained/list-long')
+    """
+    kind = short_name(benchmark).partition("-")[0].replace("brief", "chain")
+    return tuple(
+        name
+        for name in PRETRAINED_BENCHMARKS
+        if short_name(name).partition("-")[0].replace("brief", "chain") == kind
+    )
 
 
 def _exact(value: int) -> int:
