@@ -218,6 +218,22 @@ def test_publishes_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert repr(stored["large"]) == "9.9"  # not np.float64(9.9), which nbval compares
 
 
+def test_says_what_was_published_or_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("myst_nb.glue", lambda *_, **__: None)
+    chapters.publish(**{"share": 0.25219, "verdict_early-lock": "inconclusive"})
+    text = """
+        Of {n:d} matrices {share:.1%}, $x^{{2}}$;
+        {verdict_early-lock}.
+        """
+    shown = chapters.say(text, n=28)
+    assert shown.data == "Of 28 matrices 25.2%, $x^{2}$;\ninconclusive."
+    assert chapters.show("share") == 0.2522
+    with pytest.raises(ValueError, match=r"^no value 'rank': publish it in a cell"):
+        chapters.say("{rank:.1f}")
+    with pytest.raises(ValueError, match=r"^nothing published as 'rank'"):
+        chapters.show("rank")
+
+
 def test_a_table_of_claims_says_what_is_not_measured() -> None:
     empty = pd.DataFrame(columns=measure.COLUMNS)
     shown = chapters.verdict_table(empty, [claim.id for claim in CLAIMS])
