@@ -96,6 +96,14 @@ def _profile(command: Command) -> Command:
     )(command)
 
 
+def _student(command: Command) -> Command:
+    return click.option(
+        "--student",
+        help="Model of profile pretrained: a directory, a GGUF file, or a hub id with "
+        "its revision, owner/name@REVISION.",
+    )(command)
+
+
 def _arms(default: str) -> Callable[[Command], Command]:
     return click.option(
         "--arms",
@@ -141,7 +149,10 @@ def _origin(command: Command) -> Command:
 @_seeds
 @_jobs
 @_origin
-def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
+@_student
+def run(
+    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> int:
     """Train and measure runs, several at a time, with what they need.
 
     A run that is finished is left as it is, one that was interrupted goes on.
@@ -153,7 +164,7 @@ def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
       opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry run --arms all --seeds 0-2 --from scratch
     """
-    return _train(profile, _asked(profile, arms, seeds, origin), jobs)
+    return _train(profile, _asked(profile, arms, seeds, origin, student), jobs)
 
 
 @commands.command()
@@ -162,17 +173,21 @@ def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
 @_seeds
 @_jobs
 @_origin
-def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
+@_student
+def plan(
+    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> None:
     """List runs, their steps and the time they would take.
 
     \b
     Examples:
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
+      opd-geometry plan --profile pretrained --student gemma-3-270m-q4_k_m.gguf
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    _print_plan(plan_runs(_asked(profile, arms, seeds, origin)), jobs)
+    _print_plan(plan_runs(_asked(profile, arms, seeds, origin, student)), jobs)
 
 
 @commands.command()
@@ -180,7 +195,10 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
 @_arms("all")
 @_seeds
 @_origin
-def status(profile: str, arms: str, seeds: str, origin: str) -> None:
+@_student
+def status(
+    profile: str, arms: str, seeds: str, origin: str, student: str | None
+) -> None:
     """Show which runs are done, running, failed or still to do.
 
     \b
@@ -190,7 +208,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    rows = plan_runs(_asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin, student))
     print_table(
         ["run", "state", "step", "accuracy", "time left"],
         [
@@ -210,13 +228,15 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
     click.echo(f"{_tally(rows)}.")
 
 
-def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
+def _asked(
+    profile: str, arms: str, seeds: str, origin: str, student: str | None = None
+) -> "list[Run]":
     """The runs that the options name; errors name what is wrong with them."""
     from opd_geometry.experiments.profiles import build, parse_arms, parse_seeds
 
     scratch = origin == "scratch"
     return [
-        build(profile, arm, seed, scratch)
+        build(profile, arm, seed, scratch, student)
         for seed in parse_seeds(seeds)
         for arm in parse_arms(arms, profile)
     ]
@@ -224,7 +244,7 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
 
 def _print_plan(rows: "list[Row]", jobs: int) -> None:
     """Runs with their time each, and that of all of them."""
-    from opd_geometry.experiments.schedule import total_seconds
+    from opd_geometry.experiments.schedule import memory_bytes, total_seconds
 
     print_table(
         ["run", "steps", "estimated time", "state"],
@@ -237,6 +257,9 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
     left = duration(total_seconds(known, jobs) if known else None)
     least = "at least " if 0 < len(known) < len(rows) else ""
     click.echo(f"{_tally(rows)}. Time left, {jobs} at a time: {least}{left}.")
+    memory = max((memory_bytes(row.run) or 0.0 for row in rows), default=0.0)
+    if memory:
+        click.echo(f"Memory: about {memory / 1e9:.1f} GB a run.")
 
 
 def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
@@ -263,7 +286,8 @@ def _tally(rows: "Iterable[Row]") -> str:
 @_profile
 @_arms("all")
 @_seeds
-def commit(profile: str, arms: str, seeds: str) -> None:
+@_student
+def commit(profile: str, arms: str, seeds: str, student: str | None) -> None:
     """Publish the measurements of finished runs.
 
     Their tables and provenance go to data/measurements. Rows of the same arm and
@@ -277,7 +301,7 @@ def commit(profile: str, arms: str, seeds: str) -> None:
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.runs import is_done
 
-    runs = _asked(profile, arms, seeds, "committed")
+    runs = _asked(profile, arms, seeds, "committed", student)
     done = [run for run in runs if is_done(run)]
     path = measure.commit(profile, done)
     click.echo(f"{len(done)} of {len(runs)} runs are finished and now in {path}")
@@ -468,7 +492,10 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
 @_seeds
 @_jobs
 @_origin
-def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
+@_student
+def book(
+    profile: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> int:
     """Train on this machine and build a book of these runs.
 
     It lies under _build/book. What is not trained by default is read from the
@@ -490,7 +517,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     for notebook in notebooks:
         read_notebook(notebook)  # a broken one must not cost the training first
     source = "scratch" if origin == "scratch" else "local"
-    if code := _train(profile, _own_runs(profile, seeds, origin), jobs):
+    if code := _train(profile, _own_runs(profile, seeds, origin, student), jobs):
         return code
     parameters = {"profile": profile, "seeds": seeds, "source": source, "jobs": jobs}
     executed = []
@@ -569,15 +596,17 @@ def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
     return [known[name] for name in wanted]
 
 
-def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
+def _own_runs(
+    profile: str, seeds: str, origin: str, student: str | None = None
+) -> "list[Run]":
     """What ``book`` trains: the reader's arms, and any that is not committed."""
     from opd_geometry.experiments.measure import committed_provenance
     from opd_geometry.experiments.profiles import READER_ARMS
 
     shelf = set(committed_provenance()["run"])
     published = zip(
-        _asked(profile, "all", seeds, "committed"),
-        _asked(profile, "all", seeds, origin),
+        _asked(profile, "all", seeds, "committed", student),
+        _asked(profile, "all", seeds, origin, student),
         strict=True,
     )
     return [

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from opd_geometry.experiments.choices import choices
-from opd_geometry.experiments.profiles import PROFILES, build
+from opd_geometry.experiments.profiles import build, settings_of
 from opd_geometry.experiments.runs import (
     Run,
     checkpoint,
@@ -136,12 +136,15 @@ def leak_rows(
         return []
     bases = confining_bases(run)
     origin = checkpoint(run.branch, run.branch_step())
+    stored = {step: _names(path) for step, path in paths.items()}
     rows = []
     for matrix in matrices:
         if matrix.name not in bases:
             continue
         start = read_matrix(origin, matrix.name).double()
         for step, path in paths.items():
+            if matrix.name not in stored[step]:
+                continue
             delta = read_matrix(path, matrix.name).double() - start
             leak = defined(leaked_energy, delta, bases[matrix.name])
             place = (matrix.name, matrix.role, matrix.layer)
@@ -204,6 +207,11 @@ def map_rows(
     ]
 
 
+def _names(path: Path) -> set[str]:
+    """Names of the matrices that a checkpoint holds: on the way, not always all."""
+    return {matrix.name for matrix in list_matrices(path)}
+
+
 def kept_table(run: Run, rank: int) -> Path:
     """Where ``measure_run`` keeps the table of a run."""
     return run_directory(run) / f"measurements-{TABLE}-k{rank}.parquet"
@@ -237,9 +245,11 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
         matrices = list_matrices(paths[0])
         rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
         rows += leak_rows(run, matrices, {step: paths[step] for step in steps})
+        stored = {step: _names(path) for step, path in paths.items()}
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
-            values = measure_matrix(matrix.name, paths, rank, run.seed)
+            there = {s: path for s, path in paths.items() if matrix.name in stored[s]}
+            values = measure_matrix(matrix.name, there, rank, run.seed)
             rows += [
                 (step, matrix.name, matrix.role, matrix.layer, metric, value)
                 for step, metric, value in (size, *values)
@@ -338,7 +348,7 @@ def committed_runs(profile: str) -> list[Run]:
     return [
         run
         for seed in sorted(set(rows["seed"]))
-        for arm in PROFILES[profile].arms
+        for arm in settings_of(profile).arms
         if (run := build(profile, arm, int(seed))).key() in listed
     ]
 
@@ -364,6 +374,7 @@ def load(
     arms: Iterable[str],
     seeds: Iterable[int],
     source: str = "committed",
+    student: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table of the asked runs, and where each of them comes from.
 
@@ -373,6 +384,7 @@ def load(
         source: ``committed`` prefers committed measurements, ``local`` prefers runs
             that are finished in data/runs, ``scratch`` those of them whose base was
             trained here, too; what neither has is trained now.
+        student: of a profile that takes one; see ``profiles.build``.
 
     Returns:
         The tidy table, and one provenance row a run with the column ``source``
@@ -387,15 +399,15 @@ def load(
     listed = committed_provenance().set_index("run", drop=False)
     tables, rows = [], []
     for arm, seed in [(arm, seed) for arm in arms for seed in seeds]:
-        own = build(profile, arm, seed, source == "scratch")
-        published = build(profile, arm, seed)
+        own = build(profile, arm, seed, source == "scratch", student)
+        published = build(profile, arm, seed, student=student)
         local_first = source != "committed" and is_done(own)
         if published.key() in listed.index and not local_first:
             tables.append(committed_table(published))
             row = listed.loc[published.key()].to_dict()
             rows.append({**row, "source": "committed"})
         else:
-            tables.append(measure_run(own, PROFILES[profile].rank))
+            tables.append(measure_run(own, settings_of(profile).rank))
             rows.append({**provenance_of(own), "source": "this machine"})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
@@ -421,7 +433,7 @@ def commit(profile: str, runs: Iterable[Run]) -> Path:
     with clear_write_errors(listing):
         listing.parent.mkdir(parents=True, exist_ok=True)
         for run in runs:  # the tables first: what is listed is there
-            table = measure_run(run, PROFILES[profile].rank)
+            table = measure_run(run, settings_of(profile).rank)
             with replacing(committed_path(run)) as draft:
                 _narrow(table).to_parquet(draft, index=False, compression="zstd")
         rows = pd.DataFrame([provenance_of(run) for run in runs])

@@ -269,7 +269,7 @@ def _pretrained_sft(steps: int, qualities: tuple[tuple[str, float], ...]) -> SFT
         benchmarks=("pretrained/chain",),
         qualities=qualities,
         mixed_precision="bf16-copy",
-        row_tokens=256,
+        row_tokens=96,
     )
 
 
