@@ -379,6 +379,7 @@ def _make(student: Student, directory: Path) -> None:
             f"{student.source} reads the tasks otherwise than the run's description "
             "says; expected the model and the library that it was made with"
         )
+    _forget_quantisation(model)
     cut_model(model, kept)
     model.config.vocab_size = len(kept)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -390,6 +391,14 @@ def _make(student: Student, directory: Path) -> None:
     save_model(model, cut, directory, dtype=torch.bfloat16)
     weights = {f.name: _file_digest(f, 0) for f in directory.glob("*.safetensors")}
     (directory / _MADE).write_text(json.dumps(weights))
+
+
+def _forget_quantisation(model: Any) -> None:
+    """What was read from a GGUF file is ordinary float32, and may be saved as such."""
+    model.hf_quantizer, model.is_quantized = None, False
+    model.quantization_method = None
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
 
 
 def _is_made(directory: Path) -> bool:
