@@ -51,7 +51,7 @@ class Benchmark:
     """A distribution of problems: a family and the inclusive ranges of its sizes.
 
     Attributes:
-        family: one of ``FAMILIES``.
+        family: a key of ``SOLVERS``.
         length: number of terms, numbers or words (ignored by gcd and base).
         largest: the largest integer that a prompt may contain (ignored by odd).
     """
@@ -181,7 +181,7 @@ SOLVERS: dict[str, Callable[[tuple[int, ...], Perturb], tuple[list[str], str]]] 
     "odd": solve_odd,
     "brief": solve_chain,
 }
-FAMILIES = tuple(SOLVERS)
+FAMILIES = tuple(dict.fromkeys(b.family for b in BENCHMARKS.values()))
 
 
 def _draw_chain(bench: Benchmark, rng: Rng) -> Problem:
