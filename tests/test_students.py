@@ -140,9 +140,7 @@ def test_logits_of_the_kept_rows_are_those_of_the_whole_model(model: Path) -> No
     cut, kept = cut_tokenizer(whole, ROWS, "it")
     prompts = [prompt for prompt, _ in draws(3)][:32]
     framed = [frame(prompt, cut) for prompt in prompts]
-    theirs = whole(
-        framed, padding=True, return_tensors="pt", add_special_tokens=False
-    )
+    theirs = whole(framed, padding=True, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
         wanted = language_model(**theirs).logits[..., kept]
         cut_model(language_model, kept)

@@ -493,9 +493,7 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
 @_jobs
 @_origin
 @_student
-def book(
-    profile: str, seeds: str, jobs: int, origin: str, student: str | None
-) -> int:
+def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) -> int:
     """Train on this machine and build a book of these runs.
 
     It lies under _build/book. What is not trained by default is read from the

@@ -432,11 +432,8 @@ def claim_cards(
         parameters: of the chapter; its profile says at what scale the runs are.
     """
     settings = PROFILES[parameters.profile]
-    scale = (
-        f"student of {settings.student.layers} layers of width "
-        f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
-        f"width {settings.teacher.width}"
-    )
+    student, teacher = (_size(m) for m in (settings.student, settings.teacher))
+    scale = f"student of {student}, teacher of {teacher}"
     cards = [claim_card(key, table, provenance, scale) for key in claim_ids]
     return markdown("\n".join(cards))
 
@@ -473,12 +470,12 @@ def profile_table() -> pd.DataFrame:
     """The profiles, their sizes and budgets."""
     rows = []
     for name, profile in PROFILES.items():
-        policy, student, teacher = profile.policy, profile.student, profile.teacher
+        policy = profile.policy
         rows.append(
             {
                 "profile": name,
-                "student": f"{student.layers} layers of width {student.width}",
-                "teacher": f"{teacher.layers} layers of width {teacher.width}",
+                "student": _size(profile.student),
+                "teacher": _size(profile.teacher),
                 "SFT": f"{profile.sft.steps} steps of {profile.sft.batch_sequences} "
                 "demonstrations",
                 "OPD, RLVR and controls": f"{policy.steps} steps of "
@@ -487,6 +484,13 @@ def profile_table() -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _size(model: ModelConfig | Student) -> str:
+    """How large a model is, in words."""
+    if isinstance(model, Student):
+        return f"{model.parameters / 1e6:.0f} million pretrained parameters"
+    return f"{model.layers} layers of width {model.width}"
 
 
 def differences_table(

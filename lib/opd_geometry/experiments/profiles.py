@@ -455,7 +455,9 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
 
 def _base(settings: Profile, shape: ModelConfig | Student, seed: int) -> Run:
     if settings.base is None or settings.base_annealing is None:
-        raise ValueError("no base is trained here: expected the pretrained model itself")
+        raise ValueError(
+            "no base is trained here: expected the pretrained model itself"
+        )
     assert isinstance(shape, ModelConfig)
     early = Run("base-early", seed, settings.base, shape)
     return Run("base", seed, settings.base_annealing, early)

@@ -298,9 +298,7 @@ def _cut_spec(spec: dict[str, Any], kept: list[int]) -> None:
     ]
 
 
-def _read(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
-) -> list[list[int]]:
+def _read(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
     return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
 
