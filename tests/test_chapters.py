@@ -12,6 +12,8 @@ from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.book import chapters
 from opd_geometry.book.chapters import ParameterError, Parameters, check_parameters
 from opd_geometry.experiments import measure, profiles
+from opd_geometry.experiments.listing import write_listing
+from opd_geometry.experiments.records import digest_of
 
 DEFAULTS = {"profile": "laptop", "seeds": "0-2", "source": "committed", "jobs": 2}
 # What a fresh kernel holds before a notebook defines anything.
@@ -117,8 +119,11 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=measure.COLUMNS)
     for run in runs:
         of_run = table[table["run"] == run.key()]
-        of_run.to_parquet(measure.committed_path(run))
-    provenance.to_csv(path, index=False)
+        of_run.to_parquet(path.with_name(f"{run.name}.parquet"))
+    rows = provenance.to_dict("records")
+    for row, run in zip(rows, runs, strict=True):
+        row["table_sha256"] = digest_of(path.with_name(f"{run.name}.parquet"))
+    write_listing(path, [], rows)
     return provenance
 
 
