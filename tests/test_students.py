@@ -105,8 +105,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["gemma", "qwen"])
-def model(request: pytest.FixtureRequest) -> Iterator[Path]:
-    yield request.getfixturevalue(request.param)
+def model(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 def draws(seed: int) -> Iterator[tuple[str, str]]:

@@ -630,15 +630,15 @@ def _evaluate_lean(
     tokenizer: "PreTrainedTokenizerBase",
     step: int,
 ) -> dict[str, float]:
-    def score(name: str, problems: int, **more: float) -> float:
+    def score(name: str, problems: int, temperature: float = 1.0) -> float:
         return evaluation.accuracy(
             model,
             tokenizer,
             name,
             problems=problems,
             samples=1,
+            temperature=temperature,
             max_new_tokens=LEAN_TOKENS,
-            **more,
         )
 
     on_the_way, others, own = LEAN_PROBLEMS

@@ -131,7 +131,7 @@ class Compute:
             low.copy_(master)
 
 
-def bfloat16_copy(model: nn.Module) -> nn.Module:
+def bfloat16_copy(model: Any) -> Any:
     """A copy whose parameters are rounded to bf16; buffers keep their precision."""
     low = copy.deepcopy(model)
     for parameter in low.parameters():

@@ -334,7 +334,8 @@ def cut_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
         model: whole.
         kept: ids of the tokens that stay, in order; their logits stay as they are.
     """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     rows = torch.tensor(kept)
     tied = head.weight is table.weight
     table.weight = torch.nn.Parameter(table.weight.detach()[rows].clone())
