@@ -251,7 +251,7 @@ _SMOKE = Profile(
     arms=ARMS,
 )
 # The student of the committed runs: Gemma 3 270M as gemma-3-270m-q4_k_m.gguf, named by
-# its SHA-256. Nothing of it is committed, and any other causal model can take its place.
+# its SHA-256. Nothing of it is committed; any other causal model can take its place.
 GEMMA = Student(
     digest="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     view="f0b340b335829fbf",

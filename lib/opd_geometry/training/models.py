@@ -202,7 +202,8 @@ def frame(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
         prompt: of a task.
         tokenizer: of a pretrained student (see ``students``), or any other.
     """
-    before, after = tokenizer.init_kwargs.get(PROMPT_FRAME) or ("", "")
+    settings = getattr(tokenizer, "init_kwargs", {})
+    before, after = settings.get(PROMPT_FRAME) or ("", "")
     return f"{before}{prompt}{after}"
 
 
