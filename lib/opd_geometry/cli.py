@@ -163,6 +163,7 @@ def run(
       opd-geometry run --profile smoke --arms opd --seeds 0 --jobs 1
       opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry run --arms all --seeds 0-2 --from scratch
+      opd-geometry run --profile pretrained --student path/to/model --arms opd --jobs 1
     """
     return _train(profile, _asked(profile, arms, seeds, origin, student), jobs)
 
@@ -536,6 +537,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     Examples:
       opd-geometry book
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
+      opd-geometry book --profile pretrained --student path/to/model --jobs 1
     """
     from opd_geometry.analysis.claims import claims_table, write_claims
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
@@ -554,10 +556,13 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     for notebook in notebooks:
         output = root / "_build" / "book" / "chapters" / notebook.name
         known = known_parameters(notebook, parameters)
+        if student and "profile" in known:  # no notebook needs to name it
+            known["student"] = student
         execute_chapter(notebook, output, known, root)
         executed.append(output)
         click.echo(f"Executed {output.relative_to(root)}")
-    table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
+    numbers = parse_seeds(seeds)
+    table, provenance = measure.load(profile, ARMS, numbers, source, student)
     own = root / "_build" / "book" / "claims.csv"
     write_claims(claims_table(table), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
