@@ -360,7 +360,7 @@ def test_pretrained_tasks_keep_their_held_out_part_apart() -> None:
 
 def test_small_worlds_problems_are_where_they_were() -> None:
     assert list(KNOWN_BENCHMARKS)[: len(BENCHMARKS)] == list(BENCHMARKS)
-    assert tasks.held_out("base-large", 1)[0].prompt == "b:168,3="
+    assert tasks.held_out("base-large", 1)[0].prompt == "b:81,4="
 
 
 # --- pretraining ------------------------------------------------------------------
