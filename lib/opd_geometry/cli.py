@@ -96,6 +96,14 @@ def _profile(command: Command) -> Command:
     )(command)
 
 
+def _student(command: Command) -> Command:
+    return click.option(
+        "--student",
+        help="Model of profile pretrained: a directory, a GGUF file, or a hub id with "
+        "its revision, owner/name@REVISION.",
+    )(command)
+
+
 def _arms(default: str) -> Callable[[Command], Command]:
     return click.option(
         "--arms",
@@ -141,7 +149,10 @@ def _origin(command: Command) -> Command:
 @_seeds
 @_jobs
 @_origin
-def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
+@_student
+def run(
+    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> int:
     """Train and measure runs, several at a time, with what they need.
 
     A run that is finished is left as it is, one that was interrupted goes on.
@@ -152,8 +163,9 @@ def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
       opd-geometry run --profile smoke --arms opd --seeds 0 --jobs 1
       opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry run --arms all --seeds 0-2 --from scratch
+      opd-geometry run --profile pretrained --student path/to/model --arms opd --jobs 1
     """
-    return _train(profile, _asked(profile, arms, seeds, origin), jobs)
+    return _train(profile, _asked(profile, arms, seeds, origin, student), jobs)
 
 
 @commands.command()
@@ -162,17 +174,21 @@ def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
 @_seeds
 @_jobs
 @_origin
-def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
+@_student
+def plan(
+    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> None:
     """List runs, their steps and the time they would take.
 
     \b
     Examples:
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
+      opd-geometry plan --profile pretrained --student gemma-3-270m-q4_k_m.gguf
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    _print_plan(plan_runs(_asked(profile, arms, seeds, origin)), jobs)
+    _print_plan(plan_runs(_asked(profile, arms, seeds, origin, student)), jobs)
 
 
 @commands.command()
@@ -180,7 +196,10 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
 @_arms("all")
 @_seeds
 @_origin
-def status(profile: str, arms: str, seeds: str, origin: str) -> None:
+@_student
+def status(
+    profile: str, arms: str, seeds: str, origin: str, student: str | None
+) -> None:
     """Show which runs are done, running, failed or still to do.
 
     \b
@@ -190,7 +209,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    rows = plan_runs(_asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin, student))
     print_table(
         ["run", "state", "step", "accuracy", "time left"],
         [
@@ -204,19 +223,26 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
             for row in rows
         ],
     )
-    for row in rows:
-        if row.reason:
-            click.echo(f"{row.run.name}: {row.reason}")
+    _print_reasons(rows)
     click.echo(f"{_tally(rows)}.")
 
 
-def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
+def _print_reasons(rows: "Iterable[Row]") -> None:
+    """What failed or is damaged, a line each."""
+    for row in rows:
+        if row.reason:
+            click.echo(f"{row.run.name}: {row.reason}")
+
+
+def _asked(
+    profile: str, arms: str, seeds: str, origin: str, student: str | None = None
+) -> "list[Run]":
     """The runs that the options name; errors name what is wrong with them."""
     from opd_geometry.experiments.profiles import build, parse_arms, parse_seeds
 
     scratch = origin == "scratch"
     return [
-        build(profile, arm, seed, scratch)
+        build(profile, arm, seed, scratch, student)
         for seed in parse_seeds(seeds)
         for arm in parse_arms(arms, profile)
     ]
@@ -224,7 +250,7 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
 
 def _print_plan(rows: "list[Row]", jobs: int) -> None:
     """Runs with their time each, and that of all of them."""
-    from opd_geometry.experiments.schedule import total_seconds
+    from opd_geometry.experiments.schedule import memory_bytes, total_seconds
 
     print_table(
         ["run", "steps", "estimated time", "state"],
@@ -233,10 +259,14 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
             for row in rows
         ],
     )
+    _print_reasons(rows)
     known = [row for row in rows if row.seconds_left is not None]
     left = duration(total_seconds(known, jobs) if known else None)
     least = "at least " if 0 < len(known) < len(rows) else ""
     click.echo(f"{_tally(rows)}. Time left, {jobs} at a time: {least}{left}.")
+    memory = max((memory_bytes(row.run) or 0.0 for row in rows), default=0.0)
+    if memory:
+        click.echo(f"Memory: about {memory / 1e9:.1f} GB a run.")
 
 
 def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
@@ -252,7 +282,7 @@ def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
 def _tally(rows: "Iterable[Row]") -> str:
     """How many runs are in which state."""
     states = [row.state for row in rows]
-    known = ("done", "running", "failed", "to do")
+    known = ("done", "damaged", "running", "failed", "to do")
     return ", ".join(f"{states.count(s)} {s}" for s in known if s in states)
 
 
@@ -263,7 +293,8 @@ def _tally(rows: "Iterable[Row]") -> str:
 @_profile
 @_arms("all")
 @_seeds
-def commit(profile: str, arms: str, seeds: str) -> None:
+@_student
+def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
     """Publish the measurements of finished runs.
 
     Their tables and provenance go to data/measurements. Rows of the same arm and
@@ -277,10 +308,14 @@ def commit(profile: str, arms: str, seeds: str) -> None:
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.runs import is_done
 
-    runs = _asked(profile, arms, seeds, "committed")
+    runs = _asked(profile, arms, seeds, "committed", student)
     done = [run for run in runs if is_done(run)]
-    path = measure.commit(profile, done)
-    click.echo(f"{len(done)} of {len(runs)} runs are finished and now in {path}")
+    path, left_out = measure.commit(profile, done)
+    n_new = len(done) - len(left_out)
+    click.echo(f"{n_new} of {len(runs)} runs are finished and now in {path}")
+    for one, reason in left_out.items():
+        _complain(f"{one.name}: {reason}", 1)
+    return 1 if left_out else 0
 
 
 @commands.command()
@@ -334,13 +369,35 @@ def claims(profile: str) -> None:
             f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
-    findings = claims_table(table)
+    findings = claims_table(table, profile)
+    _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
     path = write_claims(findings, data_directory() / "claims.csv")
     print_table(
         ["claim", "seeds", "verdict"],
         [[str(f.id), str(f.n_seeds), str(f.verdict)] for f in findings.itertuples()],
     )
     click.echo(f"Written to {path}")
+
+
+def _refuse_fewer_seeds(findings: "pd.DataFrame", path: Path) -> None:
+    """Refuse to replace verdicts by those of fewer seeds: measurements were lost.
+
+    Raises:
+        ValueError: a claim was judged on more seeds before.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        return
+    before = pd.read_csv(path).set_index("id")["n_seeds"]
+    for found in findings.itertuples():
+        earlier = before.get(found.id, 0)
+        if found.n_seeds < earlier:
+            raise ValueError(
+                f"{path} judges {found.id} on {earlier} seeds, the committed "
+                f"measurements have {found.n_seeds}: expected no fewer; take "
+                f"data/measurements from version control, or remove {path.name} first"
+            )
 
 
 @commands.command()
@@ -468,7 +525,8 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
 @_seeds
 @_jobs
 @_origin
-def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
+@_student
+def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) -> int:
     """Train on this machine and build a book of these runs.
 
     It lies under _build/book. What is not trained by default is read from the
@@ -479,32 +537,39 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     Examples:
       opd-geometry book
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
+      opd-geometry book --profile pretrained --student path/to/model --jobs 1
     """
     from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.book.own import against_published, page
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
-    from opd_geometry.experiments.profiles import ARMS, parse_seeds
+    from opd_geometry.experiments.profiles import ARMS, PUBLISHED, parse_seeds
 
     root = repository()
     notebooks = _notebooks(root, ())
     for notebook in notebooks:
         read_notebook(notebook)  # a broken one must not cost the training first
     source = "scratch" if origin == "scratch" else "local"
-    if code := _train(profile, _own_runs(profile, seeds, origin), jobs):
+    if code := _train(profile, _own_runs(profile, seeds, origin, student), jobs):
         return code
     parameters = {"profile": profile, "seeds": seeds, "source": source, "jobs": jobs}
     executed = []
     for notebook in notebooks:
         output = root / "_build" / "book" / "chapters" / notebook.name
         known = known_parameters(notebook, parameters)
+        if student and "profile" in known:  # no notebook needs to name it
+            known["student"] = student
         execute_chapter(notebook, output, known, root)
         executed.append(output)
         click.echo(f"Executed {output.relative_to(root)}")
-    table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
+    numbers = parse_seeds(seeds)
+    table, provenance = measure.load(profile, ARMS, numbers, source, student)
     own = root / "_build" / "book" / "claims.csv"
-    write_claims(claims_table(table), own)
+    write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
-    return _build(root, "book", executed, own, banner)
+    published = measure.committed(PUBLISHED)
+    beside = page(against_published(table, published, ARMS))
+    return _build(root, "book", executed, own, banner, beside)
 
 
 @commands.command()
@@ -520,7 +585,7 @@ def site() -> int:
     """
     from opd_geometry.experiments.measure import committed_provenance, committed_runs
     from opd_geometry.experiments.profiles import PUBLISHED
-    from opd_geometry.experiments.runs import data_directory
+    from opd_geometry.experiments.runs import on_shelf
     from opd_geometry.sources import stale_chapters
 
     root = repository()
@@ -537,7 +602,7 @@ def site() -> int:
     for line in stale:
         _complain(line, 1)
     banner = describe(PUBLISHED, provenance)
-    code = _build(root, "site", published, data_directory() / "claims.csv", banner)
+    code = _build(root, "site", published, on_shelf("claims.csv"), banner)
     return code or int(bool(stale))
 
 
@@ -569,15 +634,17 @@ def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
     return [known[name] for name in wanted]
 
 
-def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
+def _own_runs(
+    profile: str, seeds: str, origin: str, student: str | None = None
+) -> "list[Run]":
     """What ``book`` trains: the reader's arms, and any that is not committed."""
     from opd_geometry.experiments.measure import committed_provenance
     from opd_geometry.experiments.profiles import READER_ARMS
 
     shelf = set(committed_provenance()["run"])
     published = zip(
-        _asked(profile, "all", seeds, "committed"),
-        _asked(profile, "all", seeds, origin),
+        _asked(profile, "all", seeds, "committed", student),
+        _asked(profile, "all", seeds, origin, student),
         strict=True,
     )
     return [
@@ -610,17 +677,29 @@ def describe(profile: str, provenance: "pd.DataFrame") -> str:
 
 
 def _build(
-    root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
+    root: Path,
+    name: str,
+    pages: list[Path],
+    claims_csv: Path,
+    banner: str,
+    beside: str = "",
 ) -> int:
-    """Stage, build and check a book under _build/NAME; the exit code."""
-    from opd_geometry.book.site import build_site, check_site, stage_site
+    """Stage, build and check a book under _build/NAME; the exit code.
+
+    A reader's own one has a page that holds it beside the published runs.
+    """
+    from opd_geometry.book import site as pages_of
+    from opd_geometry.book.explorer import write_data
 
     place = root / "_build" / name
-    source = stage_site(root, place / "source", pages, banner)
-    (source / "data").mkdir(exist_ok=True)
-    shutil.copy(claims_csv, source / "data" / "claims.csv")
-    page = build_site(source, place / "html")
-    problems = check_site(place / "html", source)
+    source = pages_of.stage_site(root, place / "source", pages, banner)
+    pages_of.add_claims(source, claims_csv)
+    pages_of.add_hero(source)
+    if beside:
+        pages_of.add_page(source, "yours", beside)
+    write_data(source / "book" / "_static" / "explorer-data.js")
+    page = pages_of.build_site(source, place / "html")
+    problems = pages_of.check_site(place / "html", source)
     for problem in problems:
         _complain(problem, 1)
     click.echo(f"Open {page}")

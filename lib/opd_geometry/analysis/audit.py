@@ -43,7 +43,7 @@ from opd_geometry.experiments.measure import (
     committed_table,
     measure_run,
 )
-from opd_geometry.experiments.profiles import PROFILES, settings_of
+from opd_geometry.experiments.profiles import settings_of
 from opd_geometry.experiments.runs import Run, data_directory, provenance
 from opd_geometry.experiments.schedule import environment
 from opd_geometry.files import clear_write_errors
@@ -78,10 +78,11 @@ def draw(profile: str, sample: int, seed: int, arms: Iterable[str]) -> list[Run]
     listed = [run.arm for run in known]
     known = [run for run in known if listed.count(run.arm) >= LEAST_SEEDS]
     if not 0 < sample <= len(known):
+        some = f"1 to {len(known)}, the" if known else "none, there are no"
         raise ValueError(
-            f"sample {sample}: expected 1 to {len(known)}, the committed runs of "
-            f"profile {profile} whose arm has {LEAST_SEEDS} seeds or more; ask for "
-            "fewer, or for other arms"
+            f"sample {sample}: expected {some} committed runs of profile {profile} "
+            f"whose arm has {LEAST_SEEDS} seeds or more; ask for "
+            f"{'fewer, or for other' if known else 'other'} arms"
         )
     return random.Random(seed).sample(known, sample)
 
@@ -199,6 +200,6 @@ def audited(profile: str, run: Run) -> pd.DataFrame:
         As ``held_against``.
     """
     shelf = [committed_table(r) for r in committed_runs(profile) if r.arm == run.arm]
-    fresh = readings(measure_run(run, PROFILES[profile].rank), run.arm)[run.seed]
+    fresh = readings(measure_run(run, settings_of(profile).rank), run.arm)[run.seed]
     committed = readings(pd.concat(shelf, ignore_index=True), run.arm)
     return held_against(fresh, committed, run.seed)
