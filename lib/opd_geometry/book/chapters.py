@@ -159,7 +159,6 @@ def check_pair(names: Mapping[str, object]) -> Pair:
     return Pair(str(names["before"]), str(names["after"]))
 
 
-<<<<<<< HEAD
 def check_model(names: Mapping[str, object]) -> Model:
     """Read the parameter of the chapter about updates without place.
 
@@ -182,14 +181,11 @@ def check_model(names: Mapping[str, object]) -> Model:
     return Model(model)
 
 
-def _check_names(names: Mapping[str, object], known: tuple[str, ...]) -> None:
-=======
 def _check_names(
     names: Mapping[str, object],
     known: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> None:
->>>>>>> main
     """Refuse what a notebook does not have, and a notebook without its parameters."""
     checked = (Parameters, Pair, Model)
     if not any(isinstance(value, checked) for value in names.values()):
