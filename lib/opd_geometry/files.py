@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever carries its final name."""
+"""Where data lie, and writing so that nothing half-written carries its final name."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 WRITABLE_DATA = "make room there, or name a writable folder in OPD_GEOMETRY_DATA"
+
+
+def data_directory() -> Path:
+    """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
+    default = Path(__file__).resolve().parents[2] / "data"
+    return Path(os.environ.get("OPD_GEOMETRY_DATA") or default)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from opd_geometry.geometry.comparison import MASK_ALPHA
+from opd_geometry.geometry.defaults import MASK_ALPHA
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
@@ -28,11 +28,15 @@ WIDTH = 8.0  # inches; a page of the book shows them at half size
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
-_COLOURS = sns.color_palette("colorblind").as_hex()
+# Told apart by the colour-blind, too.
+_COLOURS = (
+    "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9"
+).split()
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _COLOURS[:6]
 LIGHT_BLUE = _COLOURS[9]
 # Neutral in the middle on a light and on a dark page.
-_DIVERGING = sns.blend_palette([BLUE, "#c8c8c8", RED], as_cmap=True)
+_DIVERGING = LinearSegmentedColormap.from_list("aside", [BLUE, "#c8c8c8", RED])
+_SEQUENTIAL = "YlGnBu"
 
 
 class ArmStyle(NamedTuple):
@@ -131,7 +135,6 @@ def style() -> dict[str, Any]:
     """
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     return {
-        **sns.axes_style("ticks"),
         **dict.fromkeys((*grey, "xtick.color", "ytick.color"), GREY),
         "axes.facecolor": "none",
         "axes.prop_cycle": plt.cycler(color=_COLOURS),
@@ -682,21 +685,56 @@ def _draw_map(
 ) -> None:
     """Role by layer, per cent, for one arm and metric."""
     share = 100 * _by_role_and_layer(table, arm, metric, roles)
-    overlap = "overlap" in metric
-    sns.heatmap(
-        share,
-        ax=ax,
-        annot=len(share) <= ANNOTATED_LAYERS,
-        fmt=".0f",
-        annot_kws={"fontsize": 7},
-        cbar=False,
-        cmap=_DIVERGING if overlap else "crest",
-        vmin=30 if overlap else 0,
-        vmax=70 if overlap else 100,
-        linewidths=0.5,
-    )
-    ax.set(xlabel="", ylabel="")
+    form = ".0f" if len(share) <= ANNOTATED_LAYERS else None
+    limits = (30, 70) if "overlap" in metric else (0, 100)
+    draw_heat(ax, share, limits, form, 7, _colours_of(metric))
+
+
+def _colours_of(metric: str) -> LinearSegmentedColormap | str:
+    """An overlap has a neutral middle, any other share has not."""
+    return _DIVERGING if "overlap" in metric else _SEQUENTIAL
+
+
+def draw_heat(
+    ax: Axes,
+    values: pd.DataFrame,
+    limits: tuple[float, float],
+    form: str | None = None,
+    size: float = 7,
+    colours: LinearSegmentedColormap | str = _SEQUENTIAL,
+    named: bool = True,
+) -> None:
+    """A square a cell, the first row at the top; with a number in it or a colour bar.
+
+    Args:
+        ax: where.
+        values: a row a line of the map; NaN leaves its square empty.
+        limits: values of the first and of the last colour.
+        form: of the numbers, such as ``.0f``; None writes none.
+        size: of the numbers, in points.
+        colours: a colour map.
+        named: whether rows and columns get ticks.
+    """
+    cells = np.ma.masked_invalid(values.to_numpy(float))
+    few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
+    seams: Any = {"edgecolors": "white", "lw": 0.5} if few else {}
+    mesh = ax.pcolormesh(cells, cmap=colours, vmin=limits[0], vmax=limits[1], **seams)
+    ax.set(xlim=(0, cells.shape[1]), ylim=(cells.shape[0], 0))
+    ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelrotation=0)
+    every = -(-len(values) // 24)  # more ticks would touch
+    rows = range(0, len(values), every) if named else ()
+    columns = range(cells.shape[1]) if named else ()
+    ax.set_yticks([i + 0.5 for i in rows], [str(values.index[i]) for i in rows])
+    ax.set_xticks([j + 0.5 for j in columns], [str(values.columns[j]) for j in columns])
+    if form is None:
+        return
+    shades = mesh.to_rgba(cells)[..., :3] @ [0.2126, 0.7152, 0.0722]
+    for (i, j), value in np.ma.ndenumerate(cells):
+        ink = "#262626" if shades[i, j] > 0.5 else "white"
+        text = f"{value:{form}}"
+        look: Any = {"ha": "center", "va": "center", "color": ink, "fontsize": size}
+        ax.text(j + 0.5, i + 0.5, text, **look)
 
 
 def role_maps(
@@ -753,20 +791,16 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
     few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 5
-    sns.heatmap(
-        values,
-        ax=ax,
-        annot=few,
-        fmt=".2g",
-        annot_kws={"fontsize": 6},
-        cmap="crest",
-        vmin=low,
-        vmax=high,
-        cbar=not few,
-        linewidths=0.5,
-    )
-    ax.set(xlabel="", ylabel="")
-    ax.tick_params(length=0, labelrotation=0)
+    draw_heat(ax, values, (low, high), ".2g" if few else None, 6)
+    if not few:
+        _colour_bar(ax)
+
+
+def _colour_bar(ax: Axes, **options: Any) -> None:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(ax.collections[0], ax=ax, **options)
+    bar.outline.set_visible(False)  # type: ignore[operator]
 
 
 def region_maps(
@@ -817,19 +851,10 @@ def _draw_regions(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
         .mean()
         .unstack()
     )
-    overlap = "overlap" in metric
-    sns.heatmap(
-        share,
-        ax=ax,
-        square=True,
-        cmap=_DIVERGING if overlap else "crest",
-        vmin=20 if overlap else 0,
-        vmax=80 if overlap else 100,
-        xticklabels=False,
-        yticklabels=False,
-        cbar_kws={"shrink": 0.8},
-    )
-    ax.set(xlabel="", ylabel="")
+    limits = (20, 80) if "overlap" in metric else (0, 100)
+    draw_heat(ax, share, limits, colours=_colours_of(metric), named=False)
+    ax.set_aspect("equal")
+    _colour_bar(ax, shrink=0.8)
 
 
 def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import opd_geometry
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.files import clear_write_errors, data_directory, replacing
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.projection import (
     project_gradients,
@@ -191,12 +191,6 @@ def _description(value: Any) -> Any:
         for name, content in fields.items()
         if content != defaults[name]
     }
-
-
-def data_directory() -> Path:
-    """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
-    default = Path(__file__).resolve().parents[3] / "data"
-    return Path(os.environ.get("OPD_GEOMETRY_DATA") or default)
 
 
 def run_directory(run: Run) -> Path:
