@@ -116,3 +116,9 @@ def test_the_default_betas_are_the_paper_s() -> None:
     config = OptimizerConfig(1e-6)
     assert (config.betas, config.eps, config.weight_decay) == ((0.9, 0.98), 1e-8, 0.1)
     assert (config.schedule, config.max_grad_norm) == ("constant", 1.0)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_a_norm_that_stops_everything_is_refused(norm: float) -> None:
+    with pytest.raises(ValueError, match=r"max_grad_norm .* expected above 0"):
+        OptimizerConfig(1e-3, max_grad_norm=norm)

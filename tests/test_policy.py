@@ -236,6 +236,8 @@ ARMS = {
     "random": replace(OPD, token_selection="random", keep_frac=0.5),
     "off-policy": replace(OPD, rollouts="teacher", clip_low=1.0, clip_high=1.0),
     "likelihood": replace(OPD, rollouts="teacher", credit="likelihood"),
+    "off-policy-ratio": replace(OPD, rollouts="teacher", ratio_to="author"),
+    "flipped": replace(RLVR, reward_flip=0.4),
 }
 
 
@@ -482,6 +484,102 @@ def test_bfloat16_leaves_the_master_weights_in_float32() -> None:
     assert metrics[0]["gap"] == pytest.approx(others[0]["gap"], rel=0.5)
 
 
+# --- flipped rewards, ratios against the author -----------------------------------
+
+
+def test_a_flip_changes_the_signal_and_nothing_that_is_drawn_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = spy(monkeypatch)
+    set_rewards(monkeypatch, [0.0, 1.0, 1.0] * 4)
+    chosen = replace(RLVR, steps=1, token_selection="random", keep_frac=0.5)
+    seen = []
+    weigh = losses.random_token_weights
+
+    def watched(*asked: Any) -> Tensor:
+        seen.append(weigh(*asked))
+        return seen[-1]
+
+    monkeypatch.setattr(losses, "random_token_weights", watched)
+    plain, [honest] = trained(chosen)
+    flipped, [told] = trained(replace(chosen, reward_flip=0.5))
+    assert torch.equal(drawn[0].completions, drawn[1].completions)
+    assert torch.equal(*seen)
+    assert honest["reward"] == told["reward"] == pytest.approx(2 / 3)
+    assert not torch.equal(plain, flipped)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
+def test_as_many_rewards_are_flipped_as_asked(share: float) -> None:
+    rewards = (torch.arange(4000) % 4 == 0).float()
+    config = replace(RLVR, reward_flip=share)
+    generator = torch.Generator().manual_seed(0)
+    learned = policy.flip_rewards(config, rewards, generator)
+    assert set(learned.tolist()) == {0.0, 1.0}
+    changed = learned != rewards
+    for value in (0.0, 1.0):  # whatever the reward was
+        flips = float(changed[rewards == value].float().mean())
+        assert flips == pytest.approx(share, abs=0.04)
+    untouched = torch.Generator().manual_seed(0)
+    if share == 0.0:
+        assert torch.equal(generator.get_state(), untouched.get_state())
+
+
+def test_coin_flips_skip_no_group_for_its_true_rewards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups are kept for the rewards that are learned from, not for the true ones."""
+    set_rewards(monkeypatch, [1.0] * 12)
+    _, [honest] = trained(replace(RLVR, steps=1))
+    _, [flipped] = trained(replace(RLVR, steps=1, reward_flip=0.5))
+    assert (honest["learned_frac"], honest["reward"]) == (0.0, 1.0)
+    assert flipped["learned_frac"] > 0.0
+    assert flipped["reward"] == 1.0
+
+
+def test_the_ratio_to_the_author_is_student_over_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = spy(monkeypatch)
+    seen = []
+    policy_loss = losses.policy_loss
+
+    def watched(*asked: Any, **named: Any) -> Tensor:
+        seen.append(asked[:3])
+        return policy_loss(*asked, **named)
+
+    monkeypatch.setattr(losses, "policy_loss", watched)
+    trained(replace(ARMS["off-policy-ratio"], steps=1))
+    (_, old, advantages), rollout = seen[0], drawn[0]
+    live = rollout.mask
+    ours = completion_log_probs(tiny(), rollout)
+    assert torch.equal(old[live], rollout.log_probs[live])
+    assert (old - ours)[live].abs().max() > 0.1
+    # the advantage stays the gap of student and teacher, whatever the ratio is to
+    gap = (rollout.log_probs - ours)[live]
+    torch.testing.assert_close(advantages[live], gap, atol=1e-4, rtol=1e-4)
+
+
+def test_on_policy_the_author_is_the_student_bit_for_bit() -> None:
+    plain, _ = trained(OPD)
+    same, _ = trained(replace(OPD, ratio_to="author"))
+    assert torch.equal(plain, same)
+
+
+def test_an_infinite_norm_clips_nothing() -> None:
+    """Adam's first step hides the scale of a gradient; the second shows it."""
+    free = replace(OPD.optimizer, max_grad_norm=math.inf)
+    tight = replace(OPD.optimizer, max_grad_norm=1e9)
+    moved, metrics = trained(replace(OPD, optimizer=free))
+    others, _ = trained(replace(OPD, optimizer=tight))
+    assert torch.equal(moved, others)
+    assert all(math.isfinite(step["grad_norm"]) for step in metrics)
+    clipped, before = trained(replace(OPD, optimizer=replace(free, max_grad_norm=0.01)))
+    assert not torch.allclose(moved, clipped, atol=1e-6)
+    # what is logged is the norm before clipping: the share of clipped steps can be read
+    assert min(step["grad_norm"] for step in before) > 0.01
+
+
 # --- bad settings -----------------------------------------------------------------
 
 
@@ -497,6 +595,9 @@ def test_bfloat16_leaves_the_master_weights_in_float32() -> None:
         ({"estimator": "full", "token_selection": "random"}, r"and random tokens"),
         ({"alpha": 0.0, "token_selection": "top-gap"}, r"no teacher scores"),
         ({"temperature": 0.0}, r"temperature 0.0: expected above 0"),
+        ({"reward_flip": 0.6}, r"reward_flip 0.6: expected 0 .* to 0.5"),
+        ({"reward_flip": float("nan")}, r"reward_flip nan: expected 0"),
+        ({"ratio_to": "teacher"}, r"ratio_to 'teacher': expected student or author"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -1,8 +1,10 @@
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from opd_geometry.experiments.profiles import (
 from opd_geometry.experiments.runs import Run, Stored
 from opd_geometry.training.policy import PolicyConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 POLICY_ARMS = [arm for arm in ARMS if not arm.startswith("sft") and "proj" not in arm]
 
 
@@ -270,3 +273,41 @@ def test_donors_subspace_is_anothers() -> None:
         for suffix in ("-half", "", "-wide", "-wider", "-random-wider")
     ]
     assert ranks == [1, 2, 4, 8, 8]
+
+
+def test_sft_that_learns_sees_what_the_teacher_saw() -> None:
+    for profile in ("smoke", "published"):
+        matched = build(profile, "sft-matched", 2, from_scratch=True)
+        learns = build(profile, "sft-learns", 2, from_scratch=True)
+        teacher = build(profile, "teacher", 2, from_scratch=True)
+        assert differences(learns.train, matched.train) == {
+            "qualities": teacher.train.qualities
+        }
+        assert learns.start == matched.start
+
+
+def test_noisy_and_unclipped_arms_change_one_thing() -> None:
+    rlvr = published("rlvr")
+    for name, share in (("flip-30", 0.3), ("flip-45", 0.45), ("coin", 0.5)):
+        noisy = published(f"rlvr-{name}")
+        assert differences(noisy.train, rlvr.train) == {"reward_flip": share}
+        assert (noisy.start, noisy.teacher) == (rlvr.start, None)
+    for arm in ("sft", "sft-matched", "opd", "rlvr"):
+        clipped, free = published(arm), published(f"{arm}-unclipped")
+        changed = replace(clipped.train.optimizer, max_grad_norm=math.inf)
+        assert free == replace(
+            clipped, arm=free.arm, train=replace(clipped.train, optimizer=changed)
+        )
+    plain = published("off-policy")
+    wide, tight = (published(f"off-policy-ratio{end}") for end in ("", "-clip"))
+    assert differences(wide.train, plain.train) == {"ratio_to": "author"}
+    assert (tight.train.clip_low, tight.train.clip_high) == (0.2, 0.28)
+    assert tight.train.ratio_to == "author"
+    assert wide.teacher == tight.teacher == plain.teacher
+
+
+def test_new_settings_rename_no_run_that_is_committed() -> None:
+    listed = pd.read_csv(ROOT / "data" / "measurements" / "runs.csv")
+    assert len(listed) >= 290
+    for row in listed.itertuples():
+        assert build("published", row.arm, row.seed).key() == row.run

@@ -63,12 +63,14 @@ CONFINED_STYLES = {
     "-pretrained": ArmStyle("top subspace of the weights", GREEN),
     "-random": ArmStyle("random subspace", GREY, "--"),
     "-random-wider": ArmStyle("random, four times the rank", GREY, ":"),
+    "-update-random": ArmStyle("random, update confined", GREY, "-."),
 }
 _SCALED = {
     "lr-x0.3": ("0.3 × rate", ":"),
     "lr-x3": ("3 × rate", "--"),
     "width-x1.5": ("1.5 × width", ":"),
     "width-x2": ("2 × width", "--"),
+    "unclipped": ("unclipped", "-."),
 }
 ARM_STYLES = {
     "sft": _MAIN_STYLES["sft"],
@@ -86,7 +88,14 @@ ARM_STYLES = {
     "mix-0.05": ArmStyle("α = 0.05", GREEN, "--"),
     "mix-0.01": ArmStyle("α = 0.01", GREEN, ":"),
     "sft-base-matched": ArmStyle("SFT of the base, matched", BROWN),
+    "sft-learns": ArmStyle("SFT that learns", RED, "--"),
     "ce-teacher": ArmStyle("imitation of the teacher", BROWN, "--"),
+    "rlvr-flip-30": ArmStyle("RLVR, 30 % flipped", GREEN, ":"),
+    "rlvr-flip-45": ArmStyle("RLVR, 45 % flipped", GREEN, "-."),
+    "rlvr-coin": ArmStyle("RLVR on coin flips", GREY),
+    "off-policy-ratio": ArmStyle("teacher writes, ratio", PURPLE, "--"),
+    "off-policy-ratio-clip": ArmStyle("teacher writes, clipped ratio", PURPLE, ":"),
+    "sft-matched-unclipped": ArmStyle("SFT, matched, unclipped", RED, ":"),
     "rlvr-paper": ArmStyle("RLVR, the paper's ratio", GREEN, "--"),
     "opd-task-gcd": ArmStyle("OPD on gcd", PURPLE),
     "opd-teacher-x1": ArmStyle("teacher of width × 1", LIGHT_BLUE),
@@ -94,7 +103,14 @@ ARM_STYLES = {
     "opd-teacher-moe": ArmStyle("teacher of experts", RED),
     **{
         f"{family}-projected{suffix}": look
-        for family in ("opd", "sft", "sft-matched")
+        for family in (
+            "opd",
+            "sft",
+            "sft-matched",
+            "sft-learns",
+            "ce-teacher",
+            "rlvr",
+        )
         for suffix, look in CONFINED_STYLES.items()
     },
     **{

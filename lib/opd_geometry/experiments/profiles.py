@@ -5,6 +5,7 @@ varies all sampling, the data order and, through the SFT anchor, where the polic
 start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -94,6 +95,22 @@ _POLICY_ARMS = {
     # cross-entropy on what the teacher writes, at OPD's budget
     "ce-teacher": {"rollouts": "teacher", "credit": "likelihood"},
     "opd-task-gcd": {"benchmarks": ("gcd",)},
+    # a share of the rewards is wrong: the same objective with less of a signal
+    "rlvr-flip-30": {"alpha": 0.0, "reward_flip": 0.3},
+    "rlvr-flip-45": {"alpha": 0.0, "reward_flip": 0.45},
+    "rlvr-coin": {"alpha": 0.0, "reward_flip": 0.5},
+    # importance ratios against the teacher, who wrote; as wide as the paper's and not
+    "off-policy-ratio": {
+        "rollouts": "teacher",
+        "ratio_to": "author",
+        "clip_low": 1.0,
+        "clip_high": 1.0,
+    },
+    "off-policy-ratio-clip": {"rollouts": "teacher", "ratio_to": "author"},
+}
+# Arms whose gradients are never scaled down.
+_UNCLIPPED_ARMS = {
+    f"{arm}-unclipped": arm for arm in ("sft", "sft-matched", "opd", "rlvr")
 }
 
 
@@ -145,6 +162,11 @@ _PROJECTED_ARMS = {
     "sft-matched-projected-half": _Projected("sft-matched", factor=0.5),
     "sft-matched-projected-wide": _Projected("sft-matched", factor=2),
     "sft-matched-projected-wider": _Projected("sft-matched", factor=4),
+    "opd-projected-update-random": _Projected("opd", "random", form="update"),
+    "rlvr-projected": _Projected("rlvr"),
+    "sft-learns-projected": _Projected("sft-learns"),
+    "sft-learns-projected-random": _Projected("sft-learns", "random"),
+    "ce-teacher-projected": _Projected("ce-teacher"),
 }
 # Other teachers for OPD: width in units of the student's, and experts.
 _TEACHER_ARMS = {
@@ -173,8 +195,10 @@ PUBLISHED_ARMS = tuple(
         [
             *ARMS,
             "sft-base-matched",
+            "sft-learns",
             "rlvr-paper",
             *_POLICY_ARMS,
+            *_UNCLIPPED_ARMS,
             *_PROJECTED_ARMS,
             *_RATE_ARMS,
             *_TEACHER_ARMS,
@@ -267,11 +291,18 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
         rate = factor * run.train.optimizer.learning_rate
         optimizer = replace(run.train.optimizer, learning_rate=rate)
         return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
+    if arm in _UNCLIPPED_ARMS:
+        run = build(profile, _UNCLIPPED_ARMS[arm], seed, from_scratch)
+        optimizer = replace(run.train.optimizer, max_grad_norm=math.inf)
+        return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
     if arm in _PROJECTED_ARMS:
         return _projected(profile, arm, seed, from_scratch)
     anchor = build(profile, "sft", seed, from_scratch)
     if arm == "sft-matched":
         return Run(arm, seed, _matched(settings), anchor)
+    if arm == "sft-learns":  # the teacher's mix of demonstrations: there is much to win
+        better = settings.teacher_sft.qualities
+        return Run(arm, seed, replace(_matched(settings), qualities=better), anchor)
     if arm == "rlvr-paper":
         longer = replace(
             settings.policy,

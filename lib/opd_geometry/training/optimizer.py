@@ -21,7 +21,8 @@ class OptimizerConfig:
         warmup_steps: Adam's first steps are sign steps; a ramp softens them.
         final_frac: where the cosine ends, as a share of the peak.
         betas, eps, weight_decay: of AdamW; decay only on matrices, not on norms.
-        max_grad_norm: the gradient of a step is scaled down to this 2-norm.
+        max_grad_norm: the gradient of a step is scaled down to this 2-norm; infinite
+            clips nothing.
     """
 
     learning_rate: float
@@ -37,6 +38,11 @@ class OptimizerConfig:
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(
                 f"unknown schedule {self.schedule!r}; expected constant or cosine"
+            )
+        if not self.max_grad_norm > 0.0:
+            raise ValueError(
+                f"max_grad_norm {self.max_grad_norm}: expected above 0; infinite clips "
+                "nothing"
             )
 
 

@@ -57,6 +57,11 @@ class PolicyConfig:
         token_selection: ``all``, ``top-gap`` or ``random``.
         keep_frac: share of tokens that a selection keeps.
         clip_low, clip_high: the importance ratio stays within 1 - low and 1 + high.
+        ratio_to: what the student's probability of a token is divided by: the
+            ``student``'s own when the step begins, so that every ratio is one, or that
+            of the ``author``, whoever wrote the token (off-policy, the teacher).
+        reward_flip: probability that a reward is replaced by its opposite before
+            anything is learned from it; 0.5 leaves coin flips.
         temperature: of the rollouts.
         max_new_tokens: longest completion.
         benchmarks: which task distributions the prompts come from.
@@ -76,6 +81,8 @@ class PolicyConfig:
     keep_frac: float = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.28
+    ratio_to: str = "student"
+    reward_flip: float = 0.0
     temperature: float = 1.0
     max_new_tokens: int = 40
     benchmarks: tuple[str, ...] = ("chain",)
@@ -111,6 +118,11 @@ class PolicyConfig:
                 "token_selection top-gap with alpha 0: no teacher scores the tokens; "
                 "select at random, or set alpha above 0"
             )
+        if not 0.0 <= self.reward_flip <= 0.5:
+            raise ValueError(
+                f"reward_flip {self.reward_flip}: expected 0 (true rewards) to 0.5 "
+                "(coin flips)"
+            )
         if not self.temperature > 0.0:
             raise ValueError(
                 f"temperature {self.temperature}: expected above 0; a policy gradient "
@@ -126,6 +138,7 @@ class PolicyConfig:
 _CHOICES = {
     "estimator": ("sampled", "full"),
     "rollouts": ("student", "teacher"),
+    "ratio_to": ("student", "author"),
     "credit": ("gap", "likelihood"),
     "token_selection": ("all", "top-gap", "random"),
 }
@@ -153,10 +166,10 @@ def policy_steps(
         first_step: where to continue.
 
     Yields:
-        ``reward`` (share of verified completions), ``gap`` (mean r_t in nats, when a
-        teacher scores), ``loss``, ``grad_norm``, ``tokens`` (mean completion length),
-        ``learned_frac`` (share of the prompts that had something to teach),
-        ``learning_rate``.
+        ``reward`` (share of verified completions, before any flip), ``gap`` (mean r_t
+        in nats, when a teacher scores), ``loss``, ``grad_norm`` (before clipping),
+        ``tokens`` (mean completion length), ``learned_frac`` (share of the prompts that
+        had something to teach), ``learning_rate``.
 
     Raises:
         ValueError: the configuration needs a teacher and none is given, or a gradient
@@ -192,13 +205,14 @@ def policy_steps(
             temperature=config.temperature,
         )
         rewards = verify_completions(problems, rollout, tokenizer)
-        reward_advantages = torch.zeros_like(rewards)
-        if config.alpha < 1.0:
-            reward_advantages = losses.group_advantage(rewards, config.group_size)
         random_weights = random_token_weights(config, rollout, generator)
+        signal = flip_rewards(config, rewards, generator)
+        reward_advantages = torch.zeros_like(signal)
+        if config.alpha < 1.0:
+            reward_advantages = losses.group_advantage(signal, config.group_size)
 
         # 2. one gradient, a few prompts with their groups at a time
-        kept = prompts_to_learn(config, rewards)
+        kept = prompts_to_learn(config, signal)
         learned = rollout.mask[rollout.rows_of(kept)].sum()
         totals = {"loss": 0.0, "gap": 0.0}
         for part in kept.split(config.micro_prompts) if len(kept) else ():
@@ -210,8 +224,9 @@ def policy_steps(
                 log_probs = completion_log_probs(model, piece, config.temperature)
                 # teacher-written tokens have no sampling probability of the student
                 own = config.rollouts == "student"
-                old = piece.log_probs if own else log_probs.detach()
-                gap = token_gap(config, old, teacher, piece)
+                ours = piece.log_probs if own else log_probs.detach()
+                old = ours if config.ratio_to == "student" else piece.log_probs
+                gap = token_gap(config, ours, teacher, piece)
                 weights = random_weights[rows, :width]
                 if config.token_selection == "top-gap":
                     weights = losses.top_gap_weights(gap, piece.mask, config.keep_frac)
@@ -282,6 +297,29 @@ def verify_completions(
     ]
     ended = rollout.ended(tokenizer.eos_token_id)
     return torch.tensor(right, device=ended.device) * ended
+
+
+def flip_rewards(
+    config: PolicyConfig, rewards: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The rewards that are learned from: each is flipped with a fixed probability.
+
+    R' = 1 - R with probability q, R otherwise, independently
+
+    The expected reward keeps the share 1 - 2q of its contrast; at q = 0.5 none is left.
+
+    Args:
+        config: q is its ``reward_flip``; at 0 nothing is drawn.
+        rewards: (B,), 0 or 1.
+        generator: of the step.
+
+    Source: ours; how much of a claim about RLVR is the scarcity of its signal.
+    """
+    if config.reward_flip == 0.0:
+        return rewards
+    draw = torch.rand(len(rewards), generator=generator, dtype=torch.float64)
+    flipped = (draw < config.reward_flip).to(rewards.device)
+    return torch.where(flipped, 1.0 - rewards, rewards)
 
 
 def prompts_to_learn(config: PolicyConfig, rewards: Tensor) -> Tensor:
