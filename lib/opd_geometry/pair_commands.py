@@ -5,6 +5,7 @@ needs torch is imported when a command runs.
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from opd_geometry.printing import duration, print_table
+from opd_geometry.printing import duration, print_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -249,10 +250,18 @@ def report_command(
       opd-geometry report pair.csv --out report.html
       opd-geometry report pair.parquet steps.csv --out report.html --title "My 8B, OPD"
     """
-    from opd_geometry.book.report import write_report
+    with click.progressbar(
+        length=1, label="Drawing", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        # What the page needs takes a moment to load, with the bar standing already.
+        from opd_geometry.book.report import write_report
 
-    page = write_report(tables, out, title, force)
-    click.echo(f"Open {page}")
+        def tell(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        page = write_report(tables, out, title, force, tell)
+    click.echo(f"Open {visible(str(page))}")
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -19,19 +19,18 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from opd_geometry.geometry.defaults import MASK_ALPHA
+from opd_geometry.geometry.defaults import ATTENTION_ROLES, LAYER_ROLES, MASK_ALPHA
 
-ATTENTION_ROLES = ("q", "k", "v", "o")
-LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 GREY = "#808080"  # reads on white and on black
 WIDTH = 8.0  # inches; a page of the book shows them at half size
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
 # Told apart by the colour-blind, too.
-_COLOURS = (
-    "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9"
-).split()
+_COLOURS = [
+    *("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"),
+    *("#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"),
+]
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _COLOURS[:6]
 LIGHT_BLUE = _COLOURS[9]
 # Neutral in the middle on a light and on a dark page.
@@ -514,7 +513,8 @@ def place_labels(ax: Axes) -> None:
     ends = []
     for line in ax.get_lines():
         path = np.asarray(line.get_xydata())
-        if not str(line.get_label()).startswith("_") and np.isfinite(path[-1]).all():
+        named = len(path) and not str(line.get_label()).startswith("_")
+        if named and np.isfinite(path[-1]).all():
             ends.append((path[-1], path[0, 1], line))
     # Lines that end in one point are named in the order in which they come there.
     ends.sort(key=lambda end: (round(end[0][1], 6), end[1]))
@@ -564,7 +564,10 @@ def _bottom(block: Sequence[float], gap: float) -> float:
 
 
 def depth_profiles(
-    table: pd.DataFrame, arms: Sequence[str], metrics: Sequence[str]
+    table: pd.DataFrame,
+    arms: Sequence[str],
+    metrics: Sequence[str],
+    roles: Sequence[str] = LAYER_ROLES,
 ) -> Figure:
     """Every matrix of the final update by depth (Figure 2 of the paper).
 
@@ -572,6 +575,7 @@ def depth_profiles(
         table: tidy.
         arms: the rows.
         metrics: the columns, each with one logarithmic axis for all arms.
+        roles: which matrices.
 
     Returns:
         The figure: a dot a matrix (mean over seeds), a line through the means of the
@@ -592,7 +596,7 @@ def depth_profiles(
         )
         for row, arm in zip(axes, arms, strict=True):
             for ax, metric in zip(row, metrics, strict=True):
-                _draw_depth(ax, table, arm, metric)
+                _draw_depth(ax, table, arm, metric, roles)
             row[0].set_ylabel(ARM_STYLES[arm].label, color=ARM_STYLES[arm].colour)
         for ax, metric in zip(axes[0], metrics, strict=True):
             ax.set_title(METRIC_LABELS[metric].replace(", ", "\n"))
@@ -602,10 +606,12 @@ def depth_profiles(
     return figure
 
 
-def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
+def _draw_depth(
+    ax: Axes, table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
+) -> None:
     """One arm's matrices in one metric, with the null of the same arm."""
     look = ARM_STYLES[arm]
-    rows = final_matrices(table, metric)
+    rows = final_matrices(table, metric, roles)
     rows = rows[rows["arm"] == arm]
     dots = rows.groupby(["layer", "role"], observed=True)["value"].mean().reset_index()
     ax.plot(dots["layer"], dots["value"], ".", color=look.colour, alpha=0.45, ms=5)
@@ -613,7 +619,7 @@ def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     low, high = layers.min(), layers.max()
     ax.fill_between(low.index, low, high, color=look.colour, alpha=0.2, lw=0)
     ax.plot(layers.mean(), color=look.colour, label="mean of the layer")
-    null = final_matrices(table, f"null_{metric}")
+    null = final_matrices(table, f"null_{metric}", roles)
     null = null[null["arm"] == arm].groupby("layer")["value"].mean()
     ax.plot(null, ":", color=GREY, label=NULL_LABEL)
     ax.set_yscale("log")
@@ -701,6 +707,9 @@ def _draw_map(
 ) -> None:
     """Role by layer, per cent, for one arm and metric."""
     share = 100 * _by_role_and_layer(table, arm, metric, roles)
+    if share.isna().all(axis=None):
+        ax.set_axis_off()
+        return
     form = ".0f" if len(share) <= ANNOTATED_LAYERS else None
     limits = (30, 70) if "overlap" in metric else (0, 100)
     draw_heat(ax, share, limits, form, 7, _colours_of(metric))
@@ -787,8 +796,8 @@ def role_maps(
                 _by_role_and_layer(table, arm, f"{prefix}{metric}", roles)
                 for prefix in prefixes
             ]
-            low = min(float(values.min().min()) for values in maps if values.size)
-            high = max(float(values.max().max()) for values in maps if values.size)
+            known = np.concatenate([values.to_numpy(float).ravel() for values in maps])
+            low, high = np.nanmin(known, initial=np.inf), np.nanmax(known, initial=0.0)
             scale = 1000 if high < 0.05 else 1  # small numbers do not fit into a cell
             for ax, values in zip(column, maps, strict=True):
                 _draw_values(ax, scale * values, scale * low, scale * high)
@@ -802,7 +811,7 @@ def role_maps(
 
 def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> None:
     """One map with its colour bar; nothing where there are no values."""
-    if values.empty:
+    if values.isna().all(axis=None):
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
@@ -816,7 +825,7 @@ def _colour_bar(ax: Axes, **options: Any) -> None:
     figure = ax.get_figure(root=True)
     assert figure is not None
     bar = figure.colorbar(ax.collections[0], ax=ax, **options)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def region_maps(

@@ -19,7 +19,6 @@ Layout of ``data/runs/ARM-sSEED-HASH/``:
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
