@@ -12,6 +12,8 @@ from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.book import chapters
 from opd_geometry.book.chapters import ParameterError, Parameters, check_parameters
 from opd_geometry.experiments import measure, profiles
+from opd_geometry.experiments.listing import write_listing
+from opd_geometry.experiments.records import digest_of
 
 DEFAULTS = {"profile": "laptop", "seeds": "0-2", "source": "committed", "jobs": 2}
 # What a fresh kernel holds before a notebook defines anything.
@@ -117,8 +119,11 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=measure.COLUMNS)
     for run in runs:
         of_run = table[table["run"] == run.key()]
-        of_run.to_parquet(measure.committed_path(run))
-    provenance.to_csv(path, index=False)
+        of_run.to_parquet(path.with_name(f"{run.name}.parquet"))
+    rows = provenance.to_dict("records")
+    for row, run in zip(rows, runs, strict=True):
+        row["table_sha256"] = digest_of(path.with_name(f"{run.name}.parquet"))
+    write_listing(path, [], rows)
     return provenance
 
 
@@ -216,6 +221,22 @@ def test_publishes_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     chapters.publish(share=0.1234567, count=28, text="a", large=pd.Series([9.9]).sum())
     assert stored == {"share": 0.1235, "count": 28, "text": "a", "large": 9.9}
     assert repr(stored["large"]) == "9.9"  # not np.float64(9.9), which nbval compares
+
+
+def test_says_what_was_published_or_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("myst_nb.glue", lambda *_, **__: None)
+    chapters.publish(**{"share": 0.25219, "verdict_early-lock": "inconclusive"})
+    text = """
+        Of {n:d} matrices {share:.1%}, $x^{{2}}$;
+        {verdict_early-lock}.
+        """
+    shown = chapters.say(text, n=28)
+    assert shown.data == "Of 28 matrices 25.2%, $x^{2}$;\ninconclusive."
+    assert chapters.show("share") == 0.2522
+    with pytest.raises(ValueError, match=r"^no value 'rank': publish it in a cell"):
+        chapters.say("{rank:.1f}")
+    with pytest.raises(ValueError, match=r"^nothing published as 'rank'"):
+        chapters.show("rank")
 
 
 def test_a_table_of_claims_says_what_is_not_measured() -> None:

@@ -196,6 +196,7 @@ def test_this_books_models_stand_beside_it(page: Page) -> None:
             (file,) = (DATA / "measurements").glob(f"{arm}-s?-{run[:12]}*.parquet")
             table = pd.read_parquet(file)
             end = table[table["step"] == table["step"].max()]
+            end = end[end["matrix"].isin([*sizes])]
             for metric, found in means.items():
                 values = end[end["metric"] == metric].set_index("matrix")["value"]
                 weights = [sizes[name] for name in values.index]

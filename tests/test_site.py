@@ -145,6 +145,26 @@ def test_request_of_the_head_is_reported(check: PageProblems, head: str) -> None
     assert "external request by <" in problem
 
 
+def test_a_caption_goes_to_its_figure() -> None:
+    v4 = nbformat.v4
+    data = {"text/markdown": "**A quarter.** Means over 5 seeds."}
+    figure = v4.new_code_cell("draw()", metadata={"mystnb": {"figure": {"name": "f"}}})
+    caption = v4.new_code_cell(
+        "chapters.say(...)",
+        metadata={"tags": ["caption", "remove-input"]},
+        outputs=[v4.new_output("execute_result", data, execution_count=1)],
+    )
+    (cell,) = site.with_captions(v4.new_notebook(cells=[figure, caption])).cells
+    options = {"name": "f", "caption": "**A quarter.** Means over 5 seeds."}
+    assert cell.metadata["mystnb"]["figure"] == options
+    for cells in ([caption], [v4.new_code_cell("x"), caption]):
+        with pytest.raises(ValueError, match="no figure for the caption"):
+            site.with_captions(v4.new_notebook(cells=cells))
+    caption.outputs = []
+    with pytest.raises(ValueError, match="or none executed"):
+        site.with_captions(v4.new_notebook(cells=[figure, caption]))
+
+
 def test_canonical_address_is_no_request(check: PageProblems) -> None:
     assert check(head='<link rel="canonical" href="https://example.org/book">') == []
 

@@ -204,10 +204,15 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
             for row in rows
         ],
     )
+    _print_reasons(rows)
+    click.echo(f"{_tally(rows)}.")
+
+
+def _print_reasons(rows: "Iterable[Row]") -> None:
+    """What failed or is damaged, a line each."""
     for row in rows:
         if row.reason:
             click.echo(f"{row.run.name}: {row.reason}")
-    click.echo(f"{_tally(rows)}.")
 
 
 def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
@@ -233,6 +238,7 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
             for row in rows
         ],
     )
+    _print_reasons(rows)
     known = [row for row in rows if row.seconds_left is not None]
     left = duration(total_seconds(known, jobs) if known else None)
     least = "at least " if 0 < len(known) < len(rows) else ""
@@ -252,7 +258,7 @@ def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
 def _tally(rows: "Iterable[Row]") -> str:
     """How many runs are in which state."""
     states = [row.state for row in rows]
-    known = ("done", "running", "failed", "to do")
+    known = ("done", "damaged", "running", "failed", "to do")
     return ", ".join(f"{states.count(s)} {s}" for s in known if s in states)
 
 
@@ -263,7 +269,7 @@ def _tally(rows: "Iterable[Row]") -> str:
 @_profile
 @_arms("all")
 @_seeds
-def commit(profile: str, arms: str, seeds: str) -> None:
+def commit(profile: str, arms: str, seeds: str) -> int:
     """Publish the measurements of finished runs.
 
     Their tables and provenance go to data/measurements. Rows of the same arm and
@@ -279,8 +285,12 @@ def commit(profile: str, arms: str, seeds: str) -> None:
 
     runs = _asked(profile, arms, seeds, "committed")
     done = [run for run in runs if is_done(run)]
-    path = measure.commit(profile, done)
-    click.echo(f"{len(done)} of {len(runs)} runs are finished and now in {path}")
+    path, left_out = measure.commit(profile, done)
+    n_new = len(done) - len(left_out)
+    click.echo(f"{n_new} of {len(runs)} runs are finished and now in {path}")
+    for one, reason in left_out.items():
+        _complain(f"{one.name}: {reason}", 1)
+    return 1 if left_out else 0
 
 
 @commands.command()
@@ -335,12 +345,34 @@ def claims(profile: str) -> None:
             "opd-geometry commit"
         )
     findings = claims_table(table)
+    _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
     path = write_claims(findings, data_directory() / "claims.csv")
     print_table(
         ["claim", "seeds", "verdict"],
         [[str(f.id), str(f.n_seeds), str(f.verdict)] for f in findings.itertuples()],
     )
     click.echo(f"Written to {path}")
+
+
+def _refuse_fewer_seeds(findings: "pd.DataFrame", path: Path) -> None:
+    """Refuse to replace verdicts by those of fewer seeds: measurements were lost.
+
+    Raises:
+        ValueError: a claim was judged on more seeds before.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        return
+    before = pd.read_csv(path).set_index("id")["n_seeds"]
+    for found in findings.itertuples():
+        earlier = before.get(found.id, 0)
+        if found.n_seeds < earlier:
+            raise ValueError(
+                f"{path} judges {found.id} on {earlier} seeds, the committed "
+                f"measurements have {found.n_seeds}: expected no fewer; take "
+                f"data/measurements from version control, or remove {path.name} first"
+            )
 
 
 @commands.command()
@@ -520,7 +552,7 @@ def site() -> int:
     """
     from opd_geometry.experiments.measure import committed_provenance, committed_runs
     from opd_geometry.experiments.profiles import PUBLISHED
-    from opd_geometry.experiments.runs import data_directory
+    from opd_geometry.experiments.runs import on_shelf
     from opd_geometry.sources import stale_chapters
 
     root = repository()
@@ -537,7 +569,7 @@ def site() -> int:
     for line in stale:
         _complain(line, 1)
     banner = describe(PUBLISHED, provenance)
-    code = _build(root, "site", published, data_directory() / "claims.csv", banner)
+    code = _build(root, "site", published, on_shelf("claims.csv"), banner)
     return code or int(bool(stale))
 
 

@@ -5,6 +5,7 @@ outputs under a name, for its own text and for other pages of the book.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 import sys
@@ -239,19 +240,53 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     return frame.map(shown).rename_axis(index=unnamed, columns=unnamed)
 
 
+_published: dict[str, Any] = {}  # of this kernel's notebook: name to value
+
+
 def publish(**values: Any) -> None:
-    """Store values in the notebook's outputs, for the text of this and other pages.
+    """Keep values for ``say`` and ``show``, and in the outputs for other pages.
 
     Args:
         values: name to an integer, a float (rounded to ``DIGITS`` significant digits),
-            a text, a figure, or what ``html`` and ``markdown`` return.
+            a text, or what ``html`` and ``markdown`` return.
     """
     # Heavy, and needed only inside a notebook.
     from myst_nb import glue  # type: ignore[import-untyped]
 
     for name, value in values.items():
         shown = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        _published[name] = shown
         glue(name, shown, display=False)
+
+
+def say(text: str, **values: Any) -> Any:
+    """A passage with numbers, as a cell's own output: readable wherever it is opened.
+
+    Args:
+        text: Markdown; ``{name}`` or ``{name:.2f}`` is a value, a brace of its own is
+            doubled.
+        values: name to value; for all others what this notebook has published.
+
+    Raises:
+        ValueError: a name without a value, or a value that its format does not fit.
+    """
+    try:
+        return markdown(inspect.cleandoc(text).format_map({**_published, **values}))
+    except KeyError as error:
+        raise ValueError(
+            f"no value {error.args[0]!r}: publish it in a cell above, or give it here"
+        ) from None
+
+
+def show(name: str) -> Any:
+    """A published table or text, as a cell's own output.
+
+    Raises:
+        ValueError: nothing of that name was published in this notebook.
+    """
+    if name not in _published:
+        raise ValueError(f"nothing published as {name!r}: publish it in a cell above")
+    return _published[name]
 
 
 def markdown(text: str) -> Any:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from opd_geometry import __version__
 from opd_geometry.book import figures
-from opd_geometry.files import clear_write_errors, data_directory, replacing
+from opd_geometry.files import clear_write_errors, on_shelf, replacing, shelves
 from opd_geometry.geometry.defaults import EXPERT_ROLES, LAYER_ROLES, MASK_ALPHA
 from opd_geometry.geometry.readings import (
     ABOVE,
@@ -333,7 +333,7 @@ def by_place(wide: pd.DataFrame) -> pd.DataFrame:
 
 def paper_numbers(file: str) -> pd.DataFrame:
     """A file of ``data/paper``; no rows where the data are not at hand."""
-    path = data_directory() / "paper" / file
+    path = on_shelf(Path("paper") / file)
     columns = ["item", "arm", "metric", "relation", "value", "unit"]
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
 
@@ -361,23 +361,30 @@ def book_runs(arms: Sequence[str] = OURS) -> pd.DataFrame:
     Raises:
         ValueError: a file that the list names is missing or damaged.
     """
-    listed = data_directory() / "measurements" / "runs.csv"
-    if not listed.is_file():
-        return pd.DataFrame(columns=TIDY)
-    runs = pd.read_csv(listed, dtype=str)
-    runs = runs[runs["arm"].isin(arms)]
-    tables = [pd.DataFrame(columns=TIDY)]
-    for run in runs.itertuples():
-        path = listed.with_name(f"{run.arm}-s{run.seed}-{run.run}.parquet")
-        table = read_table(path)
-        missing = {*TIDY} - {*table}
-        if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(sorted(missing))}, expected a "
-                "measurement of this book; take it from version control"
-            )
-        tables.append(table[TIDY].astype({"arm": object, "metric": object}))
-    return pd.concat(tables[1:] or tables, ignore_index=True)
+    tables: dict[str, pd.DataFrame] = {}
+    for shelf in shelves():
+        listed = shelf / "measurements" / "runs.csv"
+        if not listed.is_file():
+            continue
+        runs = pd.read_csv(listed, dtype=str)
+        for run in runs[
+            runs["arm"].isin(arms) & ~runs["run"].isin(tables)
+        ].itertuples():
+            path = listed.with_name(f"{run.arm}-s{run.seed}-{run.run}.parquet")
+            tables[str(run.run)] = _book_table(path)
+    empty = pd.DataFrame(columns=TIDY)
+    return pd.concat([*tables.values()] or [empty], ignore_index=True)
+
+
+def _book_table(path: Path) -> pd.DataFrame:
+    table = read_table(path)
+    missing = {*TIDY} - {*table}
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(sorted(missing))}, expected a "
+            "measurement of this book; take it from version control"
+        )
+    return table[TIDY].astype({"arm": object, "metric": object})
 
 
 def book_ends(book: pd.DataFrame) -> pd.DataFrame:

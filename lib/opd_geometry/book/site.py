@@ -254,7 +254,8 @@ def stage_site(
     )
     (fresh / "book" / "chapters").mkdir()
     for chapter in chapters:
-        shutil.copy(chapter, fresh / "book" / "chapters" / chapter.name)
+        page = with_captions(read_notebook(chapter))
+        nbformat.write(page, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
     config = read_config(root / "_config.yml")
     config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
@@ -263,6 +264,32 @@ def stage_site(
     )
     _replace_folder(fresh, target)
     return target
+
+
+def with_captions(notebook: NotebookNode) -> NotebookNode:
+    """A chapter whose captions belong to their figures, as a page has them.
+
+    In a notebook the caption is the output of the cell below the figure, since it holds
+    numbers and metadata cannot; there that cell is tagged ``caption``.
+
+    Args:
+        notebook: as executed; changed in place.
+
+    Raises:
+        ValueError: a caption without a figure above it, or not executed.
+    """
+    kept: list[NotebookNode] = []
+    for cell in notebook.cells:
+        if "caption" not in _tags(cell):
+            kept.append(cell)
+            continue
+        options = kept[-1].metadata.get("mystnb", {}) if kept else {}
+        texts = [o.data["text/markdown"] for o in cell.outputs if "data" in o]
+        if "figure" not in options or not texts:
+            raise ValueError(f"no figure for the caption, or none executed: {cell.id}")
+        options["figure"]["caption"] = texts[0]
+    notebook.cells = kept
+    return notebook
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from opd_geometry.geometry.storage import naming, open_safetensors, owned
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -729,7 +729,8 @@ def _shard(path: Path, shard: str, expected: set[str]) -> list[_Stored]:
 
 
 def _header(file: Path) -> list[_Stored]:
-    with _opened(file) as handle:
+    handle = open_safetensors(file)
+    with naming(file):
         names = list(handle.keys())
         slices = [handle.get_slice(name) for name in names]
         return [
@@ -738,27 +739,10 @@ def _header(file: Path) -> list[_Stored]:
         ]
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """An open safetensors file; a damaged one is a ValueError that names it."""
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or damaged ({error}), "
-            "expected a whole safetensors file; copy it again"
-        ) from error
-
-
 def _read(part: _Part) -> Tensor:
-    with _opened(part.file) as handle:
-        stored = handle.get_slice(part.tensor)
-        w = _cut(stored, part)
-        # What safetensors returns is a view of the mapped file: it would keep the
-        # pages in memory and change or crash when the file is written again.
-        owned: Tensor = w.clone(memory_format=torch.contiguous_format)
-        return owned
+    handle = open_safetensors(part.file)
+    with naming(part.file):
+        return owned(part.file, _cut(handle.get_slice(part.tensor), part))
 
 
 def _cut(tensor: Any, part: _Part) -> Tensor:
