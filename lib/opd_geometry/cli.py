@@ -344,7 +344,7 @@ def claims(profile: str) -> None:
             f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
-    findings = claims_table(table)
+    findings = claims_table(table, profile)
     _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
     path = write_claims(findings, data_directory() / "claims.csv")
     print_table(
@@ -513,9 +513,10 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
     """
     from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.book.own import against_published, page
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
-    from opd_geometry.experiments.profiles import ARMS, parse_seeds
+    from opd_geometry.experiments.profiles import ARMS, PUBLISHED, parse_seeds
 
     root = repository()
     notebooks = _notebooks(root, ())
@@ -534,9 +535,11 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
         click.echo(f"Executed {output.relative_to(root)}")
     table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
     own = root / "_build" / "book" / "claims.csv"
-    write_claims(claims_table(table), own)
+    write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
-    return _build(root, "book", executed, own, banner)
+    published = measure.committed(PUBLISHED)
+    beside = page(against_published(table, published, ARMS))
+    return _build(root, "book", executed, own, banner, beside)
 
 
 @commands.command()
@@ -642,17 +645,29 @@ def describe(profile: str, provenance: "pd.DataFrame") -> str:
 
 
 def _build(
-    root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
+    root: Path,
+    name: str,
+    pages: list[Path],
+    claims_csv: Path,
+    banner: str,
+    beside: str = "",
 ) -> int:
-    """Stage, build and check a book under _build/NAME; the exit code."""
-    from opd_geometry.book.site import build_site, check_site, stage_site
+    """Stage, build and check a book under _build/NAME; the exit code.
+
+    A reader's own one has a page that holds it beside the published runs.
+    """
+    from opd_geometry.book import site as pages_of
+    from opd_geometry.book.explorer import write_data
 
     place = root / "_build" / name
-    source = stage_site(root, place / "source", pages, banner)
-    (source / "data").mkdir(exist_ok=True)
-    shutil.copy(claims_csv, source / "data" / "claims.csv")
-    page = build_site(source, place / "html")
-    problems = check_site(place / "html", source)
+    source = pages_of.stage_site(root, place / "source", pages, banner)
+    pages_of.add_claims(source, claims_csv)
+    pages_of.add_hero(source)
+    if beside:
+        pages_of.add_page(source, "yours", beside)
+    write_data(source / "book" / "_static" / "explorer-data.js")
+    page = pages_of.build_site(source, place / "html")
+    problems = pages_of.check_site(place / "html", source)
     for problem in problems:
         _complain(problem, 1)
     click.echo(f"Open {page}")

@@ -21,18 +21,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from opd_geometry.geometry.defaults import ATTENTION_ROLES, LAYER_ROLES, MASK_ALPHA
 
-GREY = "#808080"  # reads on white and on black
-WIDTH = 8.0  # inches; a page of the book shows them at half size
+WIDTH = 7.2  # inches: 700 pixels of a page, so that a point is 1.35 of them
+TEXT = "#333333"
+SMALL = 8.5  # points, 11 pixels: nothing is smaller
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
-# Told apart by the colour-blind, too.
-_COLOURS = [
-    *("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"),
-    *("#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"),
-]
-BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _COLOURS[:6]
-LIGHT_BLUE = _COLOURS[9]
+# Each at least 4.5:1 on white, and on a dark page as its style sheet turns them.
+GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
+RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
+_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE]
 # Neutral in the middle on a light and on a dark page.
 _DIVERGING = LinearSegmentedColormap.from_list("aside", [BLUE, "#c8c8c8", RED])
 _SEQUENTIAL = "YlGnBu"
@@ -146,11 +144,12 @@ def style() -> dict[str, Any]:
     """Settings that read well on a light and on a dark page.
 
     Returns:
-        rcParams: transparent background, grey text and axes, 144 dots per inch.
+        rcParams: transparent background, dark text and axes, 144 dots per inch. A
+        dark page turns light and dark round and keeps the hues (``custom.css``).
     """
-    grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
+    text = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     return {
-        **dict.fromkeys((*grey, "xtick.color", "ytick.color"), GREY),
+        **dict.fromkeys((*text, "xtick.color", "ytick.color"), TEXT),
         "axes.facecolor": "none",
         "axes.prop_cycle": plt.cycler(color=_COLOURS),
         "axes.spines.right": False,
@@ -160,7 +159,10 @@ def style() -> dict[str, Any]:
         "figure.dpi": 144,
         "figure.facecolor": "none",
         "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9,
+        "font.size": 9.5,
+        "legend.fontsize": SMALL,
+        "xtick.labelsize": SMALL,
+        "ytick.labelsize": SMALL,
         "lines.linewidth": 1.8,
         "savefig.facecolor": "none",
     }
@@ -298,8 +300,11 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
     """
     known = {arm: value for arm, value in values.items() if not np.isnan(value)}
     ranked = sorted(known.items(), key=lambda item: -item[1])
-    text = "; ".join(f"{ARM_STYLES[arm].label} {value:{form}}" for arm, value in ranked)
-    return text.replace("%", "\N{NO-BREAK SPACE}%")
+    return "; ".join(
+        f"{ARM_STYLES[arm].label} "
+        + f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
+        for arm, value in ranked
+    )
 
 
 def with_null(metrics: Iterable[str]) -> list[str]:
@@ -526,7 +531,7 @@ def place_labels(ax: Axes) -> None:
         key: Any = {**look, "clip_on": False, "label": "_key"}
         ax.plot([x, 1.03], [y, at], lw=0.6, **key)
         ax.plot([1.03, 1.1], [at, at], line.get_linestyle(), lw=1.2, **key)
-        ax.text(1.12, at, str(line.get_label()), fontsize=8, va="center", **look)
+        ax.text(1.12, at, str(line.get_label()), fontsize=SMALL, va="center", **look)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -712,7 +717,7 @@ def _draw_map(
         return
     form = ".0f" if len(share) <= ANNOTATED_LAYERS else None
     limits = (30, 70) if "overlap" in metric else (0, 100)
-    draw_heat(ax, share, limits, form, 7, _colours_of(metric))
+    draw_heat(ax, share, limits, form, _colours_of(metric))
 
 
 def _colours_of(metric: str) -> LinearSegmentedColormap | str:
@@ -725,9 +730,7 @@ def draw_heat(
     values: pd.DataFrame,
     limits: tuple[float, float],
     form: str | None = None,
-    size: float = 7,
     colours: LinearSegmentedColormap | str = _SEQUENTIAL,
-    named: bool = True,
 ) -> None:
     """A square a cell, the first row at the top; with a number in it or a colour bar.
 
@@ -736,9 +739,7 @@ def draw_heat(
         values: a row a line of the map; NaN leaves its square empty.
         limits: values of the first and of the last colour.
         form: of the numbers, such as ``.0f``; None writes none.
-        size: of the numbers, in points.
         colours: a colour map.
-        named: whether rows and columns get ticks.
     """
     cells = np.ma.masked_invalid(values.to_numpy(float))
     few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
@@ -748,8 +749,7 @@ def draw_heat(
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelrotation=0)
     every = -(-len(values) // 24)  # more ticks would touch
-    rows = range(0, len(values), every) if named else ()
-    columns = range(cells.shape[1]) if named else ()
+    rows, columns = range(0, len(values), every), range(cells.shape[1])
     ax.set_yticks([i + 0.5 for i in rows], [str(values.index[i]) for i in rows])
     ax.set_xticks([j + 0.5 for j in columns], [str(values.columns[j]) for j in columns])
     if form is None:
@@ -758,7 +758,7 @@ def draw_heat(
     for (i, j), value in np.ma.ndenumerate(cells):
         ink = "#262626" if shades[i, j] > 0.5 else "white"
         text = f"{value:{form}}"
-        look: Any = {"ha": "center", "va": "center", "color": ink, "fontsize": size}
+        look: Any = {"ha": "center", "va": "center", "color": ink, "fontsize": SMALL}
         ax.text(j + 0.5, i + 0.5, text, **look)
 
 
@@ -815,71 +815,12 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
-    few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 5
-    draw_heat(ax, values, (low, high), ".2g" if few else None, 6)
+    few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 3
+    draw_heat(ax, values, (low, high), ".2g" if few else None)
     if not few:
-        _colour_bar(ax)
-
-
-def _colour_bar(ax: Axes, **options: Any) -> None:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    bar = figure.colorbar(ax.collections[0], ax=ax, **options)
-    bar.outline.set_visible(False)
-
-
-def region_maps(
-    table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd"
-) -> Figure:
-    """Where visible changes lie within one matrix (the 3 x 3 maps of Figure 3).
-
-    Args:
-        table: tidy, with the rows of role ``region`` (see ``measure.map_rows``).
-        arms: the rows.
-        null_of: the arm whose Gaussian null is the last row.
-
-    Returns:
-        The figure: columns as in ``mask_maps``, one square a region of the matrix,
-        means over seeds in per cent; the overlaps' colours are neutral at the mask's
-        own share.
-
-    Raises:
-        ValueError: the table has none of the arms.
-    """
-    rows = [(arm, "") for arm in present(table, arms)]
-    rows += [(arm, "null_") for arm in present(table, [null_of])]
-    regions = table[table["role"] == "region"]
-    with styled():
-        figure, axes = plt.subplots(
-            len(rows), 3, figsize=(WIDTH, 0.4 + 2.2 * len(rows)), layout="constrained"
-        )
-        for row, (arm, prefix) in zip(axes, rows, strict=True):
-            of_arm = regions[regions["arm"] == arm]
-            for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_regions(ax, of_arm[of_arm["metric"] == prefix + metric], metric)
-            label, colour = ARM_STYLES[arm].label, ARM_STYLES[arm].colour
-            row[0].set_ylabel(
-                f"Gaussian null\nof {label}" if prefix else label,
-                color=GREY if prefix else colour,
-            )
-        for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
-    return figure
-
-
-def _draw_regions(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
-    """One map of regions, per cent, mean over seeds."""
-    places = rows["matrix"].str.extract(r"\[(\d+),(\d+)\]$").astype(int)
-    share = 100 * (
-        rows.assign(row=places[0], column=places[1])
-        .groupby(["row", "column"])["value"]
-        .mean()
-        .unstack()
-    )
-    limits = (20, 80) if "overlap" in metric else (0, 100)
-    draw_heat(ax, share, limits, colours=_colours_of(metric), named=False)
-    ax.set_aspect("equal")
-    _colour_bar(ax, shrink=0.8)
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.colorbar(ax.collections[0], ax=ax).outline.set_visible(False)
 
 
 def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
@@ -941,7 +882,7 @@ def draw_bars(
             textcoords="offset points",
             ha="left" if right else "right",
             va="center",
-            fontsize=8,
+            fontsize=SMALL,
         )
     ax.axvline(start, color=GREY, lw=1)
     ax.spines["left"].set_visible(False)

@@ -188,7 +188,8 @@ def whether(table: pd.DataFrame) -> str:
     if mixed and _is_rounding(table, kinds):
         return (
             f"The weights did not change: stored as {' and '.join(kinds)}, they differ "
-            "by no more than the rounding of one into the other: no training that shows."
+            "by no more than the rounding of one into the other: no training that "
+            "shows."
         )
     said = f"{n} of {total} matrices changed{same}."
     if mixed:
