@@ -23,7 +23,7 @@ from opd_geometry.geometry.defaults import ATTENTION_ROLES, LAYER_ROLES, MASK_AL
 
 WIDTH = 7.2  # inches: 700 pixels of a page, so that a point is 1.35 of them
 TEXT = "#333333"
-SMALL = 8.5  # points, 11 pixels: nothing is smaller
+SMALL = 9  # points, 11 pixels where a picture is a little wider: nothing is smaller
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
