@@ -741,25 +741,23 @@ def draw_heat(
         form: of the numbers, such as ``.0f``; None writes none.
         colours: a colour map.
     """
-    cells = np.ma.masked_invalid(values.to_numpy(float))
+    import seaborn as sns  # takes a second, which pages without a map need not wait
+
     few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
-    seams: Any = {"edgecolors": "white", "lw": 0.5} if few else {}
-    mesh = ax.pcolormesh(cells, cmap=colours, vmin=limits[0], vmax=limits[1], **seams)
-    ax.set(xlim=(0, cells.shape[1]), ylim=(cells.shape[0], 0))
-    ax.spines[:].set_visible(False)
+    sns.heatmap(
+        values,
+        ax=ax,
+        annot=form is not None,
+        fmt=form or "",
+        annot_kws={"fontsize": SMALL},
+        cbar=False,
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        linewidths=0.5 if few else 0.0,
+    )
+    ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
-    every = -(-len(values) // 24)  # more ticks would touch
-    rows, columns = range(0, len(values), every), range(cells.shape[1])
-    ax.set_yticks([i + 0.5 for i in rows], [str(values.index[i]) for i in rows])
-    ax.set_xticks([j + 0.5 for j in columns], [str(values.columns[j]) for j in columns])
-    if form is None:
-        return
-    shades = mesh.to_rgba(cells)[..., :3] @ [0.2126, 0.7152, 0.0722]
-    for (i, j), value in np.ma.ndenumerate(cells):
-        ink = "#262626" if shades[i, j] > 0.5 else "white"
-        text = f"{value:{form}}"
-        look: Any = {"ha": "center", "va": "center", "color": ink, "fontsize": SMALL}
-        ax.text(j + 0.5, i + 0.5, text, **look)
 
 
 def role_maps(
