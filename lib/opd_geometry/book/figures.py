@@ -30,7 +30,8 @@ WALK_LABEL = "independent steps"
 # Each at least 4.5:1 on white, and on a dark page as its style sheet turns them.
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
 RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
-_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE]
+OLIVE = "#5b6b00"
+_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE, OLIVE]
 # Neutral in the middle on a light and on a dark page.
 _DIVERGING = LinearSegmentedColormap.from_list("aside", [BLUE, "#c8c8c8", RED])
 _SEQUENTIAL = "YlGnBu"
@@ -76,8 +77,8 @@ ARM_STYLES = {
     "rlvr": _MAIN_STYLES["rlvr"],
     "tokens-top-50": ArmStyle("top-gap 50 %", LIGHT_BLUE),
     "tokens-top-25": ArmStyle("top-gap 25 %", PURPLE),
-    "tokens-random-50": ArmStyle("random 50 %", LIGHT_BLUE, "--"),
-    "tokens-random-25": ArmStyle("random 25 %", PURPLE, "--"),
+    "tokens-random-50": ArmStyle("random 50 %", BROWN, "--"),
+    "tokens-random-25": ArmStyle("random 25 %", OLIVE, "--"),
     "off-policy": ArmStyle("teacher writes", PURPLE),
     "mix-0.75": ArmStyle("α = 0.75", BLUE, "--"),
     "mix-0.50": ArmStyle("α = 0.5", LIGHT_BLUE),
@@ -685,7 +686,7 @@ def mask_maps(
             colour = GREY if prefix else ARM_STYLES[arm].colour
             row[0].set_ylabel(f"{label}\nlayer", color=colour)
         for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
+            ax.set_title(f"{METRIC_LABELS[metric]} (%)".replace(", ", ",\n"))
         for ax in axes[-1]:
             ax.set_xlabel("role of the matrix")
     return figure
@@ -844,7 +845,8 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
         for ax, metric in zip(axes, MASK_METRICS, strict=True):
             start = 100 * MASK_ALPHA if "overlap" in metric else 0
             draw_bars(ax, table, metric, arms, start)
-            ax.set(title=METRIC_LABELS[metric], xlabel="per cent ( ┃ Gaussian null )")
+            title = METRIC_LABELS[metric].replace(", ", ",\n")
+            ax.set(title=title, xlabel="per cent ( ┃ Gaussian null )")
         axes[2].sharex(axes[1])
         axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
         axes[0].invert_yaxis()
