@@ -20,8 +20,9 @@ def input_covariances(run: Run) -> dict[str, Tensor]:
     """X^T X of the inputs of every linear map of the model that a run starts from.
 
     Args:
-        run: its start is read, and the seed decides the texts: problems of the policy
-            arms' task with careful answers, one at a time, so that nothing is padding.
+        run: its start is read, and the seed decides the texts: problems of the
+            run's first task with careful answers, one at a time, so that nothing is
+            padding.
 
     Returns:
         Name of a weight matrix to (n_cols, n_cols), float64; not centred.
@@ -43,7 +44,9 @@ def input_covariances(run: Run) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear):
             watch(f"{name}.weight")
     rng = np.random.default_rng([run.seed, STREAM])
-    pairs = tasks.draw_demonstrations(TEXTS, ("chain",), {"careful": 1.0}, rng)
+    pairs = tasks.draw_demonstrations(
+        TEXTS, run.train.benchmarks[:1], {"careful": 1.0}, rng
+    )
     with torch.no_grad():
         for pair in pairs:
             tokens, _ = encode_pairs([pair], tokenizer)
