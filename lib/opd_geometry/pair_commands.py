@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opd_geometry.geometry.pairs import Plan, Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-WEIGHTED = "sparsity_bf16", "update_density", "null_sparsity_bf16"
+WEIGHTED = "sparsity_bf16", "update_density"
 
 
 def _options(command: Command) -> Command:
@@ -146,7 +146,13 @@ def measure_command(
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
-    from opd_geometry.geometry.pairs import METRICS, parse_metrics, plan_pair, summarise
+    from opd_geometry.geometry.pairs import (
+        METRICS,
+        beside_expected,
+        parse_metrics,
+        plan_pair,
+        summarise,
+    )
     from opd_geometry.geometry.tables import check_output
 
     check_output(out, force, resume)
@@ -162,6 +168,7 @@ def measure_command(
     _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume)
     _print_summary(summarise(table))
+    _print_expected(beside_expected(table))
     return _verdict(plan, table, out)
 
 
@@ -378,12 +385,32 @@ def _print_summary(summary: "pd.DataFrame") -> None:
     print_table(["", *roles], rows)
 
 
+def _print_expected(beside: "pd.DataFrame") -> None:
+    """What an update without any place would show at this distance."""
+    if beside.empty:
+        return
+    sources = " and ".join(
+        sorted({*" and ".join(beside["expected_from"]).split(" and ")})
+    )
+    click.echo(
+        "\nExpected at this distance of an update without any place of its own, in "
+        f"closed form; the distance is inferred from the {sources}."
+    )
+    print_table(
+        ["", "measured", "expected"],
+        [
+            [r.metric, *(_number(r.metric, v) for v in (r.measured, r.expected))]
+            for r in beside.itertuples()
+        ],
+    )
+
+
 def _number(name: str, value: float) -> str:
     if value != value:
         return "-"
     if name in ("matrices", "parameters", "step"):
         return str(int(value))
-    if name in WEIGHTED:
+    if name.endswith(WEIGHTED):
         return f"{100 * value:.2f} %"
     return f"{value:.4g}"
 
