@@ -44,10 +44,9 @@ from opd_geometry.experiments.runs import (
     one_thread,
     progress,
     run_directory,
-    shelves,
     sound_checkpoint,
 )
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.files import clear_write_errors, replacing, shelves
 from opd_geometry.geometry import spectra, updates
 from opd_geometry.geometry.checkpoints import Matrix, list_matrices, read_matrix
 from opd_geometry.geometry.comparison import (
