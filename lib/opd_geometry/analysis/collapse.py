@@ -181,9 +181,9 @@ def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     """
     levels, rows = levels_of(table), []
     places = [("own", "@d=own", 0.5)]
-    for density in PRINTED_DENSITIES:
-        at = f"@d={density},alpha={PRINTED_ALPHA}"
-        places.append((str(density), at, PRINTED_ALPHA))
+    for printed in PRINTED_DENSITIES:
+        at = f"@d={printed},alpha={PRINTED_ALPHA}"
+        places.append((str(printed), at, PRINTED_ALPHA))
     for arm in arms:
         for mask in OVERLAPS:
             for density, at, alpha in places:

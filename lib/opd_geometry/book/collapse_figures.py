@@ -90,7 +90,8 @@ def _draw_curve(ax: Axes, found: pd.DataFrame, metric: str) -> None:
     looks = [ARM_STYLES[a].colour if a in MAIN else GREY for a in arms]
     alphas = np.where(np.isin(arms, MAIN), 0.5, 0.12)
     spots = (x.iloc[chosen], y.iloc[chosen])
-    ax.scatter(*spots, s=3, c=looks, alpha=alphas, lw=0, rasterized=True)
+    dots = ax.scatter(*spots, s=3, c=looks, lw=0, rasterized=True)
+    dots.set_alpha(alphas)  # type: ignore[arg-type]  # one a dot, as documented
     place = found["x"].rank(method="first") - 1
     bins = (place * N_BINS // len(found)).astype(int)
     middle = found.groupby(bins)[["x", "y"]].mean()
