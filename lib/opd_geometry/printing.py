@@ -30,3 +30,12 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         console.width = UNBOUNDED
         console.width = console.measure(table).maximum
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are written out, as names of files may hold any.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -8,7 +8,6 @@ by the model, and both keep each finished matrix, so an interrupted table goes o
 
 import math
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,15 +20,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, comparison, gram, spectra
+from opd_geometry.geometry import bits, comparison, gram, low_rank, spectra
 from opd_geometry.geometry.checkpoints import (
+    ALL_ROLES,
+    PARTS,
+    Checkpoint,
+    Pairing,
     Skipped,
+    Source,
     StoredPair,
-    list_files,
-    list_matrices,
-    list_pairs,
-    list_skipped,
-    missing_names,
+    check_names,
+    diagnosis,
+    open_checkpoint,
+    open_pair,
+    pairing,
+    refuse_shapes,
 )
 from opd_geometry.geometry.comparison import (
     ANGLES,
@@ -39,6 +44,7 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     reference,
 )
+from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
 # Column -> name in `comparison`, which the book's own tables use.
@@ -75,13 +81,23 @@ GROUPS = {
     "norms": ("frobenius_norm", "relative_norm"),
     "spread": ("stable_rank", "hill_alpha"),
 }
-IDENTITY = ("matrix", "role", "layer", "rows", "cols", "dtype_before", "dtype_after")
+IDENTITY = (
+    "matrix",
+    "role",
+    "layer",
+    "part",
+    "rows",
+    "cols",
+    "dtype_before",
+    "dtype_after",
+)
 COLUMNS = (
     *IDENTITY,
     *METRICS,
     *(f"null_{name}" for name in NULL_METRICS),
     "gap_at_k",
     "angle_error_deg",
+    "adapter_norm",
     "note",
 )
 TRAJECTORY_COLUMNS = (
@@ -89,6 +105,7 @@ TRAJECTORY_COLUMNS = (
     "matrix",
     "role",
     "layer",
+    "part",
     "stable_rank",
     "frobenius_norm",
     "hill_alpha",
@@ -97,11 +114,13 @@ TRAJECTORY_COLUMNS = (
     "note",
 )
 # An update that is zero turns nothing, exactly.
+# What the update alone has, known from an adapter's two factors.
+OF_UPDATE = ("stable_rank", "hill_alpha")
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
 # What one matrix may raise without harm to the others.
 REFUSALS = (ValueError, torch.linalg.LinAlgError)
-FORMAT = 1  # raised when the same checkpoints would give other rows
+FORMAT = 2  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -285,21 +304,62 @@ class PairTask:
             "matrix": before.name,
             "role": before.role,
             "layer": before.layer,
+            "part": before.part,
             "rows": before.shape[0],
             "cols": before.shape[1],
             "dtype_before": before.dtype,
             "dtype_after": after.dtype,
         }
-        w_before, w_after = self.pair.read()
-        seed = null_seed(self.seed, before.name, 0)
         try:
-            _refuse_damage({"before": w_before, "after": w_after})
-            values = measure_tensors(
-                w_before, w_after, self.settings, self.metrics, self.null, seed
-            )
+            values = self._values()
         except REFUSALS as error:
             return [row | _complete({}) | {"note": f"{REFUSED}{error}"}]
-        return [row | values | {"note": _warning(values)}]
+        notes = [self.pair.note, _warning(values)]
+        return [row | values | {"note": "; ".join(note for note in notes if note)}]
+
+    def _values(self) -> dict[str, float]:
+        """The metrics, of an adapter's update from its factors where they are known."""
+        update = self.pair.update()
+        asked = [m for m in self.metrics if update is None or m not in OF_UPDATE]
+        of_update: dict[str, float] = {}
+        if update is not None:
+            of_update = _of_update(update, self.settings, self.shape)
+            norm = of_update["adapter_norm"]
+            of_update = {
+                name: value
+                for name, value in of_update.items()
+                if name in self.metrics or name == "adapter_norm"
+            }
+            if self.pair.baseless:
+                return _complete({"frobenius_norm": norm} | of_update)
+        if not asked:
+            return _complete(of_update)
+        w_before, w_after = self.pair.read()
+        _refuse_damage({"before": w_before, "after": w_after})
+        seed = null_seed(self.seed, self.name, 0)
+        values = measure_tensors(
+            w_before, w_after, self.settings, asked, self.null, seed
+        )
+        return values | of_update
+
+
+def _of_update(
+    update: tuple[Tensor, Tensor], settings: Settings, shape: tuple[int, int]
+) -> dict[str, float]:
+    """Norm, stable rank and Hill exponent of left @ right."""
+    left, right = update
+    _refuse_damage({"in the adapter's B": left, "in its A": right})
+    values, _ = low_rank.spectrum(left, right)
+    norm = float(torch.linalg.norm(values))
+    if norm == 0.0:
+        return {"adapter_norm": 0.0}
+    return {
+        "adapter_norm": norm,
+        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
+        "hill_alpha": comparison.defined(
+            spectra.hill_exponent, values, settings.hill_rank(shape)
+        ),
+    }
 
 
 def _refuse_damage(tensors: dict[str, Tensor]) -> None:
@@ -357,8 +417,31 @@ class TrajectoryTask:
     def rows(self) -> list[Row]:
         """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
         matrix = self.pairs[0].before
-        identity = {"matrix": matrix.name, "role": matrix.role, "layer": matrix.layer}
+        identity: Row = {
+            "matrix": matrix.name,
+            "role": matrix.role,
+            "layer": matrix.layer,
+            "part": matrix.part,
+        }
         pair_of = dict(zip(self.steps, self.pairs, strict=True))
+        try:
+            if all(pair.adapted for pair in self.pairs) and self.pairs[0].update():
+                found = self._of_adapters(pair_of)
+            else:
+                found = self._of_weights(pair_of)
+        except REFUSALS as error:
+            empty = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
+            return [
+                empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
+                for step in self.steps
+            ]
+        note = {"note": self.pair.note}
+        return [
+            {name: (identity | row | note)[name] for name in TRAJECTORY_COLUMNS}
+            for row in found
+        ]
+
+    def _of_weights(self, pair_of: dict[int, StoredPair]) -> list[Row]:
         w_before = self.pairs[0].read_before()
 
         def later(step: int) -> Tensor:
@@ -366,18 +449,34 @@ class TrajectoryTask:
             _refuse_damage({"before": w_before, f"at step {step}": w})
             return w
 
-        try:
-            found = follow_tensors(w_before, later, self.steps, self.k, self.settings)
-        except REFUSALS as error:
-            empty = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
-            return [
-                empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
-                for step in self.steps
-            ]
-        return [
-            {name: (identity | row | {"note": ""})[name] for name in TRAJECTORY_COLUMNS}
-            for row in found
-        ]
+        return follow_tensors(w_before, later, self.steps, self.k, self.settings)
+
+    def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
+        """As `follow_tensors`, from the factors of adapters: never the whole matrix."""
+        k = min(self.k, *self.shape)
+        end: Tensor | None = None
+        rows: list[Row] = []
+        for step in reversed(self.steps):
+            update = pair_of[step].update()
+            assert update is not None
+            values = _of_update(update, self.settings, self.shape)
+            subspace = low_rank.spectrum(*update, k)[1]
+            if step == self.steps[-1]:
+                end = subspace
+            similarity = math.nan
+            if subspace is not None and end is not None:
+                similarity = spectra.subspace_similarity(subspace, end)
+            rows.append(
+                {
+                    "step": step,
+                    "stable_rank": values.get("stable_rank", math.nan),
+                    "frobenius_norm": values["adapter_norm"],
+                    "hill_alpha": values.get("hill_alpha", math.nan),
+                    "similarity_to_end": similarity,
+                    "similarity_null": k / self.shape[1],
+                }
+            )
+        return rows[::-1]
 
 
 Task = PairTask | TrajectoryTask
@@ -396,6 +495,9 @@ class Plan:
         skipped: tensors that are not measured, with the reason.
         missing: names on one side only, with the checkpoint that lacks them.
         description: what is measured, to tell whether a partial table fits.
+        notes: which files were read, where there was a choice.
+        renamed: names of the first checkpoint to those of another, where they differ.
+        measured: share of the weights that the tasks cover.
     """
 
     tasks: Sequence[Task]
@@ -403,6 +505,9 @@ class Plan:
     skipped: list[Skipped]
     missing: list[tuple[str, str]]
     description: dict[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict, repr=False)
+    measured: float = 1.0
 
     @property
     def entries(self) -> int:
@@ -417,21 +522,27 @@ class Plan:
 
 
 def plan_pair(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     settings: Settings = DEFAULTS,
     metrics: Collection[str] = tuple(METRICS),
     roles: Collection[str] | None = None,
     null: bool = True,
     seed: int = 0,
+    parts: Collection[str] | None = None,
+    base: Source | None = None,
+    dequantise: bool = False,
 ) -> Plan:
     """Every matrix that two checkpoints have in common.
 
     Args:
-        before, after: directories or .safetensors files.
+        before, after: directories, files or adapters (`checkpoints.open_checkpoint`).
         settings, metrics, null: as `measure_tensors`.
         roles: only these; None for all.
         seed: of the nulls; every matrix has noise of its own.
+        parts: of the model, only these; None for all.
+        base: of adapters on both sides; None for what they name.
+        dequantise: make weights of codes, where the format is known.
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.list_pairs`, or the two have
@@ -439,29 +550,41 @@ def plan_pair(
     """
     if seed < 0:
         raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
-    pairs = list_pairs(before, after, roles, missing="skip")
-    missing = _missing(before, after, roles)
     asked = parse_metrics(metrics)
-    tasks = [PairTask(pair, settings, asked, null, seed) for pair in pairs]
+    sides = open_pair(before, after, base, dequantise)
+    found = _paired(*sides, roles, parts)
+    tasks = [PairTask(pair, settings, asked, null, seed) for pair in found.pairs]
     description = {
         "table": f"measure {FORMAT}",
-        "files": [_fingerprint(before), _fingerprint(after)],
+        "files": [_fingerprint(side) for side in sides],
         "settings": asdict(settings),
         "metrics": list(asked),
         "roles": sorted(roles) if roles is not None else None,
+        "parts": sorted(parts) if parts is not None else None,
         "null": null,
         "seed": seed,
+        "dequantise": dequantise,
     }
-    return Plan(tasks, COLUMNS, _skipped(before, after), missing, description)
+    return Plan(
+        tasks,
+        COLUMNS,
+        _skipped(*sides),
+        _missing(*sides, found),
+        description,
+        tuple(dict.fromkeys(note for side in sides for note in side.notes)),
+        _renamed(found),
+        found.measured,
+    )
 
 
 def plan_trajectory(
-    before: str | Path,
+    before: Source,
     checkpoints: Sequence[str | Path],
     k: int = 16,
     settings: Settings = DEFAULTS,
     roles: Collection[str] | None = None,
     steps: Sequence[int] | None = None,
+    parts: Collection[str] | None = None,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
 
@@ -471,7 +594,8 @@ def plan_trajectory(
         k: dimension of the subspaces.
         settings: its hill_k counts.
         roles: only these; None for all.
-        steps: of the checkpoints; None takes `step_of` their names.
+        steps: of the checkpoints; None takes `steps_of` their names.
+        parts: of the model, only these; None for all.
 
     Raises:
         FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
@@ -479,18 +603,21 @@ def plan_trajectory(
     """
     if k < 1:
         raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
-    numbers = [step_of(c) for c in checkpoints] if steps is None else list(steps)
+    numbers = steps_of(checkpoints) if steps is None else list(steps)
     if not numbers or len({*numbers}) < len(numbers):
         raise ValueError(
             f"steps {numbers}, expected one or more and no two alike; name each "
-            "checkpoint once"
+            "checkpoint once, or say the steps with --steps"
         )
     order = sorted(zip(numbers, checkpoints, strict=True), key=lambda pair: pair[0])
+    first = open_checkpoint(before)
+    opened = {step: open_pair(first, path)[1] for step, path in order}
+    found = {step: _paired(first, c, roles, parts) for step, c in opened.items()}
+    # By the name in the first checkpoint: a table may show another one.
     sides = {
-        step: {p.before.name: p for p in list_pairs(before, path, roles, "skip")}
-        for step, path in order
+        step: {pair.cuts[0].matrix.name: pair for pair in f.pairs}
+        for step, f in found.items()
     }
-    missing = [m for _, path in order for m in _missing(before, path, roles)]
     common = [
         name for name in sides[order[0][0]] if all(name in s for s in sides.values())
     ]
@@ -507,68 +634,74 @@ def plan_trajectory(
     ]
     description = {
         "table": f"trajectory {FORMAT}",
-        "files": [_fingerprint(path) for path in (before, *(p for _, p in order))],
+        "files": [_fingerprint(c) for c in (first, *opened.values())],
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
         "roles": sorted(roles) if roles is not None else None,
+        "parts": sorted(parts) if parts is not None else None,
     }
-    skipped = _skipped(before, *(path for _, path in order))
-    return Plan(tasks, TRAJECTORY_COLUMNS, skipped, missing, description)
+    missing = [m for step, c in opened.items() for m in _missing(first, c, found[step])]
+    notes = [note for c in (first, *opened.values()) for note in c.notes]
+    return Plan(
+        tasks,
+        TRAJECTORY_COLUMNS,
+        _skipped(first, *opened.values()),
+        missing,
+        description,
+        tuple(dict.fromkeys(notes)),
+        {k: v for f in found.values() for k, v in _renamed(f).items()},
+        min(f.measured for f in found.values()),
+    )
 
 
-def step_of(checkpoint: str | Path) -> int:
-    """Step that a checkpoint's name ends in.
+def _paired(
+    before: Checkpoint,
+    after: Checkpoint,
+    roles: Collection[str] | None,
+    parts: Collection[str] | None,
+) -> Pairing:
+    """What two checkpoints have in common; refused if that is little of either.
 
-    Raises:
-        ValueError: no number in the name.
-
-    >>> step_of("run/checkpoint-256"), step_of("out/global_step_64.safetensors")
-    (256, 64)
+    Weights that one side holds in a form that cannot be read do not count: what is
+    left is measured.
     """
-    name = str(checkpoint).rstrip("/").removesuffix(".safetensors")
-    found = re.search(r"(\d+)\D*$", name.rsplit("/", 1)[-1])
-    if not found:
-        raise ValueError(
-            f"{checkpoint} has no number in its name, expected one that ends in its "
-            "step, such as checkpoint-256; rename or link it"
+    check_names("roles", roles, ALL_ROLES)
+    check_names("parts", parts, PARTS)
+    found = pairing(before, after, roles, parts)
+    refuse_shapes(found.differing)
+    readable = [
+        len(found.pairs) + sum(n in side.cuts and n not in unread for n in only)
+        for side, only, unread in zip(
+            (before, after), found.only, found.unreadable, strict=True
         )
-    return int(found[1])
+    ]
+    if not found.pairs or len(found.pairs) < max(readable) / 2:
+        raise ValueError(diagnosis(before, after, found))
+    return found
 
 
 def _missing(
-    before: str | Path, after: str | Path, roles: Collection[str] | None
+    before: Checkpoint, after: Checkpoint, found: Pairing
 ) -> list[tuple[str, str]]:
-    """(name, checkpoint without it); refused if that is most of the model."""
-    matrices = [
-        {m.name for m in list_matrices(path) if roles is None or m.role in roles}
-        for path in (before, after)
-    ]
-    common = matrices[0] & matrices[1]
-    if len(common) < max(map(len, matrices)) / 2:
-        raise ValueError(
-            f"{before} and {after} have {len(common)} matrices in common out of "
-            f"{len(matrices[0])} and {len(matrices[1])}, expected two checkpoints of "
-            "one architecture"
-        )
-    if roles is not None:
-        only = [matrices[0] - common, matrices[1] - common]
-        names: tuple[Iterable[str], Iterable[str]] = (sorted(only[0]), sorted(only[1]))
-    else:
-        names = missing_names(before, after)
-    return [(name, str(after)) for name in names[0]] + [
-        (name, str(before)) for name in names[1]
+    """(name, checkpoint without it)."""
+    return [(name, str(after.path)) for name in found.only[0]] + [
+        (name, str(before.path)) for name in found.only[1]
     ]
 
 
-def _skipped(*paths: str | Path) -> list[Skipped]:
-    found = {skip.name: skip for path in paths for skip in list_skipped(path)}
+def _skipped(*checkpoints: Checkpoint) -> list[Skipped]:
+    found = {name: skip for c in checkpoints for name, skip in c.skipped.items()}
     return list(found.values())
 
 
-def _fingerprint(path: str | Path) -> list[list[Any]]:
+def _renamed(found: Pairing) -> dict[str, str]:
+    return {a: b for a, b in found.names.items() if a != b}
+
+
+def _fingerprint(checkpoint: Checkpoint) -> list[list[Any]]:
     """Files of a checkpoint with size and time: whether it is still the same one."""
-    files = list_files(path)
+    files = sorted(checkpoint.files)
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
@@ -733,11 +866,13 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     the plain mean over matrices that have it.
 
     Args:
-        table: of `measure_checkpoints`.
+        table: of `measure_checkpoints`. Of several parts of a model the language model
+            is summarised, if it is among them.
 
     Returns:
         role, matrices, parameters, then a column a metric and null that was measured.
     """
+    table = of_language(table)
     metrics = [
         name
         for name in COLUMNS
@@ -755,6 +890,14 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             for role, part in [*groups, ("all", table)]
         ]
     )
+
+
+def of_language(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the language model, or all where a table has none or knows no parts."""
+    if "part" not in table:
+        return table
+    language = table[table["part"].fillna("language") == "language"]
+    return language if len(language) else table
 
 
 def _mean(part: pd.DataFrame, name: str) -> float:
