@@ -532,7 +532,11 @@ def _shapes(
             vocabulary = cut.matrix.role in ("embed", "head")
             found[name] = cut.matrix.shape[1:] if vocabulary else cut.matrix.shape
     if roles is None and parts is None:
-        found |= {n: s.shape for n, s in side.skipped.items() if s.reason != TIED}
+        found |= {
+            name: skip.shape
+            for name, skip in side.skipped.items()
+            if skip.reason != TIED and not skip.unreadable
+        }
     return found
 
 
@@ -623,6 +627,7 @@ def _share(
 ) -> float:
     """Of the weights of the fuller side, which share is measured."""
     totals = []
+    parts = {pair.before.part for pair in pairs} if parts is None else parts
     for side in sides:
         total = sum(
             cut.matrix.shape[0] * cut.matrix.shape[1]
@@ -642,7 +647,7 @@ def _entries(name: str, skip: Skipped) -> int:
     """Weights of a tensor that cannot be read: none of a scale's."""
     if "scale" in name.rpartition(".")[2] or len(skip.shape) < 2:
         return 0
-    n = 1
+    n = 8 if skip.dtype in ("I32", "U32") else 1  # packed, mostly four bits each
     for side in skip.shape:
         n *= side
     return n

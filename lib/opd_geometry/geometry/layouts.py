@@ -471,6 +471,8 @@ def _qkv_cuts(
     if leaf != "qkv_proj" and order == STACKED and n_rows == 3 * n_cols:
         edges = [0, n_cols, 2 * n_cols, n_rows]
         return _stacked(tensor, modules, layout, turned, edges)
+    if leaf != "qkv_proj":
+        return [_cut(tensor, modules, slice(None), layout, turned)]
     if heads is None:
         return f"fused {leaf}, and no config.json beside it says how many heads"
     n_heads, n_kv, head_dim = heads

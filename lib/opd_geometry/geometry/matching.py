@@ -68,9 +68,14 @@ def normal_form(name: str) -> str:
     if "vision_tower" in modules[:1]:
         modules = [m for m in modules if m != "vision_model"]
     modules = [RENAMED.get(m, m) for m in modules]
+    path = re.sub(r"\.router\.layer\.", ".router.", ".".join(modules))
+    path = re.sub(r"(^|\.)mlp\.router\.", r"\1mlp.gate.", path)
+    path = re.sub(r"\.gate\.moe_statics\.", ".moe_statics.", path)
+    path = re.sub(r"\.mlp\.(\d+)\.", r".mlp.experts.\1.", path)  # Granite's stacks
+    modules = path.split(".")
     if modules[-1] != "weight" and "experts" in modules:
         modules = [*modules, "weight"]
-    return re.sub(r"\.router\.layer\.", ".router.", ".".join(modules))
+    return ".".join(modules)
 
 
 def unwrapped(name: str) -> str:

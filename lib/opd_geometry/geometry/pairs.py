@@ -196,7 +196,8 @@ def measure_tensors(
 
 
 def _complete(row: dict[str, float]) -> dict[str, float]:
-    names = [n for n in COLUMNS if n not in IDENTITY and n != "note"]
+    left_out = {*IDENTITY, "adapter_norm", "note"}
+    names = [name for name in COLUMNS if name not in left_out]
     return {name: row.get(name, math.nan) for name in names}
 
 
@@ -331,9 +332,9 @@ class PairTask:
                 if name in self.metrics or name == "adapter_norm"
             }
             if self.pair.baseless:
-                return _complete({"frobenius_norm": norm} | of_update)
+                return _complete({"frobenius_norm": norm} | of_update) | of_update
         if not asked:
-            return _complete(of_update)
+            return _complete(of_update) | of_update
         w_before, w_after = self.pair.read()
         _refuse_damage({"before": w_before, "after": w_after})
         seed = null_seed(self.seed, self.name, 0)
@@ -670,8 +671,16 @@ def _paired(
     check_names("parts", parts, PARTS)
     found = pairing(before, after, roles, parts)
     refuse_shapes(found.differing)
+    # A part that one side lacks (a text model of a multimodal one) does not count.
+    common = {pair.before.part for pair in found.pairs}
     readable = [
-        len(found.pairs) + sum(n in side.cuts and n not in unread for n in only)
+        len(found.pairs)
+        + sum(
+            name in side.cuts
+            and side.cuts[name].matrix.part in common
+            and name not in unread
+            for name in only
+        )
         for side, only, unread in zip(
             (before, after), found.only, found.unreadable, strict=True
         )

@@ -69,6 +69,8 @@ def reasons(tensors: Iterable[Stored], config: Mapping[str, Any]) -> dict[str, s
         if form:
             form = method if isinstance(method, str) else form
             found[name] = f"quantised ({form}): codes and scales are not weights"
+            if form.startswith("stored as"):
+                found[name] = f"{form}: quantised or not a weight"
         elif tensor.dtype not in FLOAT_DTYPES.values():
             found[name] = f"stored as {tensor.dtype}: quantised or not a weight"
     return found

@@ -82,8 +82,11 @@ def _load(file: Path) -> Any:
 
 
 def _refused(file: Path, said: str) -> str:
-    named = re.search(r"GLOBAL (\S+)|`(?:weights_only[^`]*)?([\w.]+)`", said)
-    what = named[1] or named[2] if named else said.strip().splitlines()[0]
+    named = re.search(r"GLOBAL (\S+)", said)
+    lines = (
+        re.findall(r"WeightsUnpickler error: (.*)", said) or said.strip().splitlines()
+    )
+    what = named[1] if named else lines[0] if lines else "something"
     return (
         f"{file} holds {what}, which is no tensor, expected tensors alone: nothing of "
         "it was loaded or run; save the weights with save_pretrained"
