@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -109,6 +110,7 @@ def _call(
     data: str, sender: Connection, function: Callable[..., Any], arguments: Any
 ) -> None:
     os.environ["OPD_GEOMETRY_DATA"] = data
+    runs.CHECKOUT_DATA = Path(data)  # nothing is committed in the checkout
     os.environ["ACCELERATE_USE_CPU"] = "1"  # the same bits need the same processor
     os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     threading.Thread(target=schedule._end_with_parent, daemon=True).start()
@@ -177,6 +179,28 @@ def ensure_with_small_files(run: Run, most_bytes: int) -> Path:
     """``ensure`` where no file can grow beyond a size, as on a full disk."""
     _limit_files(most_bytes)
     return runs.ensure(run)
+
+
+def ensure_failing_late(run: Run) -> Path:
+    """``ensure``, while another process records a failure of the same run."""
+    save = runs.save_model
+
+    def recording(*arguments: Any, **named: Any) -> None:
+        save(*arguments, **named)
+        place = runs.run_directory(run) / "failed.json"
+        runs.write_json(place, {"reason": "of before"})
+
+    runs.save_model = recording
+    return runs.ensure(run)
+
+
+def hold_lock(place: Path, seconds: float) -> None:
+    """Hold a lock for some time."""
+    from opd_geometry.experiments.records import locked
+
+    with locked(place, "it"):
+        (place.parent / "held").touch()
+        time.sleep(seconds)
 
 
 def measure_with_small_files(run: Run, most_bytes: int) -> None:

@@ -13,6 +13,8 @@ from children import Child
 from opd_geometry.analysis import audit
 from opd_geometry.analysis.audit import draw, held_against, readings
 from opd_geometry.experiments import measure, profiles
+from opd_geometry.experiments.listing import read_lines, write_listing
+from opd_geometry.experiments.records import digest_of
 from opd_geometry.experiments.runs import provenance
 
 # --- the rule ----------------------------------------------------------------------
@@ -141,10 +143,12 @@ def shelf(data: Path) -> list[str]:
     known = [(arm, seed) for arm in ("sft", "opd") for seed in (0, 1, 4)]
     known += [("rlvr", 0), ("rlvr", 1)]
     runs = [profiles.build("smoke", arm, seed) for arm, seed in known]
-    rows = [(run.key(), run.arm, run.seed, 10, 1.0, "theirs") for run in runs]
+    same = {"steps": 10, "wall_seconds": 1.0, "machine": "theirs"}
+    same |= {"table_sha256": "0" * 64}
+    rows = [{"run": run.key(), "arm": run.arm, "seed": run.seed} for run in runs]
     path = measure.provenance_path()
     path.parent.mkdir(parents=True)
-    pd.DataFrame(rows, columns=measure.PROVENANCE).to_csv(path, index=False)
+    write_listing(path, [], [row | same for row in rows])
     return [run.name for run in runs if run.arm != "rlvr"]
 
 
@@ -170,7 +174,7 @@ def test_draws_keep_to_the_arms(shelf: list[str]) -> None:
     assert sorted(names(3, 0, "opd")) == sorted(n for n in shelf if n[:4] == "opd-")
     with pytest.raises(ValueError, match="sample 4: expected 1 to 3, the committed "):
         names(4, 0, "opd")
-    with pytest.raises(ValueError, match="sample 1: expected 1 to 0, "):
+    with pytest.raises(ValueError, match="sample 1: expected none, there are no "):
         names(1, 0, "rlvr")  # two seeds: the other one alone has no spread
 
 
@@ -273,6 +277,10 @@ def test_audit_is_green_until_a_committed_number_is_changed(data: Path) -> None:
     changed = (table["metric"] == "stable_rank") & table["role"].isin(["q", "k"])
     table.loc[changed, "value"] *= 3
     table.to_parquet(path)
+    listing = data / "measurements" / "runs.csv"  # as if committed so
+    lines = read_lines(listing)
+    row = next(line for line in lines if line["seed"] == "1")
+    write_listing(listing, lines, [row | {"table_sha256": digest_of(path)}])
     code, out, err = call(*asked)
     assert code == 1
     (line,) = [line for line in err.splitlines() if line.startswith("opd-geometry:")]

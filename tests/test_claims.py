@@ -36,11 +36,14 @@ IDS = [
 ]
 TEXTS = ["paper_item", "statement", "paper_value", "quantity", "unit", "rule"]
 # Of data/claims.csv.
-PUBLISHED = ["id", "paper_item", "statement", "paper_value", "n_seeds", "effect"]
-PUBLISHED += ["unit", "low", "high", "null", "matched", "verdict"]
-PUBLISHED += ["verdict_at_papers_ratio", "rule", "runs"]
+PUBLISHED = ["id", "paper_item", "statement", "paper_value", "readout", "n_seeds", "n"]
+PUBLISHED += ["effect", "unit", "low", "high", "null", "matched", "nulls", "controls"]
+PUBLISHED += ["verdict", "verdict_in_bf16", "verdict_at_papers_ratio", "rule", "runs"]
+TWO_READOUTS = {"rank-band", "norm-decoupled", "hill-mild", "early-lock"}
+TWO_READOUTS |= {"sparse-tokens", "off-policy", "mixing"}
 STEPS = (10, 20, 100)  # the second one is where projected runs branch off
 ATTENTION_METRICS = ("stable_rank", "hill_alpha", "frobenius_norm", "similarity")
+NULLS = ("null", "shuffled", "turned", "increments", "walk", "rounding")
 SIZES = {"q": 400, "o": 400, "up": 800}
 
 
@@ -48,41 +51,58 @@ SIZES = {"q": 400, "o": 400, "up": 800}
 
 
 def final(sparsity, angle, nss, principal, low):
-    """Diagnostics of one arm, and a null that is the same for every arm."""
-    return {
+    """Diagnostics of one arm, and nulls that are the same for every arm."""
+    ours = {
         "sparsity": sparsity,
-        "null_sparsity": 0.5,
         "density": 1 - sparsity,
-        "null_density": 0.5,
         "angle_left_max_deg": 0.8 * angle,
         "angle_right_max_deg": 1.2 * angle,
-        "null_angle_left_max_deg": 1.0,
-        "null_angle_right_max_deg": 1.0,
         "nss": nss,
-        "null_nss": 1e-4,
         "principal_overlap": principal,
-        "null_principal_overlap": 0.5,
         "low_magnitude_overlap": low,
-        "null_low_magnitude_overlap": 0.5,
     }
+    flat = dict.fromkeys(ours, 0.5) | {
+        "angle_left_max_deg": 1.0,
+        "angle_right_max_deg": 1.0,
+        "nss": 1e-4,
+    }
+    spectral = ("nss", "angle_left_max_deg", "angle_right_max_deg")
+    for name, level in flat.items():
+        sharper = "turned" if name in spectral else "shuffled"
+        ours |= {f"null_{name}": level, f"{sharper}_{name}": level}
+    return ours
 
 
 def paths(rank, norm=1.0, hill=(2.4, 2.5, 2.6), similarity=(0.8, 0.9, 1.0)):
-    return {
+    """Trajectories in both readouts; nulls keep one level, well away from the arms'."""
+    ours = {
         "stable_rank": rank,
         "null_stable_rank": 200.0,
         "frobenius_norm": norm,
         "hill_alpha": hill,
-        "null_hill_alpha": 9.0,
         "similarity_to_end": similarity,
         "null_similarity_to_end": 0.02,
     }
+    for null in ("increments", "walk"):
+        ours[f"{null}_stable_rank"] = (40.0, 70.0, 40.0)
+        ours[f"{null}_hill_alpha"] = (4.0, 6.0, 4.0)
+        ours[f"{null}_similarity_to_end"] = (0.2, 0.4, 1.0)
+    ours["null_hill_alpha"] = 9.0
+    ours |= dict.fromkeys(evidence.PREDICTORS.values(), 0.1)
+    rounding = {"rounding_stable_rank_bf16": 30.0, "rounding_hill_alpha_bf16": 3.0}
+    return ours | {f"{name}_bf16": level for name, level in ours.items()} | rounding
 
 
 def scores(chain, others=0.5):
+    """Sampled accuracies; without a path, of a run confined at the branch."""
     path = chain if isinstance(chain, tuple) else (0.1, 0.2, chain)
     rest = {f"accuracy/{name}": others for name in BENCHMARKS if name != "chain"}
     return {"accuracy/chain": path, **rest}
+
+
+def gaining(end):
+    """A free run that gains from 0.5 at the branch."""
+    return scores((0.4, 0.5, end))
 
 
 OPD_RANK = (20.0, 24.0, 22.0)
@@ -100,28 +120,33 @@ def variant(sparsity):
 
 def paper_world():
     """Arm to metric to its level: a number, or one a checkpoint."""
+    sft = paths(SFT_RANK, 9.0, SFT_HILL, SFT_SIM)
+    matched = final(0.10, 10.0, 9e-4, 0.485, 0.515)
+    matched |= paths(SFT_RANK, 2.0, SFT_HILL, SFT_SIM)
+    # on coin flips nothing stays in a band, shrinks or locks
+    coin = paths((10.0, 30.0, 40.0), 1.0, (2.0, 3.0, 4.0), (0.1, 0.5, 1.0))
     return {
-        "sft": final(0.08, 12.0, 1e-3, 0.49, 0.51)
-        | paths(SFT_RANK, 9.0, SFT_HILL, SFT_SIM)
-        | scores(0.55),
-        "sft-matched": final(0.10, 10.0, 9e-4, 0.485, 0.515)
-        | paths(SFT_RANK, 2.0, SFT_HILL, SFT_SIM)
-        | scores(0.8),
-        "opd": final(0.5, 1.0, 1e-4, 0.42, 0.6)
-        | paths(OPD_RANK, 2.0)
-        | scores((0.5, 0.6, 0.9)),
+        "sft": final(0.08, 12.0, 1e-3, 0.49, 0.51) | sft | gaining(0.9),
+        **{arm: matched | gaining(0.8) for arm in evidence.MATCHED_ARMS},
+        "rlvr-coin": coin,
+        "opd": final(0.5, 1.0, 1e-4, 0.42, 0.6) | paths(OPD_RANK, 2.0) | gaining(0.9),
         "rlvr": final(0.8, 0.3, 1e-5, 0.35, 0.75)
-        | paths(RLVR_RANK, 1.0, RLVR_HILL, (0.4, 0.7, 1.0)),
+        | paths(RLVR_RANK, 1.0, RLVR_HILL, (0.3, 0.7, 1.0))
+        | gaining(0.8),
         "opd-projected": scores(0.89),
+        "opd-projected-update": scores(0.9),
         "opd-projected-random": scores(0.7),
-        "sft-projected": scores(0.4),
-        "sft-projected-random": scores(0.3),
-        "sft-matched-projected": scores(0.6),
+        "opd-projected-update-random": scores(0.7),
+        "rlvr-projected": scores(0.6),
+        **{f"{arm}-projected": scores(0.6) for arm in evidence.MATCHED_ARMS},
+        "sft-projected": scores(0.7),
+        "sft-projected-update": scores(0.7),
+        "sft-projected-random": scores(0.6),
         "tokens-top-50": paths(scaled(1.02)),
         "tokens-top-25": paths(scaled(1.03)),
         "tokens-random-50": paths(scaled(0.98)),
         "tokens-random-25": paths(scaled(1.04)),
-        "off-policy": paths(scaled(1.02), 2.5),
+        **{arm: paths(scaled(1.02), 2.5) for arm in evidence.RATIO_ARMS},
         "mix-0.75": paths(scaled(1.01)),
         "mix-0.50": paths(scaled(0.97)),
         "mix-0.05": paths(scaled(0.8)),
@@ -141,7 +166,7 @@ def matrix_rows(metric, path, rng, noise):
         for role, offset in (("q", 1.1), ("o", 0.9), ("up", 1.0)):
             rows.append((step, f"layers.0.{role}", role, 0, metric, offset * value))
         rows.append((step, "head", "head", -1, metric, 1e3 * (1 + step)))
-        if metric.removeprefix("null_").startswith(ATTENTION_METRICS):
+        if re.sub(f"^({'|'.join(NULLS)})_", "", metric).startswith(ATTENTION_METRICS):
             rows[-2] = (step, "layers.0.up", "up", 0, metric, -1e3)
     return rows
 
@@ -347,6 +372,67 @@ def test_parts_come_before_controls(parts, controls, expected):
     assert verdicts.verdict_of(parts, controls) == expected
 
 
+def at_p(p_value):
+    """A part above whose range the mean lies, at a two-sided p of four seeds."""
+    spread = np.array([-1.0, -1.0, 1.0, 1.0])
+    mean = stats.t.isf(p_value / 2, 3) * stats.sem(spread)
+    return Part(f"p = {p_value}", pd.Series(spread + mean), -math.inf, 0.0)
+
+
+@pytest.mark.parametrize("p_value", [0.9, 0.2, 0.04, 0.001])
+def test_the_p_value_of_a_part_is_scipys(p_value):
+    part_ = at_p(p_value)
+    expected = stats.ttest_1samp(part_.values, 0.0).pvalue
+    assert verdicts.against(part_) == pytest.approx(expected)
+    assert verdicts.against(part_) == pytest.approx(p_value)
+    assert (verdicts.state(part_) == "fails") == (p_value < 0.05)
+    inside = Part("", part_.values, 0.0, math.inf)
+    assert verdicts.against(inside) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p_values", "failing"),
+    [
+        ([0.04], [0.04]),
+        ([0.04, 0.9], []),  # as good as nothing among two
+        ([0.024, 0.9], [0.024]),
+        ([0.024, 0.04], [0.024, 0.04]),  # the second is then alone
+        ([0.03, 0.026, 0.9], []),
+        ([0.016, 0.024, 0.9], [0.016, 0.024]),
+        ([0.9, 0.016, 0.03], [0.016]),
+    ],
+)
+def test_one_of_several_parts_fails_by_holms_method(p_values, failing):
+    parts = [at_p(p) for p in p_values]
+    found = dict(zip(p_values, verdicts.states(parts), strict=True))
+    assert [p for p in p_values if found[p] == "fails"] == failing
+    expected = "not reproduced" if failing else "inconclusive"
+    assert verdicts.verdict_of(parts, []) == expected
+
+
+def test_parts_that_hold_need_no_correction():
+    """All must hold at once: a margin part is judged by its own 95 % interval."""
+    just = part(1.001, 1.0)
+    assert verdicts.states([just] * 20) == ["holds"] * 20
+
+
+def test_a_control_with_nothing_to_lose_says_nothing_either_way():
+    weak, strong = part(0.5, 1), part(2, 1)
+    for own in (HOLDS, OPEN, FAILS):
+        assert verdicts.ruling(Control("matched", own, None, weak)) == "without power"
+        plain = verdicts.ruling(Control("matched", own))
+        assert verdicts.ruling(Control("matched", own, None, strong)) == plain
+    assert verdicts.ruling(Control("matched", NOTHING, None, weak)) == "not available"
+    powerless = Control("matched", HOLDS, None, weak)
+    ruled_out = Control("matched", FAILS, None, strong)
+    other_kind = Control("null", FAILS)
+    verdict = verdicts.verdict_of
+    assert verdict([HOLDS], [powerless, other_kind]) == "inconclusive"
+    assert verdict([HOLDS], [powerless, ruled_out, other_kind]) == "reproduced"
+    assert verdict([HOLDS], [powerless, SHOWS, other_kind]) == "explained by a control"
+    assert verdict([FAILS], [powerless]) == "not reproduced"
+
+
 def test_the_part_shown_is_the_one_that_decides():
     small, large = part(1.5, 1), part(9, 1)
     assert verdicts.deciding([large, small]) is small
@@ -374,7 +460,10 @@ def test_a_difference_is_paired_by_seed():
     level = {"sft": common, "opd": common + 1 + 0.1 * seeds, "rlvr": common[::-1] + 5}
     flat = pd.Series(0.0, index=seeds)
     parts, _ = verdicts.ordering(
-        lambda arm: level.get(arm, flat), lambda arm: flat, ("sft", "opd", "rlvr")
+        lambda arm: level.get(arm, flat),
+        {"Gaussian": lambda arm: flat},
+        ("sft", "opd", "rlvr"),
+        ("sft-matched",),
     )
     assert [verdicts.state(p) for p in parts] == ["holds", "holds"]
     assert verdicts.interval(parts[0].values)[0] == pytest.approx(1.2)
@@ -504,60 +593,83 @@ REFUTED = [
     ("early-lock", ("rlvr", "similarity_to_end", (0.9, 0.95, 1.0))),
     ("early-lock", ("opd", "similarity_to_end", (0.45, 0.8, 1.0))),
     ("sufficient-opd", ("opd-projected", "accuracy/chain", (0.1, 0.2, 0.7))),
+    ("sufficient-opd", ("opd-projected-update", "accuracy/chain", (0.1, 0.2, 0.8))),
     ("sufficient-opd", ("opd-projected", "accuracy/gcd accuracy/base", 0.2)),
-    ("degrades-sft", ("sft-projected", "accuracy/chain", (0.1, 0.2, 0.54))),
+    ("degrades-sft", ("sft-projected", "accuracy/chain", (0.1, 0.2, 0.9))),
+    ("degrades-sft", ("sft-projected-update", "accuracy/chain", (0.1, 0.2, 0.9))),
     ("degrades-sft", ("opd-projected", "accuracy/chain", (0.1, 0.2, 0.6))),
     ("sparse-tokens", ("tokens-random-25", "stable_rank", scaled(1.2))),
     ("sparse-tokens", ("tokens-top-50", "stable_rank", scaled(0.8))),
     ("off-policy", ("off-policy", "stable_rank", scaled(1.2))),
     ("off-policy", ("off-policy", "frobenius_norm", 1.9)),
     ("off-policy", ("off-policy", "frobenius_norm", 3.2)),
+    ("off-policy", ("off-policy-ratio", "stable_rank", scaled(0.8))),
+    ("off-policy", ("off-policy-ratio-clip", "frobenius_norm", 3.2)),
     ("mixing", ("mix-0.50", "stable_rank", scaled(0.8))),
     ("mixing", ("mix-0.05", "stable_rank", scaled(1.01))),
 ]
+ANGLES = "angle_left_max_deg angle_right_max_deg"
+LOCKED_EARLY = (0.8, 0.9, 1.0)
 SHOWN_BY_A_CONTROL = [
     ("sparsity-order", "null", ("sft", "null_sparsity", 0.2)),
     ("sparsity-order", "null", ("rlvr", "null_sparsity", 0.7)),
+    ("sparsity-order", "null", ("rlvr", "shuffled_sparsity", 0.7)),
     ("sparsity-order", "matched", ("sft-matched", "sparsity", 0.45)),
+    ("sparsity-order", "matched", ("sft-learns", "sparsity", 0.45)),
     ("sparsity-robust", "null", ("opd-task-gcd", "null_sparsity", 0.5)),
-    ("sparsity-robust", "matched", ("sft-matched", "sparsity", 0.52)),
-    (
-        "rotation-order",
-        "null",
-        ("sft", "null_angle_left_max_deg null_angle_right_max_deg", 9.0),
-    ),
-    (
-        "rotation-order",
-        "matched",
-        ("sft-matched", "angle_left_max_deg angle_right_max_deg", 1.1),
-    ),
+    ("sparsity-robust", "matched", ("ce-teacher", "sparsity", 0.52)),
+    ("rotation-order", "null", ("sft", ANGLES.replace("angle", "null_angle"), 9.0)),
+    ("rotation-order", "null", ("sft", ANGLES.replace("angle", "turned_angle"), 9.0)),
+    ("rotation-order", "matched", ("sft-learns", ANGLES, 1.1)),
     ("drift-order", "null", ("rlvr", "null_nss", 1e-5)),
+    ("drift-order", "null", ("rlvr", "turned_nss", 1e-5)),
     ("drift-order", "matched", ("sft-matched", "nss", 1e-4)),
     ("density-order", "null", ("rlvr", "null_density", 0.3)),
-    ("density-order", "matched", ("sft-matched", "density", 0.5)),
+    ("density-order", "null", ("sft", "shuffled_density", 0.8)),
+    ("density-order", "matched", ("ce-teacher", "density", 0.5)),
     ("principal-depleted", "null", ("opd", "null_principal_overlap", 0.43)),
     ("principal-depleted", "null", ("rlvr", "null_principal_overlap", 0.36)),
     ("principal-depleted", "null", ("sft opd", "null_principal_overlap", 0.44)),
+    ("principal-depleted", "null", ("opd", "shuffled_principal_overlap", 0.43)),
     ("principal-depleted", "matched", ("sft-matched", "principal_overlap", 0.43)),
     ("lowmag-enriched", "null", ("rlvr", "null_low_magnitude_overlap", 0.6)),
+    ("lowmag-enriched", "null", ("rlvr", "shuffled_low_magnitude_overlap", 0.6)),
     ("lowmag-enriched", "matched", ("sft-matched", "low_magnitude_overlap", 0.6)),
     ("rank-band", "null", ("opd", "null_stable_rank", 25.0)),
-    ("rank-band", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
+    ("rank-band", "null", ("opd", "walk_stable_rank", (40.0, 44.0, 42.0))),
+    ("rank-band", "null", ("opd", "increments_stable_rank", (40.0, 44.0, 42.0))),
+    ("rank-band", "null", ("sft", "walk_stable_rank", (20.0, 40.0, 75.0))),
+    ("rank-band", "null", ("rlvr", "increments_stable_rank", (50.0, 70.0, 40.0))),
+    ("rank-band", "null", ("rlvr-coin", "stable_rank", (10.0, 12.0, 14.0))),
+    ("rank-band", "null", ("rlvr-coin", "stable_rank", (40.0, 70.0, 30.0))),
+    ("rank-band", "matched", ("sft-learns", "stable_rank", OPD_RANK)),
     ("norm-decoupled", "null", ("rlvr", "null_stable_rank", 25.0)),
     ("hill-mild", "null", ("sft", "null_hill_alpha", (5.0, 7.0, 9.0))),
+    ("hill-mild", "null", ("opd", "walk_hill_alpha", (4.0, 4.2, 4.1))),
     ("hill-mild", "matched", ("sft-matched", "hill_alpha", (2.4, 2.5, 2.6))),
     ("early-lock", "null", ("opd", "null_similarity_to_end", 0.6)),
-    ("early-lock", "matched", ("sft-matched", "similarity_to_end", (0.8, 0.9, 1.0))),
+    ("early-lock", "null", ("opd", "increments_similarity_to_end", LOCKED_EARLY)),
+    ("early-lock", "null", ("opd", "walk_similarity_to_end", (0.5, 0.7, 1.0))),
+    ("early-lock", "null", ("sft", "walk_similarity_to_end", (0.01, 0.4, 1.0))),
+    ("early-lock", "null", ("rlvr-coin", "similarity_to_end", (0.75, 0.9, 1.0))),
+    ("early-lock", "null", ("opd", "similarity_of_weights", 0.5)),
+    ("early-lock", "null", ("opd", "similarity_of_stage", 0.5)),
+    ("early-lock", "null", ("opd", "similarity_of_arm", 0.5)),
+    ("early-lock", "null", ("opd", "similarity_of_seed", 0.5)),
+    ("early-lock", "matched", ("ce-teacher", "similarity_to_end", LOCKED_EARLY)),
     ("sufficient-opd", "null", ("opd-projected-random", "accuracy/chain", 0.89)),
-    ("sufficient-opd", "matched", ("opd", "accuracy/chain", (0.5, 0.895, 0.9))),
-    ("degrades-sft", "null", ("sft-projected-random", "accuracy/chain", 0.4)),
-    ("degrades-sft", "matched", ("sft-matched-projected", "accuracy/chain", 0.79)),
+    ("sufficient-opd", "null", ("opd-projected-update-random", "accuracy/chain", 0.9)),
+    ("sufficient-opd", "matched", ("rlvr-projected", "accuracy/chain", 0.8)),
+    ("sufficient-opd", "matched", ("sft-learns-projected", "accuracy/chain", 0.8)),
+    ("degrades-sft", "null", ("sft-projected-random", "accuracy/chain", 0.7)),
+    ("degrades-sft", "matched", ("sft-learns-projected", "accuracy/chain", 0.8)),
     ("sparse-tokens", "null", ("opd", "null_stable_rank", 25.0)),
-    ("sparse-tokens", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
+    ("sparse-tokens", "null", ("rlvr-coin", "stable_rank", OPD_RANK)),
+    ("sparse-tokens", "matched", ("rlvr", "stable_rank", OPD_RANK)),
     ("off-policy", "null", ("opd", "null_stable_rank", 25.0)),
     ("off-policy", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
     ("mixing", "null", ("opd", "null_stable_rank", 25.0)),
-    ("mixing", "matched", ("sft-matched", "stable_rank", OPD_RANK)),
+    ("mixing", "matched", ("rlvr", "stable_rank", OPD_RANK)),
 ]
 
 
@@ -598,21 +710,21 @@ MARGINS = [
         LOST,
     ),
     (
-        "sufficient-opd",
+        "sufficient-opd",  # OPD gains 0.4 after the branch, and keeps nine tenths of it
         "opd-projected",
         "accuracy/chain",
-        (0.1, 0.2, 0.851),
+        (0.1, 0.2, 0.861),
         KEPT,
-        (0.1, 0.2, 0.849),
+        (0.1, 0.2, 0.859),
         LOST,
     ),
     (
         "degrades-sft",
-        "sft-projected",
+        "sft-projected-update",
         "accuracy/chain",
-        (0.1, 0.2, 0.499),
+        (0.1, 0.2, 0.859),
         KEPT,
-        (0.1, 0.2, 0.501),
+        (0.1, 0.2, 0.861),
         LOST,
     ),
     (
@@ -675,6 +787,112 @@ def test_sft_may_grow_less_than_the_band_in_rank_but_not_in_hill():
     assert judged("hill-mild", hill).verdict == "not reproduced"
 
 
+def test_the_share_kept_is_a_ratio_of_mean_gains_judged_as_a_difference():
+    """A seed that gains nothing is not divided by; the verdict is the t-test's."""
+    rng = np.random.default_rng(0)
+    gains = np.array([0.2, 0.1, 0.0, -0.01, 0.3])
+    kept = 0.8 * gains + 0.02 * rng.standard_normal(5)
+    rows = []
+    for seed in range(5):
+        for arm, end in (("opd", gains[seed]), ("opd-projected", kept[seed])):
+            for step, value in zip(STEPS, (0.3, 0.5, 0.5 + end), strict=True):
+                place = ("", "model", -1, "accuracy/chain", value)
+                rows.append((f"{arm}{seed}", arm, seed, step, *place))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    share = evidence.kept_share(table, "opd", "opd-projected")
+    assert share.mean() == pytest.approx(kept.mean() / gains.mean())
+    ours = stats.ttest_1samp(share - evidence.KEPT, 0).statistic
+    theirs = stats.ttest_1samp(kept - evidence.KEPT * gains, 0).statistic
+    assert ours == pytest.approx(theirs)
+    none = table.assign(value=table["value"].clip(upper=0.5))
+    assert evidence.kept_share(none, "opd", "opd-projected").isna().all()
+
+
+def test_a_control_without_a_gain_leaves_degrades_sft_undecided():
+    """As matched SFT is here: every subspace passes, as nothing is left to learn."""
+    gone = [(arm, "accuracy/chain", (0.4, 0.5, 0.51)) for arm in evidence.MATCHED_ARMS]
+    spared = [
+        (f"{arm}-projected", "accuracy/chain", 0.51) for arm in evidence.MATCHED_ARMS
+    ]
+    finding = judged("degrades-sft", changed(*gone, *spared))
+    assert finding.verdict == "inconclusive"
+    assert finding.controls.startswith("without power: ")
+    # another one that has power decides
+    finding = judged("degrades-sft", changed(gone[0], spared[0]))
+    assert finding.verdict == "reproduced"
+    assert finding.matched.endswith("ruled out")
+
+
+def test_a_claim_is_judged_in_the_other_readout_by_that_readouts_numbers():
+    finding = judged("rank-band", paper_world())
+    assert (finding.readout, finding.verdict) == ("float32", "reproduced")
+    world = changed(("rlvr", "stable_rank_bf16", (20.0, 24.0, 26.0)))
+    claim, table = claim_of("rank-band"), plant(world)
+    assert claims.judge(claim, table).verdict == "reproduced"
+    assert claims.judge(claim, table, "bf16").verdict == "not reproduced"
+    row = claims.claims_table(table).set_index("id").loc["rank-band"]
+    assert (row["readout"], row["verdict"]) == ("float32", "reproduced")
+    assert row["verdict_in_bf16"] == "not reproduced"
+    card = claims.claim_card("rank-band", table)
+    assert "does not say what it read" in card
+    assert "From bf16: **not reproduced**" in card
+    with pytest.raises(ValueError, match=r"of drift-order: expected float32$"):
+        claims.judge(claim_of("drift-order"), table, "bf16")
+
+
+def test_rounding_alone_explains_what_only_stored_weights_show():
+    """RLVR contracts in bf16, and so does its final update merely scaled down."""
+    world = changed(("rlvr", "rounding_stable_rank_bf16", (40.0, 30.0, 25.0)))
+    claim, table = claim_of("rank-band"), plant(world)
+    assert claims.judge(claim, table).verdict == "reproduced"
+    finding = claims.judge(claim, table, "bf16")
+    assert finding.verdict == "explained by a control"
+    assert finding.nulls.startswith("shows it too: rounding alone opd over rlvr: 1.6")
+
+
+def test_every_control_is_named_with_what_became_of_it(paper_findings):
+    rows = paper_findings.set_index("id")
+    early = rows.loc["early-lock", "nulls"]
+    assert early.startswith("ruled out: ")
+    for name in ("two random subspaces", "rlvr-coin", "walk opd", "turned increments"):
+        assert name in early
+    for name in evidence.PREDICTORS:
+        assert f"{name} as predictor: 0." in early
+    for key in ("sparsity-order", "rank-band", "early-lock", "degrades-sft", "mixing"):
+        for arm in evidence.MATCHED_ARMS:
+            assert arm in rows.loc[key, "controls"]
+    assert rows.loc["norm-decoupled", "controls"] == "none"
+    assert "shuffled rlvr minus opd" in rows.loc["sparsity-order", "nulls"]
+    assert "turned opd over rlvr" in rows.loc["drift-order", "nulls"]
+    assert set(rows["n"]) == {
+        "5 seeds: data, sampling and anchor each; 3 bases, 1 teacher"
+    }
+    for key, row in rows.iterrows():
+        both = key in TWO_READOUTS
+        assert row["verdict_in_bf16"] == ("reproduced" if both else "")
+
+
+def test_levels_say_what_the_table_says(paper_table):
+    """Grouped once for all or filtered for one, the means are the same."""
+    levels = evidence.Levels(paper_table)
+    for arm, metric, roles, weighted in (
+        ("opd", "stable_rank", evidence.ATTENTION, False),
+        ("rlvr", "sparsity", evidence.LAYERS, True),
+        ("sft", "accuracy/chain", ("model",), False),
+        ("sft", "no-such-metric", evidence.LAYERS, False),
+    ):
+        pd.testing.assert_series_equal(
+            evidence.over_matrices(levels, arm, metric, roles, weighted),
+            evidence.over_matrices(paper_table, arm, metric, roles, weighted),
+        )
+    other = levels.with_arm("rlvr", "opd")
+    for arm in ("rlvr", "opd"):
+        found = evidence.over_matrices(other, arm, "nss", evidence.LAYERS)
+        known = evidence.over_matrices(levels, "opd", "nss", evidence.LAYERS)
+        pd.testing.assert_series_equal(found, known)
+    assert not levels.with_arm("rlvr", "rlvr-paper").has("rlvr", "nss")
+
+
 def test_one_seed_is_inconclusive_whatever_it_shows(paper_table):
     found = claims.claims_table(paper_table[paper_table["seed"] == 2])
     assert set(found["verdict"]) == {"inconclusive"}
@@ -696,7 +914,7 @@ def test_loud_seeds_are_inconclusive_and_never_explained():
     found = claims.claims_table(plant(paper_world(), noise=0.6))
     unclear = set(found["verdict"]) - {"inconclusive", "not reproduced"}
     assert not unclear
-    assert (found["verdict"] == "inconclusive").sum() >= 12
+    assert (found["verdict"] == "inconclusive").sum() >= 10
 
 
 def test_rlvr_equal_to_opd_is_inconclusive():

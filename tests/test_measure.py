@@ -1,4 +1,5 @@
 import math
+import random
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_geometry.experiments import measure, profiles, runs
+from opd_geometry.experiments.listing import line_digest, write_listing
 from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.experiments.records import digest_of, seal
 from opd_geometry.experiments.runs import Run
 from opd_geometry.geometry import comparison, spectra
 from opd_geometry.geometry.checkpoints import list_matrices
@@ -379,25 +382,37 @@ def test_damaged_kept_table_is_measured_again(copied: Path) -> None:
     pd.testing.assert_frame_equal(measure.measure_run(OPD, RANK), whole)
     assert measure.is_measured(OPD, RANK)
     content = bytearray(kept.read_bytes())
-    content[1000:1400] = bytes(400)  # whole at its end, so it passes for measured
+    content[1000] ^= 1
     kept.write_bytes(content)
+    assert not measure.is_measured(OPD, RANK)
     pd.testing.assert_frame_equal(measure.measure_run(OPD, RANK), whole)
 
 
-HEAD = ",".join(measure.PROVENANCE)
+def listed(*rows: str) -> str:
+    """A list of runs whose digests fit: run, arm, seed, steps, seconds, machine."""
+    names = [*measure.PROVENANCE, "table_sha256"]
+    lines = [",".join([*names, "line_sha256"])]
+    for row in rows:
+        fields = dict(zip(names, [*row.split(","), "0" * 64], strict=True))
+        lines.append(",".join([*fields.values(), line_digest(fields)]))
+    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "No columns"),
+        ("", "it has no column run, "),
         ("run,arm\n1,2\n", "it has no column seed, steps, "),
         ("{]", "it has no column run, "),
         ("\xff", "codec can't decode"),
-        (f"{HEAD}\na,opd,,1,1,m\n", "a seed is nan, expected 0 or larger"),
-        (f"{HEAD}\na,opd,-1,1,1,m\n", "a seed is -1, expected 0 or larger"),
-        (f"{HEAD}\na,opd,1.5,1,1,m\n", "a seed is 1.5, expected 0 or larger"),
-        (f"{HEAD}\na,opd,0,1,1,m\na,opd,0,1,1,m\n", "it lists run a twice"),
+        (listed("a,opd,,1,1,m"), "a seed is nan, expected 0 or larger"),
+        (listed("a,opd,-1,1,1,m"), "a seed is -1, expected 0 or larger"),
+        (listed("a,opd,1.5,1,1,m"), "a seed is 1.5, expected 0 or larger"),
+        (listed("a,opd,0,1,1,m", "a,opd,0,1,1,m"), "it lists run a twice"),
+        (listed("a,opd,0,1,1,m", "b,opd,1,1,1,m")[:-30], "line 3 is cut or was ch"),
+        (listed("a,opd,0,1,1,m")[:-90], "line 2 is cut or was changed"),
+        (listed("a,opd,0,1,1,m").replace(",1,1,m", ",1,2,m"), "line 2 is cut or was"),
+        (listed("a,opd,0,1,1,m").replace("m,0", "m,1,0"), "line 2 is cut or was ch"),
         (None, "Is a directory"),
     ],
 )
@@ -430,10 +445,91 @@ def test_a_table_with_other_rows_than_its_runs_is_refused(copied: Path) -> None:
         (pd.concat([table, table[5:6]]), "two values of one matrix, step and metric"),
     ):
         changed.to_parquet(path)
+        list_anew(path)
         with pytest.raises(ValueError, match=f"{path.name} is damaged: .*{reason}"):
             measure.committed("smoke")
     table.to_parquet(path)
+    list_anew(path)
     assert len(measure.committed("smoke")) > len(table)
+
+
+def list_anew(path: Path) -> None:
+    """Write the digest of a table of OPD into the list, as if it were right."""
+    listing = measure.provenance_path()
+    lines = measure.read_lines(listing)
+    row = next(line for line in lines if line["run"] == OPD.key())
+    write_listing(listing, lines, [row | {"table_sha256": digest_of(path)}])
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_no_flipped_bit_of_a_committed_table_is_silent(copied: Path) -> None:
+    measure.commit("smoke", [RLVR])
+    path, draw = measure.committed_path(RLVR), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="another digest than runs") as caught:
+            measure.committed_table(RLVR)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert len(measure.committed_table(RLVR)) > 0
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_no_flipped_bit_and_no_cut_of_the_list_is_silent(copied: Path) -> None:
+    measure.commit("smoke", [OPD, RLVR])
+    path, draw = measure.provenance_path(), random.Random(0)
+    whole, known = path.read_bytes(), measure.committed("smoke")
+    for case in range(60):
+        damaged = bytearray(whole)
+        place = draw.randrange(len(whole) - 1)
+        if case % 2:
+            damaged[place] ^= 1 << draw.randrange(8)
+        else:
+            del damaged[place:]
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"runs\.csv (is|does not name)") as caught:
+            measure.committed("smoke")
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])  # a whole line is gone
+    with pytest.raises(ValueError, match=r"does not name .*parquet beside it"):
+        measure.committed("smoke")
+    path.write_bytes(whole)
+    pd.testing.assert_frame_equal(measure.committed("smoke"), known)
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_committed_data_of_the_checkout_are_found(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure.commit("smoke", [OPD, RLVR])
+    known = measure.committed("smoke")
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "elsewhere"))
+    pd.testing.assert_frame_equal(measure.committed("smoke"), known)
+    shutil.copytree(copied / "runs", tmp_path / "elsewhere" / "runs")
+    measure.commit("smoke", [ANCHOR])  # goes elsewhere, and leaves the checkout alone
+    assert set(measure.committed_provenance()["arm"]) == {"sft", "opd", "rlvr"}
+    assert measure.committed_path(ANCHOR).parent.parent.name == "elsewhere"
+    assert measure.committed_path(OPD).parent == copied / "measurements"
+    assert len(measure.read_lines(copied / "measurements" / "runs.csv")) == 2
+    (copied / "base").mkdir()
+    save_file({"w": torch.eye(2)}, copied / "base" / "model.safetensors")
+    assert runs.stored("base").source == "base"
+
+
+@pytest.mark.usefixtures("tiny_profile")
+def test_a_damaged_run_is_left_out_of_what_is_committed(copied: Path) -> None:
+    history = runs.run_directory(OPD) / "history.json"
+    history.write_text(history.read_text().replace("reward", "rewards", 1))
+    folder, left_out = measure.commit("smoke", [OPD, RLVR])
+    assert left_out.keys() == {OPD}
+    assert "history.json is missing or damaged" in left_out[OPD]
+    assert set(measure.committed_provenance()["arm"]) == {"rlvr"}
+    assert not list(folder.glob("opd-*"))
+    with pytest.raises(ValueError, match=r"history\.json is missing or damaged"):
+        measure.commit("smoke", [OPD])
 
 
 @pytest.mark.usefixtures("tiny_profile")
@@ -482,7 +578,9 @@ def test_full_disk_leaves_no_table(copied: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_profile")
 def test_commit_replaces_its_runs(copied: Path) -> None:
-    folder = measure.commit("smoke", [OPD, RLVR, profiles.replace(OPD, seed=9)])
+    asked = [OPD, RLVR, profiles.replace(OPD, seed=9)]
+    folder, left_out = measure.commit("smoke", asked)
+    assert not left_out
     assert folder == copied / "measurements"
     table, listing = measure.committed("smoke"), measure.committed_provenance()
     assert list(table.columns) == COLUMNS
@@ -495,7 +593,9 @@ def test_commit_replaces_its_runs(copied: Path) -> None:
         listing.columns
     )
     old = measure.measure_run(OPD, RANK)
-    old.assign(value=0.0).to_parquet(measure.kept_table(OPD, RANK), index=False)
+    kept = measure.kept_table(OPD, RANK)
+    old.assign(value=0.0).to_parquet(kept, index=False)
+    seal(kept)
     measure.commit("smoke", [OPD])
     again = measure.committed("smoke")
     assert len(again) == len(table)

@@ -161,18 +161,6 @@ def test_cards_and_verdicts_are_those_of_the_measurements(
                 assert f"| Runs | {of_chapter}" == runs
 
 
-def test_the_page_of_results_has_every_claim_once_and_the_first_page_its_verdicts(
-    by_id: dict[str, dict[str, Any]],
-) -> None:
-    page = (ROOT / "book" / "results.md").read_text()
-    blocks = re.findall(r"```\{glue:\} (\S+)\n:doc: chapters/(\w+)\.ipynb", page)
-    shown = [claim_in(row) for name, stem in blocks for row in tables_of(stem, name)]
-    assert sorted(shown) == sorted(by_id)
-    first = (ROOT / "book" / "index.md").read_text()
-    for stem, name in re.findall(r"chapters/(\w+)\.ipynb::verdict_([\w-]+)", first):
-        assert GLUED[stem][f"verdict_{name}"]["plain"] == repr(by_id[name]["verdict"])
-
-
 @pytest.mark.parametrize("path", CHAPTERS, **by_name)
 def test_a_chapter_is_its_notebook_with_its_own_defaults(path: Path) -> None:
     """So that nbval, which runs the notebooks, has compared the chapters, too."""

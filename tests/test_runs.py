@@ -15,7 +15,7 @@ import torch
 from children import ANCHOR, OPD, PROJECTED, RLVR, Child
 
 from opd_geometry import files
-from opd_geometry.experiments import runs
+from opd_geometry.experiments import records, runs
 from opd_geometry.experiments.runs import ProjectionConfig, Run, Stored
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.geometry.projection import leaked_energy
@@ -135,9 +135,12 @@ def test_finished_run_is_complete(on_trained: Path) -> None:
     ]
     assert {path.name for path in directory.iterdir()} == {
         "branch.pt",
+        "branch.pt.sha256",
         "checkpoints",
         "done.json",
+        "done.json.sha256",
         "history.json",
+        "history.json.sha256",
         "lock",
         "progress.json",
         "run.json",
@@ -296,6 +299,7 @@ def test_projected_run_continues_its_branch(copied: Path) -> None:
     forget(PROJECTED)
     path = runs.run_directory(OPD) / "branch.pt"
     torch.save({**torch.load(path), "wall_seconds": 1e6}, path)
+    records.seal(path)
     log = copied / "log"
     Child(copied, children.ensure_counting, PROJECTED, log).result()
     assert len(log.read_text()) == PROJECTED.train.steps - 2
@@ -467,6 +471,47 @@ def test_damaged_state_is_named(copied: Path) -> None:
     assert "remove" in one_line(error)
 
 
+@pytest.mark.parametrize("where", ["branch.pt", "state.pt", "before digests"])
+def test_no_flipped_bit_of_a_state_trains_on(where: str, copied: Path) -> None:
+    """Most of them are weights or moments, which torch reads as other numbers."""
+    run = PROJECTED if where == "branch.pt" else OPD
+    forget(run)
+    if where != "branch.pt":
+        Child(copied, children.ensure_and_die, OPD, "state.pt", 5, True).result()
+    path = runs.run_directory(OPD) / ("branch.pt" if run is PROJECTED else "state.pt")
+    if where == "before digests":
+        path.with_name("state.pt.sha256").unlink()
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(6):
+        damaged = bytearray(whole)
+        weights = range(len(whole) // 4, len(whole) * 3 // 4)  # no padding
+        damaged[draw.choice(weights)] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot resume from") as error:
+            runs.ensure(run)
+        assert "remove" in one_line(error)
+        assert not runs.is_done(run)
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_started_from(copied: Path) -> None:
+    weights = runs.checkpoint(ANCHOR) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    forget(OPD)
+    with pytest.raises(ValueError, match=r"safetensors is damaged: its") as error:
+        runs.ensure(OPD)
+    assert "remove" in one_line(error)
+
+
+def test_success_leaves_no_record_of_a_failure(copied: Path) -> None:
+    shutil.rmtree(runs.run_directory(ANCHOR))
+    log = Child(copied, children.ensure_failing_late, ANCHOR)
+    log.result()
+    assert runs.is_done(ANCHOR)
+    assert not (runs.run_directory(ANCHOR) / "failed.json").exists()
+
+
 def test_teacher_with_another_tokenizer(copied: Path) -> None:
     children.save_foreign(copied / "foreign")
     run = replace(OPD, teacher=runs.stored("foreign"))
@@ -544,9 +589,9 @@ def interrupted(draft: Path) -> None:
 
 def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    runs.write_json(path, 1)
+    records.write_json(path, 1)
     with pytest.raises(TypeError):
-        runs.write_json(path, object())
+        records.write_json(path, object())
     with (
         pytest.raises(KeyboardInterrupt),
         files.replacing(path) as draft,

@@ -1,3 +1,4 @@
+import cProfile
 import json
 import os
 import shutil
@@ -9,12 +10,12 @@ from io import StringIO
 from pathlib import Path
 
 import children
-import pandas as pd
 import pytest
 from children import ANCHOR, OPD, PROJECTED, RLVR, TEACHER, Child
 from rich.console import Console
 
-from opd_geometry.experiments import runs, schedule
+from opd_geometry.experiments import records, runs, schedule
+from opd_geometry.experiments.listing import write_listing
 from opd_geometry.experiments.measure import kept_table, measure_run, provenance_path
 from opd_geometry.experiments.runs import Run
 from opd_geometry.experiments.schedule import Row
@@ -64,16 +65,11 @@ def test_committed_timings_are_the_first_choice(trained: Path, data: Path) -> No
     shutil.copytree(trained, data)
     listing = provenance_path()
     listing.parent.mkdir()
-    pd.DataFrame(
-        {
-            "run": ["a", "b", "c"],
-            "arm": ["rlvr", "rlvr", "rlvr"],
-            "seed": [0, 1, 2],
-            "machine": ["theirs"] * 3,
-            "steps": [10, 10, 20],
-            "wall_seconds": [100.0, 200.0, 9000.0],
-        }
-    ).to_csv(listing, index=False)
+    names = ("run", "seed", "steps", "wall_seconds")
+    rows = [("a", 0, 10, 100.0), ("b", 1, 10, 200.0), ("c", 2, 20, 9000.0)]
+    same = {"arm": "rlvr", "machine": "theirs", "table_sha256": "0" * 64}
+    lines = [dict(zip(names, row, strict=True)) | same for row in rows]
+    write_listing(listing, [], lines)
     assert schedule.plan([replace(RLVR, seed=1)])[-1].seconds == 150.0
     assert schedule.plan([replace(OPD, seed=1)])[-1].seconds is not None
 
@@ -83,13 +79,55 @@ def test_interrupted_and_failed_runs_are_told_apart(data: Path) -> None:
     directory = runs.run_directory(ANCHOR)
     directory.mkdir(parents=True)
     said = {"step": 4, "steps": 10, "accuracy": 0.25, "wall_seconds": 8.0}
-    runs.write_json(directory / "progress.json", said)
+    records.write_json(directory / "progress.json", said)
     (begun,) = schedule.plan([ANCHOR])
     assert (begun.state, begun.step, begun.accuracy) == ("to do", 4, 0.25)
     assert begun.seconds_left == 12.0
-    runs.write_json(directory / "failed.json", {"reason": "no room"})
+    records.write_json(directory / "failed.json", {"reason": "no room"})
     (failed,) = schedule.plan([ANCHOR])
     assert (failed.state, failed.reason) == ("failed", "no room")
+
+
+WRONG = ("x", [1], {}, True, -1, None, float("nan"))
+
+
+@pytest.mark.parametrize("name", ["progress.json", "done.json"])
+@pytest.mark.parametrize("key", ["step", "steps", "wall_seconds", "accuracy"])
+def test_a_record_of_wrong_kinds_is_a_line_of_its_run_alone(
+    name: str, key: str, trained: Path, data: Path
+) -> None:
+    shutil.copytree(trained, data)
+    directory = runs.run_directory(OPD)
+    said = json.loads((directory / "done.json").read_text())
+    for path in directory.glob("done.json*"):
+        path.unlink()
+    for value in WRONG:
+        if key == "accuracy" and value in (-1, None):
+            continue
+        records.write_json(directory / name, {**said, key: value})
+        rows = {row.run: row for row in schedule.plan([OPD, RLVR])}
+        assert rows[RLVR].state == "done"
+        assert rows[OPD].state == ("damaged" if name == "done.json" else "to do")
+        assert f"{name} is missing or damaged ({key} is" in rows[OPD].reason
+        assert "\n" not in rows[OPD].reason
+        assert "opd-s0" in schedule.progress_line(OPD)
+        assert "opd-s0" in schedule.ended_line(OPD)
+
+
+def test_a_thousand_seeds_are_planned_at_once(data: Path) -> None:
+    """Their number of look-ups grows with the runs, not with their square."""
+    few, many = (
+        [replace(r, seed=seed) for seed in range(n) for r in (OPD, PROJECTED, RLVR)]
+        for n in (10, 1000)
+    )
+    calls = []
+    for asked in (few, many):
+        counter = cProfile.Profile()
+        rows = counter.runcall(schedule.plan, asked)
+        counter.runcall(schedule.priorities, rows)
+        calls.append(sum(entry.callcount for entry in counter.getstats()))
+    assert len(rows) == 3002  # with the anchor and the teacher
+    assert calls[1] < 150 * calls[0]
 
 
 def test_pace_of_a_projected_run_counts_its_own_steps() -> None:
@@ -165,7 +203,7 @@ def test_failing_run_blocks_only_what_needs_it(trained: Path, data: Path) -> Non
     # what was wrong is mended: the same runs are done, and nothing is left of it
     children.save_foreign(data / "cut")
     mended = replace(cut, start=runs.stored("cut"))
-    runs.write_json(runs.run_directory(RLVR) / "failed.json", {"reason": "once"})
+    records.write_json(runs.run_directory(RLVR) / "failed.json", {"reason": "once"})
     kept_table(RLVR, 2).unlink()
     assert Child(data, children.train_all, [mended, RLVR], 1).result()[0] == {}
     assert not (runs.run_directory(RLVR) / "failed.json").exists()
@@ -258,12 +296,12 @@ def test_a_line_says_steps_accuracy_and_time_left(data: Path) -> None:
     directory = runs.run_directory(ANCHOR)
     directory.mkdir(parents=True)
     said = {"step": 4, "steps": 10, "accuracy": None, "wall_seconds": 800.0}
-    runs.write_json(directory / "progress.json", said)
+    records.write_json(directory / "progress.json", said)
     line = schedule.progress_line(ANCHOR)
     assert line.split() == ["sft-s0", "4/10", "20", "min", "left"]
-    runs.write_json(directory / "progress.json", {**said, "accuracy": 0.256})
+    records.write_json(directory / "progress.json", {**said, "accuracy": 0.256})
     assert "accuracy 0.26" in schedule.progress_line(ANCHOR)
-    runs.write_json(directory / "progress.json", {**said, "step": 10})
+    records.write_json(directory / "progress.json", {**said, "step": 10})
     assert "measuring" in schedule.progress_line(ANCHOR)
     assert "done in 13 min" in schedule.ended_line(ANCHOR)
 

@@ -204,10 +204,15 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
             for row in rows
         ],
     )
+    _print_reasons(rows)
+    click.echo(f"{_tally(rows)}.")
+
+
+def _print_reasons(rows: "Iterable[Row]") -> None:
+    """What failed or is damaged, a line each."""
     for row in rows:
         if row.reason:
             click.echo(f"{row.run.name}: {row.reason}")
-    click.echo(f"{_tally(rows)}.")
 
 
 def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
@@ -233,6 +238,7 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
             for row in rows
         ],
     )
+    _print_reasons(rows)
     known = [row for row in rows if row.seconds_left is not None]
     left = duration(total_seconds(known, jobs) if known else None)
     least = "at least " if 0 < len(known) < len(rows) else ""
@@ -252,7 +258,7 @@ def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
 def _tally(rows: "Iterable[Row]") -> str:
     """How many runs are in which state."""
     states = [row.state for row in rows]
-    known = ("done", "running", "failed", "to do")
+    known = ("done", "damaged", "running", "failed", "to do")
     return ", ".join(f"{states.count(s)} {s}" for s in known if s in states)
 
 
@@ -263,7 +269,7 @@ def _tally(rows: "Iterable[Row]") -> str:
 @_profile
 @_arms("all")
 @_seeds
-def commit(profile: str, arms: str, seeds: str) -> None:
+def commit(profile: str, arms: str, seeds: str) -> int:
     """Publish the measurements of finished runs.
 
     Their tables and provenance go to data/measurements. Rows of the same arm and
@@ -279,8 +285,12 @@ def commit(profile: str, arms: str, seeds: str) -> None:
 
     runs = _asked(profile, arms, seeds, "committed")
     done = [run for run in runs if is_done(run)]
-    path = measure.commit(profile, done)
-    click.echo(f"{len(done)} of {len(runs)} runs are finished and now in {path}")
+    path, left_out = measure.commit(profile, done)
+    n_new = len(done) - len(left_out)
+    click.echo(f"{n_new} of {len(runs)} runs are finished and now in {path}")
+    for one, reason in left_out.items():
+        _complain(f"{one.name}: {reason}", 1)
+    return 1 if left_out else 0
 
 
 @commands.command()
@@ -334,13 +344,35 @@ def claims(profile: str) -> None:
             f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
-    findings = claims_table(table)
+    findings = claims_table(table, profile)
+    _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
     path = write_claims(findings, data_directory() / "claims.csv")
     print_table(
         ["claim", "seeds", "verdict"],
         [[str(f.id), str(f.n_seeds), str(f.verdict)] for f in findings.itertuples()],
     )
     click.echo(f"Written to {path}")
+
+
+def _refuse_fewer_seeds(findings: "pd.DataFrame", path: Path) -> None:
+    """Refuse to replace verdicts by those of fewer seeds: measurements were lost.
+
+    Raises:
+        ValueError: a claim was judged on more seeds before.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        return
+    before = pd.read_csv(path).set_index("id")["n_seeds"]
+    for found in findings.itertuples():
+        earlier = before.get(found.id, 0)
+        if found.n_seeds < earlier:
+            raise ValueError(
+                f"{path} judges {found.id} on {earlier} seeds, the committed "
+                f"measurements have {found.n_seeds}: expected no fewer; take "
+                f"data/measurements from version control, or remove {path.name} first"
+            )
 
 
 @commands.command()
@@ -481,9 +513,10 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
     """
     from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.book.own import against_published, page
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
-    from opd_geometry.experiments.profiles import ARMS, parse_seeds
+    from opd_geometry.experiments.profiles import ARMS, PUBLISHED, parse_seeds
 
     root = repository()
     notebooks = _notebooks(root, ())
@@ -502,9 +535,11 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
         click.echo(f"Executed {output.relative_to(root)}")
     table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
     own = root / "_build" / "book" / "claims.csv"
-    write_claims(claims_table(table), own)
+    write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
-    return _build(root, "book", executed, own, banner)
+    published = measure.committed(PUBLISHED)
+    beside = page(against_published(table, published, ARMS))
+    return _build(root, "book", executed, own, banner, beside)
 
 
 @commands.command()
@@ -520,7 +555,7 @@ def site() -> int:
     """
     from opd_geometry.experiments.measure import committed_provenance, committed_runs
     from opd_geometry.experiments.profiles import PUBLISHED
-    from opd_geometry.experiments.runs import data_directory
+    from opd_geometry.experiments.runs import on_shelf
     from opd_geometry.sources import stale_chapters
 
     root = repository()
@@ -537,7 +572,7 @@ def site() -> int:
     for line in stale:
         _complain(line, 1)
     banner = describe(PUBLISHED, provenance)
-    code = _build(root, "site", published, data_directory() / "claims.csv", banner)
+    code = _build(root, "site", published, on_shelf("claims.csv"), banner)
     return code or int(bool(stale))
 
 
@@ -610,17 +645,29 @@ def describe(profile: str, provenance: "pd.DataFrame") -> str:
 
 
 def _build(
-    root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
+    root: Path,
+    name: str,
+    pages: list[Path],
+    claims_csv: Path,
+    banner: str,
+    beside: str = "",
 ) -> int:
-    """Stage, build and check a book under _build/NAME; the exit code."""
-    from opd_geometry.book.site import build_site, check_site, stage_site
+    """Stage, build and check a book under _build/NAME; the exit code.
+
+    A reader's own one has a page that holds it beside the published runs.
+    """
+    from opd_geometry.book import site as pages_of
+    from opd_geometry.book.explorer import write_data
 
     place = root / "_build" / name
-    source = stage_site(root, place / "source", pages, banner)
-    (source / "data").mkdir(exist_ok=True)
-    shutil.copy(claims_csv, source / "data" / "claims.csv")
-    page = build_site(source, place / "html")
-    problems = check_site(place / "html", source)
+    source = pages_of.stage_site(root, place / "source", pages, banner)
+    pages_of.add_claims(source, claims_csv)
+    pages_of.add_hero(source)
+    if beside:
+        pages_of.add_page(source, "yours", beside)
+    write_data(source / "book" / "_static" / "explorer-data.js")
+    page = pages_of.build_site(source, place / "html")
+    problems = pages_of.check_site(place / "html", source)
     for problem in problems:
         _complain(problem, 1)
     click.echo(f"Open {page}")

@@ -78,10 +78,11 @@ def draw(profile: str, sample: int, seed: int, arms: Iterable[str]) -> list[Run]
     listed = [run.arm for run in known]
     known = [run for run in known if listed.count(run.arm) >= LEAST_SEEDS]
     if not 0 < sample <= len(known):
+        some = f"1 to {len(known)}, the" if known else "none, there are no"
         raise ValueError(
-            f"sample {sample}: expected 1 to {len(known)}, the committed runs of "
-            f"profile {profile} whose arm has {LEAST_SEEDS} seeds or more; ask for "
-            "fewer, or for other arms"
+            f"sample {sample}: expected {some} committed runs of profile {profile} "
+            f"whose arm has {LEAST_SEEDS} seeds or more; ask for "
+            f"{'fewer, or for other' if known else 'other'} arms"
         )
     return random.Random(seed).sample(known, sample)
 

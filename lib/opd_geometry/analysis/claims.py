@@ -5,27 +5,41 @@ page and every chapter's card are rendered from ``claims_table``.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from opd_geometry.analysis.evidence import arms_matching
+from opd_geometry.analysis.evidence import (
+    READOUTS,
+    Levels,
+    Table,
+    arms_matching,
+    levels_of,
+)
 from opd_geometry.analysis.statements import CLAIMS, RATIO, Claim, claim_of
 from opd_geometry.analysis.verdicts import (
+    RULINGS,
     Control,
+    Evidence,
     Part,
     deciding,
     defined,
     interval,
     ruling,
-    state,
+    states,
     verdict_of,
 )
 from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.experiments.profiles import PUBLISHED, unit_of_n
 from opd_geometry.files import clear_write_errors, replacing
 
 NUMBERS = ("effect", "low", "high")
+READOUT_TEXTS = {
+    "float32": "Float32 master weights.",
+    "bf16": "Weights as stored in bf16: that is what the claim is about.",
+}
 
 
 @dataclass(frozen=True)
@@ -34,114 +48,173 @@ class Finding:
 
     Attributes:
         id: of the claim.
-        n_seeds: seeds behind the effect.
+        readout: what the weights were read from.
+        seeds: those behind the effect.
         effect, low, high: of the part that decides (a failing one, else an open one,
             else the closest call) and its 95 % interval; NaN where undefined.
         unit: of the effect, and which part it is.
-        null, matched: what the control shows, and whether that rules it out.
+        null, matched: the control of that kind that stands most in the way, what it
+            shows, and what became of it.
+        nulls, controls: all of either kind, by what became of them.
         verdict: one of ``verdicts.VERDICTS``.
         runs: arms and seeds it rests on, and what is missing.
     """
 
     id: str
-    n_seeds: int
+    readout: str
+    seeds: tuple[int, ...]
     effect: float
     unit: str
     low: float
     high: float
     null: str
     matched: str
+    nulls: str
+    controls: str
     verdict: str
     runs: str
 
+    @property
+    def n_seeds(self) -> int:
+        """Seeds behind the effect."""
+        return len(self.seeds)
 
-def judge(claim: Claim, table: pd.DataFrame) -> Finding:
+
+def judge(claim: Claim, table: Table, readout: str | None = None) -> Finding:
     """Apply a claim's rule to a tidy table.
 
     Args:
         claim: one of ``CLAIMS``.
-        table: with ``measure.COLUMNS``; at most one run an arm and seed.
+        table: with ``measure.COLUMNS``; at most one run an arm and seed. Or its levels.
+        readout: one of the claim's; None: the one that decides.
 
     Raises:
-        ValueError: columns are missing, or an arm has two runs of one seed.
+        ValueError: columns are missing, an arm has two runs of one seed, or the claim
+            is not judged in that readout.
     """
-    table = _of_claim(claim, table)
-    check_table(table)
-    runs = _runs(claim, table)
-    if missing(claim, table):
+    readout = _readout(claim, readout)
+    levels = _of_claim(claim, table)
+    runs = _runs(claim, levels, readout)
+    if missing(claim, levels, readout):
         nan, none = math.nan, "not measured"
-        return Finding(claim.id, 0, nan, claim.unit, nan, nan, none, none, none, runs)
-    parts, controls = claim.evidence(table)
+        known = (claim.id, readout, (), nan, claim.unit, nan, nan)
+        return Finding(*known, none, none, none, none, none, runs)
+    parts, controls = _evidence(claim, levels, readout)
     shown = deciding(parts)
     effect, low, high = (_shown(x, claim.unit) for x in interval(shown.values))
     return Finding(
         claim.id,
-        len(defined(shown.values)),
+        readout,
+        tuple(int(seed) for seed in defined(shown.values).index),
         effect,
         f"{claim.unit}: {shown.label}",
         low,
         high,
         _control_text(controls, "null", claim.unit),
         _control_text(controls, "matched", claim.unit),
+        _all_text(controls, "null", claim.unit),
+        _all_text(controls, "matched", claim.unit),
         verdict_of(parts, controls),
         runs,
     )
 
 
-def at_papers_ratio(table: pd.DataFrame) -> pd.DataFrame:
+def _readout(claim: Claim, readout: str | None) -> str:
+    if readout is not None and readout not in claim.readouts:
+        known = " or ".join(claim.readouts)
+        raise ValueError(f"readout {readout!r} of {claim.id}: expected {known}")
+    return readout or claim.readouts[0]
+
+
+def _suffix(claim: Claim, readout: str) -> str:
+    """Of the metrics in a readout that stands beside another one."""
+    return READOUTS[readout] if len(claim.readouts) > 1 else ""
+
+
+def _evidence(claim: Claim, table: Levels, readout: str) -> Evidence:
+    suffix = _suffix(claim, readout)
+    return claim.evidence(table, suffix) if suffix else claim.evidence(table)
+
+
+def at_papers_ratio(levels: Levels) -> Levels:
     """The table with RLVR at the paper's ratio of batch and steps in RLVR's place.
 
     The paper's RLVR has 8 times OPD's batch and 3.4 times its steps; the book's main
     verdicts compare the two at one budget.
     """
-    arms = table["arm"].astype(object)
-    others = table.assign(arm=arms)[arms != "rlvr"]
-    return others.replace({"arm": {"rlvr-paper": "rlvr"}})
+    return levels.with_arm("rlvr", "rlvr-paper")
 
 
-def claims_table(table: pd.DataFrame) -> pd.DataFrame:
+def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
     """All claims with their verdicts, in the paper's order.
 
+    Args:
+        table: tidy.
+        profile: of its runs; says what a seed stands for.
+
     Returns:
-        One row a claim: id, paper_item, statement, paper_value, n_seeds, effect, unit,
-        low, high, null, matched, verdict, verdict_at_papers_ratio, rule, runs. The last
-        verdict but one is that of ``at_papers_ratio``, and empty for a claim that does
-        not name RLVR.
+        One row a claim: id, paper_item, statement, paper_value, readout, n_seeds, n
+        (with its unit), effect, unit, low, high, null, matched, nulls, controls,
+        verdict, verdict_in_bf16, verdict_at_papers_ratio, rule, runs. The verdict in
+        bf16 is empty for a claim with one readout, the one at the paper's ratio (that
+        of ``at_papers_ratio``) for a claim that does not name RLVR.
 
     Raises:
         ValueError: as ``judge``.
     """
-    other = at_papers_ratio(table)
+    if "run" in table and "arm" in table:  # compared often below
+        table = table.astype({"run": "category", "arm": "category"})
+    check_table(table)
+    levels = Levels(table)
+    other = at_papers_ratio(levels)
     rows = []
     for claim in CLAIMS:
-        twice = "rlvr" in claim.arms
-        again = judge(claim, other).verdict if twice else ""
-        rows.append(_row(claim, judge(claim, table), again))
+        beside = [judge(claim, levels, readout) for readout in claim.readouts[1:]]
+        ratio = [judge(claim, other)] if "rlvr" in claim.arms else []
+        rows.append(_row(claim, judge(claim, levels), profile, beside, ratio))
     return pd.DataFrame(rows)
 
 
-def _row(claim: Claim, finding: Finding, again: str = "") -> dict[str, object]:
+def _row(
+    claim: Claim,
+    finding: Finding,
+    profile: str,
+    beside: Sequence[Finding] = (),
+    ratio: Sequence[Finding] = (),
+) -> dict[str, object]:
     return {
         "id": claim.id,
         "paper_item": claim.paper_item,
         "statement": claim.statement,
         "paper_value": claim.paper_value,
+        "readout": finding.readout,
         "n_seeds": finding.n_seeds,
+        "n": unit_of_n(profile, finding.seeds),
         "effect": finding.effect,
         "unit": finding.unit,
         "low": finding.low,
         "high": finding.high,
         "null": finding.null,
         "matched": finding.matched,
+        "nulls": finding.nulls,
+        "controls": finding.controls,
         "verdict": finding.verdict,
-        "verdict_at_papers_ratio": again,
+        "verdict_in_bf16": "".join(other.verdict for other in beside),
+        "verdict_at_papers_ratio": "".join(other.verdict for other in ratio),
         "rule": claim.rule,
         "runs": finding.runs,
     }
 
 
-def parts_table(claim_id: str, table: pd.DataFrame) -> pd.DataFrame:
+def parts_table(
+    claim_id: str, table: pd.DataFrame, readout: str | None = None
+) -> pd.DataFrame:
     """Every part and control of a claim, for a chapter's check cell.
+
+    Args:
+        claim_id: of a claim.
+        table: tidy.
+        readout: as in ``judge``.
 
     Returns:
         Columns kind (part, null, matched), label, n_seeds, effect, low, high, asked
@@ -152,12 +225,13 @@ def parts_table(claim_id: str, table: pd.DataFrame) -> pd.DataFrame:
         ValueError: unknown claim, or as ``judge``.
     """
     claim = claim_of(claim_id)
-    table = _of_claim(claim, table)
-    check_table(table)
+    readout = _readout(claim, readout)
+    levels = _of_claim(claim, table)
     judged: list[tuple[str, Part, str]] = []
-    if not missing(claim, table):
-        parts, controls = claim.evidence(table)
-        judged += [("part", part, state(part)) for part in parts]
+    if not missing(claim, levels, readout):
+        parts, controls = _evidence(claim, levels, readout)
+        found = zip(parts, states(parts), strict=True)
+        judged += [("part", part, word) for part, word in found]
         judged += [(c.kind, c.own, ruling(c)) for c in controls]
     rows = [
         (
@@ -202,6 +276,7 @@ def claim_card(
     table: pd.DataFrame,
     provenance: pd.DataFrame | None = None,
     scale: str = "",
+    profile: str = PUBLISHED,
 ) -> str:
     """The card at the top of a chapter, as a markdown table.
 
@@ -210,21 +285,25 @@ def claim_card(
         table: a tidy table, or a claims table.
         provenance: of ``measure.load``; adds what the runs cost.
         scale: what was trained, in a few words; adds them.
+        profile: as in ``claims_table``.
 
     Raises:
         ValueError: unknown claim, or as ``judge``.
     """
     claim = claim_of(claim_id)
     if "verdict" in table.columns:
-        row = table[table["id"] == claim_id].iloc[0].to_dict()
+        row = table[table["id"] == claim_id].iloc[0].fillna("").to_dict()
     else:
-        row = _row(claim, judge(claim, table))
+        beside = [judge(claim, table, readout) for readout in claim.readouts[1:]]
+        row = _row(claim, judge(claim, table), profile, beside)
     lines = [
         ("The claim", f"{claim.statement} ({claim.paper_item}, `{claim.id}`)"),
         ("The paper prints", claim.paper_value),
         ("Here", _effect_text(row)),
-        ("Null", _control_line(claim.null, row["null"])),
-        ("Matched control", _control_line(claim.matched, row["matched"])),
+        ("n", row["n"]),
+        ("Readout", _readout_text(claim, row)),
+        ("Null", _control_line(claim.null, row["nulls"])),
+        ("Matched control", _control_line(claim.matched, row["controls"])),
         ("Verdict", f"**{row['verdict']}**"),
         ("Rule, set before the runs", claim.rule),
         ("Runs", f"{scale}; {row['runs']}" if scale else row["runs"]),
@@ -248,7 +327,8 @@ def check_table(table: pd.DataFrame) -> None:
         raise ValueError(
             f"table without {', '.join(absent)}; expected the columns of measure.load"
         )
-    pairs = table[["run", "arm", "seed"]].drop_duplicates()
+    keys = ["run", "arm", "seed"]
+    pairs = table.groupby(keys, observed=True).size().reset_index()[keys]
     twice = pairs[pairs.duplicated(["arm", "seed"])]
     if len(twice):
         arm, seed = twice.iloc[0][["arm", "seed"]]
@@ -257,41 +337,44 @@ def check_table(table: pd.DataFrame) -> None:
         )
 
 
-def _of_claim(claim: Claim, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows a claim may read: few of many, and each part goes through them again."""
-    if "arm" not in table:
+def _of_claim(claim: Claim, table: Table) -> Levels:
+    """The levels of what a claim may read: few rows of many."""
+    if isinstance(table, Levels):
         return table
-    arms = arms_matching(table, claim.arms + claim.control_arms)
-    return table[table["arm"].isin(arms)]
+    if "arm" in table:
+        arms = arms_matching(table, claim.arms + claim.control_arms)
+        table = table[table["arm"].isin(arms)]
+    check_table(table)
+    return Levels(table)
 
 
-def missing(claim: Claim, table: pd.DataFrame) -> list[str]:
+def missing(claim: Claim, table: Table, readout: str | None = None) -> list[str]:
     """Arms, and metrics of arms, that a claim's parts need and the table lacks."""
-    absent = []
+    levels = levels_of(table)
+    suffix, absent = _suffix(claim, _readout(claim, readout)), []
     for pattern in claim.arms:
-        arms = arms_matching(table, [pattern])
+        arms = arms_matching(levels, [pattern])
         absent += [] if arms else [pattern]
-        for arm in arms:
-            there = set(table.loc[table["arm"] == arm, "metric"].unique())
-            absent += [
-                f"{name} of {arm}" for name in claim.metrics if name not in there
-            ]
+        absent += [
+            f"{name}{suffix} of {arm}"
+            for arm in arms
+            for name in claim.metrics
+            if not levels.has(arm, f"{name}{suffix}")
+        ]
     return absent
 
 
-def _runs(claim: Claim, table: pd.DataFrame) -> str:
+def _runs(claim: Claim, levels: Levels, readout: str) -> str:
     """``opd 0-4; rlvr 0-4; missing: ...``: arms and seeds behind a finding."""
-    arms = list(dict.fromkeys(arms_matching(table, claim.arms + claim.control_arms)))
-    texts = [
-        f"{arm} {_seeds_text(table.loc[table['arm'] == arm, 'seed'])}" for arm in arms
-    ]
+    arms = list(dict.fromkeys(arms_matching(levels, claim.arms + claim.control_arms)))
+    texts = [f"{arm} {_seeds_text(levels.seeds[arm])}" for arm in arms]
     controls = [arm for arm in claim.control_arms if arm not in arms]
-    absent = ", ".join([*missing(claim, table), *controls])
+    absent = ", ".join([*missing(claim, levels, readout), *controls])
     return "; ".join([*texts, f"missing: {absent}"] if absent else texts)
 
 
-def _seeds_text(seeds: pd.Series) -> str:
-    numbers = sorted(int(seed) for seed in seeds.unique())
+def _seeds_text(seeds: Iterable[int]) -> str:
+    numbers = sorted(seeds)
     if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]}-{numbers[-1]}"
     return ",".join(str(number) for number in numbers)
@@ -314,18 +397,42 @@ def _range_text(part: Part, unit: str) -> str:
 
 def _control_text(controls: list[Control], kind: str, unit: str) -> str:
     """The control of a kind that stands most in the claim's way: value and ruling."""
-    order = ("shows it too", "not available", "undecided", "ruled out")
     ours = [control for control in controls if control.kind == kind]
     if not ours:
         return "none"
-    worst = min(ours, key=lambda control: order.index(ruling(control)))
-    value = _shown(interval(worst.own.values)[0], unit)
-    number = "" if math.isnan(value) else f"{value:.4g}, "
-    return f"{worst.own.label}: {number}{ruling(worst)}"
+    worst = min(ours, key=lambda control: RULINGS.index(ruling(control)))
+    return f"{_named(worst, unit)}, {ruling(worst)}"
+
+
+def _all_text(controls: list[Control], kind: str, unit: str) -> str:
+    """All controls of a kind with their values, by what became of them."""
+    found: dict[str, list[str]] = {}
+    for control in controls:
+        if control.kind == kind:
+            found.setdefault(ruling(control), []).append(_named(control, unit))
+    words = sorted(found, key=RULINGS.index)
+    return "; ".join(f"{word}: {', '.join(found[word])}" for word in words) or "none"
+
+
+def _named(control: Control, unit: str) -> str:
+    """Name of a control and the value of what it shows, where there is one."""
+    value = _shown(interval(control.own.values)[0], unit)
+    return control.own.label + ("" if math.isnan(value) else f": {value:.4g}")
 
 
 def _control_line(what: str, shown: object) -> str:
-    return what if shown == "none" else f"{what} Here: {shown}."
+    return what if shown == "none" else f"{what} Here {shown}."
+
+
+def _readout_text(claim: Claim, row: dict[str, object]) -> str:
+    """What the weights were read from, and what another readout would have said."""
+    if len(claim.readouts) == 1:
+        return READOUT_TEXTS[claim.readouts[0]]
+    return (
+        "Float32 master weights decide here. The paper does not say what it read: its "
+        "runs kept float32 master weights, and stored checkpoints are bf16. From bf16: "
+        f"**{row['verdict_in_bf16']}**."
+    )
 
 
 def _effect_text(row: dict[str, object]) -> str:

@@ -15,7 +15,7 @@ from opd_geometry.analysis.claims import check_table, missing
 from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.analysis.verdicts import Part, interval
 from opd_geometry.experiments.profiles import build
-from opd_geometry.experiments.runs import data_directory
+from opd_geometry.experiments.runs import on_shelf
 from opd_geometry.geometry.comparison import MASK_ALPHA
 from opd_geometry.training.policy import PolicyConfig
 
@@ -78,7 +78,7 @@ def printed(name: str) -> pd.DataFrame:
     Raises:
         ValueError: no such file; the message lists them.
     """
-    folder = data_directory() / "paper"
+    folder = on_shelf("paper")
     known = sorted(path.stem for path in folder.glob("*.csv"))
     if name not in known:
         raise ValueError(f"no printed numbers {name!r}; expected {', '.join(known)}")

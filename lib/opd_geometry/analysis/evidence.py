@@ -4,11 +4,17 @@ The quantities and margins were fixed before the runs that they judge. Tables ha
 columns of ``measure.COLUMNS``. Rank, norm, Hill and Sim_K are means over the attention
 matrices, as in the paper's trajectories; everything else is over all matrices of the
 layers, plain means but for sparsity, which is weighted by the matrices' sizes.
+
+What is judged in more than one readout is a function of table and readout: the metrics
+of the other readout are those with its suffix, and so are its nulls'.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -36,6 +42,7 @@ MODEST_FACTOR = 1.5
 NOISE_SHARE = 0.5  # an update with more than this share of a Gaussian's rank is noise
 LOCKED = 0.5  # Sim_K from which an early subspace is nearer to the last one than not
 ACCURACY_MARGIN = 0.05
+KEPT = 0.9  # confinement leaves a run intact from this share of the free run's gain on
 
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
@@ -43,20 +50,130 @@ TOKEN_ARMS = tuple(f"tokens-{s}-{p}" for s in ("top", "random") for p in (50, 25
 VARIANT_ARMS = ("opd-teacher-*", "opd-width-*", "opd-task-*")
 CHAIN = ("accuracy/chain",)  # what every arm trains on, as the paper's AIME
 ALL_ACCURACIES = tuple(f"accuracy/{name}" for name in BENCHMARKS)
-PROJECTED = ("-projected", "-projected-random")  # suffixes: own subspace, random one
+FORMS = ("-projected", "-projected-update")  # suffixes: gradient (the paper's), update
+# Arms at OPD's budget and from its anchor that are no distillation on own rollouts.
+MATCHED_ARMS = ("sft-matched", "sft-learns", "ce-teacher")
+COIN = "rlvr-coin"  # trained on no signal at all
+RATIO_ARMS = ("off-policy", "off-policy-ratio", "off-policy-ratio-clip")
+
+# Readouts to the suffix of their metrics. What is stored in bf16 contains rounding.
+READOUTS = {"float32": "", "bf16": "_bf16"}
+# Nulls to the prefix of their metrics.
+GAUSSIAN = {"Gaussian": "null_"}
+ENTRYWISE = {**GAUSSIAN, "shuffled": "shuffled_"}
+SPECTRAL = {**GAUSSIAN, "turned": "turned_"}
+LOCKING = {"turned increments": "increments_", "walk": "walk_"}
+# The update at the end, scaled to the norm of each checkpoint and stored in bf16.
+ROUNDING = {"rounding alone": "rounding_"}
+# What is known of the final subspace before training begins, or without this run.
+PREDICTORS = {
+    "top subspace of W_0": "similarity_of_weights",
+    "the end of the stage before": "similarity_of_stage",
+    "the end of another arm": "similarity_of_arm",
+    "the end of another seed": "similarity_of_seed",
+}
 
 
 # --- quantities: one number a seed -----------------------------------------------
 
 
-def arms_matching(table: pd.DataFrame, patterns: Iterable[str]) -> list[str]:
+class Levels:
+    """A tidy table, sorted once by what rules ask of it: a metric, then an arm.
+
+    Every rule asks a table for the same means again; here each is taken once.
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        words = ["arm", "role", "metric"]
+        self.table = table.astype(dict.fromkeys(words, "category"))
+        by_metric = self.table.groupby("metric", observed=True, sort=False)
+        self._rows = {str(name): rows for name, rows in by_metric.indices.items()}
+        pairs = table[["arm", "seed"]].drop_duplicates()
+        self.seeds = {
+            str(arm): sorted(int(seed) for seed in seeds)
+            for arm, seeds in pairs.groupby("arm", observed=True)["seed"]
+        }
+        self._alias: dict[str, str] = {}
+        self._kept: dict[object, dict[str, pd.Series]] = {}
+
+    def with_arm(self, arm: str, other: str) -> "Levels":
+        """The same table with another arm in an arm's place."""
+        copy = object.__new__(Levels)
+        copy.__dict__ |= self.__dict__
+        copy._alias = {arm: other}
+        copy.seeds = {a: s for a, s in self.seeds.items() if a not in (arm, other)}
+        if other in self.seeds:
+            copy.seeds[arm] = self.seeds[other]
+        return copy
+
+    def rows(self, metric: str) -> pd.DataFrame:
+        """All rows of a metric."""
+        return self.table.iloc[self._rows.get(metric, [])]
+
+    def has(self, arm: str, metric: str) -> bool:
+        """Whether an arm has any value of a metric."""
+        return arm in self.seeds and self._alias.get(arm, arm) in self._arms(metric)
+
+    def _arms(self, metric: str) -> dict[str, pd.Series]:
+        key = ("arms", metric)
+        if key not in self._kept:
+            self._kept[key] = {
+                str(a): _NOTHING for a in self.rows(metric)["arm"].unique()
+            }
+        return self._kept[key]
+
+    def means(
+        self, arm: str, metric: str, roles: tuple[str, ...], weighted: bool
+    ) -> pd.Series:
+        """As ``over_matrices``."""
+        key = (metric, roles, weighted)
+        if key not in self._kept:
+            self._kept[key] = self._by_arm(metric, roles, weighted)
+        return self._kept[key].get(self._alias.get(arm, arm), _NOTHING)
+
+    def _by_arm(
+        self, metric: str, roles: tuple[str, ...], weighted: bool
+    ) -> dict[str, pd.Series]:
+        rows = self.rows(metric)
+        rows = rows[rows["role"].isin(roles)]
+        weights: float | np.ndarray = 1.0
+        if weighted:
+            names = ["arm", "seed", "matrix"]
+            sizes = self.rows("parameters").set_index(names)["value"]
+            weights = sizes.reindex(pd.MultiIndex.from_frame(rows[names])).to_numpy()
+        sums = pd.DataFrame({"top": rows["value"] * weights, "bottom": weights})
+        keys = [rows["arm"], rows["seed"], rows["step"]]
+        sums = sums.groupby(keys, observed=True).sum(skipna=False)
+        means = sums["top"] / sums["bottom"]
+        by_arm = means.groupby(level="arm", observed=True)
+        return {str(arm): values.droplevel("arm") for arm, values in by_arm}
+
+
+Table: TypeAlias = pd.DataFrame | Levels
+_NOTHING = pd.Series(
+    dtype=float,
+    index=pd.MultiIndex.from_arrays(
+        [np.array([], dtype=int)] * 2, names=["seed", "step"]
+    ),
+)
+
+
+def levels_of(table: Table, arms: Iterable[str] | None = None) -> Levels:
+    """The levels of a table, or of some of its arms."""
+    if isinstance(table, Levels):
+        return table
+    return Levels(table if arms is None else table[table["arm"].isin(list(arms))])
+
+
+def arms_matching(table: Table, patterns: Iterable[str]) -> list[str]:
     """Arms of the table, in the order of the patterns (shell style) that name them."""
-    arms = sorted(str(arm) for arm in table["arm"].unique())
+    there = table.seeds if isinstance(table, Levels) else table["arm"].unique()
+    arms = sorted(map(str, there))
     return [arm for pattern in patterns for arm in arms if fnmatchcase(arm, pattern)]
 
 
 def over_matrices(
-    table: pd.DataFrame,
+    table: Table,
     arm: str,
     metric: str,
     roles: tuple[str, ...],
@@ -65,7 +182,7 @@ def over_matrices(
     """Mean over a model's matrices, indexed by (seed, step) in ascending order.
 
     Args:
-        table: tidy.
+        table: tidy, or its levels.
         arm, metric: which rows.
         roles: of the matrices averaged over.
         weighted: weigh each matrix by its number of entries (metric ``parameters``).
@@ -74,16 +191,7 @@ def over_matrices(
         The means; NaN as soon as one matrix is NaN, so that a seed never counts with
         fewer matrices than the others. Empty without such rows.
     """
-    of_arm = table[(table["arm"] == arm) & table["role"].isin(roles)]
-    rows = of_arm[of_arm["metric"] == metric]
-    weights: float | np.ndarray = 1.0
-    if weighted:
-        sizes = of_arm[of_arm["metric"] == "parameters"].set_index(["seed", "matrix"])
-        keys = pd.MultiIndex.from_frame(rows[["seed", "matrix"]])
-        weights = sizes["value"].reindex(keys).to_numpy()
-    sums = pd.DataFrame({"top": rows["value"] * weights, "bottom": weights})
-    sums = sums.groupby([rows["seed"], rows["step"]]).sum(skipna=False)
-    return sums["top"] / sums["bottom"]
+    return levels_of(table, [arm]).means(arm, metric, roles, weighted)
 
 
 def first(values: pd.Series) -> Values:
@@ -96,38 +204,77 @@ def last(values: pd.Series) -> Values:
     return values.groupby(level="seed").tail(1).droplevel("step")
 
 
-def distance(table: pd.DataFrame, arm: str, other: str) -> Values:
+def distance(table: Table, arm: str, other: str, suffix: str = "") -> Values:
     """How far two stable-rank trajectories lie apart, paired by seed and checkpoint.
 
     mean over checkpoints of |ln(stable rank of arm / stable rank of other)|
     """
     ours, theirs = (
-        over_matrices(table, a, "stable_rank", ATTENTION) for a in (arm, other)
+        over_matrices(table, a, f"stable_rank{suffix}", ATTENTION) for a in (arm, other)
     )
     gaps = np.log(ours / theirs).abs()  # NaN at a step that only one of them has
     return gaps.groupby(level="seed").mean(skipna=False)
 
 
 def accuracy(
-    table: pd.DataFrame, arm: str, metrics: tuple[str, ...], frac: float = 1.0
+    table: Table, arm: str, metrics: tuple[str, ...], frac: float = 1.0
 ) -> Values:
     """Sampled accuracy at a fraction of training, mean over benchmarks."""
-    rows = table[(table["arm"] == arm) & table["metric"].isin(metrics)]
-    end = rows.groupby("seed")["step"].transform("max")
-    rows = rows[rows["step"] == np.maximum(1, (frac * end).round())]
-    scores = rows.pivot(index="seed", columns="metric", values="value")
-    return scores.reindex(columns=list(metrics)).mean(axis=1, skipna=False)
+    levels = levels_of(table, [arm])
+    paths = [levels.means(arm, metric, ("model",), False) for metric in metrics]
+    scores = []
+    for path in paths:
+        steps = path.index.get_level_values("step").to_series(index=path.index)
+        ends = steps.groupby(level="seed").transform("max")
+        wanted = np.maximum(1, (frac * ends).round())
+        scores.append(path[steps == wanted].droplevel("step"))
+    wide = pd.concat(scores, axis=1, keys=metrics)
+    return wide.mean(axis=1, skipna=False)
+
+
+def kept_share(table: Table, free: str, confined: str) -> Values:
+    """Share of what the free run gains after the branch that a confined one gains.
+
+    q + ((confined - stopped) - q (free - stopped)) / mean(free - stopped), q = KEPT
+
+    Sampled accuracies on chain; stopped is the free run at the branch. The mean over
+    seeds is the ratio of the mean gains, and the interval's place beside q is that of
+    the difference of the two gains, so that no seed is divided by its own noise.
+
+    Returns:
+        One number a seed: 1 all of the gain, 0 as if stopped; NaN without a gain.
+    """
+    scores = {
+        "free": accuracy(table, free, CHAIN),
+        "stopped": accuracy(table, free, CHAIN, BRANCH_FRAC),
+        "confined": accuracy(table, confined, CHAIN),
+    }
+    paired = pd.DataFrame(scores).dropna()
+    gain = paired["free"] - paired["stopped"]
+    own = paired["confined"] - paired["stopped"]
+    mean = gain.mean() if gain.mean() > 0.0 else math.nan
+    return KEPT + (own - KEPT * gain) / mean
+
+
+def gain(table: Table, free: str) -> Part:
+    """What there is to lose: the free run's gain after the branch, above the margin."""
+    end, stopped = (accuracy(table, free, CHAIN, frac) for frac in (1.0, BRANCH_FRAC))
+    return Part(f"gain of {free} after the branch", end - stopped, ACCURACY_MARGIN)
 
 
 # --- evidence: the parts and controls of each claim ------------------------------
 
 
 def final_order(
-    *metrics: str, rising: tuple[str, ...], log: bool = False, weighted: bool = False
-) -> Callable[[pd.DataFrame], Evidence]:
+    *metrics: str,
+    rising: tuple[str, ...],
+    nulls: dict[str, str],
+    log: bool = False,
+    weighted: bool = False,
+) -> Callable[[Table], Evidence]:
     """Order of the arms' last checkpoints; several metrics are averaged."""
 
-    def evidence(table: pd.DataFrame) -> Evidence:
+    def evidence(table: Table) -> Evidence:
         def level(arm: str, prefix: str = "") -> Values:
             ends = [
                 last(over_matrices(table, arm, prefix + metric, LAYERS, weighted))
@@ -137,110 +284,183 @@ def final_order(
             return np.log(mean) if log else mean
 
         word = "over" if log else "minus"
-        return ordering(level, lambda arm: level(arm, "null_"), rising, word)
+        return ordering(level, _twins(level, nulls), rising, MATCHED_ARMS, word)
 
     return evidence
 
 
-def principal_depleted(table: pd.DataFrame) -> Evidence:
+def _twins(
+    level: Callable[[str, str], Values], nulls: dict[str, str]
+) -> dict[str, Callable[[str], Values]]:
+    """Name of a null to the level of an arm's twin in it."""
+    return {name: partial(_twin, level, prefix) for name, prefix in nulls.items()}
+
+
+def _twin(level: Callable[[str, str], Values], prefix: str, arm: str) -> Values:
+    return level(arm, prefix)
+
+
+def principal_depleted(table: Table) -> Evidence:
     """The falling order, and how far OPD and RLVR lie below the random baseline."""
     metric = "principal_overlap"
 
     def depletion(arm: str, prefix: str = "") -> Values:
         return MASK_ALPHA - last(over_matrices(table, arm, prefix + metric, LAYERS))
 
-    parts, controls = final_order(metric, rising=("rlvr", "opd", "sft"))(table)
+    order = final_order(metric, rising=("rlvr", "opd", "sft"), nulls=ENTRYWISE)
+    parts, controls = order(table)
     opd, rlvr = (
         Part(f"baseline minus {arm}", depletion(arm)) for arm in ("opd", "rlvr")
     )
+    for part, arm in ((opd, "opd"), (rlvr, "rlvr")):
+        controls += [
+            exceeding("null", part, f"baseline minus {name} {arm}", depletion(arm, at))
+            for name, at in ENTRYWISE.items()
+        ]
     controls += [
-        exceeding(kind, part, f"baseline minus {name}", shown)
-        for kind, part, name, shown in (
-            ("null", opd, "null opd", depletion("opd", "null_")),
-            ("null", rlvr, "null rlvr", depletion("rlvr", "null_")),
-            ("matched", opd, "sft-matched", depletion("sft-matched")),
-        )
+        exceeding("matched", opd, f"baseline minus {arm}", depletion(arm))
+        for arm in MATCHED_ARMS
     ]
     return [*parts, opd, rlvr], controls
 
 
-def not_noise(table: pd.DataFrame, arm: str) -> Control:
+def not_noise(table: Table, arm: str, suffix: str = "") -> Control:
     """The null of rank claims: is the update's stable rank that of Gaussian noise?
 
     A Gaussian keeps one stable rank at any norm, so noise would pass every test of
     constancy; ``own`` holds when the arm has more than half of the Gaussian's.
     """
     ours, noise = (
-        last(over_matrices(table, arm, metric, ATTENTION))
+        last(over_matrices(table, arm, f"{metric}{suffix}", ATTENTION))
         for metric in ("stable_rank", "null_stable_rank")
     )
     bound = math.log(NOISE_SHARE)
-    return Control(
-        "null", Part(f"stable rank, {arm} over null", np.log(ours / noise), bound)
-    )
+    label = f"stable rank, {arm} over Gaussian"
+    return Control("null", Part(label, np.log(ours / noise), bound))
 
 
 def regimes(
     metric: str, band: float, sft_growth: float
-) -> Callable[[pd.DataFrame], Evidence]:
-    """OPD in a band, SFT growing beyond a factor, RLVR shrinking; in that order."""
+) -> Callable[[Table, str], Evidence]:
+    """OPD in a band, SFT growing beyond a factor, RLVR shrinking; in that order.
 
-    def evidence(table: pd.DataFrame) -> Evidence:
+    The Gaussian, the locking nulls, a run on coin flips and, in bf16, rounding alone
+    may grow, shrink and differ likewise, or (not the Gaussian, whose rank is another)
+    stay in the band.
+    """
+
+    def evidence(table: Table, suffix: str = "") -> Evidence:
         def path(arm: str, prefix: str = "") -> pd.Series:
-            return np.log(over_matrices(table, arm, prefix + metric, ATTENTION))
+            name = prefix + metric + suffix
+            return np.log(over_matrices(table, arm, name, ATTENTION))
 
         def change(arm: str, prefix: str = "") -> Values:
             return last(path(arm, prefix)) - first(path(arm, prefix))
 
-        by_seed = path("opd").groupby(level="seed")
-        width = by_seed.max(skipna=False) - by_seed.min(skipna=False)
+        def width(arm: str, prefix: str = "") -> Values:
+            by_seed = path(arm, prefix).groupby(level="seed")
+            return by_seed.max(skipna=False) - by_seed.min(skipna=False)
+
+        def within(label: str, values: Values) -> Part:
+            label = f"{label}, highest over lowest"
+            return Part(label, values, -math.inf, math.log(band))
+
+        nulls = GAUSSIAN | LOCKING | (ROUNDING if suffix else {})
+        ours = ("rlvr", "opd", "sft")
         growth, controls = ordering(
-            change, lambda arm: change(arm, "null_"), ("rlvr", "opd", "sft"), "over"
+            change, _twins(change, nulls), ours, MATCHED_ARMS, "over"
         )
         parts = [
-            Part("opd, highest over lowest", width, -math.inf, math.log(band)),
+            within("opd", width("opd")),
             Part("sft, last over first", change("sft"), math.log(sft_growth)),
             Part("rlvr, last over first", change("rlvr"), -math.inf, 0.0),
             *(Part(f"growth, {part.label}", part.values) for part in growth),
         ]
-        return parts, [*controls, not_noise(table, "opd")]
+        grows = Part("sft, last over first", change("sft"))
+        shrinks = Part("rlvr, first over last", -change("rlvr"))
+        for name, at in nulls.items():
+            for part, shown in (
+                (grows, change("sft", at)),
+                (shrinks, -change("rlvr", at)),
+            ):
+                controls.append(exceeding("null", part, f"{name} {part.label}", shown))
+        label = f"{COIN}, first over last"
+        controls.append(exceeding("null", shrinks, label, -change(COIN)))
+        controls += [
+            Control("null", within(f"{name} opd", width("opd", at)))
+            for name, at in LOCKING.items()
+        ]
+        controls.append(Control("null", within(COIN, width(COIN))))
+        return parts, [*controls, not_noise(table, "opd", suffix)]
 
     return evidence
 
 
-def norm_decoupled(table: pd.DataFrame) -> Evidence:
+def norm_decoupled(table: Table, suffix: str = "") -> Evidence:
     """Two ratios of OPD to RLVR at the end: norm well above 1, stable rank near 1."""
 
     def ratio(metric: str) -> Values:
         opd, rlvr = (
-            last(over_matrices(table, a, metric, ATTENTION)) for a in ("opd", "rlvr")
+            last(over_matrices(table, arm, metric + suffix, ATTENTION))
+            for arm in ("opd", "rlvr")
         )
         return np.log(opd / rlvr)
 
     margin = math.log(COMPARABLE_FACTOR)
     norm = Part("norm, opd over rlvr", ratio("frobenius_norm"), margin)
     rank = equivalence("stable rank, opd over rlvr", ratio("stable_rank"), margin)
-    return [norm, rank], [not_noise(table, arm) for arm in ("opd", "rlvr")]
+    return [norm, rank], [not_noise(table, arm, suffix) for arm in ("opd", "rlvr")]
 
 
-def early_lock(table: pd.DataFrame) -> Evidence:
-    """Sim_K of first checkpoint and last: OPD's level, and OPD above the others."""
+def early_lock(table: Table, suffix: str = "") -> Evidence:
+    """Sim_K of first checkpoint and last: OPD's level, and OPD above the others.
+
+    A null explains the level unless it is shown to have less than half of it, and a
+    difference likewise: chance, the run's own increments turned, a walk, a run on coin
+    flips, and what is known of the final subspace without this run.
+    """
+    metric = "similarity_to_end"
 
     def early(arm: str, prefix: str = "") -> Values:
-        metric = prefix + "similarity_to_end"
-        return first(over_matrices(table, arm, metric, ATTENTION))
+        return first(over_matrices(table, arm, prefix + metric + suffix, ATTENTION))
 
-    above_sft, above_rlvr = (
-        Part(f"opd minus {arm}", early("opd") - early(arm)) for arm in ("sft", "rlvr")
-    )
     level = Part("opd", early("opd"), LOCKED)
-    random = Part("two random subspaces", early("opd", "null_"), LOCKED)
-    gap = early("sft-matched") - early("sft")
-    matched = exceeding("matched", above_sft, "sft-matched minus sft", gap)
-    return [above_sft, above_rlvr, level], [Control("null", random), matched]
+    above = [
+        Part(f"opd minus {arm}", early("opd") - early(arm)) for arm in ("sft", "rlvr")
+    ]
+    shown = {"two random subspaces": early("opd", "null_"), COIN: early(COIN)}
+    shown |= {f"{name} opd": early("opd", prefix) for name, prefix in LOCKING.items()}
+    shown |= {
+        f"{name} as predictor": last(
+            over_matrices(table, "opd", at + suffix, ATTENTION)
+        )
+        for name, at in PREDICTORS.items()
+    }
+    whole = replace(level, lower=0.0)
+    controls = [
+        exceeding("null", whole, name, values) for name, values in shown.items()
+    ]
+    for part, arm in zip(above, ("sft", "rlvr"), strict=True):
+        controls += [
+            exceeding("null", part, f"{name} {part.label}", _gap(early, "opd", arm, at))
+            for name, at in LOCKING.items()
+        ]
+        label = f"{COIN} minus {arm}"
+        controls.append(exceeding("null", part, label, early(COIN) - early(arm)))
+    controls += [
+        exceeding("matched", above[0], f"{arm} minus sft", early(arm) - early("sft"))
+        for arm in MATCHED_ARMS
+    ]
+    return [*above, level], controls
 
 
-def robust_sparsity(table: pd.DataFrame) -> Evidence:
+def _gap(
+    level: Callable[[str, str], Values], high: str, low: str, prefix: str
+) -> Values:
+    return level(high, prefix) - level(low, prefix)
+
+
+def robust_sparsity(table: Table) -> Evidence:
     """Each variant's sparsity within a margin of OPD's own."""
 
     def gap(arm: str, prefix: str = "") -> Part:
@@ -248,96 +468,122 @@ def robust_sparsity(table: pd.DataFrame) -> Evidence:
             last(over_matrices(table, a, prefix + "sparsity", LAYERS, weighted=True))
             for a in (arm, "opd")
         )
-        label = f"{prefix.replace('_', ' ')}{arm} minus opd"
+        label = f"{'Gaussian ' if prefix else ''}{arm} minus opd"
         return equivalence(label, ours - theirs, SPARSITY_MARGIN)
 
     variants = arms_matching(table, VARIANT_ARMS)
     nulls = [Control("null", gap(arm, "null_")) for arm in variants]
-    matched = Control("matched", gap("sft-matched"))
-    return [gap(arm) for arm in variants], [*nulls, matched]
+    matched = [Control("matched", gap(arm)) for arm in MATCHED_ARMS]
+    return [gap(arm) for arm in variants], [*nulls, *matched]
 
 
-def same_trajectory(table: pd.DataFrame, arm: str) -> Part:
+def same_trajectory(table: Table, arm: str, suffix: str = "") -> Part:
     """The arm's stable-rank trajectory is OPD's, within ``SAME_FACTOR``."""
-    label = f"{arm} against opd"
-    return Part(label, distance(table, arm, "opd"), -math.inf, math.log(SAME_FACTOR))
+    apart = distance(table, arm, "opd", suffix)
+    return Part(f"{arm} against opd", apart, -math.inf, math.log(SAME_FACTOR))
 
 
-def kept_trajectories(*arms: str) -> Callable[[pd.DataFrame], Evidence]:
-    """Each arm keeps OPD's trajectory; that says something if sft-matched does not."""
+def kept_trajectories(*arms: str) -> Callable[[Table, str], Evidence]:
+    """Each arm keeps OPD's trajectory; that says something where others do not.
 
-    def evidence(table: pd.DataFrame) -> Evidence:
-        matched = Control("matched", same_trajectory(table, "sft-matched"))
-        parts = [same_trajectory(table, arm) for arm in arms]
-        return parts, [not_noise(table, "opd"), matched]
+    The yardstick is RLVR: where it keeps OPD's trajectory too, nothing was kept that
+    only distillation has. So it is for the matched arms, and a run on coin flips.
+    """
+
+    def evidence(table: Table, suffix: str = "") -> Evidence:
+        def keeps(kind: str, arm: str) -> Control:
+            return Control(kind, same_trajectory(table, arm, suffix))
+
+        controls = [not_noise(table, "opd", suffix), keeps("null", COIN)]
+        controls += [keeps("matched", arm) for arm in ("rlvr", *MATCHED_ARMS)]
+        return [same_trajectory(table, arm, suffix) for arm in arms], controls
 
     return evidence
 
 
-def off_policy(table: pd.DataFrame) -> Evidence:
-    """The trajectory is kept, and the norm is larger by less than ``MODEST_FACTOR``."""
-    parts, controls = kept_trajectories("off-policy")(table)
-    ours, opd = (
-        last(over_matrices(table, arm, "frobenius_norm", ATTENTION))
-        for arm in ("off-policy", "opd")
-    )
-    label, ratio = "norm, off-policy over opd", np.log(ours / opd)
-    return [*parts, Part(label, ratio, 0.0, math.log(MODEST_FACTOR))], controls
+def off_policy(table: Table, suffix: str = "") -> Evidence:
+    """The trajectory is kept, and the norm is larger by less than ``MODEST_FACTOR``.
+
+    In each of three readings of the importance ratio: none, that of student and
+    teacher below 2, and the same clipped as RLVR's.
+    """
+    parts, controls = kept_trajectories(*RATIO_ARMS)(table, suffix)
+
+    def norm(arm: str) -> Values:
+        return last(over_matrices(table, arm, "frobenius_norm" + suffix, ATTENTION))
+
+    for arm in RATIO_ARMS:
+        ratio = np.log(norm(arm) / norm("opd"))
+        label = f"norm, {arm} over opd"
+        parts.append(Part(label, ratio, 0.0, math.log(MODEST_FACTOR)))
+    return parts, controls
 
 
-def mixing(table: pd.DataFrame) -> Evidence:
+def mixing(table: Table, suffix: str = "") -> Evidence:
     """Kept at alpha 0.75 and 0.5, left at 0.05 and 0.01."""
-    parts, controls = kept_trajectories("mix-0.75", "mix-0.50")(table)
+    parts, controls = kept_trajectories("mix-0.75", "mix-0.50")(table, suffix)
     for arm in ("mix-0.05", "mix-0.01"):
-        near = same_trajectory(table, arm)
+        near = same_trajectory(table, arm, suffix)
         parts.append(Part(near.label, near.values, lower=near.upper))
     return parts, controls
 
 
-def sufficient_opd(table: pd.DataFrame) -> Evidence:
-    """Projected OPD is not inferior; held against a random subspace, and stopping."""
+def _intact(table: Table, free: str, suffix: str) -> Part:
+    """A confined run keeps what the free one gains."""
+    confined = free + suffix
+    return Part(f"kept by {confined}", kept_share(table, free, confined), KEPT)
 
-    def every(arm: str) -> Values:
-        return accuracy(table, arm, ALL_ACCURACIES)
 
-    def intact(name: str, difference: Values) -> Part:
-        return Part(f"{name} minus opd", difference, -ACCURACY_MARGIN)
+def _spared(table: Table, free: str, beyond: Values | None = None) -> Control:
+    """A matched arm that keeps its gain when confined, if it has one to lose.
 
-    def control(kind: str, name: str, value: Values) -> Control:
-        beaten = Part(f"opd-projected minus {name}", own - value)
-        return Control(kind, intact(name, value - free), beaten)
+    Args:
+        table: tidy.
+        free: the arm, confined to its own early subspace by gradient.
+        beyond: what the claim's arm keeps, where keeping more would rule this out.
+    """
+    own = _intact(table, free, FORMS[0])
+    label = f"{own.label}, and more by the claim's"
+    more = None if beyond is None else Part(label, beyond - own.values)
+    return Control("matched", own, more, gain(table, free))
 
-    free, own, random = (
-        accuracy(table, f"opd{suffix}", CHAIN) for suffix in ("", *PROJECTED)
-    )
-    stopped = accuracy(table, "opd", CHAIN, BRANCH_FRAC)
+
+def sufficient_opd(table: Table) -> Evidence:
+    """Projected OPD keeps its gain, in both forms; held against random subspaces.
+
+    And against confined arms of other objectives, RLVR among them: what they keep too
+    is not OPD's. Where OPD gains nothing after the branch, no part is decided.
+    """
+    own = [_intact(table, "opd", form) for form in FORMS]
+    every = accuracy(table, "opd-projected", ALL_ACCURACIES)
+    lost = every - accuracy(table, "opd", ALL_ACCURACIES)
+    label = "accuracy on all benchmarks, opd-projected minus opd"
+    controls = []
+    for form, part in zip(FORMS, own, strict=True):
+        random = _intact(table, "opd", f"{form}-random")
+        beaten = Part(f"{part.label}, minus random", part.values - random.values)
+        controls.append(Control("null", random, beaten))
+    kept = own[0].values
+    others = ("rlvr", *MATCHED_ARMS)
+    controls += [_spared(table, arm, kept) for arm in others]
+    return [*own, Part(label, lost, -ACCURACY_MARGIN)], controls
+
+
+def degrades_sft(table: Table) -> Evidence:
+    """Confined SFT loses of its gain, in both forms, and more than OPD does.
+
+    Held against a random subspace, and arms at OPD's budget: if imitation is spared
+    there, the budget and not the objective decides. sft-matched may have no power.
+    """
+    shares = [kept_share(table, "sft", f"sft{form}") for form in FORMS]
+    opd = kept_share(table, "opd", "opd-projected")
     parts = [
-        intact("opd-projected", own - free),
-        intact("all benchmarks, opd-projected", every("opd-projected") - every("opd")),
+        Part(f"kept by sft{form}", share, -math.inf, KEPT)
+        for form, share in zip(FORMS, shares, strict=True)
     ]
-    return parts, [
-        control("null", "opd-projected-random", random),
-        control("matched", "opd at the branch", stopped),
-    ]
-
-
-def degrades_sft(table: pd.DataFrame) -> Evidence:
-    """SFT's loss is beyond the margin and OPD's; held against random, and matched."""
-
-    def loss(arm: str, suffix: str = "-projected") -> Values:
-        return accuracy(table, arm, CHAIN) - accuracy(table, arm + suffix, CHAIN)
-
-    own, random = (loss("sft", suffix) for suffix in PROJECTED)
-    parts = [
-        Part("sft minus sft-projected", own, ACCURACY_MARGIN),
-        Part("loss of sft minus loss of opd", own - loss("opd")),
-    ]
-    worse = Part("sft minus sft-projected-random", random, ACCURACY_MARGIN)
-    beaten = Part("sft-projected minus sft-projected-random", random - own)
-    spared = Part(
-        "sft-matched minus sft-matched-projected",
-        loss("sft-matched"),
-        -math.inf,
-        ACCURACY_MARGIN,
-    )
-    return parts, [Control("null", worse, beaten), Control("matched", spared)]
+    parts.append(Part("kept by opd-projected minus sft-projected", opd - shares[0]))
+    random = kept_share(table, "sft", "sft-projected-random")
+    worse = Part("kept by sft-projected-random", random, -math.inf, KEPT)
+    beaten = Part("sft-projected minus sft-projected-random", shares[0] - random)
+    spared = [_spared(table, arm) for arm in MATCHED_ARMS]
+    return parts, [Control("null", worse, beaten), *spared]

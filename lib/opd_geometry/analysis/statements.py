@@ -7,38 +7,59 @@ written before the runs that they judge.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pandas as pd
-
 from opd_geometry.analysis import evidence as ev
 from opd_geometry.analysis.verdicts import Evidence
 
 RATIO = "ratio"  # averaged as logarithms, shown as a factor
 SHARE = "share of entries"
-ACCURACY = "accuracy"
+KEPT = "share of the gain"
 THREE_ARMS = ("sft", "opd", "rlvr")
 FALLING = ("rlvr", "opd", "sft")
+BOTH = ("float32", "bf16")
 
-GAUSSIAN = "The same of Gaussian updates with the same Frobenius norm per matrix."
+GAUSSIAN = "Gaussian updates with the same Frobenius norm per matrix."
+ENTRYWISE = (
+    "Gaussian updates with the same Frobenius norm per matrix, and the run's own "
+    "float32 updates with their entries shuffled."
+)
+SPECTRAL = (
+    "Gaussian updates with the same Frobenius norm per matrix, and updates with the "
+    "run's own singular values and random singular vectors (turned)."
+)
+NOISE = (
+    "Gaussian updates, the run's own increments each turned by a rotation of its own, "
+    "a walk with the run's own optimizer, rates and step norms, and rlvr-coin, trained "
+    "on coin flips; in bf16 also rounding alone."
+)
 NOT_NOISE = "Gaussian updates: they keep one stable rank, whatever their norm."
-MATCHED = "sft-matched: SFT from OPD's anchor, at OPD's learning rate, steps and batch."
+YARDSTICK = f"{NOT_NOISE} And rlvr-coin, trained on coin flips."
+MATCHED = (
+    "sft-matched, sft-learns and ce-teacher: imitation from OPD's anchor, at OPD's "
+    "learning rate, steps and batch, of mixed demonstrations, of the teacher's kind, "
+    "and of the teacher's own texts."
+)
+RLVR_TOO = f"RLVR, the yardstick. {MATCHED}"
+HOLM = "(if several parts could, by Holm's method)"
 
 ORDER_RULE = (
     "Reproduced when {what} have a 95 % interval above {zero}, not reproduced when one "
-    "lies below. Explained when the null, or sft-matched in OPD's place, shows such a "
-    "difference too, unless it is shown to be less than half of the arms' own."
+    f"lies below {HOLM}. Explained when a null, or a matched arm in OPD's place, shows "
+    "such a difference too, unless it is shown to be less than half of the arms' own."
 )
 BAND_RULE = (
     "Reproduced when OPD's highest over lowest lies below {band:.2f} (the paper's "
     "{of}), SFT grows{beyond} and by more than OPD, and RLVR shrinks and by more than "
     "OPD, each with its whole 95 % interval; not reproduced when an interval lies on "
-    "the other side. Explained when OPD's stable rank is more than half that of noise, "
-    "or the null, or sft-matched in OPD's place, shows half of a difference in growth."
+    f"the other side {HOLM}. Explained when OPD's stable rank is more than half that "
+    "of a Gaussian, when a walk, turned increments or rlvr-coin stay in the band too, "
+    "or when a null, or a matched arm in OPD's place, shows half of a growth."
 )
 KEPT_RULE = (
     f"A trajectory is kept when its distance has a 95 % interval below a factor of "
     f"{ev.SAME_FACTOR:g}. Reproduced when {{what}}, not reproduced when one interval "
-    "lies on the other side. Explained when sft-matched keeps the trajectory too, or "
-    "OPD's stable rank is more than half that of noise."
+    f"lies on the other side {HOLM}. Explained when RLVR, the yardstick, or rlvr-coin "
+    "or a matched arm keeps the trajectory too, or OPD's stable rank is more than half "
+    "that of noise."
 )
 
 
@@ -56,8 +77,10 @@ class Claim:
         rule: how the seeds' numbers become a verdict.
         null, matched: what the claim is held against.
         arms, metrics: what the table must hold (arms may be shell patterns).
-        evidence: tidy table to parts and controls.
+        evidence: tidy table, and the suffix of a readout, to parts and controls.
         control_arms: arms without which a claim that holds stays inconclusive.
+        readouts: what the weights are read from, keys of ``evidence.READOUTS``; the
+            first decides, the others are judged beside it.
     """
 
     id: str
@@ -71,8 +94,13 @@ class Claim:
     matched: str
     arms: tuple[str, ...]
     metrics: tuple[str, ...]
-    evidence: Callable[[pd.DataFrame], Evidence]
-    control_arms: tuple[str, ...] = ("sft-matched",)
+    evidence: Callable[..., Evidence]
+    control_arms: tuple[str, ...] = ev.MATCHED_ARMS
+    readouts: tuple[str, ...] = ("float32",)
+
+
+def _with_projected(*arms: str) -> tuple[str, ...]:
+    return tuple(name for arm in arms for name in (arm, f"{arm}{ev.FORMS[0]}"))
 
 
 CLAIMS = (
@@ -86,11 +114,14 @@ CLAIMS = (
         "sizes: OPD minus SFT, RLVR minus OPD.",
         unit=SHARE,
         rule=ORDER_RULE.format(what="both differences", zero="0"),
-        null=GAUSSIAN,
+        null=ENTRYWISE,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("sparsity", "parameters"),
-        evidence=ev.final_order("sparsity", rising=THREE_ARMS, weighted=True),
+        readouts=("bf16",),
+        evidence=ev.final_order(
+            "sparsity", rising=THREE_ARMS, nulls=ev.ENTRYWISE, weighted=True
+        ),
     ),
     Claim(
         id="sparsity-robust",
@@ -103,12 +134,13 @@ CLAIMS = (
         unit=SHARE,
         rule=f"Reproduced when every difference has a 95 % interval within "
         f"{ev.SPARSITY_MARGIN:g} either way (the paper's widest is 0.055), not "
-        "reproduced when one lies outside. Explained when sft-matched, or a Gaussian "
-        "update with a variant's norm, stays within it too.",
+        f"reproduced when one lies outside {HOLM}. Explained when a matched arm, or a "
+        "Gaussian update with a variant's norm, stays within it too.",
         null=GAUSSIAN,
         matched=MATCHED,
         arms=("opd", *ev.VARIANT_ARMS),
         metrics=("sparsity", "parameters"),
+        readouts=("bf16",),
         evidence=ev.robust_sparsity,
     ),
     Claim(
@@ -121,12 +153,16 @@ CLAIMS = (
         "matrices: SFT over OPD, OPD over RLVR.",
         unit=RATIO,
         rule=ORDER_RULE.format(what="both ratios", zero="1"),
-        null=GAUSSIAN,
+        null=SPECTRAL,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("angle_left_max_deg", "angle_right_max_deg"),
         evidence=ev.final_order(
-            "angle_left_max_deg", "angle_right_max_deg", rising=FALLING, log=True
+            "angle_left_max_deg",
+            "angle_right_max_deg",
+            rising=FALLING,
+            nulls=ev.SPECTRAL,
+            log=True,
         ),
     ),
     Claim(
@@ -139,11 +175,11 @@ CLAIMS = (
         "OPD, OPD over RLVR.",
         unit=RATIO,
         rule=ORDER_RULE.format(what="both ratios", zero="1"),
-        null=GAUSSIAN,
+        null=SPECTRAL,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("nss",),
-        evidence=ev.final_order("nss", rising=FALLING, log=True),
+        evidence=ev.final_order("nss", rising=FALLING, nulls=ev.SPECTRAL, log=True),
     ),
     Claim(
         id="density-order",
@@ -155,11 +191,12 @@ CLAIMS = (
         "matrices: SFT minus OPD, OPD minus RLVR.",
         unit=SHARE,
         rule=ORDER_RULE.format(what="both differences", zero="0"),
-        null=GAUSSIAN,
+        null=ENTRYWISE,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("density",),
-        evidence=ev.final_order("density", rising=FALLING),
+        readouts=("bf16",),
+        evidence=ev.final_order("density", rising=FALLING, nulls=ev.ENTRYWISE),
     ),
     Claim(
         id="principal-depleted",
@@ -172,10 +209,11 @@ CLAIMS = (
         "minus RLVR.",
         unit=SHARE,
         rule=ORDER_RULE.format(what="all four differences", zero="0"),
-        null=GAUSSIAN,
+        null=ENTRYWISE,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("principal_overlap",),
+        readouts=("bf16",),
         evidence=ev.principal_depleted,
     ),
     Claim(
@@ -188,11 +226,14 @@ CLAIMS = (
         "OPD minus SFT, RLVR minus OPD.",
         unit=SHARE,
         rule=ORDER_RULE.format(what="both differences", zero="0"),
-        null=GAUSSIAN,
+        null=ENTRYWISE,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("low_magnitude_overlap",),
-        evidence=ev.final_order("low_magnitude_overlap", rising=THREE_ARMS),
+        readouts=("bf16",),
+        evidence=ev.final_order(
+            "low_magnitude_overlap", rising=THREE_ARMS, nulls=ev.ENTRYWISE
+        ),
     ),
     Claim(
         id="rank-band",
@@ -204,10 +245,12 @@ CLAIMS = (
         "first: SFT, RLVR, SFT over OPD, OPD over RLVR; of OPD highest over lowest.",
         unit=RATIO,
         rule=BAND_RULE.format(band=ev.RANK_BAND, of="28 over 18", beyond=""),
-        null=NOT_NOISE,
+        null=NOISE,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("stable_rank",),
+        control_arms=(ev.COIN, *ev.MATCHED_ARMS),
+        readouts=BOTH,
         evidence=ev.regimes("stable_rank", ev.RANK_BAND, sft_growth=1.0),
     ),
     Claim(
@@ -221,14 +264,15 @@ CLAIMS = (
         unit=RATIO,
         rule=f"Reproduced when the norms' ratio has a 95 % interval above "
         f"{ev.COMPARABLE_FACTOR:g} and the stable ranks' one within that factor of 1, "
-        "not reproduced when an interval lies outside. Explained when the stable rank "
-        "of either is more than half that of noise.",
+        f"not reproduced when an interval lies outside {HOLM}. Explained when the "
+        "stable rank of either is more than half that of noise.",
         null=NOT_NOISE,
         matched="None: the two arms share anchor, learning rate, steps and batch.",
         arms=("opd", "rlvr"),
         metrics=("frobenius_norm", "stable_rank"),
         evidence=ev.norm_decoupled,
         control_arms=(),
+        readouts=BOTH,
     ),
     Claim(
         id="hill-mild",
@@ -242,10 +286,12 @@ CLAIMS = (
         rule=BAND_RULE.format(
             band=ev.HILL_BAND, of="2.9 over 2.3", beyond=" beyond that factor"
         ),
-        null=GAUSSIAN,
+        null=NOISE,
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("hill_alpha", "stable_rank"),
+        control_arms=(ev.COIN, *ev.MATCHED_ARMS),
+        readouts=BOTH,
         evidence=ev.regimes("hill_alpha", ev.HILL_BAND, sft_growth=ev.HILL_BAND),
     ),
     Claim(
@@ -258,13 +304,20 @@ CLAIMS = (
         "OPD minus SFT, OPD minus RLVR, and OPD's own.",
         unit="Sim_K",
         rule=f"Reproduced when both differences have a 95 % interval above 0 and OPD's "
-        f"own one above {ev.LOCKED:g}, not reproduced when one lies below. Explained "
-        f"when random subspaces reach {ev.LOCKED:g} too, or sft-matched lies above SFT "
-        "and is not shown to be nearer to it than to OPD.",
-        null="K/n, the mean Sim_K of two random subspaces.",
+        f"own one above {ev.LOCKED:g}, not reproduced when one lies below {HOLM}. "
+        "Explained when a null has half of OPD's level or of a difference, or a "
+        "matched arm in OPD's place half of the difference from SFT, unless it is "
+        "shown to be less.",
+        null="Two random subspaces (K/n); the run's own increments, each turned by a "
+        "rotation of its own; a walk with the run's own optimizer, rates and step "
+        "norms; rlvr-coin, trained on coin flips; the end of another arm, of another "
+        "seed, of the stage before, and the top subspace "
+        "of W_0 in the place of the early one.",
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("similarity_to_end",),
+        control_arms=(ev.COIN, *ev.MATCHED_ARMS),
+        readouts=BOTH,
         evidence=ev.early_lock,
     ),
     Claim(
@@ -273,38 +326,49 @@ CLAIMS = (
         statement="Confined, after a fifth of training, to the rank-K right subspace "
         "of its update so far, OPD performs as well as unconfined.",
         paper_value="curves and bars only (rank 16, five benchmarks)",
-        quantity="Sampled accuracy at the end, projected minus unprojected OPD: on "
-        "chain, and mean over all benchmarks.",
-        unit=ACCURACY,
-        rule=f"Reproduced when both differences have a 95 % interval above "
-        f"-{ev.ACCURACY_MARGIN:g}, not reproduced when one lies below. Explained when "
-        "a random subspace, or stopping where the projection begins, passes on chain "
-        "too and is not shown to be worse than the projected run.",
-        null="A random subspace of the same rank (opd-projected-random).",
-        matched="OPD stopped at the branch, where the projection begins.",
-        arms=("opd", "opd-projected"),
+        quantity="Share that projected OPD keeps of what unprojected OPD gains on "
+        "chain after the branch, by projected gradients and by projected updates; and "
+        "sampled accuracy over all benchmarks, projected minus unprojected.",
+        unit=KEPT,
+        rule=f"Reproduced when both shares have a 95 % interval above {ev.KEPT:g} and "
+        f"the difference one above -{ev.ACCURACY_MARGIN:g}, not reproduced when one "
+        f"lies below {HOLM}. Explained when a random subspace, RLVR or a matched arm, "
+        f"confined likewise, keeps {ev.KEPT:g} too and is not shown to keep less than "
+        f"OPD. Without power is an arm whose "
+        f"gain is not shown to exceed {ev.ACCURACY_MARGIN:g}.",
+        null="A random subspace of the same rank (opd-projected-random, "
+        "opd-projected-update-random).",
+        matched="rlvr, the yardstick, sft-matched, sft-learns and ce-teacher, each "
+        "projected onto its own early subspace.",
+        arms=("opd", *(f"opd{form}" for form in ev.FORMS)),
         metrics=ev.ALL_ACCURACIES,
         evidence=ev.sufficient_opd,
-        control_arms=("opd-projected-random",),
+        control_arms=(
+            *(f"opd{form}-random" for form in ev.FORMS),
+            *_with_projected("rlvr", *ev.MATCHED_ARMS),
+        ),
     ),
     Claim(
         id="degrades-sft",
         paper_item="Figures 6 and 8",
         statement="The same projection, over the matched window, degrades SFT.",
         paper_value="curves and bars only (rank 16, five benchmarks)",
-        quantity="Loss of sampled accuracy on chain at the end, unprojected minus "
-        "projected: SFT's, and SFT's minus OPD's.",
-        unit=ACCURACY,
-        rule=f"Reproduced when SFT's loss has a 95 % interval above "
-        f"{ev.ACCURACY_MARGIN:g}, and its excess over OPD's loss one above 0; not "
-        "reproduced when one lies below. Explained when a random subspace degrades SFT "
-        "too and is not shown to cost more, or when sft-matched is not degraded.",
+        quantity="Share that projected SFT keeps of what unprojected SFT gains on "
+        "chain after the branch, by projected gradients and by projected updates; and "
+        "OPD's share minus SFT's.",
+        unit=KEPT,
+        rule=f"Reproduced when both shares have a 95 % interval below {ev.KEPT:g}, and "
+        "the difference one above 0; not reproduced when one lies on the other side "
+        f"{HOLM}. Explained when a random subspace degrades SFT too and is not shown "
+        f"to cost more, or when a matched arm keeps {ev.KEPT:g}. Without power is an "
+        f"arm whose gain is not shown to exceed {ev.ACCURACY_MARGIN:g}.",
         null="A random subspace of the same rank (sft-projected-random).",
-        matched="sft-matched, projected onto its own early subspace.",
-        arms=("sft", "sft-projected", "opd", "opd-projected"),
+        matched="sft-matched, sft-learns and ce-teacher, each projected onto its own "
+        "early subspace.",
+        arms=("sft", *(f"sft{form}" for form in ev.FORMS), "opd", "opd-projected"),
         metrics=ev.CHAIN,
         evidence=ev.degrades_sft,
-        control_arms=("sft-projected-random", "sft-matched", "sft-matched-projected"),
+        control_arms=("sft-projected-random", *_with_projected(*ev.MATCHED_ARMS)),
     ),
     Claim(
         id="sparse-tokens",
@@ -316,10 +380,12 @@ CLAIMS = (
         "absolute log ratio over checkpoints: top-gap and random, 50 and 25 %.",
         unit=RATIO,
         rule=KEPT_RULE.format(what="all four arms keep it"),
-        null=NOT_NOISE,
-        matched=MATCHED,
+        null=YARDSTICK,
+        matched=RLVR_TOO,
         arms=("opd", *ev.TOKEN_ARMS),
         metrics=("stable_rank",),
+        control_arms=(ev.COIN, "rlvr", *ev.MATCHED_ARMS),
+        readouts=BOTH,
         evidence=ev.kept_trajectories(*ev.TOKEN_ARMS),
     ),
     Claim(
@@ -329,16 +395,19 @@ CLAIMS = (
         "at a modestly larger norm.",
         paper_value="curves only",
         quantity="Distance of the stable-rank trajectory from OPD's as a factor, and "
-        "the Frobenius norm at the end, off-policy over OPD.",
+        "the Frobenius norm at the end over OPD's; without an importance ratio, with "
+        "that of student and teacher below 2 (the paper's clip of 1.0), and clipped.",
         unit=RATIO,
         rule=KEPT_RULE.format(
-            what="it is kept and the norms' ratio has a 95 % interval between 1 and "
-            f"{ev.MODEST_FACTOR:g}"
+            what="in each of the three readings of the ratio it is kept and the norms' "
+            f"ratio has a 95 % interval between 1 and {ev.MODEST_FACTOR:g}"
         ),
-        null=NOT_NOISE,
-        matched=MATCHED,
-        arms=("opd", "off-policy"),
+        null=YARDSTICK,
+        matched=RLVR_TOO,
+        arms=("opd", *ev.RATIO_ARMS),
         metrics=("stable_rank", "frobenius_norm"),
+        control_arms=(ev.COIN, "rlvr", *ev.MATCHED_ARMS),
+        readouts=BOTH,
         evidence=ev.off_policy,
     ),
     Claim(
@@ -354,10 +423,12 @@ CLAIMS = (
             what="it is kept at alpha = 0.75 and 0.5, and the interval lies above that "
             "factor at 0.05 and 0.01"
         ),
-        null=NOT_NOISE,
-        matched=MATCHED,
+        null=YARDSTICK,
+        matched=RLVR_TOO,
         arms=("opd", "mix-0.75", "mix-0.50", "mix-0.05", "mix-0.01"),
         metrics=("stable_rank",),
+        control_arms=(ev.COIN, "rlvr", *ev.MATCHED_ARMS),
+        readouts=BOTH,
         evidence=ev.mixing,
     ),
 )

@@ -8,15 +8,19 @@ outside it fails, across a bound it is open. Then, in this order:
 2. a part fails                                           ``not reproduced``
 3. a part is open (always with fewer than two seeds)      ``inconclusive``
 4. all hold, and a control shows the effect too           ``explained by a control``
-5. all hold, and a control is undecided or missing        ``inconclusive``
-6. all hold, and every control is ruled out               ``reproduced``
+5. all hold, and a control is undecided, missing, or of
+   a kind of which none has power                         ``inconclusive``
+6. all hold, and every other control is ruled out         ``reproduced``
 
-All parts must hold at once (an intersection-union test), so their number needs no
-correction. Arms are paired by seed. Ratios are averaged as logarithms.
+That all parts hold at once (an intersection-union test) needs no correction for their
+number. That one of several fails does: the failing parts are found by Holm's method at
+5 % for the claim. A control is ``without power`` when what it would have to lose, or to
+show, is not there; it says nothing either way. Arms are paired by seed. Ratios are
+averaged as logarithms.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -32,6 +36,8 @@ VERDICTS = (
     "explained by a control",
     "not measured",
 )
+# What becomes of a control, the one that stands most in a claim's way first.
+RULINGS = ("shows it too", "not available", "undecided", "ruled out", "without power")
 CONFIDENCE = 0.95
 CONTROL_SHARE = 0.5  # a control explains an effect of which it shows half or more
 
@@ -56,11 +62,13 @@ class Control:
         kind: ``null`` or ``matched``.
         own: the claim's test, asked of the control instead of the arms.
         excess: what the arms show beyond the control, where that can be asked.
+        power: what must hold for the control to say anything, if that is in doubt.
     """
 
     kind: str
     own: Part
     excess: Part | None = None
+    power: Part | None = None
 
 
 Evidence = tuple[list[Part], list[Control]]
@@ -106,12 +114,48 @@ def state(part: Part) -> str:
     return "open"
 
 
+def states(parts: Sequence[Part]) -> list[str]:
+    """The state of every part of one claim; several fail only by Holm's method.
+
+    p_(i) <= 0.05 / (m - i + 1) for the i smallest p-values of m parts
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure (1979).
+    """
+    failing = np.array([against(part) for part in parts])
+    order = np.argsort(failing, kind="stable")
+    bounds = (1 - CONFIDENCE) / np.arange(len(parts), 0, -1)
+    passed = np.logical_and.accumulate(failing[order] < bounds)
+    failed = set(order[passed])
+    return [
+        "fails" if i in failed else "holds" if state(part) == "holds" else "open"
+        for i, part in enumerate(parts)
+    ]
+
+
+def against(part: Part) -> float:
+    """Two-sided p-value of the nearer bound, if the mean lies outside of it; else 1.
+
+    2 P(t_(n-1) > |mean - bound| sqrt(n) / s), the level at which ``state`` fails
+    """
+    numbers = defined(part.values).to_numpy()
+    count = len(numbers)
+    if count < 2:
+        return 1.0
+    beyond = max(part.lower - numbers.mean(), numbers.mean() - part.upper)
+    error = numbers.std(ddof=1) / math.sqrt(count)
+    if beyond <= 0.0:
+        return 1.0
+    return float(2 * stats.t.sf(beyond / error, count - 1)) if error else 0.0
+
+
 def ruling(control: Control) -> str:
-    """``ruled out``, ``shows it too``, ``undecided``, ``not available``."""
+    """What becomes of a control: one of ``RULINGS``."""
     own = state(control.own)
     excess = "open" if control.excess is None else state(control.excess)
     if defined(control.own.values).empty:
         return "not available"
+    if control.power is not None and state(control.power) != "holds":
+        return "without power"
     if excess == "holds" or own == "fails":
         return "ruled out"
     if own == "holds" or excess == "fails":
@@ -122,27 +166,34 @@ def ruling(control: Control) -> str:
 def verdict_of(parts: list[Part], controls: list[Control]) -> str:
     """The verdict on what was measured (see the module's docstring)."""
     assert parts, "a claim without parts would hold for nothing"
-    states = {state(part) for part in parts}
-    if "fails" in states:
+    found = set(states(parts))
+    if "fails" in found:
         return "not reproduced"
-    if "open" in states:
+    if "open" in found:
         return "inconclusive"
-    rulings = {ruling(control) for control in controls}
-    if "shows it too" in rulings:
+    rulings = {kind: _rulings(controls, kind) for kind in ("null", "matched")}
+    if any("shows it too" in words for words in rulings.values()):
         return "explained by a control"
-    return "reproduced" if rulings <= {"ruled out"} else "inconclusive"
+    # the powerless do not count beside one that has power
+    left = (words - {"without power"} or words for words in rulings.values())
+    return "reproduced" if set().union(*left) <= {"ruled out"} else "inconclusive"
+
+
+def _rulings(controls: list[Control], kind: str) -> set[str]:
+    return {ruling(control) for control in controls if control.kind == kind}
 
 
 def deciding(parts: list[Part]) -> Part:
     """The part to show: a failing one, else an open one, else the closest call."""
 
-    def rank(part: Part) -> tuple[int, float]:
+    def rank(known: tuple[Part, str]) -> tuple[int, float]:
+        part, word = known
         mean = interval(part.values)[0]
         slack = min(mean - part.lower, part.upper - mean)
-        order = ("fails", "open", "holds").index(state(part))
+        order = ("fails", "open", "holds").index(word)
         return order, math.inf if math.isnan(slack) else slack
 
-    return min(parts, key=rank)
+    return min(zip(parts, states(parts), strict=True), key=rank)[0]
 
 
 def exceeding(kind: str, part: Part, label: str, shown: Values) -> Control:
@@ -157,29 +208,33 @@ def exceeding(kind: str, part: Part, label: str, shown: Values) -> Control:
 
 def ordering(
     level: Callable[[str], Values],
-    null: Callable[[str], Values],
+    nulls: Mapping[str, Callable[[str], Values]],
     rising: tuple[str, ...],
+    matched: tuple[str, ...],
     word: str = "minus",
 ) -> Evidence:
-    """Adjacent differences of arms in claimed order, against the null and sft-matched.
+    """Adjacent differences of arms in claimed order, against nulls and matched arms.
 
     Args:
         level: arm to one number a seed.
-        null: the same of the arm's Gaussian twin.
+        nulls: name of a null to the same of the arm's twin in that null.
         rising: arms, smallest level first.
+        matched: arms that show how far OPD's budget alone goes, in OPD's place.
         word: between two arms in a label (``over`` when levels are logarithms).
     """
     parts, controls = [], []
     for low, high in pairwise(rising):
         part = Part(f"{high} {word} {low}", level(high) - level(low))
         parts.append(part)
-        controls.append(
-            exceeding("null", part, f"null {part.label}", null(high) - null(low))
-        )
-        if {low, high} == {"sft", "opd"}:  # how far the budget alone goes
-            low, high = (arm.replace("opd", "sft-matched") for arm in (low, high))
-            label, shown = f"{high} {word} {low}", level(high) - level(low)
-            controls.append(exceeding("matched", part, label, shown))
+        controls += [
+            exceeding("null", part, f"{name} {part.label}", of(high) - of(low))
+            for name, of in nulls.items()
+        ]
+        if {low, high} == {"sft", "opd"}:
+            for arm in matched:
+                below, above = (arm if end == "opd" else end for end in (low, high))
+                label, shown = f"{above} {word} {below}", level(above) - level(below)
+                controls.append(exceeding("matched", part, label, shown))
     return parts, controls
 
 

@@ -20,6 +20,8 @@ from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge
 from opd_geometry.analysis.statements import claim_of
+from opd_geometry.book.board import VERDICT_MARKS
+from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import PROFILES, build, parse_seeds
@@ -31,13 +33,6 @@ PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
-VERDICT_MARKS = {
-    "reproduced": "✓",
-    "not reproduced": "✗",
-    "inconclusive": "?",
-    "explained by a control": "≈",
-    "not measured": "–",
-}
 
 
 class ParameterError(ValueError):
@@ -227,17 +222,32 @@ def _absent(parameters: Parameters, arm: str) -> list[Run]:
 
 
 def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
-    """A table as it is shown: numbers as text of a few significant digits."""
+    """A table as it is shown: numbers of a few digits, arms and metrics by name."""
 
     def shown(value: object) -> object:
         if not isinstance(value, float):
             return value
         return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
-    def unnamed(_: object) -> None:
-        """The name of an index would take a row of its own."""
+    def label(name: object) -> object:
+        metric = str(name).removeprefix("null_")
+        if name in ARM_STYLES:
+            return ARM_STYLES[str(name)].label
+        if metric in METRIC_LABELS:
+            null = ", null" if metric != name else ""
+            return METRIC_LABELS[metric] + null
+        return name
 
-    return frame.map(shown).rename_axis(index=unnamed, columns=unnamed)
+    # The name of an index would take a row of its own; that of the columns stands in
+    # the corner above it.
+    kinds = {"arm": [*ARM_STYLES], "diagnostic": [*METRIC_LABELS]}
+    kind = [k for k, known in kinds.items() if frame.index.isin(known).any()]
+    corner = str(frame.index.name or (kind[0] if kind else "row"))
+    named = frame.map(shown).rename(index=label, columns=label)
+    single = named.columns.nlevels == 1
+    named.index.names = [None] * named.index.nlevels
+    named.columns.names = [corner] if single else [None] * named.columns.nlevels
+    return named
 
 
 _published: dict[str, Any] = {}  # of this kernel's notebook: name to value
@@ -346,7 +356,8 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         claim_ids: which claims.
 
     Returns:
-        One row a claim: claim, the paper, here, verdict.
+        One row a claim: claim, the paper, here, readout, null, matched control (of
+        either kind the one that stands most in the way), verdict.
 
     Raises:
         ValueError: unknown claim.
@@ -359,6 +370,9 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
                 "claim": f"{claim.statement} ({claim.id})",
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 "here": _here(finding),
+                "readout": finding.readout,
+                "null": finding.null,
+                "matched control": finding.matched,
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )
@@ -383,7 +397,8 @@ def results_table(findings: pd.DataFrame) -> pd.DataFrame:
                 for row in rows
             ],
             "effect [95 %]": [_interval_text(row) for row in rows],
-            "seeds": findings["n_seeds"],
+            "readout": findings["readout"],
+            "n": findings["n"],
             "null": findings["null"],
             "matched control": findings["matched"],
             "verdict": [_verdict_text(row) for row in rows],
@@ -392,13 +407,18 @@ def results_table(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def _verdict_text(row: Mapping[str, Any]) -> str:
-    """The verdict, and the one with RLVR at the paper's ratio where it is another."""
-    verdict, again = row["verdict"], row["verdict_at_papers_ratio"]
-    marked = f"{VERDICT_MARKS[verdict]} {verdict}"
-    if not again:
-        return marked
-    told = "the same" if again == verdict else again
-    return f"{marked}; with RLVR at the paper's ratio: {told}"
+    """The verdict, that from bf16, and that with RLVR at the paper's ratio."""
+    verdict, told = (
+        row["verdict"],
+        [f"{VERDICT_MARKS[row['verdict']]} {row['verdict']}"],
+    )
+    for name, words in (
+        ("verdict_in_bf16", "read in bf16"),
+        ("verdict_at_papers_ratio", "with RLVR at the paper's ratio"),
+    ):
+        if again := row[name]:
+            told.append(f"{words}: {'the same' if again == verdict else again}")
+    return "; ".join(told)
 
 
 def _interval_text(row: Mapping[str, Any]) -> str:
@@ -437,7 +457,8 @@ def claim_cards(
         f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
         f"width {settings.teacher.width}"
     )
-    cards = [claim_card(key, table, provenance, scale) for key in claim_ids]
+    profile = parameters.profile
+    cards = [claim_card(key, table, provenance, scale, profile) for key in claim_ids]
     return markdown("\n".join(cards))
 
 

@@ -23,14 +23,16 @@ from opd_geometry.geometry.comparison import MASK_ALPHA
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
-GREY = "#808080"  # reads on white and on black
-WIDTH = 8.0  # inches; a page of the book shows them at half size
+WIDTH = 7.2  # inches: 700 pixels of a page, so that a point is 1.35 of them
+TEXT = "#333333"
+SMALL = 8.5  # points, 11 pixels: nothing is smaller
 NULL_LABEL = "Gaussian null"
 SUBSPACE_NULL_LABEL = "random subspaces"
 WALK_LABEL = "independent steps"
-_COLOURS = sns.color_palette("colorblind").as_hex()
-BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _COLOURS[:6]
-LIGHT_BLUE = _COLOURS[9]
+# Each at least 4.5:1 on white, and on a dark page as its style sheet turns them.
+GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
+RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
+_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE]
 # Neutral in the middle on a light and on a dark page.
 _DIVERGING = sns.blend_palette([BLUE, "#c8c8c8", RED], as_cmap=True)
 
@@ -143,12 +145,13 @@ def style() -> dict[str, Any]:
     """Settings that read well on a light and on a dark page.
 
     Returns:
-        rcParams: transparent background, grey text and axes, 144 dots per inch.
+        rcParams: transparent background, dark text and axes, 144 dots per inch. A
+        dark page turns light and dark round and keeps the hues (``custom.css``).
     """
-    grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
+    text = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     return {
         **sns.axes_style("ticks"),
-        **dict.fromkeys((*grey, "xtick.color", "ytick.color"), GREY),
+        **dict.fromkeys((*text, "xtick.color", "ytick.color"), TEXT),
         "axes.facecolor": "none",
         "axes.prop_cycle": plt.cycler(color=_COLOURS),
         "axes.spines.right": False,
@@ -158,7 +161,10 @@ def style() -> dict[str, Any]:
         "figure.dpi": 144,
         "figure.facecolor": "none",
         "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9,
+        "font.size": 9.5,
+        "legend.fontsize": SMALL,
+        "xtick.labelsize": SMALL,
+        "ytick.labelsize": SMALL,
         "lines.linewidth": 1.8,
         "savefig.facecolor": "none",
     }
@@ -296,8 +302,11 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
     """
     known = {arm: value for arm, value in values.items() if not np.isnan(value)}
     ranked = sorted(known.items(), key=lambda item: -item[1])
-    text = "; ".join(f"{ARM_STYLES[arm].label} {value:{form}}" for arm, value in ranked)
-    return text.replace("%", "\N{NO-BREAK SPACE}%")
+    return "; ".join(
+        f"{ARM_STYLES[arm].label} "
+        + f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
+        for arm, value in ranked
+    )
 
 
 def with_null(metrics: Iterable[str]) -> list[str]:
@@ -523,7 +532,7 @@ def place_labels(ax: Axes) -> None:
         key: Any = {**look, "clip_on": False, "label": "_key"}
         ax.plot([x, 1.03], [y, at], lw=0.6, **key)
         ax.plot([1.03, 1.1], [at, at], line.get_linestyle(), lw=1.2, **key)
-        ax.text(1.12, at, str(line.get_label()), fontsize=8, va="center", **look)
+        ax.text(1.12, at, str(line.get_label()), fontsize=SMALL, va="center", **look)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -704,7 +713,7 @@ def _draw_map(
         ax=ax,
         annot=len(share) <= ANNOTATED_LAYERS,
         fmt=".0f",
-        annot_kws={"fontsize": 7},
+        annot_kws={"fontsize": SMALL},
         cbar=False,
         cmap=_DIVERGING if overlap else "crest",
         vmin=30 if overlap else 0,
@@ -768,13 +777,13 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
-    few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 5
+    few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 3
     sns.heatmap(
         values,
         ax=ax,
         annot=few,
         fmt=".2g",
-        annot_kws={"fontsize": 6},
+        annot_kws={"fontsize": SMALL},
         cmap="crest",
         vmin=low,
         vmax=high,
@@ -783,69 +792,6 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
     )
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
-
-
-def region_maps(
-    table: pd.DataFrame, arms: Sequence[str], null_of: str = "opd"
-) -> Figure:
-    """Where visible changes lie within one matrix (the 3 x 3 maps of Figure 3).
-
-    Args:
-        table: tidy, with the rows of role ``region`` (see ``measure.map_rows``).
-        arms: the rows.
-        null_of: the arm whose Gaussian null is the last row.
-
-    Returns:
-        The figure: columns as in ``mask_maps``, one square a region of the matrix,
-        means over seeds in per cent; the overlaps' colours are neutral at the mask's
-        own share.
-
-    Raises:
-        ValueError: the table has none of the arms.
-    """
-    rows = [(arm, "") for arm in present(table, arms)]
-    rows += [(arm, "null_") for arm in present(table, [null_of])]
-    regions = table[table["role"] == "region"]
-    with styled():
-        figure, axes = plt.subplots(
-            len(rows), 3, figsize=(WIDTH, 0.4 + 2.2 * len(rows)), layout="constrained"
-        )
-        for row, (arm, prefix) in zip(axes, rows, strict=True):
-            of_arm = regions[regions["arm"] == arm]
-            for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_regions(ax, of_arm[of_arm["metric"] == prefix + metric], metric)
-            label, colour = ARM_STYLES[arm].label, ARM_STYLES[arm].colour
-            row[0].set_ylabel(
-                f"Gaussian null\nof {label}" if prefix else label,
-                color=GREY if prefix else colour,
-            )
-        for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
-    return figure
-
-
-def _draw_regions(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
-    """One map of regions, per cent, mean over seeds."""
-    places = rows["matrix"].str.extract(r"\[(\d+),(\d+)\]$").astype(int)
-    share = 100 * (
-        rows.assign(row=places[0], column=places[1])
-        .groupby(["row", "column"])["value"]
-        .mean()
-        .unstack()
-    )
-    overlap = "overlap" in metric
-    sns.heatmap(
-        share,
-        ax=ax,
-        square=True,
-        cmap=_DIVERGING if overlap else "crest",
-        vmin=20 if overlap else 0,
-        vmax=80 if overlap else 100,
-        xticklabels=False,
-        yticklabels=False,
-        cbar_kws={"shrink": 0.8},
-    )
-    ax.set(xlabel="", ylabel="")
 
 
 def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
@@ -907,7 +853,7 @@ def draw_bars(
             textcoords="offset points",
             ha="left" if right else "right",
             va="center",
-            fontsize=8,
+            fontsize=SMALL,
         )
     ax.axvline(start, color=GREY, lw=1)
     ax.spines["left"].set_visible(False)

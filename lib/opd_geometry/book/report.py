@@ -24,7 +24,7 @@ from opd_geometry import __version__
 from opd_geometry.book import figures
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.profiles import PUBLISHED
-from opd_geometry.experiments.runs import data_directory
+from opd_geometry.experiments.runs import on_shelf
 from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
 
@@ -195,7 +195,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 def paper_numbers(file: str) -> pd.DataFrame:
     """A file of ``data/paper``; no rows where the data are not at hand."""
-    path = data_directory() / "paper" / file
+    path = on_shelf(Path("paper") / file)
     columns = ["item", "arm", "metric", "relation", "value", "unit"]
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
 

@@ -9,8 +9,10 @@ training metrics of every step, accuracies at the checkpoints. The metric ``para
 of every matrix, at step 0, is its number of entries: the weight of its sparsity.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from opd_geometry.experiments.choices import choices
+from opd_geometry.experiments.listing import (
+    DIGESTS,
+    PROVENANCE,
+    TABLE_DIGEST,
+    read_lines,
+    read_listing,
+    write_listing,
+)
 from opd_geometry.experiments.profiles import PROFILES, build
+from opd_geometry.experiments.records import check_seal, digest_of, locked, sealing
 from opd_geometry.experiments.runs import (
     Run,
-    checkpoint,
+    clear_failure,
     confining_bases,
     data_directory,
     ensure,
@@ -34,6 +44,8 @@ from opd_geometry.experiments.runs import (
     one_thread,
     progress,
     run_directory,
+    shelves,
+    sound_checkpoint,
 )
 from opd_geometry.files import clear_write_errors, replacing
 from opd_geometry.geometry import spectra, updates
@@ -135,7 +147,7 @@ def leak_rows(
     if run.branch is None:
         return []
     bases = confining_bases(run)
-    origin = checkpoint(run.branch, run.branch_step())
+    origin = sound_checkpoint(run.branch, run.branch_step())
     rows = []
     for matrix in matrices:
         if matrix.name not in bases:
@@ -213,7 +225,8 @@ def is_measured(run: Run, rank: int) -> bool:
     """Whether a run's table is kept, and whole."""
     try:
         pq.read_metadata(kept_table(run, rank))
-    except (OSError, pa.ArrowInvalid):
+        check_seal(kept_table(run, rank))
+    except (OSError, ValueError, pa.ArrowException):
         return False
     return True
 
@@ -227,11 +240,12 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     """
     ensure(run)
     kept = kept_table(run, rank)
-    with suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
+    with suppress(Exception):  # not there, or damaged, which readers say in many ways
+        check_seal(kept)
         return pd.read_parquet(kept)
     first = 0 if run.branch is None else run.branch_step()
     steps = [step for step in run.checkpoint_steps() if step > first]
-    paths = {step: checkpoint(run, step) for step in [0, *steps]}
+    paths = {step: sound_checkpoint(run, step) for step in [0, *steps]}
     rows: list[tuple[int, str, str, int, str, float]] = []
     with one_thread():
         matrices = list_matrices(paths[0])
@@ -253,56 +267,74 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     table.insert(0, "seed", run.seed)
     table.insert(0, "arm", run.arm)
     table.insert(0, "run", run.key())
-    with clear_write_errors(kept), replacing(kept) as draft:
+    with clear_write_errors(kept), sealing(kept) as draft:
         table.to_parquet(draft, index=False)
+    clear_failure(run)
     return table
 
 
 # --- committed measurements ------------------------------------------------------
 
-PROVENANCE = ["run", "arm", "seed", "steps", "wall_seconds", "machine"]
 RESTORE = "take it from version control, or commit the runs again"
 
 
 def provenance_path() -> Path:
-    """Where the list of all committed runs lies; their tables stand beside it."""
+    """Where runs are committed to: the list of all, their tables beside it."""
     return data_directory() / "measurements" / "runs.csv"
 
 
-def committed_path(run: Run) -> Path:
-    """Where the table of a committed run lies."""
-    return provenance_path().with_name(f"{run.name}.parquet")
+def _listings() -> list[tuple[Path, pd.DataFrame]]:
+    """The lists of committed runs that there are, the data directory's first."""
+    found = []
+    for shelf in shelves():
+        path = shelf / "measurements" / "runs.csv"
+        if path.exists():
+            with _damage(path):
+                found.append((path, read_listing(path)))
+    return found
 
 
 def committed_provenance() -> pd.DataFrame:
     """One row a committed run: run, arm, seed, steps, seconds, versions, machine.
 
     Raises:
-        ValueError: the list cannot be read, or has no run of its own in every line.
+        ValueError: a list cannot be read, or is not as it was written.
     """
-    path = provenance_path()
-    if not path.exists():
+    tables = [table for _, table in _listings() if len(table)]
+    if not tables:
         return pd.DataFrame(columns=PROVENANCE)
-    with _damage(path):
-        table = _with_columns(pd.read_csv(path), PROVENANCE)
-        for seed in table["seed"]:
-            if not str(seed).isdecimal():
-                raise ValueError(f"a seed is {seed}, expected 0 or larger")
-        twice = table["run"][table["run"].duplicated()]
-        if len(twice):
-            raise ValueError(f"it lists run {twice.iloc[0]} twice")
-    return table
+    together = pd.concat(tables, ignore_index=True).drop(columns=[*DIGESTS])
+    return together.drop_duplicates("run", ignore_index=True)
+
+
+def committed_path(run: Run) -> Path:
+    """Where the table of a committed run lies."""
+    return _place_and_digest(run)[0]
+
+
+def _place_and_digest(run: Run) -> tuple[Path, str]:
+    """Path and digest of a run's table by the first list that names it."""
+    name = f"{run.name}.parquet"
+    for path, table in _listings():
+        row = table[table["run"].to_numpy() == run.key()]
+        if len(row):
+            return path.with_name(name), str(row[TABLE_DIGEST].iloc[0])
+    return provenance_path().with_name(name), ""
 
 
 def committed_table(run: Run) -> pd.DataFrame:
     """The table of a run that is listed as committed.
 
     Raises:
-        ValueError: it cannot be read, or holds other rows than those of this run.
+        ValueError: its content is not what was committed, it cannot be read, or it
+            holds other rows than those of this run.
     """
-    path = committed_path(run)
+    path, digest = _place_and_digest(run)
     with _damage(path):
-        table = _with_columns(pd.read_parquet(path), COLUMNS)
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError("its content has another digest than runs.csv says")
+        table = _with_columns(pd.read_parquet(BytesIO(content)), COLUMNS)
         table = table.astype({"step": int, "value": float})
         found = set(table[["run", "arm", "seed"]].itertuples(index=False, name=None))
         if found != {(run.key(), run.arm, run.seed)}:
@@ -317,10 +349,23 @@ def _damage(path: Path) -> Iterator[None]:
     """Turn whatever is wrong with a committed file into one clear line."""
     try:
         yield
-    except (OSError, ValueError) as error:  # those of pandas and pyarrow among them
+    except Exception as error:  # pandas and pyarrow have many kinds of their own
         absent = isinstance(error, FileNotFoundError)
-        what = "missing" if absent else f"damaged: {error}"
+        said = " ".join(str(error).split()) or type(error).__name__
+        what = "missing" if absent else f"damaged: {said}"
         raise ValueError(f"{path} is {what}; {RESTORE}") from error
+
+
+def _refuse_unlisted() -> None:
+    """Refuse tables that no line of their list names: the list has lost lines."""
+    for path, table in _listings():
+        keys = set(table["run"])
+        for found in sorted(path.parent.glob("*.parquet")):
+            if found.stem.rpartition("-")[2] not in keys:
+                raise ValueError(
+                    f"{path} does not name {found.name} beside it, expected every "
+                    f"table; {RESTORE}, or remove the table"
+                )
 
 
 def _with_columns(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -344,7 +389,12 @@ def committed_runs(profile: str) -> list[Run]:
 
 
 def committed(profile: str) -> pd.DataFrame:
-    """The table of a profile's committed runs; empty when there are none."""
+    """The table of a profile's committed runs; empty when there are none.
+
+    Raises:
+        ValueError: a file is damaged, or the list of runs has lost lines.
+    """
+    _refuse_unlisted()
     tables = [committed_table(run) for run in committed_runs(profile)]
     if not tables:
         return pd.DataFrame(columns=COLUMNS)
@@ -400,38 +450,47 @@ def load(
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
 
-def commit(profile: str, runs: Iterable[Run]) -> Path:
+def commit(profile: str, runs: Iterable[Run]) -> tuple[Path, dict[Run, str]]:
     """Put finished runs' tables and provenance where the committed ones lie.
 
     A run takes the place of an earlier one of its name; all others stay.
 
     Returns:
-        The folder.
+        The folder, and the finished runs that were left out, with one line why.
 
     Raises:
-        ValueError: none of the runs is finished, or the files cannot be written.
+        ValueError: none of the runs is finished and whole, or the files cannot be
+            written.
     """
-    runs = [run for run in runs if is_done(run)]
-    if not runs:
-        raise ValueError(
-            f"no finished run of profile {profile} to commit: expected one at least; "
-            "train with opd-geometry run"
-        )
-    listing = provenance_path()
-    with clear_write_errors(listing):
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        for run in runs:  # the tables first: what is listed is there
+    listing, rows, left_out = provenance_path(), [], {}
+    finished = [run for run in runs if is_done(run)]
+    for run in finished:  # the tables first: what is listed is there
+        try:
+            row = provenance_of(run)
             table = measure_run(run, PROFILES[profile].rank)
-            with replacing(committed_path(run)) as draft:
+        except (ValueError, FileNotFoundError) as error:
+            left_out[run] = str(error)
+            continue
+        with clear_write_errors(listing):
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(listing.with_name(f"{run.name}.parquet")) as draft:
                 _narrow(table).to_parquet(draft, index=False, compression="zstd")
-        rows = pd.DataFrame([provenance_of(run) for run in runs])
-        with FileLock(listing.with_suffix(".lock")), replacing(listing) as draft:
-            old = committed_provenance()
-            old = old[~old["run"].isin(rows["run"])]
-            parts = [part for part in (old, rows) if len(part)]
-            merged = pd.concat(parts).sort_values(["arm", "seed"], kind="stable")
-            merged.to_csv(draft, index=False)
-    return listing.parent
+                rows.append({**row, TABLE_DIGEST: digest_of(draft)})
+    if not rows:
+        raise ValueError(
+            next(iter(left_out.values()), "")
+            or f"no finished run of profile {profile} to commit: expected one at "
+            "least; train with opd-geometry run"
+        )
+    with (
+        clear_write_errors(listing),
+        locked(listing.with_suffix(".lock"), str(listing)),
+    ):
+        with _damage(listing):
+            earlier = read_lines(listing) if listing.exists() else []
+        with replacing(listing) as draft:
+            write_listing(draft, earlier, rows)
+    return listing.parent, left_out
 
 
 def _narrow(table: pd.DataFrame) -> pd.DataFrame:

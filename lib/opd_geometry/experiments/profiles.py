@@ -6,7 +6,7 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from opd_geometry.experiments.runs import ProjectionConfig, Run, Stored, stored
@@ -320,6 +320,20 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
         teacher = _shared_teacher(settings, from_scratch)
         return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
     raise ValueError(f"unknown arm {arm!r}; expected {_or(settings.arms)}")
+
+
+def unit_of_n(profile: str, seeds: Sequence[int]) -> str:
+    """What so many seeds stand for: how much of a run each of them draws anew.
+
+    >>> unit_of_n("published", [0, 1, 2, 3])
+    '4 seeds: data, sampling and anchor each; 2 bases, 1 teacher'
+    """
+    if not seeds:
+        return "no seed"
+    bases = len({_base_seed(settings_of(profile), seed) for seed in seeds})
+    count = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
+    shared = f"{bases} base" + ("" if bases == 1 else "s")
+    return f"{count}: data, sampling and anchor each; {shared}, 1 teacher"
 
 
 def settings_of(profile: str) -> Profile:

@@ -13,7 +13,13 @@ Layout of ``data/runs/ARM-sSEED-HASH/``:
 - ``state.pt``: weights, moments, history and step to resume from; ``branch.pt``: the
   same at the step where projected runs branch off;
 - ``progress.json``: for whoever watches; ``done.json``: written last, ``failed.json``:
-  why the last attempt ended (see ``schedule``); ``lock``: held while it trains.
+  why the last attempt ended (see ``schedule``); ``lock``: held while it trains, with
+  whose it is;
+- ``NAME.sha256``: the digest of whatever weights or numbers are read again, checked
+  before they are (see ``records``).
+
+Runs are trained below the data directory that ``OPD_GEOMETRY_DATA`` names. What is
+committed is looked for there first and then in the checkout, which may be read-only.
 """
 
 import dataclasses
@@ -23,20 +29,36 @@ import os
 import platform
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 import opd_geometry
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.experiments.records import (
+    COUNT,
+    NUMBER_OR_NONE,
+    SECONDS,
+    TEXT,
+    check_seal,
+    is_locked,
+    locked,
+    read_history,
+    read_json,
+    seal,
+    sealing,
+    unseal,
+    write_json,
+    write_sealed_json,
+)
+from opd_geometry.files import clear_write_errors
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.projection import (
     project_gradients,
@@ -151,8 +173,19 @@ class Run:
 
     def key(self) -> str:
         """Twelve hexadecimal digits that change with anything that matters."""
-        text = json.dumps(_description(self), sort_keys=True)
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
+        text = json.dumps(self._described, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return _fields(self)
+
+    def __hash__(self) -> int:  # the fields' own takes as long as the key, every time
+        return hash(self._key)
 
     @property
     def name(self) -> str:
@@ -180,23 +213,45 @@ def _description(value: Any) -> Any:
 
     A new field with a default therefore renames no earlier run.
     """
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {
-        field.name: getattr(value, field.name) for field in dataclasses.fields(value)
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    if isinstance(value, Run):
+        return value._described
+    return _fields(value) if dataclasses.is_dataclass(value) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
     return {"type": type(value).__name__} | {
         name: _description(content)
-        for name, content in fields.items()
-        if content != defaults[name]
+        for name, default in _defaults(value.__class__)
+        if (content := getattr(value, name)) != default
     }
+
+
+@lru_cache
+def _defaults(kind: Any) -> list[tuple[str, Any]]:
+    return [(field.name, field.default) for field in dataclasses.fields(kind)]
+
+
+CHECKOUT_DATA = Path(__file__).resolve().parents[3] / "data"
 
 
 def data_directory() -> Path:
     """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
-    default = Path(__file__).resolve().parents[3] / "data"
-    return Path(os.environ.get("OPD_GEOMETRY_DATA") or default)
+    return Path(os.environ.get("OPD_GEOMETRY_DATA") or CHECKOUT_DATA)
+
+
+def shelves() -> list[Path]:
+    """Where committed data may lie: the data directory, then that of the checkout."""
+    return list(dict.fromkeys([data_directory(), CHECKOUT_DATA]))
+
+
+def on_shelf(name: str | Path) -> Path:
+    """Where a committed file or folder lies; in the data directory if nowhere.
+
+    Args:
+        name: relative to the data directory, such as ``paper/table.csv``, or absolute.
+    """
+    places = [shelf / name for shelf in shelves()]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def run_directory(run: Run) -> Path:
@@ -214,27 +269,28 @@ def stored(source: str | Path) -> Stored:
     Raises:
         ValueError: no safetensors there, or a hub id without a revision.
     """
-    directory = data_directory() / source
+    directory = on_shelf(source)
     name, _, revision = str(source).partition("@")
     if revision and not directory.exists():
         return Stored(str(source), revision)
-    if not any(directory.glob("*.safetensors")):
+    entries = list(os.scandir(directory)) if directory.is_dir() else []
+    if not any(entry.name.endswith(".safetensors") for entry in entries):
         raise ValueError(
             f"no checkpoint at {source}: expected a directory with safetensors below "
             f"{data_directory()}, an absolute path, or a hub id with its revision, "
             f"{name}@REVISION"
         )
-    files = sorted(file for file in directory.iterdir() if file.is_file())
-    return Stored(
-        str(source), _digest(tuple((file, file.stat().st_mtime_ns) for file in files))
+    files = sorted(
+        (entry.path, entry.stat().st_mtime_ns) for entry in entries if entry.is_file()
     )
+    return Stored(str(source), _digest(tuple(files)))
 
 
 @lru_cache
-def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+def _digest(files: tuple[tuple[str, int], ...]) -> str:
     """SHA-256 of names and contents, read again only when a file was modified."""
     digest = hashlib.sha256()
-    for file, _ in files:
+    for file in [Path(path) for path, _ in files]:
         content = hashlib.sha256(file.read_bytes()).hexdigest()
         digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()[:16]
@@ -285,7 +341,7 @@ def ensure(run: Run) -> Path:
         ensure(needed)
     with clear_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / "lock"), one_thread():
+        with locked(directory / "lock", run.name), one_thread():
             if not is_done(run):  # another process may have finished it meanwhile
                 _train(run, directory)
     return directory
@@ -294,32 +350,40 @@ def ensure(run: Run) -> Path:
 def is_running(run: Run) -> bool:
     """Whether some process holds the run's lock."""
     directory = run_directory(run)
-    if not directory.is_dir():
-        return False
-    try:
-        with FileLock(directory / "lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a folder that cannot be written holds no running run
-        return False
+    return directory.is_dir() and is_locked(directory / "lock")
 
 
 def progress(run: Run) -> dict[str, Any]:
-    """What a run last said of itself: step, steps, accuracy, wall_seconds; or {}."""
+    """What a run last said of itself: step, steps, accuracy, wall_seconds; or {}.
+
+    Raises:
+        ValueError: it is finished, and its ``done.json`` is damaged.
+    """
+    try:
+        return recorded(run)
+    except ValueError:
+        if is_done(run):
+            raise
+        return {}  # the other record is for watching only
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """The same, where damage to either record is an error.
+
+    Raises:
+        ValueError: one line with the file and what is wrong with it.
+    """
     directory = run_directory(run)
     if (directory / "done.json").is_file():
-        return read_json(directory / "done.json", *SUMMARY)
-    try:
-        return read_json(directory / "progress.json", *SUMMARY)
-    except ValueError:  # not there yet, or damaged: it is for watching only
-        return {}
+        return read_json(directory / "done.json", DONE)
+    if (directory / "progress.json").is_file():
+        return read_json(directory / "progress.json", SUMMARY)
+    return {}
 
 
 def history(run: Run) -> list[dict[str, Any]]:
     """A finished run's per-step metrics and evaluations: step, metric, value."""
-    records = read_json(run_directory(run) / "history.json", "records")["records"]
-    return list(records)
+    return read_history(run_directory(run) / "history.json")
 
 
 def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -337,9 +401,44 @@ def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def _location(source: Stored | Run) -> Path | str:
     """Where a stored checkpoint or a finished run's last checkpoint lies."""
     if isinstance(source, Run):
-        return checkpoint(source)
-    local = data_directory() / source.source
+        return sound_checkpoint(source)
+    local = on_shelf(source.source)
     return local if local.exists() else source.source
+
+
+def sound_checkpoint(run: Run, step: int | None = None) -> Path:
+    """``checkpoint``, once its weights are known to be those that were stored.
+
+    Raises:
+        ValueError: they are not.
+    """
+    place = checkpoint(run, step)
+    if place.is_dir():
+        for weights in place.glob("*.safetensors"):
+            _check(run, weights)
+    return place
+
+
+def _check(run: Run, path: Path) -> bool:
+    """``check_seal``, with what to do in the error."""
+    try:
+        return check_seal(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; remove {run_directory(run)} to train that "
+            "run anew"
+        ) from error
+
+
+def _store_checkpoint(
+    run: Run,
+    step: int,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> None:
+    save_model(model, tokenizer, checkpoint(run, step))
+    for weights in checkpoint(run, step).glob("*.safetensors"):
+        seal(weights)
 
 
 def _train(run: Run, directory: Path) -> None:
@@ -351,7 +450,7 @@ def _train(run: Run, directory: Path) -> None:
     model, tokenizer = starting_model(run)
     check_reads_tasks(tokenizer)
     if not (checkpoint(run, 0) / "config.json").is_file():
-        save_model(model, tokenizer, checkpoint(run, 0))
+        _store_checkpoint(run, 0, model, tokenizer)
     optimizer = adamw(model, run.train.optimizer)
     state = _restore(run, directory, model, optimizer)
     if run.projection is not None:
@@ -362,7 +461,7 @@ def _train(run: Run, directory: Path) -> None:
         step = state["step"] = state["step"] + 1
         state["history"] += _records(step, metrics)
         if step in wanted:
-            save_model(model, tokenizer, checkpoint(run, step))
+            _store_checkpoint(run, step, model, tokenizer)
             state["history"] += _records(step, _evaluate(run, model, tokenizer, step))
         state["wall_seconds"] = spent + time.monotonic() - began
         # the branch first: a run that resumes after this step would not save it again
@@ -371,9 +470,16 @@ def _train(run: Run, directory: Path) -> None:
         if step in wanted or step % save_every == 0:
             _save_state(directory / "state.pt", model, optimizer, state)
         write_json(directory / "progress.json", _summary(run, state))
-    write_json(directory / "history.json", {"records": state["history"]})
-    write_json(directory / "done.json", {**_summary(run, state), **provenance()})
-    (directory / "state.pt").unlink(missing_ok=True)
+    write_sealed_json(directory / "history.json", {"records": state["history"]})
+    write_sealed_json(directory / "done.json", {**_summary(run, state), **provenance()})
+    unseal(directory / "state.pt")
+    clear_failure(run)
+
+
+def clear_failure(run: Run) -> None:
+    """Forget why an earlier attempt failed: the run, or its table, is finished."""
+    with suppress(OSError):  # a folder that cannot be written
+        (run_directory(run) / "failed.json").unlink(missing_ok=True)
 
 
 def _loop(
@@ -427,8 +533,8 @@ def confining_bases(run: Run) -> dict[str, Tensor]:
     assert run.branch is not None
     assert run.projection is not None
     giver, rank = run.donor or run.branch, run.projection.rank
-    origin, _ = load_model(checkpoint(giver, 0))
-    early, _ = load_model(checkpoint(giver, giver.branch_step()))
+    origin, _ = load_model(sound_checkpoint(giver, 0))
+    early, _ = load_model(sound_checkpoint(giver, giver.branch_step()))
     after = dict(early.named_parameters())
     generator = torch.Generator().manual_seed(run.seed)
     bases = {}
@@ -482,15 +588,26 @@ def _restore(
     elif not source.is_file():
         return {"step": 0, "history": [], "wall_seconds": 0.0}
     try:
+        if not check_seal(source):
+            _check_records(source)
         state = torch.load(source, map_location="cpu", weights_only=True)
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:  # torch raises many kinds for a damaged file
+        why = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(
-            f"cannot resume from {source}: {type(error).__name__}, expected the whole "
+            f"cannot resume from {source}: {why}, expected the whole "
             f"state of a run; remove {source.parent} to train it anew"
         ) from error
     return {**state, **own}
+
+
+def _check_records(source: Path) -> None:
+    """Refuse a state from before there were digests whose own checksums do not fit."""
+    with zipfile.ZipFile(source) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its record {damaged} is damaged")
 
 
 def _save_state(
@@ -500,7 +617,7 @@ def _save_state(
     state: dict[str, Any],
 ) -> None:
     """Store everything a resumed run needs, whole or not at all."""
-    with replacing(path) as draft:
+    with sealing(path) as draft:
         content = {
             **state,
             "model": model.state_dict(),
@@ -515,7 +632,14 @@ def _records(step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:
     return [{"step": step, "metric": k, "value": v} for k, v in metrics.items()]
 
 
-SUMMARY = ("step", "steps", "accuracy", "wall_seconds")
+SUMMARY = {
+    "step": COUNT,
+    "steps": COUNT,
+    "accuracy": NUMBER_OR_NONE,
+    "wall_seconds": SECONDS,
+}
+WHERE = ("library", "python", "torch", "transformers", "numpy", "machine")
+DONE = SUMMARY | dict.fromkeys(WHERE, TEXT)
 
 
 def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:
@@ -556,32 +680,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that readers see the old file or the new one."""
-    with replacing(path) as draft:
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """What ``write_json`` wrote, if it is whole.
-
-    Args:
-        path: of a file in a run's directory.
-        keys: that the content must have.
-
-    Raises:
-        ValueError: one line naming the file, if it is missing, damaged or lacks a key.
-    """
-    try:
-        content = json.loads(path.read_text())
-        return {**content, **{key: content[key] for key in keys}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is missing or damaged, expected {', '.join(keys) or 'an object'}; "
-            f"remove {path.parent} to train that run anew"
-        ) from error
 
 
 def _clear_drafts(directory: Path) -> None:

@@ -15,11 +15,13 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from graphlib import TopologicalSorter
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -32,17 +34,24 @@ from opd_geometry.experiments.measure import (
     measure_run,
 )
 from opd_geometry.experiments.profiles import PROFILES
+from opd_geometry.experiments.records import (
+    ANYTHING,
+    SECONDS,
+    TEXT,
+    read_json,
+    write_json,
+)
 from opd_geometry.experiments.runs import (
     Run,
+    clear_failure,
     data_directory,
     ensure,
     is_done,
     is_running,
     one_thread,
     progress,
-    read_json,
+    recorded,
     run_directory,
-    write_json,
 )
 from opd_geometry.printing import duration
 
@@ -64,12 +73,13 @@ class Row:
 
     Attributes:
         run: the run.
-        state: ``done``, ``running``, ``failed`` or ``to do`` (begun or not).
+        state: ``done``, ``damaged`` (finished, with a record that cannot be read),
+            ``running``, ``failed`` or ``to do`` (begun or not).
         step, steps: where it stands, and its length.
         accuracy: last sampled accuracy or mean reward in [0, 1]; None before the first.
         seconds: the whole run on one core; None if nothing like it was ever timed.
         seconds_left: 0 when done; None if unknown.
-        reason: why it failed, else empty.
+        reason: why it failed, or what is damaged; else empty.
     """
 
     run: Run
@@ -102,30 +112,41 @@ def plan(runs: Iterable[Run]) -> list[Row]:
 
     Returns:
         One row a run, in an order in which they can be trained; committed timings
-        serve as estimates.
+        serve as estimates. A run with a damaged record has its reason there.
     """
-    timings = committed_provenance()
+    timings = Timings(committed_provenance())
     return [_row(run, timings) for run in with_needs(runs)]
 
 
-def _row(run: Run, timings: pd.DataFrame) -> Row:
-    state, said = run_state(run), progress(run)
-    seconds = said["wall_seconds"] if state == "done" else estimate(run, timings)
-    step = int(said.get("step", first_step(run)))
+def _row(run: Run, timings: "Timings") -> Row:
+    state, said, reason = run_state(run), {}, ""
+    try:
+        said = recorded(run) if state != "to do" or begun(run) else {}
+    except ValueError as error:
+        reason = str(error)
+        state = "damaged" if state == "done" else state
+    seconds = said["wall_seconds"] if state == "done" else timings.estimate(run)
     return Row(
         run,
         state,
-        step,
+        int(said.get("step", first_step(run))),
         run.train.steps,
         said.get("accuracy"),
         seconds,
-        0.0 if state == "done" else seconds_left(run, said, seconds),
-        failure(run) if state == "failed" else "",
+        0.0 if state in ("done", "damaged") else seconds_left(run, said, seconds),
+        failure(run) if state == "failed" else reason,
     )
+
+
+def begun(run: Run) -> bool:
+    """Whether anything of the run is there."""
+    return run_directory(run).is_dir()
 
 
 def run_state(run: Run) -> str:
     """``done``, ``running``, ``failed`` or ``to do``."""
+    if not begun(run):
+        return "to do"
     if is_done(run):
         return "done"
     if is_running(run):
@@ -135,10 +156,13 @@ def run_state(run: Run) -> str:
 
 def failure(run: Run) -> str:
     """The one-line reason why the run's last attempt failed; empty if it did not."""
-    try:
-        return str(read_json(run_directory(run) / "failed.json", "reason")["reason"])
-    except ValueError:  # it did not fail, or nobody can tell any more
+    path = run_directory(run) / "failed.json"
+    if not path.is_file():
         return ""
+    try:
+        return str(read_json(path, {"reason": TEXT})["reason"])
+    except ValueError as error:  # it did fail, and nobody can tell why any more
+        return str(error)
 
 
 def first_step(run: Run) -> int:
@@ -156,32 +180,45 @@ def seconds_left(
     return seconds
 
 
-def estimate(run: Run, timings: pd.DataFrame) -> float | None:
-    """Seconds for the whole run, as runs of its arm and length took before.
+class Timings:
+    """How long runs took before, here and on the machines of the committed ones.
 
     Args:
-        run: any run.
-        timings: rows with arm, steps and wall_seconds, as of committed_provenance.
-
-    Returns:
-        Their mean; without any, the mean of the finished local runs that trained in
-        the same way; None without these.
+        committed: rows with arm, steps and wall_seconds, as of committed_provenance.
     """
-    if "steps" in timings:
-        same = (timings["arm"] == run.arm) & (timings["steps"] == run.train.steps)
-        if same.any():
-            return float(timings["wall_seconds"][same].mean())
-    took = list(_local_seconds(run))
-    return sum(took) / len(took) if took else None
+
+    def __init__(self, committed: pd.DataFrame) -> None:
+        took = committed.groupby(["arm", "steps"])["wall_seconds"].mean()
+        self.committed = {key: float(seconds) for key, seconds in took.items()}
+
+    def estimate(self, run: Run) -> float | None:
+        """Seconds for the whole run, as runs of its arm and length took before.
+
+        The mean of the committed ones; without any, that of the finished local runs
+        that trained in the same way; None without these.
+        """
+        known = self.committed.get((run.arm, run.train.steps))
+        if known is not None:
+            return known
+        took = self._local.get((run.arm, _settings(asdict(run.train))), [])
+        return sum(took) / len(took) if took else None
+
+    @cached_property
+    def _local(self) -> dict[tuple[str, str], list[float]]:
+        """Arm and settings to the seconds of each finished run in data/runs."""
+        took: dict[tuple[str, str], list[float]] = {}
+        for path in data_directory().glob("runs/*/done.json"):
+            with suppress(ValueError):  # another run's damaged file tells nothing
+                kinds = {"arm": TEXT, "train": ANYTHING}
+                described = read_json(path.with_name("run.json"), kinds)
+                key = described["arm"], _settings(described["train"])
+                seconds = read_json(path, {"wall_seconds": SECONDS})["wall_seconds"]
+                took.setdefault(key, []).append(float(seconds))
+        return took
 
 
-def _local_seconds(run: Run) -> Iterator[float]:
-    train = json.loads(json.dumps(asdict(run.train)))
-    for path in data_directory().glob(f"runs/{run.arm}-s*/done.json"):
-        with suppress(ValueError):  # another run's damaged file tells nothing
-            described = read_json(path.with_name("run.json"), "arm", "train")
-            if described["arm"] == run.arm and described["train"] == train:
-                yield float(read_json(path, "wall_seconds")["wall_seconds"])
+def _settings(train: Any) -> str:
+    return json.dumps(train, sort_keys=True)
 
 
 def priorities(rows: Iterable[Row]) -> dict[Run, float]:
@@ -198,10 +235,12 @@ def priorities(rows: Iterable[Row]) -> dict[Run, float]:
     rows = list(rows)
     unknown = max((row.seconds or 0.0 for row in rows), default=0.0) or 3600.0
     chains: dict[Run, float] = {}
+    longest: dict[Run, float] = {}  # of the chains that wait for a run
     for row in reversed(rows):  # what waits comes before what it waits for
         own = unknown if row.seconds_left is None else row.seconds_left
-        waiting = [chains[r.run] for r in rows if row.run in r.run.needs]
-        chains[row.run] = own + max(waiting, default=0.0)
+        chain = chains[row.run] = own + longest.get(row.run, 0.0)
+        for needed in row.run.needs:
+            longest[needed] = max(chain, longest.get(needed, 0.0))
     return chains
 
 
@@ -391,8 +430,7 @@ def _outcome(run: Run, worker: _Worker) -> str:
     worker.process.join()
     record, code = run_directory(run) / "failed.json", worker.process.exitcode
     if code == 0:
-        with suppress(OSError):
-            record.unlink(missing_ok=True)
+        clear_failure(run)
         return ""
     try:
         reason, details = worker.reasons.recv()
@@ -462,7 +500,10 @@ def progress_line(run: Run) -> str:
 
     Nothing but the name of a run that has said nothing yet.
     """
-    said = progress(run)
+    try:
+        said = progress(run)
+    except ValueError:
+        said = {}
     if not said:
         return f"{short_name(run):<24} starting"
     left = seconds_left(run, said, None)
@@ -472,7 +513,10 @@ def progress_line(run: Run) -> str:
 
 def ended_line(run: Run) -> str:
     """The same of a finished run, with the time it took."""
-    said = progress(run)
+    try:
+        said = recorded(run)
+    except ValueError as error:  # the run's own fault: the others go on
+        return f"{short_name(run):<24} {error}"
     took = duration(said["wall_seconds"])
     return f"{short_name(run):<24} {_standing(said)}  done in {took}"
 

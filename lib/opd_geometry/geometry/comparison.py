@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, gram, spectra, updates
+from opd_geometry.geometry import bits, gram, nulls, spectra, updates
 from opd_geometry.geometry.gram import Decomposition
 
 ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
@@ -332,7 +332,7 @@ def null_weights(
     state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0] >> 1))
     shape = before.w_before.shape
-    return updates.gaussian_noise(shape, norm, generator).add_(before.w_before)
+    return nulls.gaussian_noise(shape, norm, generator).add_(before.w_before)
 
 
 def null_seed(seed: int, name: str, step: int) -> tuple[int, ...]:

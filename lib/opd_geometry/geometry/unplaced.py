@@ -355,13 +355,35 @@ def change_probability(
     [0.5, 1.0]
     """
     _check_scale(scale)
-    w = finite_float64(w_before, "w_before").abs().numpy()
-    cast = finite_float64(w_before.bfloat16(), "w_before cast to bf16").abs().float()
-    low, high = _borders(cast.view(torch.int32).numpy().astype(np.int64) >> 16)
+    down, up = (far.numpy() for far in room(w_before))
     survival = law_of(law).survival
     with np.errstate(over="ignore", under="ignore"):
-        chance = survival((high - w) / scale) + survival((w - low) / scale)
+        chance = survival(up / scale) + survival(down / scale)
     return torch.from_numpy(np.minimum(chance, 1.0))
+
+
+def room(w_before: Tensor) -> tuple[Tensor, Tensor]:
+    """How far |w| can move before its bf16 value changes.
+
+    |w| - a and b - |w|, [a, b] the numbers that bf16 rounds to the value of |w|
+
+    Args:
+        w_before: any shape, any floating dtype.
+
+    Returns:
+        Down and up, float64 of the same shape, 0 and up.
+
+    Raises:
+        ValueError: NaN or inf, also where bf16 has none for a finite value.
+
+    >>> [float(x) * 2**8 for x in room(torch.tensor(1.0))]
+    [0.5, 1.0]
+    """
+    w = finite_float64(w_before, "w_before").abs()
+    cast = finite_float64(w.bfloat16(), "w_before cast to bf16").float()
+    cells = cast.numpy().view(np.int32).astype(np.int64) >> 16
+    low, high = (torch.as_tensor(end).reshape(w.shape) for end in _borders(cells))
+    return (w - low).clamp_min(0.0), (high - w).clamp_min(0.0)
 
 
 def chances(found: Magnitudes, scale: float, law: str | Law = "gaussian") -> np.ndarray:

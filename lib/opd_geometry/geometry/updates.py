@@ -1,10 +1,8 @@
-"""Which entries an update changes, where they sit, and the Gaussian null of it.
+"""Which entries an update changes, where they sit.
 
 What needs no singular values runs at the speed of memory: on the bits of the stored
 numbers, a chunk at a time.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -255,49 +253,3 @@ def mask_overlap(mask: Tensor, update: Tensor) -> float:
             "its overlap is undefined; leave this matrix out"
         )
     return int(np.count_nonzero(mask.cpu().numpy() & updated)) / n_updated
-
-
-def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian update of the same shape and Frobenius norm: the null of any metric.
-
-    ||delta||_F * z / ||z||_F, z_ij ~ N(0, 1) independent
-
-    Args:
-        delta: any shape, w_after - w_before.
-        generator: a CPU generator; the same state gives the same null.
-
-    Returns:
-        Float64 tensor of the same shape and norm; add it to w_before.
-
-    Raises:
-        ValueError: NaN or inf, or a zero update, which has no null to compare with.
-
-    Source: ours; the paper shows no null.
-    """
-    values = finite_float64(delta, "delta")
-    size = torch.linalg.vector_norm(values)
-    if float(size) == 0.0:
-        raise ValueError(
-            "delta is zero, expected a non-zero update: "
-            "its null is zero as well; leave this matrix out"
-        )
-    return gaussian_noise(values.shape, float(size), generator)
-
-
-def gaussian_noise(
-    shape: Sequence[int], size: float, generator: torch.Generator
-) -> Tensor:
-    """Independent Gaussian entries, scaled to a Frobenius norm.
-
-    size * z / ||z||_F, z_ij ~ N(0, 1)
-
-    Args:
-        shape: of the result.
-        size: its Frobenius norm.
-        generator: a CPU generator.
-
-    Returns:
-        Float64 tensor.
-    """
-    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-    return noise.mul_(size / float(torch.linalg.vector_norm(noise)))
