@@ -26,6 +26,7 @@ from opd_geometry.experiments import measure
 from opd_geometry.experiments.profiles import PUBLISHED
 from opd_geometry.experiments.runs import on_shelf
 from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.geometry.pairs import of_language
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
 
 YOURS = "yours"
@@ -161,7 +162,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has the role {', '.join(unknown)}, expected some of "
             f"{', '.join(ROLE_ORDER)}; measure again"
         )
-    return table
+    return of_language(table)
 
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:

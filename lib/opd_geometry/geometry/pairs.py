@@ -905,7 +905,7 @@ def of_language(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of the language model, or all where a table has none or knows no parts."""
     if "part" not in table:
         return table
-    language = table[table["part"].fillna("language") == "language"]
+    language = table[table["part"].isna() | (table["part"] == "language")]
     return language if len(language) else table
 
 
