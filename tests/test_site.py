@@ -168,6 +168,38 @@ def test_a_caption_goes_to_its_figure() -> None:
         site.as_page(v4.new_notebook(cells=[figure, caption]))
 
 
+def test_the_first_page_gets_the_first_figure_that_is_there(tmp_path: Path) -> None:
+    v4 = nbformat.v4
+    shown = {"figure": {"name": "fig-b", "caption": "**B.**"}, "image": {"alt": "A b."}}
+    picture = v4.new_output("display_data", {"image/png": "aGk="})
+    cell = v4.new_code_cell("b()", metadata={"mystnb": shown}, outputs=[picture])
+    toy = nbformat.writes(v4.new_notebook(cells=[cell]))
+    write(tmp_path / "book/chapters/01_toy.ipynb", toy)
+    site.add_hero(tmp_path, ["fig-a", "fig-b"])
+    assert (tmp_path / "book/hero.png").read_bytes() == b"hi"
+    text = (tmp_path / "book/hero.inc").read_text()
+    assert text == "```{figure} hero.png\n:alt: A b.\n\n**B.**\n```\n"
+    with pytest.raises(ValueError, match="no figure fig-a or fig-c"):
+        site.add_hero(tmp_path, ["fig-a", "fig-c"])
+
+
+def test_claims_put_marks_at_their_chapters(root: Path) -> None:
+    toc = {"format": "jb-book", "root": "book/index"}
+    toc["parts"] = [{"chapters": [{"file": "book/chapters/01_localisation"}]}]
+    write(root / "_toc.yml", yaml.safe_dump(toc))
+    title = nbformat.v4.new_markdown_cell("# How many?\n\nText.")
+    page = nbformat.writes(nbformat.v4.new_notebook(cells=[title]))
+    write(root / "book/chapters/01_localisation.ipynb", page)
+    site.add_claims(root, ROOT / "data" / "claims.csv")
+    (entry,) = yaml.safe_load((root / "_toc.yml").read_text())["parts"][0]["chapters"]
+    assert entry["title"].startswith("How many? ")
+    assert set(entry["title"].removeprefix("How many? ")) <= set("✓✗?≈– 0123456789")
+    assert "claims-brief" in (root / "book/board-brief.html").read_text()
+    site.add_page(root, "yours", "# Yours\n")
+    parts = yaml.safe_load((root / "_toc.yml").read_text())["parts"]
+    assert parts[0]["chapters"][0] == {"file": "book/yours"}
+
+
 def test_what_nobody_reads_leaves_the_site(tmp_path: Path) -> None:
     write(tmp_path / "_static/a.js.map", "x" * 100)
     write(tmp_path / "_static/locales/fr/a.json", "{}")

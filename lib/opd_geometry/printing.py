@@ -32,10 +32,14 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def printable(text: str) -> str:
-    """Text whose control characters are written out, as names of files may hold any.
+def visible(text: str) -> str:
+    r"""Text that a terminal or a page can show: control characters are spelt out.
 
-    >>> printable("a\\x1b[2Jb")
-    'a\\\\x1b[2Jb'
+    >>> visible("a\x1b[31mb\n")
+    'a\\x1b[31mb\\n'
     """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )

@@ -37,7 +37,7 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.~*/-])/(?:home|root|Users|tmp|mnt|opt|private|var|work|workspace"
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
-HERO = "fig-ladder"  # the figure of the first page
+HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
 STUMBLES = {
     ' role="doc-biblioentry"': ' role="listitem"',
@@ -306,28 +306,31 @@ def add_claims(source: Path, claims_csv: Path) -> None:
     (source / "_toc.yml").write_text(text, encoding="utf8")
 
 
-def add_hero(source: Path, name: str = HERO) -> None:
+def add_hero(source: Path, names: Sequence[str] = HERO) -> None:
     """Give the first page the figure that tells the story, with its words.
 
     Args:
         source: of ``stage_site``; receives ``hero.png`` and ``hero.inc``.
-        name: of the figure, in the metadata of its cell.
+        names: of figures, in the metadata of their cells; the first one that is there.
 
     Raises:
         ValueError: no chapter has such a figure.
     """
-    for chapter in sorted((source / "book" / "chapters").glob("*.ipynb")):
-        for cell in read_notebook(chapter).cells:
-            shown = cell.metadata.get("mystnb", {})
-            if shown.get("figure", {}).get("name") != name:
-                continue
-            (picture,) = [o.data["image/png"] for o in cell.outputs if "data" in o]
-            (source / "book" / "hero.png").write_bytes(base64.b64decode(picture))
-            alt, caption = shown["image"]["alt"], shown["figure"]["caption"]
-            text = f"```{{figure}} hero.png\n:alt: {alt}\n\n{caption.strip()}\n```\n"
-            (source / "book" / "hero.inc").write_text(text, encoding="utf8")
-            return
-    raise ValueError(f"no figure {name}: name one of a chapter's figures so")
+    found = {
+        cell.metadata["mystnb"]["figure"]["name"]: cell
+        for chapter in (source / "book" / "chapters").glob("*.ipynb")
+        for cell in read_notebook(chapter).cells
+        if "figure" in cell.metadata.get("mystnb", {})
+    }
+    there = [found[name] for name in names if name in found]
+    if not there:
+        raise ValueError(f"no figure {' or '.join(names)}: name a chapter's figure so")
+    shown = there[0].metadata["mystnb"]
+    (picture,) = [o.data["image/png"] for o in there[0].outputs if "data" in o]
+    (source / "book" / "hero.png").write_bytes(base64.b64decode(picture))
+    alt, caption = shown["image"]["alt"], shown["figure"]["caption"]
+    text = f"```{{figure}} hero.png\n:alt: {alt}\n\n{caption.strip()}\n```\n"
+    (source / "book" / "hero.inc").write_text(text, encoding="utf8")
 
 
 def add_page(source: Path, name: str, text: str) -> None:

@@ -27,9 +27,9 @@ def spectrum(left: Tensor, right: Tensor, k: int = 0) -> tuple[Tensor, Tensor | 
     _, r_left = torch.linalg.qr(left, mode="r")
     q_right, r_right = torch.linalg.qr(right.T)
     _, values, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    if not k or len(values) < k:
-        return values, None
-    floor = float(values[0]) * max(left.shape[0], right.shape[1]) * EPS
-    if int((values > floor).sum()) < k:
+    # Two adapters of equal weights cancel but for rounding.
+    scale = float(torch.linalg.norm(left) * torch.linalg.norm(right))
+    values = torch.where(values > scale * max(values.shape) * EPS * 4, values, 0.0)
+    if not k or len(values) < k or float(values[k - 1]) == 0.0:
         return values, None
     return values, q_right @ vh[:k].T

@@ -44,6 +44,7 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     reference,
 )
+from opd_geometry.geometry.readings import of_language
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
@@ -899,14 +900,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             for role, part in [*groups, ("all", table)]
         ]
     )
-
-
-def of_language(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the language model, or all where a table has none or knows no parts."""
-    if "part" not in table:
-        return table
-    language = table[table["part"].isna() | (table["part"] == "language")]
-    return language if len(language) else table
 
 
 def _mean(part: pd.DataFrame, name: str) -> float:
