@@ -6,6 +6,7 @@
 #   PROFILE  size of the runs: see opd-geometry plan --help
 #   SEEDS    one seed, a list such as 0,3, or a range such as 0-4
 #   JOBS     runs at a time, one process and one thread each; default: every core
+#   STUDENT  of PROFILE=pretrained: a directory, a GGUF file, or owner/name@REVISION
 #   FROM     committed (start from the base and teacher that are published) or scratch
 # make PYTHON=/path/to/python3.11 ... picks another interpreter.
 
@@ -14,6 +15,7 @@ PROFILE ?= laptop
 SEEDS   ?= 0
 JOBS    ?= $(shell getconf _NPROCESSORS_ONLN)
 FROM    ?= committed
+STUDENT ?=
 
 BIN       := .venv/bin
 INSTALLED := .venv/installed
@@ -32,7 +34,7 @@ help:
 
 book: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/opd-geometry book --profile $(PROFILE) --seeds $(SEEDS) \
-	  --jobs $(JOBS) --from $(FROM)
+	  --jobs $(JOBS) --from $(FROM) $(if $(STUDENT),--student "$(STUDENT)")
 
 site: $(INSTALLED)
 	$(BIN)/opd-geometry site

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from opd_geometry.analysis import gates
-from opd_geometry.analysis.sensitivity import HANGS, NULL, OPEN, STAYS, Choice, Reading
+from opd_geometry.analysis.sensitivity import Choice, Reading
 from opd_geometry.book import choice_figures as figures
 from opd_geometry.experiments.measure import COLUMNS
 
@@ -93,46 +93,6 @@ def test_leaves_out_an_arm_that_never_moved(table: pd.DataFrame) -> None:
 def test_refuses_a_table_without_the_arms(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="none of the arms rlvr"):
         figures.by_choice(table, ["rlvr"], [[RANK]])
-
-
-def test_the_board_has_a_mark_a_value_in_the_colour_of_the_fate() -> None:
-    found = pd.DataFrame(
-        [
-            ("hill_alpha", "k", "sft", "opd", "<?>", HANGS),
-            ("hill_alpha", "k", NULL, "opd", "<<<", STAYS),
-            ("nss", "which matrices", "sft", "opd", "?>", OPEN),
-        ],
-        columns=["quantity", "choice", "arm", "other", "signs", "fate"],
-    )
-    values = {("hill_alpha", "k"): "1 · 2 · 3", ("nss", "which matrices"): "a · b"}
-    head, ax = figures.board(found, values).axes
-    marks = {
-        (round(float(line.get_xdata()[0])), float(line.get_ydata()[0])): []
-        for line in ax.lines
-        if line.get_marker() in figures.SIGN_MARKERS.values()
-    }
-    for line in ax.lines:
-        if line.get_marker() in figures.SIGN_MARKERS.values():
-            place = round(float(line.get_xdata()[0])), float(line.get_ydata()[0])
-            marks[place].append((line.get_marker(), line.get_color()))
-    red, blue, grey = (figures.FATE_COLOURS[f] for f in (HANGS, STAYS, OPEN))
-    assert marks == {
-        (0, 0.0): [("v", red), (".", red), ("^", red)],
-        (1, 0.0): [("v", blue)] * 3,
-        (0, 1.0): [(".", grey), ("^", grey)],
-    }
-    assert [t.get_text() for t in ax.get_yticklabels()] == [
-        "Hill exponent: k",
-        "spectral shift NSS: which matrices",
-    ]
-    assert [text.get_text() for text in ax.texts] == list(values.values())
-    names = [text.get_text() for text in head.get_yticklabels()]
-    assert names == ["SFT", "OPD", "Gaussian null"]
-    # An open dot for the first, a filled one for the second of each pair.
-    dots = [
-        (c.get_offsets()[0].tolist(), len(c.get_facecolor())) for c in head.collections
-    ]
-    assert dots == [([0, 0], 0), ([0, 1], 1), ([1, 2], 0), ([1, 1], 1)]
 
 
 # --- the bounds of the three-gate account -----------------------------------------

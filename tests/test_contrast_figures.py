@@ -18,11 +18,10 @@ from opd_geometry.analysis.evidence import ACCURACY_MARGIN, ALL_ACCURACIES
 from opd_geometry.book import contrast_figures as figures
 from opd_geometry.book.figures import (
     ARM_STYLES,
-    BLUE,
     CONFINED_STYLES,
     GREY,
     NULL_LABEL,
-    ORANGE,
+    TEXT,
 )
 
 COLOURS = {arm: to_hex(look.colour) for arm, look in ARM_STYLES.items()}
@@ -330,7 +329,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "ladder": lambda table: figures.ladder(
         matching.compared(table, RUNGS, ["nss"]), RUNGS
     ),
-    "board": lambda _: figures.claims_board(board(), VERDICTS),
 }
 ALL = tuple(dict.fromkeys((*MAIN, *CONFINED, *RATES)))
 OF_ARMS = [name for name in FIGURES if name not in ("ladder", "board")]
@@ -357,73 +355,5 @@ def test_draws_one_seed_without_a_range(name: str) -> None:
 def test_is_transparent_and_its_text_reads_on_light_and_dark(name: str) -> None:
     figure = FIGURES[name](with_benchmarks(planted(ALL)))
     assert {part.get_facecolor()[3] for part in (figure, *figure.axes)} == {0}
-    assert colours_written(figure) <= {GREY, *COLOURS.values()}
+    assert colours_written(figure) <= {GREY, TEXT, *COLOURS.values()}
     assert not plt.get_fignums()
-
-
-# --- all claims at once ------------------------------------------------------------
-
-PARTS = {
-    "first": [
-        ("part", "holds"),
-        ("part", "open"),
-        ("null", "ruled out"),
-        ("matched", "not available"),
-    ],
-    "second": [("part", "fails"), ("null", "shows it too"), ("matched", "undecided")],
-    "third": [],  # not measured
-}
-VERDICTS = {
-    "first": "inconclusive",
-    "second": "not reproduced",
-    "third": "not measured",
-}
-
-
-def board() -> dict[str, pd.DataFrame]:
-    columns = ["kind", "outcome"]
-    return {key: pd.DataFrame(rows, columns=columns) for key, rows in PARTS.items()}
-
-
-def test_a_mark_says_for_which_claim_and_of_which_kind_an_outcome_is() -> None:
-    (ax,) = figures.claims_board(board(), VERDICTS).axes
-    marks = sorted(
-        (line.get_ydata()[0], line.get_xdata()[0], line)
-        for line in ax.lines
-        if line.get_marker() not in ("None", "")
-    )
-    # Two columns of parts, then those of nulls and of matched controls.
-    assert [(row, round(place, 6)) for row, place, _ in marks] == [
-        (0, 0.0),
-        (0, 1.0),
-        (0, 3.2),
-        (0, 5.4),
-        (1, 0.0),
-        (1, 3.2),
-        (1, 5.4),
-    ]
-    looks = [
-        (line.get_marker(), to_hex(line.get_markeredgecolor()).upper())
-        for *_, line in marks
-    ]
-    blue, grey, orange = (to_hex(c).upper() for c in (BLUE, GREY, ORANGE))
-    assert looks == [
-        ("o", blue),
-        ("o", grey),
-        ("o", blue),
-        ("_", grey),
-        ("X", orange),
-        ("X", orange),
-        ("o", grey),
-    ]
-    filled = [line.get_markerfacecolor() != "none" for *_, line in marks]
-    assert filled == [True, False, True, False, True, True, False]
-
-
-def test_verdicts_stand_in_the_rows_of_their_claims() -> None:
-    (ax,) = figures.claims_board(board(), VERDICTS).axes
-    assert [text.get_text() for text in ax.get_yticklabels()] == list(PARTS)
-    said = {text.get_position()[1]: text.get_text() for text in ax.texts}
-    assert [said[row] for row in range(3)] == list(VERDICTS.values())
-    low, high = ax.get_ylim()
-    assert low > high  # the first claim is on top

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
@@ -118,7 +118,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
         table, MAIN, ("angle_left_mean_deg", "nss")
     ),
     "maps": lambda table: figures.mask_maps(table, ("opd", "rlvr")),
-    "regions": lambda table: figures.region_maps(table, ("opd", "rlvr")),
     "bars": lambda table: figures.mask_bars(table, MAIN),
     "confined": figures.projected_training,
 }
@@ -288,20 +287,6 @@ def test_maps_show_each_matrix_and_end_with_the_null() -> None:
     assert last.get_ylabel().startswith(figures.NULL_LABEL)
 
 
-def test_regions_lie_where_their_names_say_and_average_over_seeds() -> None:
-    names = ["run", "arm", "matrix", "role", "metric"]  # as they are stored
-    table = planted().astype(dict.fromkeys(names, "category"))
-    figure = figures.region_maps(table, ("opd", "rlvr"))
-    maps = [ax for ax in figure.axes if not colour_bar(ax)]
-    assert len(maps) == 9
-    for row, (place, factor) in enumerate(((2, 1), (3, 1), (2, 0.9))):
-        level = np.array([[0, 1, 2], [10, 11, 12]]) / 100 + 0.01 + place / 10
-        expected = factor * 100 * level
-        for ax in maps[3 * row : 3 * row + 3]:
-            shown = ax.collections[0].get_array().reshape(2, 3)
-            np.testing.assert_allclose(shown, expected)
-
-
 def test_regions_are_no_matrices() -> None:
     table = planted(["opd"], [0])
     without = table[table["role"] != "region"]
@@ -346,7 +331,7 @@ def test_draws_with_one_seed_and_with_missing_arms(
     figure = drawn(name, arms, seeds)
     named = [ax.get_xlabel() or ax.get_ylabel() or outer(ax) for ax in figure.axes]
     assert all(named)
-    if name not in ("maps", "bars", "regions"):
+    if name not in ("maps", "bars"):
         known = {figures.NULL_LABEL, figures.SUBSPACE_NULL_LABEL, "as at 20 %"}
         assert known & set(labels(figure))
     if len(seeds) == 1 and name in ("course", "similarity", "grid", "confined"):
@@ -386,8 +371,12 @@ def test_is_transparent_and_its_text_reads_on_light_and_dark(name: str) -> None:
     assert figure.dpi == 144
     assert figure.get_facecolor()[3] == 0
     assert all(ax.get_facecolor()[3] == 0 for ax in figure.axes if not colour_bar(ax))
-    allowed = {GREY, *(to_hex(style.colour) for style in ARM_STYLES.values())}
-    assert name in ("maps", "regions") or colours_written(figure) <= allowed
+    allowed = {
+        GREY,
+        figures.TEXT,
+        *(to_hex(style.colour) for style in ARM_STYLES.values()),
+    }
+    assert name == "maps" or colours_written(figure) <= allowed
     assert not plt.get_fignums()
 
 
@@ -427,3 +416,37 @@ def test_labels_of_equal_ends_keep_the_order_of_their_starts() -> None:
     heights = {text.get_text(): text.get_position()[1] for text in ax.texts}
     ranked = [ARM_STYLES[arm].label for arm in first.sort_values().index]
     assert sorted(ranked, key=lambda label: heights[label]) == ranked
+
+
+# --- colours -------------------------------------------------------------------
+
+
+def contrast(colour: str, page: str) -> float:
+    """The ratio of two colours' luminances, as WCAG defines it."""
+    lights = []
+    for name in (colour, page):
+        rgb = np.array(to_rgb(name))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        lights.append(float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05)
+    return max(lights) / min(lights)
+
+
+def on_a_dark_page(colour: str) -> str:
+    """CSS invert(1) hue-rotate(180deg): twice the grey of the inverse, less itself."""
+    inverse = 1 - np.array(to_rgb(colour))
+    turned = 2 * inverse @ [0.213, 0.715, 0.072] - inverse
+    return to_hex(np.clip(turned, 0, 1))
+
+
+@pytest.mark.parametrize("colour", {*figures._COLOURS, figures.GREY, figures.TEXT})
+def test_colours_stand_out_on_both_pages(colour: str) -> None:
+    assert contrast(colour, "#ffffff") >= 4.5
+    assert contrast(on_a_dark_page(colour), "#121212") >= 4.5
+
+
+def test_no_text_is_smaller_than_eleven_pixels() -> None:
+    pixels_a_point = 672 / (72 * figures.WIDTH)  # as wide as a page's column
+    with figures.styled():
+        for name in ("font.size", "xtick.labelsize", "ytick.labelsize"):
+            assert plt.rcParams[name] * pixels_a_point >= 11
+    assert figures.SMALL * pixels_a_point >= 11

@@ -8,8 +8,10 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from opd_geometry.training.models import ModelConfig, build_model
 from opd_geometry.training.optimizer import (
+    Compute,
     OptimizerConfig,
     adamw,
+    autocast,
     learning_rate,
     set_learning_rate,
 )
@@ -122,3 +124,80 @@ def test_the_default_betas_are_the_paper_s() -> None:
 def test_a_norm_that_stops_everything_is_refused(norm: float) -> None:
     with pytest.raises(ValueError, match=r"max_grad_norm .* expected above 0"):
         OptimizerConfig(1e-3, max_grad_norm=norm)
+
+
+# --- bf16 copies ---------------------------------------------------------------------
+
+
+def layers() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+    model.register_buffer("angles", torch.rand(3))
+    return model
+
+
+def test_masters_keep_what_is_too_small_for_the_copy() -> None:
+    """A step of a hundredth of half a unit in the last place is not lost."""
+    masters = layers()
+    compute = Compute(masters, "bf16-copy")
+    optimizer = torch.optim.SGD(masters.parameters(), lr=1e-7)
+    before = [p.detach().clone() for p in masters.parameters()]
+    low_before = [p.detach().clone() for p in compute.model.parameters()]
+    for _ in range(3):
+        compute.model(torch.ones(4, 8, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        compute.refresh()
+    for old, p in zip(before, masters.parameters(), strict=True):
+        assert p.dtype == torch.float32
+        assert not torch.equal(old, p)
+    for old, p in zip(low_before, compute.model.parameters(), strict=True):
+        assert torch.equal(old, p)
+
+
+def test_gradients_add_up_in_float32() -> None:
+    """1 + 2^-9 is 1 in bf16: the sum of two passes must not be rounded to it."""
+    masters = torch.nn.Linear(1, 1, bias=False)
+    compute = Compute(masters, "bf16-copy")
+    for value in (1.0, 2.0**-9):
+        x = torch.full((1, 1), value, dtype=torch.bfloat16)
+        compute.model(x).sum().backward()
+    assert masters.weight.grad is not None
+    assert masters.weight.grad.item() == 1.0 + 2.0**-9
+    assert compute.model.weight.grad is None
+
+
+def test_the_copy_follows_its_masters_and_keeps_buffers() -> None:
+    masters = layers()
+    compute = Compute(masters, "bf16-copy")
+    assert compute.model.angles.dtype == torch.float32
+    with torch.no_grad():
+        for p in masters.parameters():
+            p.mul_(1.7)
+    compute.refresh()
+    pairs = zip(masters.parameters(), compute.model.parameters(), strict=True)
+    for master, low in pairs:
+        assert torch.equal(low, master.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_without_a_copy_the_masters_compute(precision: str) -> None:
+    masters = layers()
+    compute = Compute(masters, precision)
+    assert compute.model is masters
+    compute.refresh()
+    assert autocast(precision) == precision
+
+
+def test_fused_steps_are_those_of_adamw() -> None:
+    found = []
+    for fused in (False, True):
+        model = layers()
+        optimizer = adamw(model, OptimizerConfig(1e-2, fused=fused))
+        for _ in range(5):
+            model(torch.ones(4, 8)).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from opd_geometry.training import losses, policy, tasks
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.training.optimizer import OptimizerConfig, adamw
+from opd_geometry.training.optimizer import OptimizerConfig, adamw, bfloat16_copy
 from opd_geometry.training.policy import PolicyConfig, draw_prompts, policy_steps
 from opd_geometry.training.rollout import (
     Rollout,
@@ -647,3 +647,51 @@ def test_the_teacher_is_asked_at_the_temperature_of_the_rollouts(
 def test_likelihood_has_nothing_to_mix(other: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="credit likelihood with alpha"):
         replace(OPD, credit="likelihood", **other)
+
+
+# --- precision and the source of the gap ---------------------------------------------
+
+
+def low() -> PreTrainedModel:
+    """The student as its own teacher, in bf16."""
+    return bfloat16_copy(tiny())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("rollouts", ["student", "teacher"])
+def test_gap_of_a_student_and_itself_is_exactly_zero(rollouts: str) -> None:
+    """Scoring both in one way leaves nothing, in bf16 too; mixing the ways does."""
+    config = replace(
+        OPD,
+        steps=1,
+        rollouts=rollouts,
+        mixed_precision="bf16-copy",
+        gap_from="scoring",
+    )
+    _, [metrics] = trained(config, low())
+    assert metrics["gap"] == 0.0
+    assert metrics["grad_norm"] == 0.0
+
+
+def test_mixed_sources_leave_a_gap_in_bf16() -> None:
+    config = replace(OPD, steps=1, mixed_precision="bf16-copy")
+    _, [metrics] = trained(config, low())
+    assert metrics["gap"] != 0.0
+
+
+def test_scoring_and_rollout_agree_in_float32() -> None:
+    one, other = (
+        trained(replace(OPD, steps=1, gap_from=source))
+        for source in ("rollout", "scoring")
+    )
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-6)
+    assert one[1][0]["gap"] == pytest.approx(other[1][0]["gap"], rel=1e-4)
+
+
+def test_bf16_copy_moves_the_masters_as_float32_does(rewarded: None) -> None:
+    start = weights(tiny())
+    for config in (OPD, RLVR):
+        wanted = trained(replace(config, steps=1))[0] - start
+        moved = trained(replace(config, steps=1, mixed_precision="bf16-copy"))[0]
+        cosine = torch.cosine_similarity(moved - start, wanted, dim=0)
+        assert cosine > 0.5
+        assert moved.dtype == torch.float32

@@ -71,6 +71,8 @@ def variants(value: Any) -> Iterator[Any]:
         "own": "random",
         "gap": "likelihood",
         "gradient": "update",
+        "no": "bf16",
+        "rollout": "scoring",
     }
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):

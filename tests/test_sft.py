@@ -7,8 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_geometry.training import sft, tasks
+from opd_geometry.training.losses import sft_loss
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, adamw
+from opd_geometry.training.rollout import packed_logits
 from opd_geometry.training.sft import SFTConfig, draw_batch, encode_pairs, sft_steps
 
 TOKENIZER = character_tokenizer()
@@ -211,3 +213,58 @@ def test_other_seeds_are_other_runs() -> None:
     assert torch.equal(weights(trained(CONFIG)[0]), weights(trained(CONFIG)[0]))
     other = trained(CONFIG, seed=1)[0]
     assert not torch.equal(weights(trained(CONFIG)[0]), weights(other))
+
+
+# --- packing and precision ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_tokens", [1, 25, 60, 1000])
+def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(row_tokens: int) -> None:
+    config = replace(CONFIG, steps=1, batch_sequences=12)
+    _, [wanted] = trained(config)
+    _, [metrics] = trained(replace(config, row_tokens=row_tokens))
+    assert metrics["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    model = tiny()
+    tokens, learned = encode_pairs(draw_batch(config, 0, 0), TOKENIZER)
+    ids, mask = tokens[:, :-1], learned[:, 1:]
+    lengths = sft.last_places(mask) + 1
+    gradients = []
+    for logits in (
+        model(input_ids=ids).logits,
+        packed_logits(model, ids, lengths, row_tokens),
+    ):
+        loss = sft_loss(logits, tokens[:, 1:], mask)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in found]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_a_sequence_sees_none_of_its_neighbours() -> None:
+    """Another neighbour in the row changes no logit; another own token does."""
+    model = tiny()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+    lengths = torch.tensor([4, 3])
+    base = packed_logits(model, ids, lengths, 100)
+    other = ids.clone()
+    other[0, 1] = 20
+    moved = packed_logits(model, other, lengths, 100)
+    assert torch.equal(moved[1], base[1])
+    assert not torch.equal(moved[0, 1:], base[0, 1:])
+    alone = model(input_ids=ids[1:, :3]).logits
+    torch.testing.assert_close(base[1:, :3], alone, rtol=1e-5, atol=1e-6)
+    assert base[1, 3].abs().sum() == 0
+
+
+def test_bf16_copy_learns_as_float32_does() -> None:
+    config = replace(CONFIG, steps=30, optimizer=OptimizerConfig(3e-3, "cosine", 2))
+    _, wanted = trained(config)
+    model, metrics = trained(replace(config, mixed_precision="bf16-copy"))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert metrics[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=2e-2)
+    assert metrics[-1]["loss"] == pytest.approx(wanted[-1]["loss"], rel=5e-2)
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="bf16-copy"):
+        replace(CONFIG, mixed_precision="half")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from opd_geometry.training import tasks
-from opd_geometry.training.tasks import BENCHMARKS, FAMILIES, QUALITIES, Problem
+from opd_geometry.training.tasks import (
+    BENCHMARKS,
+    FAMILIES,
+    KNOWN_BENCHMARKS,
+    PRETRAINED_BENCHMARKS,
+    QUALITIES,
+    Problem,
+)
 
 CHAIN = Problem("chain", (23, 45, -12), "c:23+45-12=")
 
@@ -285,6 +292,75 @@ def test_held_out_problems_are_the_same_for_everybody() -> None:
     assert tasks.held_out("chain", 20) == tasks.held_out("chain", 40)[:20]
     assert tasks.held_out("chain", 20) != tasks.held_out("chain", 20, seed=1)
     assert tasks.held_out("gcd", 20) != tasks.held_out("gcd-large", 20)
+
+
+# --- what pretrained students are asked --------------------------------------------
+
+
+def read_prompt(prompt: str) -> tuple[list[str], str]:
+    """Steps and answer, found from nothing but the prompt's text."""
+    if prompt.startswith("o:"):
+        words = prompt[2:-1].split()
+        kinds = {w: k for k, v in tasks._GROUPS.items() for w in v.split()}
+        common = Counter(kinds[word] for word in words).most_common(1)[0][0]
+        (odd,) = (word for word in words if kinds[word] != common)
+        return [common], odd
+    if prompt.startswith("s:"):
+        numbers = sorted(int(word) for word in prompt[2:-1].split())
+        return [str(n) for n in numbers[:-1]], str(numbers[-1])
+    told = re.findall(r"(has|gets|loses) (\d+)", prompt)
+    told = told or [
+        ("loses" if sign == "-" else "gets", digits)
+        for sign, digits in re.findall(r"([+-]?)(\d+)", prompt)
+    ]
+    totals = np.cumsum([int(n) * (-1 if verb == "loses" else 1) for verb, n in told])
+    return [str(total) for total in totals[1:]], str(totals[-1])
+
+
+@pytest.mark.parametrize("benchmark", PRETRAINED_BENCHMARKS)
+def test_pretrained_tasks_mean_what_their_prompts_say(benchmark: str) -> None:
+    bench = PRETRAINED_BENCHMARKS[benchmark]
+    for problem in draws(benchmark):
+        steps, answer = read_prompt(problem.prompt)
+        assert tasks.solution(problem) == (steps, answer)
+        assert tasks.verify(problem, f"#{answer}")
+        written = tasks.verify(problem, f"{','.join(steps)}#{answer}")
+        assert written == (problem.family != "brief")
+        assert not tasks.verify(problem, f"{answer}#{answer}x")
+        numbers = [int(n) for n in re.findall(r"\d+", problem.prompt)]
+        assert max(numbers, default=0) <= bench.largest
+        count = len(problem.args) - 2 * (problem.family == "odd")
+        assert bench.length[0] <= count <= bench.length[1]
+
+
+@pytest.mark.parametrize("benchmark", PRETRAINED_BENCHMARKS)
+def test_pretrained_demonstrations_are_right_as_often_as_they_should(
+    benchmark: str,
+) -> None:
+    rng = np.random.default_rng(1)
+    right = {}
+    for quality in QUALITIES:
+        told = [(p, tasks.demonstrate(p, quality, rng)) for p in draws(benchmark, 400)]
+        right[quality] = np.mean([tasks.verify(p, text) for p, text in told])
+    if benchmark == "pretrained/brief":  # steps earn nothing: teacher and reward differ
+        assert right["careful"] == right["sloppy"] == 0.0 < right["guess"] < 0.3
+    else:
+        assert right["careful"] == 1.0
+        assert right["guess"] < 0.5
+        assert right["sloppy"] < 0.85
+
+
+def test_pretrained_tasks_keep_their_held_out_part_apart() -> None:
+    rng = np.random.default_rng(2)
+    for name in PRETRAINED_BENCHMARKS:
+        asked = {problem.prompt for problem in tasks.held_out(name, 64)}
+        pairs = tasks.draw_demonstrations(400, (name,), {"careful": 1.0}, rng)
+        assert asked.isdisjoint(prompt for prompt, _ in pairs)
+
+
+def test_small_worlds_problems_are_where_they_were() -> None:
+    assert list(KNOWN_BENCHMARKS)[: len(BENCHMARKS)] == list(BENCHMARKS)
+    assert tasks.held_out("base-large", 1)[0].prompt == "b:81,4="
 
 
 # --- pretraining ------------------------------------------------------------------

@@ -96,6 +96,14 @@ def _profile(command: Command) -> Command:
     )(command)
 
 
+def _student(command: Command) -> Command:
+    return click.option(
+        "--student",
+        help="Model of profile pretrained: a directory, a GGUF file, or a hub id with "
+        "its revision, owner/name@REVISION.",
+    )(command)
+
+
 def _arms(default: str) -> Callable[[Command], Command]:
     return click.option(
         "--arms",
@@ -141,7 +149,10 @@ def _origin(command: Command) -> Command:
 @_seeds
 @_jobs
 @_origin
-def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
+@_student
+def run(
+    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> int:
     """Train and measure runs, several at a time, with what they need.
 
     A run that is finished is left as it is, one that was interrupted goes on.
@@ -152,8 +163,9 @@ def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
       opd-geometry run --profile smoke --arms opd --seeds 0 --jobs 1
       opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry run --arms all --seeds 0-2 --from scratch
+      opd-geometry run --profile pretrained --student path/to/model --arms opd --jobs 1
     """
-    return _train(profile, _asked(profile, arms, seeds, origin), jobs)
+    return _train(profile, _asked(profile, arms, seeds, origin, student), jobs)
 
 
 @commands.command()
@@ -162,17 +174,21 @@ def run(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> int:
 @_seeds
 @_jobs
 @_origin
-def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
+@_student
+def plan(
+    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+) -> None:
     """List runs, their steps and the time they would take.
 
     \b
     Examples:
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
+      opd-geometry plan --profile pretrained --student gemma-3-270m-q4_k_m.gguf
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    _print_plan(plan_runs(_asked(profile, arms, seeds, origin)), jobs)
+    _print_plan(plan_runs(_asked(profile, arms, seeds, origin, student)), jobs)
 
 
 @commands.command()
@@ -180,7 +196,10 @@ def plan(profile: str, arms: str, seeds: str, jobs: int, origin: str) -> None:
 @_arms("all")
 @_seeds
 @_origin
-def status(profile: str, arms: str, seeds: str, origin: str) -> None:
+@_student
+def status(
+    profile: str, arms: str, seeds: str, origin: str, student: str | None
+) -> None:
     """Show which runs are done, running, failed or still to do.
 
     \b
@@ -190,7 +209,7 @@ def status(profile: str, arms: str, seeds: str, origin: str) -> None:
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    rows = plan_runs(_asked(profile, arms, seeds, origin))
+    rows = plan_runs(_asked(profile, arms, seeds, origin, student))
     print_table(
         ["run", "state", "step", "accuracy", "time left"],
         [
@@ -215,13 +234,15 @@ def _print_reasons(rows: "Iterable[Row]") -> None:
             click.echo(f"{row.run.name}: {row.reason}")
 
 
-def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
+def _asked(
+    profile: str, arms: str, seeds: str, origin: str, student: str | None = None
+) -> "list[Run]":
     """The runs that the options name; errors name what is wrong with them."""
     from opd_geometry.experiments.profiles import build, parse_arms, parse_seeds
 
     scratch = origin == "scratch"
     return [
-        build(profile, arm, seed, scratch)
+        build(profile, arm, seed, scratch, student)
         for seed in parse_seeds(seeds)
         for arm in parse_arms(arms, profile)
     ]
@@ -229,7 +250,7 @@ def _asked(profile: str, arms: str, seeds: str, origin: str) -> "list[Run]":
 
 def _print_plan(rows: "list[Row]", jobs: int) -> None:
     """Runs with their time each, and that of all of them."""
-    from opd_geometry.experiments.schedule import total_seconds
+    from opd_geometry.experiments.schedule import memory_bytes, total_seconds
 
     print_table(
         ["run", "steps", "estimated time", "state"],
@@ -243,6 +264,9 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
     left = duration(total_seconds(known, jobs) if known else None)
     least = "at least " if 0 < len(known) < len(rows) else ""
     click.echo(f"{_tally(rows)}. Time left, {jobs} at a time: {least}{left}.")
+    memory = max((memory_bytes(row.run) or 0.0 for row in rows), default=0.0)
+    if memory:
+        click.echo(f"Memory: about {memory / 1e9:.1f} GB a run.")
 
 
 def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
@@ -269,7 +293,8 @@ def _tally(rows: "Iterable[Row]") -> str:
 @_profile
 @_arms("all")
 @_seeds
-def commit(profile: str, arms: str, seeds: str) -> int:
+@_student
+def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
     """Publish the measurements of finished runs.
 
     Their tables and provenance go to data/measurements. Rows of the same arm and
@@ -283,7 +308,7 @@ def commit(profile: str, arms: str, seeds: str) -> int:
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.runs import is_done
 
-    runs = _asked(profile, arms, seeds, "committed")
+    runs = _asked(profile, arms, seeds, "committed", student)
     done = [run for run in runs if is_done(run)]
     path, left_out = measure.commit(profile, done)
     n_new = len(done) - len(left_out)
@@ -500,7 +525,8 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
 @_seeds
 @_jobs
 @_origin
-def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
+@_student
+def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) -> int:
     """Train on this machine and build a book of these runs.
 
     It lies under _build/book. What is not trained by default is read from the
@@ -511,32 +537,39 @@ def book(profile: str, seeds: str, jobs: int, origin: str) -> int:
     Examples:
       opd-geometry book
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
+      opd-geometry book --profile pretrained --student path/to/model --jobs 1
     """
     from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.book.own import against_published, page
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
-    from opd_geometry.experiments.profiles import ARMS, parse_seeds
+    from opd_geometry.experiments.profiles import ARMS, PUBLISHED, parse_seeds
 
     root = repository()
     notebooks = _notebooks(root, ())
     for notebook in notebooks:
         read_notebook(notebook)  # a broken one must not cost the training first
     source = "scratch" if origin == "scratch" else "local"
-    if code := _train(profile, _own_runs(profile, seeds, origin), jobs):
+    if code := _train(profile, _own_runs(profile, seeds, origin, student), jobs):
         return code
     parameters = {"profile": profile, "seeds": seeds, "source": source, "jobs": jobs}
     executed = []
     for notebook in notebooks:
         output = root / "_build" / "book" / "chapters" / notebook.name
         known = known_parameters(notebook, parameters)
+        if student and "profile" in known:  # no notebook needs to name it
+            known["student"] = student
         execute_chapter(notebook, output, known, root)
         executed.append(output)
         click.echo(f"Executed {output.relative_to(root)}")
-    table, provenance = measure.load(profile, ARMS, parse_seeds(seeds), source)
+    numbers = parse_seeds(seeds)
+    table, provenance = measure.load(profile, ARMS, numbers, source, student)
     own = root / "_build" / "book" / "claims.csv"
     write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
-    return _build(root, "book", executed, own, banner)
+    published = measure.committed(PUBLISHED)
+    beside = page(against_published(table, published, ARMS))
+    return _build(root, "book", executed, own, banner, beside)
 
 
 @commands.command()
@@ -601,15 +634,17 @@ def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
     return [known[name] for name in wanted]
 
 
-def _own_runs(profile: str, seeds: str, origin: str) -> "list[Run]":
+def _own_runs(
+    profile: str, seeds: str, origin: str, student: str | None = None
+) -> "list[Run]":
     """What ``book`` trains: the reader's arms, and any that is not committed."""
     from opd_geometry.experiments.measure import committed_provenance
     from opd_geometry.experiments.profiles import READER_ARMS
 
     shelf = set(committed_provenance()["run"])
     published = zip(
-        _asked(profile, "all", seeds, "committed"),
-        _asked(profile, "all", seeds, origin),
+        _asked(profile, "all", seeds, "committed", student),
+        _asked(profile, "all", seeds, origin, student),
         strict=True,
     )
     return [
@@ -642,17 +677,29 @@ def describe(profile: str, provenance: "pd.DataFrame") -> str:
 
 
 def _build(
-    root: Path, name: str, pages: list[Path], claims_csv: Path, banner: str
+    root: Path,
+    name: str,
+    pages: list[Path],
+    claims_csv: Path,
+    banner: str,
+    beside: str = "",
 ) -> int:
-    """Stage, build and check a book under _build/NAME; the exit code."""
-    from opd_geometry.book.site import build_site, check_site, stage_site
+    """Stage, build and check a book under _build/NAME; the exit code.
+
+    A reader's own one has a page that holds it beside the published runs.
+    """
+    from opd_geometry.book import site as pages_of
+    from opd_geometry.book.explorer import write_data
 
     place = root / "_build" / name
-    source = stage_site(root, place / "source", pages, banner)
-    (source / "data").mkdir(exist_ok=True)
-    shutil.copy(claims_csv, source / "data" / "claims.csv")
-    page = build_site(source, place / "html")
-    problems = check_site(place / "html", source)
+    source = pages_of.stage_site(root, place / "source", pages, banner)
+    pages_of.add_claims(source, claims_csv)
+    pages_of.add_hero(source)
+    if beside:
+        pages_of.add_page(source, "yours", beside)
+    write_data(source / "book" / "_static" / "explorer-data.js")
+    page = pages_of.build_site(source, place / "html")
+    problems = pages_of.check_site(place / "html", source)
     for problem in problems:
         _complain(problem, 1)
     click.echo(f"Open {page}")

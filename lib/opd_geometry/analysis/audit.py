@@ -43,7 +43,7 @@ from opd_geometry.experiments.measure import (
     committed_table,
     measure_run,
 )
-from opd_geometry.experiments.profiles import PROFILES, settings_of
+from opd_geometry.experiments.profiles import settings_of
 from opd_geometry.experiments.runs import Run, data_directory, provenance
 from opd_geometry.experiments.schedule import environment
 from opd_geometry.files import clear_write_errors
@@ -200,6 +200,6 @@ def audited(profile: str, run: Run) -> pd.DataFrame:
         As ``held_against``.
     """
     shelf = [committed_table(r) for r in committed_runs(profile) if r.arm == run.arm]
-    fresh = readings(measure_run(run, PROFILES[profile].rank), run.arm)[run.seed]
+    fresh = readings(measure_run(run, settings_of(profile).rank), run.arm)[run.seed]
     committed = readings(pd.concat(shelf, ignore_index=True), run.arm)
     return held_against(fresh, committed, run.seed)

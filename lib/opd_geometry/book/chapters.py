@@ -20,24 +20,22 @@ from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge
 from opd_geometry.analysis.statements import claim_of
+from opd_geometry.book.board import VERDICT_MARKS
+from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import PROFILES, build, parse_seeds
 from opd_geometry.experiments.runs import Run, is_done
 from opd_geometry.experiments.schedule import train_all
+from opd_geometry.training.models import ModelConfig
+from opd_geometry.training.students import Student
 
 PARAMETERS = ("profile", "seeds", "source", "jobs")
+OPTIONAL = ("student",)  # which no notebook has to name
 PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
-VERDICT_MARKS = {
-    "reproduced": "✓",
-    "not reproduced": "✗",
-    "inconclusive": "?",
-    "explained by a control": "≈",
-    "not measured": "–",
-}
 
 
 class ParameterError(ValueError):
@@ -57,12 +55,14 @@ class Parameters:
         seeds: which seeds.
         source: one of ``measure.SOURCES``: which runs are preferred.
         jobs: runs trained at a time, where some have to be.
+        student: of a profile that takes one; empty for that of the committed runs.
     """
 
     profile: str
     seeds: tuple[int, ...]
     source: str
     jobs: int
+    student: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     Raises:
         ParameterError: one line, naming the known parameters or values.
     """
-    _check_names(names, PARAMETERS)
+    _check_names(names, PARAMETERS, OPTIONAL)
     profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
     _one_of("profile", profile, PROFILES)
     _one_of("source", source, SOURCES)
@@ -119,7 +119,10 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
         numbers = tuple(parse_seeds(str(seeds)))
     except ValueError as error:
         raise ParameterError(str(error)) from None
-    return Parameters(str(profile), numbers, str(source), jobs)
+    student = names.get("student") or ""
+    if student and not isinstance(PROFILES[str(profile)].student, Student):
+        raise ParameterError(f"student {student!r}: profile {profile} takes none")
+    return Parameters(str(profile), numbers, str(source), jobs, str(student))
 
 
 def check_pair(names: Mapping[str, object]) -> Pair:
@@ -144,13 +147,17 @@ def check_pair(names: Mapping[str, object]) -> Pair:
     return Pair(str(names["before"]), str(names["after"]))
 
 
-def _check_names(names: Mapping[str, object], known: tuple[str, ...]) -> None:
+def _check_names(
+    names: Mapping[str, object],
+    known: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> None:
     """Refuse what a notebook does not have, and a notebook without its parameters."""
     if not any(isinstance(value, (Parameters, Pair)) for value in names.values()):
         unknown = [
             name
             for name, value in names.items()
-            if name not in known and _is_given(name, value)
+            if name not in (*known, *optional) and _is_given(name, value)
         ]
         if unknown:
             raise ParameterError(
@@ -207,7 +214,9 @@ def load(
         if failed:
             run, reason = next(iter(failed.items()))
             raise ValueError(f"{run.name} is not finished: {reason}")
-    return load_measurements(profile, kept, parameters.seeds, parameters.source)
+    return load_measurements(
+        profile, kept, parameters.seeds, parameters.source, parameters.student
+    )
 
 
 def _absent(parameters: Parameters, arm: str) -> list[Run]:
@@ -215,9 +224,10 @@ def _absent(parameters: Parameters, arm: str) -> list[Run]:
     committed = set(committed_provenance()["run"])
     runs = []
     for seed in parameters.seeds:
-        published = build(parameters.profile, arm, seed)
         scratch = parameters.source == "scratch"
-        own = build(parameters.profile, arm, seed, scratch)
+        profile, student = parameters.profile, parameters.student
+        published = build(profile, arm, seed, student=student)
+        own = build(profile, arm, seed, scratch, student)
         if published.key() not in committed and not is_done(own):
             runs.append(own)
     return runs
@@ -227,17 +237,32 @@ def _absent(parameters: Parameters, arm: str) -> list[Run]:
 
 
 def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
-    """A table as it is shown: numbers as text of a few significant digits."""
+    """A table as it is shown: numbers of a few digits, arms and metrics by name."""
 
     def shown(value: object) -> object:
         if not isinstance(value, float):
             return value
         return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
-    def unnamed(_: object) -> None:
-        """The name of an index would take a row of its own."""
+    def label(name: object) -> object:
+        metric = str(name).removeprefix("null_")
+        if name in ARM_STYLES:
+            return ARM_STYLES[str(name)].label
+        if metric in METRIC_LABELS:
+            null = ", null" if metric != name else ""
+            return METRIC_LABELS[metric] + null
+        return name
 
-    return frame.map(shown).rename_axis(index=unnamed, columns=unnamed)
+    # The name of an index would take a row of its own; that of the columns stands in
+    # the corner above it.
+    kinds = {"arm": [*ARM_STYLES], "diagnostic": [*METRIC_LABELS]}
+    kind = [k for k, known in kinds.items() if frame.index.isin(known).any()]
+    corner = str(frame.index.name or (kind[0] if kind else "row"))
+    named = frame.map(shown).rename(index=label, columns=label)
+    single = named.columns.nlevels == 1
+    named.index.names = [None] * named.index.nlevels
+    named.columns.names = [corner] if single else [None] * named.columns.nlevels
+    return named
 
 
 _published: dict[str, Any] = {}  # of this kernel's notebook: name to value
@@ -442,11 +467,8 @@ def claim_cards(
         parameters: of the chapter; its profile says at what scale the runs are.
     """
     settings = PROFILES[parameters.profile]
-    scale = (
-        f"student of {settings.student.layers} layers of width "
-        f"{settings.student.width}, teacher of {settings.teacher.layers} layers of "
-        f"width {settings.teacher.width}"
-    )
+    student, teacher = (_size(m) for m in (settings.student, settings.teacher))
+    scale = f"student of {student}, teacher of {teacher}"
     profile = parameters.profile
     cards = [claim_card(key, table, provenance, scale, profile) for key in claim_ids]
     return markdown("\n".join(cards))
@@ -484,12 +506,12 @@ def profile_table() -> pd.DataFrame:
     """The profiles, their sizes and budgets."""
     rows = []
     for name, profile in PROFILES.items():
-        policy, student, teacher = profile.policy, profile.student, profile.teacher
+        policy = profile.policy
         rows.append(
             {
                 "profile": name,
-                "student": f"{student.layers} layers of width {student.width}",
-                "teacher": f"{teacher.layers} layers of width {teacher.width}",
+                "student": _size(profile.student),
+                "teacher": _size(profile.teacher),
                 "SFT": f"{profile.sft.steps} steps of {profile.sft.batch_sequences} "
                 "demonstrations",
                 "OPD, RLVR and controls": f"{policy.steps} steps of "
@@ -498,6 +520,13 @@ def profile_table() -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _size(model: ModelConfig | Student) -> str:
+    """How large a model is, in words."""
+    if isinstance(model, Student):
+        return f"{model.parameters / 1e6:.0f} million pretrained parameters"
+    return f"{model.layers} layers of width {model.width}"
 
 
 def differences_table(

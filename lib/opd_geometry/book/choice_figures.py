@@ -3,7 +3,7 @@
 In the book's one style (see ``figures``); tidy tables in, figures out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,6 @@ from matplotlib.patches import Rectangle
 from opd_geometry.analysis.gates import ANGLE, DENSITY, SHIFT, SILENT_DEG
 from opd_geometry.analysis.sensitivity import (
     HANGS,
-    NULL,
     OPEN,
     STAYS,
     Choice,
@@ -26,11 +25,10 @@ from opd_geometry.analysis.sensitivity import (
 )
 from opd_geometry.book.figures import (
     ARM_STYLES,
-    BLUE,
     GREY,
     METRIC_LABELS,
     NULL_LABEL,
-    RED,
+    SMALL,
     WIDTH,
     place_labels,
     plain_log_ticks,
@@ -40,9 +38,7 @@ from opd_geometry.book.figures import (
 )
 from opd_geometry.geometry.comparison import MASK_ALPHA
 
-FATE_COLOURS = {STAYS: BLUE, OPEN: GREY, HANGS: RED}
 FATE_WORDS = {STAYS: "does not hang", OPEN: "undecided", HANGS: "hangs on the choice"}
-SIGN_MARKERS = {">": "^", "<": "v", "?": "."}
 NULL_KEY = "dotted, in the arm's colour: its null"
 DEFAULT_KEY = "what the other chapters use"
 AXIS_LABELS = {
@@ -149,117 +145,6 @@ def _drawn(
 # --- the board of all comparisons ------------------------------------------------
 
 
-def board(found: pd.DataFrame, values: Mapping[tuple[str, str], str]) -> Figure:
-    """Every comparison under every choice on one page.
-
-    Args:
-        found: of ``sensitivity.fates``.
-        values: quantity and choice to the values in order, as text: the rows, those of
-            one quantity beside each other.
-
-    Returns:
-        The figure: a row a choice, a column a comparison, named by two joined dots
-        above it. A cell has one mark a value of the choice: upwards where the filled
-        dot has more than the open one, downwards where it has less, a point where the
-        seeds do not decide. The colour is the comparison's fate.
-    """
-    pairs = list(dict.fromkeys(zip(found["arm"], found["other"], strict=True)))
-    arms = list(dict.fromkeys(arm for pair in pairs for arm in pair))
-    arms.sort(key=lambda arm: arm == NULL)
-    rows = list(values)
-    heights = 0.22 * len(arms), 0.27 * len(rows)
-    with styled():
-        figure, (head, ax) = plt.subplots(
-            2,
-            1,
-            figsize=(WIDTH, 0.5 + sum(heights)),
-            height_ratios=heights,
-            sharex=True,
-        )
-        _draw_head(head, pairs, arms)
-        for line in found.itertuples():
-            key = line.quantity, line.choice
-            if key in values:
-                place = pairs.index((line.arm, line.other)), rows.index(key)
-                _draw_cell(ax, place, line.signs, line.fate)
-        _name_rows(ax, rows, list(values.values()), len(pairs))
-        first_null = sum(arm != NULL for arm, _ in pairs)
-        for part in (head, ax):
-            part.axvline(first_null - 0.5, color=GREY, lw=0.8)
-            part.tick_params(length=0, labelbottom=False)
-            for spine in part.spines.values():
-                spine.set_visible(False)
-        head.set_xlim(-0.5, len(pairs) - 0.5)
-        _key_of_board(figure)
-    return figure
-
-
-def _draw_head(ax: Axes, pairs: Sequence[tuple[str, str]], arms: Sequence[str]) -> None:
-    """Which two a column compares: an open dot and a filled one, joined."""
-    for x, (arm, other) in enumerate(pairs):
-        ends = arms.index(arm), arms.index(other)
-        ax.plot([x, x], ends, color=GREY, lw=1, zorder=1)
-        for y, name in zip(ends, (arm, other), strict=True):
-            colour = GREY if name == NULL else ARM_STYLES[name].colour
-            dot: Any = {"edgecolor": colour, "s": 26, "zorder": 2, "lw": 1.4}
-            ax.scatter(x, y, facecolor=colour if name == other else "none", **dot)
-    names = ["Gaussian null" if a == NULL else ARM_STYLES[a].label for a in arms]
-    ax.set(yticks=range(len(arms)), yticklabels=names, ylim=(len(arms) - 0.5, -0.5))
-    for label, arm in zip(ax.get_yticklabels(), arms, strict=True):
-        label.set_color(GREY if arm == NULL else ARM_STYLES[arm].colour)
-
-
-def _draw_cell(ax: Axes, place: tuple[int, int], signs: str, fate: str) -> None:
-    """One comparison: a tile in the colour of its fate, a mark a value."""
-    x, y = place
-    colour = FATE_COLOURS[fate]
-    tile = Rectangle((x - 0.46, y - 0.43), 0.92, 0.86, color=colour, lw=0)
-    tile.set_alpha(0.35 if fate == HANGS else 0.13)
-    ax.add_patch(tile)
-    step = min(0.19, 0.8 / len(signs))
-    for i, sign in enumerate(signs):
-        at = x + step * (i - (len(signs) - 1) / 2)
-        look: Any = {"color": colour, "markersize": 3.8, "markeredgewidth": 0}
-        ax.plot(at, y, SIGN_MARKERS[sign], **look)
-
-
-def _name_rows(
-    ax: Axes, rows: Sequence[tuple[str, str]], values: Sequence[str], right: int
-) -> None:
-    """Quantity and choice on the left, the order of the marks on the right."""
-    names = []
-    for y, (quantity, choice) in enumerate(rows):
-        again = y > 0 and rows[y - 1][0] == quantity
-        names.append(choice if again else f"{METRIC_LABELS[quantity]}: {choice}")
-        if y and not again:
-            ax.axhline(y - 0.5, color=GREY, lw=0.5)
-        ax.text(right - 0.3, y, values[y], fontsize=8, va="center", color=GREY)
-    ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
-    ax.tick_params(axis="y", labelsize=8)
-
-
-def _key_of_board(figure: Figure) -> None:
-    """What the colours and the marks mean."""
-    tiles: list[Any] = [
-        Rectangle((0, 0), 1, 1, color=colour, alpha=0.35, lw=0, label=FATE_WORDS[fate])
-        for fate, colour in FATE_COLOURS.items()
-    ]
-    words = {">": "filled has more", "<": "filled has less", "?": "seeds do not decide"}
-    marks = [
-        Line2D([], [], marker=SIGN_MARKERS[sign], ls="", color=GREY, ms=6, label=text)
-        for sign, text in words.items()
-    ]
-    figure.legend(
-        handles=tiles + marks,
-        loc="outside lower center",
-        ncols=6,
-        fontsize=8,
-        frameon=False,
-        columnspacing=1.0,
-        handletextpad=0.5,
-    )
-
-
 # --- the bounds of the three-gate account ----------------------------------------
 
 
@@ -312,7 +197,7 @@ def against_bounds(held: pd.DataFrame, arms: Sequence[str]) -> Figure:
             handles=keys,
             loc="outside upper center",
             ncols=4,
-            fontsize=8,
+            fontsize=SMALL,
             frameon=False,
         )
     return figure
@@ -343,7 +228,13 @@ def _draw_wedin(ax: Axes) -> None:
     ax.plot(share, allowed, color=GREY, lw=1, label="_bound")
     ax.axvspan(1, high, color=GREY, alpha=0.12, lw=0)
     ax.text(
-        0.97, 0.04, "silent", transform=ax.transAxes, ha="right", fontsize=8, color=GREY
+        0.97,
+        0.04,
+        "silent",
+        transform=ax.transAxes,
+        ha="right",
+        fontsize=SMALL,
+        color=GREY,
     )
     ax.set_xlim(low, high)
     ax.set_ylim(top=150)
@@ -414,7 +305,7 @@ def _draw_strip(
     used = 100 * held[chosen]["used"].dropna()
     if used.empty:
         if side == "arm":
-            ax.text(1, place, "bound silent", va="center", fontsize=8, color=GREY)
+            ax.text(1, place, "bound silent", va="center", fontsize=SMALL, color=GREY)
         return
     jitter = place + 0.22 * (np.arange(len(used)) * 0.618 % 1 - 0.5)
     colour = GREY if side == "null" else ARM_STYLES[arm].colour

@@ -13,7 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opd_geometry.analysis.consistency import MASKS, closest, joint
-from opd_geometry.book.figures import ARM_STYLES, BLUE, GREY, RED, WIDTH, styled
+from opd_geometry.book.figures import (
+    ARM_STYLES,
+    BLUE,
+    GREY,
+    RED,
+    SMALL,
+    WIDTH,
+    styled,
+)
 
 
 def feasible_shares(
@@ -45,11 +53,13 @@ def feasible_shares(
         for (share, said), side in zip(stated.items(), ("right", "left"), strict=False):
             left.axvline(share, color=RED, linestyle=":", lw=1.2, zorder=0)
             said = f"{said} " if side == "right" else f" {said}"
-            left.text(share, -0.75, said, color=RED, fontsize=8, ha=side, va="bottom")
+            left.text(
+                share, -0.75, said, color=RED, fontsize=SMALL, ha=side, va="bottom"
+            )
         labels = _draw_known(right, measured, null)
         names = _row_names(paper)
-        left.set_yticks(range(len(names)), names, fontsize=8)
-        right.set_yticks(range(len(labels)), labels, fontsize=8)
+        left.set_yticks(range(len(names)), names, fontsize=SMALL)
+        right.set_yticks(range(len(labels)), labels, fontsize=SMALL)
         left.set_title("the paper's Figure 3", pad=20)
         right.set_title("here, with masks of known share", pad=20)
         for ax in (left, right):
@@ -69,7 +79,7 @@ def _draw_known(
     shifts = np.linspace(-0.17, 0.17, len(measured)) if len(measured) > 1 else [0.0]
     for shift, (share, rows) in zip(shifts, measured.items(), strict=True):
         ax.axvline(share, color=GREY, linestyle=":", lw=1.2, zorder=0)
-        ax.text(share, -0.75, f"{share:g}", fontsize=8, ha="center", va="bottom")
+        ax.text(share, -0.75, f"{share:g}", fontsize=SMALL, ha="center", va="bottom")
         groups = list(rows.groupby(["arm", "mask"], sort=False))
         for place, ((arm, _), group) in enumerate(groups):
             colour = ARM_STYLES[arm].colour
@@ -132,11 +142,11 @@ def one_seed(seeds: pd.DataFrame) -> Figure:
                 ax.plot(dots, [place] * len(dots), "o", color=colour, ms=5, alpha=0.8)
             ax.plot(order[claim], place, "|", color=GREY, ms=13, mew=1.6)
             labels.append(f"{claim}:  {of_claim['part'].iloc[0]}")
-        ax.set_yticks(range(len(labels)), labels, fontsize=8)
+        ax.set_yticks(range(len(labels)), labels, fontsize=SMALL)
         ax.set_ylim(len(labels) - 0.4, -0.6)
         near, far = min([-2.5, *rows["spreads"]]), max([3.0, *rows["spreads"]])
         ax.set_xlim(near - 0.4, far + 0.4)
-        said: dict[str, Any] = {"va": "bottom", "fontsize": 8}
+        said: dict[str, Any] = {"va": "bottom", "fontsize": SMALL}
         ax.text(-0.1, -0.75, "alone says the opposite ←", color=RED, ha="right", **said)
         ax.text(0.1, -0.75, "→ agrees with all seeds", color=BLUE, ha="left", **said)
         ax.set_xlabel("distance from the bound, in standard deviations over seeds")

@@ -18,12 +18,11 @@ from opd_geometry.analysis.evidence import ACCURACY_MARGIN, ALL_ACCURACIES
 from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM, NORM
 from opd_geometry.book.figures import (
     ARM_STYLES,
-    BLUE,
     CONFINED_STYLES,
     GREY,
     METRIC_LABELS,
     NULL_LABEL,
-    ORANGE,
+    SMALL,
     WIDTH,
     ArmStyle,
     at_end,
@@ -93,7 +92,7 @@ def against_norm(
         _name_columns(axes.flat[: len(metrics)], "Frobenius norm of the update")
         lines, names = axes[0][0].get_legend_handles_labels()
         # Lines that lie on one another cannot be named where they end.
-        look: Any = {"fontsize": 8, "frameon": False, "handlelength": 4}
+        look: Any = {"fontsize": SMALL, "frameon": False, "handlelength": 4}
         figure.legend(lines, names, loc="outside upper center", ncols=3, **look)
     return figure
 
@@ -153,10 +152,10 @@ def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Fi
             f"{names[pair]}\n{ARM_STYLES[pair[0]].label} → {ARM_STYLES[pair[1]].label}"
             for pair in pairs
         ]
-        _name_rows(axes[0], labels, fontsize=7)
+        _name_rows(axes[0], labels, fontsize=SMALL)
         figure.supxlabel(
             "factor ( ○ at the end   ● at equal norm   ┃ Gaussian updates there )",
-            fontsize=8,
+            fontsize=SMALL,
             color=GREY,
         )
     return figure
@@ -237,7 +236,7 @@ def subspace_dots(
         _name_rows(axes[0], labels)
         figure.supxlabel(
             "accuracy minus the free run's ( ┊ stopped at the branch   ▒ margin )",
-            fontsize=8,
+            fontsize=SMALL,
             color=GREY,
         )
     return figure
@@ -349,7 +348,7 @@ def benchmark_dots(
         _name_rows(axes[0], names)
         dots, labels = axes[0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(labels)}
-        figure.legend(dots, labels, fontsize=8, frameon=False, **place)
+        figure.legend(dots, labels, fontsize=SMALL, frameon=False, **place)
     return figure
 
 
@@ -416,7 +415,7 @@ def sweep(
         axes[0][0].plot([], [], color=GREY, linestyle=":", label=NULL_LABEL)
         lines, names = axes[0][0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(names)}
-        figure.legend(lines, names, fontsize=8, frameon=False, **place)
+        figure.legend(lines, names, fontsize=SMALL, frameon=False, **place)
     return figure
 
 
@@ -486,7 +485,9 @@ def variant_dots(
                 plain_log_ticks(ax.xaxis)
         _name_rows(axes[0], list(names.values()))
         figure.supxlabel(
-            "( ● mean over seeds   ┃ Gaussian null   ▒ margin )", fontsize=8, color=GREY
+            "( ● mean over seeds   ┃ Gaussian null   ▒ margin )",
+            fontsize=SMALL,
+            color=GREY,
         )
     return figure
 
@@ -508,61 +509,3 @@ def _around(
     if metric in SHARES:
         return value + low, value + high
     return value * low, value * high
-
-
-# --- all claims at once ----------------------------------------------------------
-
-# What speaks for a claim, against it, or neither.
-OUTCOME_MARKS = {
-    "holds": ("o", BLUE, True),
-    "ruled out": ("o", BLUE, True),
-    "fails": ("X", ORANGE, True),
-    "shows it too": ("X", ORANGE, True),
-    "open": ("o", GREY, False),
-    "undecided": ("o", GREY, False),
-    "not available": ("_", GREY, False),
-}
-KINDS = {"part": "its parts", "null": "against the null", "matched": "matched control"}
-
-
-def claims_board(
-    parts: Mapping[str, pd.DataFrame], verdicts: Mapping[str, str]
-) -> Figure:
-    """Every claim with the outcome of each of its parts and controls.
-
-    Args:
-        parts: id of a claim to its ``claims.parts_table``.
-        verdicts: id of a claim to its verdict.
-
-    Returns:
-        The figure: a row a claim, a mark a part or control, the verdict at the end.
-    """
-    widths = {
-        kind: max(1, *(int((rows["kind"] == kind).sum()) for rows in parts.values()))
-        for kind in KINDS
-    }
-    with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.27 * len(parts)))
-        start = 0.0
-        for kind, title in KINDS.items():
-            for row, rows in enumerate(parts.values()):
-                of_kind = rows[rows["kind"] == kind]["outcome"]
-                for place, outcome in enumerate(of_kind):
-                    marker, colour, full = OUTCOME_MARKS[outcome]
-                    look: Any = {"mec": colour, "mfc": colour if full else "none"}
-                    ax.plot(start + place, row, marker, ms=6.5, lw=0, **look)
-            ax.text(start - 0.3, -1.1, title, fontsize=8, color=GREY)
-            start += widths[kind] + 1.2
-        for row, key in enumerate(parts):
-            ax.text(
-                start - 0.6, row, verdicts[key], fontsize=8, va="center", color=GREY
-            )
-            ax.axhline(row + 0.5, color=GREY, lw=0.3)
-        ax.set_yticks(range(len(parts)), list(parts))
-        ax.set(xlim=(-0.7, start + 3.2), ylim=(len(parts) - 0.5, -1.6), xticks=())
-        ax.spines[["left", "bottom"]].set_visible(False)
-        ax.tick_params(axis="y", length=0)
-        figure.supxlabel(
-            "( ● speaks for the claim   ✖ against it   ○ open )", fontsize=8, color=GREY
-        )
-    return figure

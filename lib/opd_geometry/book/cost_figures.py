@@ -8,7 +8,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opd_geometry.book.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, WIDTH
+from opd_geometry.book.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SMALL,
+    WIDTH,
+)
 
 # side in ratios.csv -> label, colour
 SIDES = {
@@ -40,7 +48,7 @@ def cost_growth(ratios: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     _draw(right, series, "metrics", METRICS, ("layers", "seconds"), power=1)
     right.set(xlabel=f"layers of width {width}", ylabel="seconds")
     for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=SMALL)
     return figure
 
 

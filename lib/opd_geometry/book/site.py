@@ -7,6 +7,7 @@ unless it is told to by the path of an output.
 """
 
 import ast
+import base64
 import html
 import os
 import re
@@ -19,11 +20,14 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
+from PIL import Image
 
 from opd_geometry import sources
+from opd_geometry.book import board
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 COMPLAINT = re.compile(r"(?:WARNING|ERROR|CRITICAL|Error):")
@@ -33,6 +37,19 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.~*/-])/(?:home|root|Users|tmp|mnt|opt|private|var|work|workspace"
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
+HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
+SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
+STUMBLES = {
+    ' aria-label="Color mode"': ' title="Color mode"',
+    ' role="doc-biblioentry"': ' role="listitem"',
+    ' aria-label="Toggle hidden content"': "",
+    'search-button-field search-button__button pst-js-only" title="Search" '
+    'aria-label="Search"': 'search-button-field search-button__button pst-js-only"',
+    'class="bd-sidebar-primary bd-sidebar"': 'class="bd-sidebar-primary bd-sidebar" '
+    'role="region" aria-label="Sidebar"',
+    "<th></th>": '<th><span class="visually-hidden">row</span></th>',
+    "<td></td>": "<td>–</td>",
+}
 WEB_ADDRESS = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 CSS_ADDRESS = re.compile(r"(?:url\(|@import)\s*['\"]?\s*((?:https?:)?//[^'\")\s;]+)")
 LOADS_NOTHING = {"canonical", "index", "next", "prev", "search"}  # <link rel="...">
@@ -254,7 +271,7 @@ def stage_site(
     )
     (fresh / "book" / "chapters").mkdir()
     for chapter in chapters:
-        page = with_captions(read_notebook(chapter))
+        page = as_page(read_notebook(chapter))
         nbformat.write(page, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
     config = read_config(root / "_config.yml")
@@ -266,11 +283,84 @@ def stage_site(
     return target
 
 
-def with_captions(notebook: NotebookNode) -> NotebookNode:
-    """A chapter whose captions belong to their figures, as a page has them.
+def add_claims(source: Path, claims_csv: Path) -> None:
+    """Put the table of claims into a staged book: boards, marks at chapters, the csv.
+
+    Args:
+        source: of ``stage_site``.
+        claims_csv: of ``claims.write_claims``; from the same runs as the chapters.
+    """
+    (source / "data").mkdir(exist_ok=True)
+    shutil.copy(claims_csv, source / "data" / "claims.csv")
+    findings = pd.read_csv(claims_csv)
+    for name, brief in (("board", False), ("board-brief", True)):
+        text = board.board(findings, brief)
+        (source / "book" / f"{name}.html").write_text(text, encoding="utf8")
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf8"))
+    tally = board.tally(findings)
+    for entry in (entry for part in toc["parts"] for entry in part["chapters"]):
+        chapter = Path(entry["file"]).name
+        if chapter in tally:
+            page = read_notebook(source / f"{entry['file']}.ipynb")
+            entry["title"] = f"{title_of(page)} {tally[chapter]}"
+    text = yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
+    (source / "_toc.yml").write_text(text, encoding="utf8")
+
+
+def add_hero(source: Path, names: Sequence[str] = HERO) -> None:
+    """Give the first page the figure that tells the story, with its words.
+
+    Args:
+        source: of ``stage_site``; receives ``hero.png`` and ``hero.inc``.
+        names: of figures, in the metadata of their cells; the first one that is there.
+
+    Raises:
+        ValueError: no chapter has such a figure.
+    """
+    found = {
+        cell.metadata["mystnb"]["figure"]["name"]: cell
+        for chapter in (source / "book" / "chapters").glob("*.ipynb")
+        for cell in read_notebook(chapter).cells
+        if "figure" in cell.metadata.get("mystnb", {})
+    }
+    there = [found[name] for name in names if name in found]
+    if not there:
+        raise ValueError(f"no figure {' or '.join(names)}: name a chapter's figure so")
+    shown = there[0].metadata["mystnb"]
+    (picture,) = [o.data["image/png"] for o in there[0].outputs if "data" in o]
+    (source / "book" / "hero.png").write_bytes(base64.b64decode(picture))
+    alt, caption = shown["image"]["alt"], shown["figure"]["caption"]
+    text = f"```{{figure}} hero.png\n:alt: {alt}\n\n{caption.strip()}\n```\n"
+    (source / "book" / "hero.inc").write_text(text, encoding="utf8")
+
+
+def add_page(source: Path, name: str, text: str) -> None:
+    """Put a page that was made from runs first among those of what came out.
+
+    Args:
+        source: of ``stage_site``.
+        name: of the page, without its suffix.
+        text: Markdown.
+    """
+    (source / "book" / f"{name}.md").write_text(text, encoding="utf8")
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf8"))
+    toc["parts"][0]["chapters"].insert(0, {"file": f"book/{name}"})
+    text = yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
+    (source / "_toc.yml").write_text(text, encoding="utf8")
+
+
+def title_of(notebook: NotebookNode) -> str:
+    """The first heading of a notebook."""
+    text = "\n".join(cell.source for cell in notebook.cells)
+    return text.partition("# ")[2].partition("\n")[0]
+
+
+def as_page(notebook: NotebookNode) -> NotebookNode:
+    """A chapter as a page has it: captions at their figures, what came out first.
 
     In a notebook the caption is the output of the cell below the figure, since it holds
-    numbers and metadata cannot; there that cell is tagged ``caption``.
+    numbers and metadata cannot; there that cell is tagged ``caption``. What sums the
+    chapter up is computed last, and tagged ``lead``.
 
     Args:
         notebook: as executed; changed in place.
@@ -288,7 +378,14 @@ def with_captions(notebook: NotebookNode) -> NotebookNode:
         if "figure" not in options or not texts:
             raise ValueError(f"no figure for the caption, or none executed: {cell.id}")
         options["figure"]["caption"] = texts[0]
-    notebook.cells = kept
+    first = [cell for cell in kept if "lead" in _tags(cell)]
+    rest = [cell for cell in kept if "lead" not in _tags(cell)]
+    for cell in rest:
+        if "parameters" in _tags(cell):  # after what came out, and folded
+            cell.metadata["tags"] = ["parameters", "hide-input"]
+        elif "chapters.check_" in cell.source and cell.cell_type == "code":
+            cell.metadata["tags"] = ["remove-cell"]
+    notebook.cells = [*rest[:1], *first, *rest[1:]]
     return notebook
 
 
@@ -364,9 +461,42 @@ def build_site(source: Path, out: Path) -> Path:
         ]
         first = said[0].replace(f"{source.resolve()}{os.sep}", "") if said else "?"
         raise ValueError(f"the book does not build: {first} (all of it: {log})")
+    slim(built)
+    mend(built)
     _replace_folder(built, out)
     shutil.rmtree(work)
     return out / "index.html"
+
+
+def slim(html_dir: Path) -> None:
+    """Take out of a built site what no reader needs: a third of its weight.
+
+    Maps of sources, languages other than the book's, fonts in older formats; pictures
+    keep 256 colours.
+    """
+    for pattern in SUPERFLUOUS:
+        for path in html_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in html_dir.glob("_images/*.png"):
+        with Image.open(path) as picture:
+            small = picture.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE)
+        small.save(path, optimize=True)
+    for path in html_dir.glob("_sources/**/*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:  # the repository has them with their outputs
+            cell.pop("outputs", None)
+            if cell.cell_type == "code":
+                cell["outputs"] = []
+        nbformat.write(notebook, path)
+
+
+def mend(html_dir: Path) -> None:
+    """Set right what Sphinx and its theme write and a screen reader stumbles over."""
+    for path in html_dir.rglob("*.html"):
+        text = path.read_text(encoding="utf8")
+        for wrong, right in STUMBLES.items():
+            text = text.replace(wrong, right)
+        path.write_text(text, encoding="utf8")
 
 
 # --- checks --------------------------------------------------------------------

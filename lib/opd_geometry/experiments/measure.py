@@ -31,7 +31,7 @@ from opd_geometry.experiments.listing import (
     read_listing,
     write_listing,
 )
-from opd_geometry.experiments.profiles import PROFILES, build
+from opd_geometry.experiments.profiles import build, settings_of
 from opd_geometry.experiments.records import check_seal, digest_of, locked, sealing
 from opd_geometry.experiments.runs import (
     Run,
@@ -44,10 +44,9 @@ from opd_geometry.experiments.runs import (
     one_thread,
     progress,
     run_directory,
-    shelves,
     sound_checkpoint,
 )
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.files import clear_write_errors, replacing, shelves
 from opd_geometry.geometry import spectra, updates
 from opd_geometry.geometry.checkpoints import Matrix, list_matrices, read_matrix
 from opd_geometry.geometry.comparison import (
@@ -148,12 +147,15 @@ def leak_rows(
         return []
     bases = confining_bases(run)
     origin = sound_checkpoint(run.branch, run.branch_step())
+    stored = {step: _names(path) for step, path in paths.items()}
     rows = []
     for matrix in matrices:
         if matrix.name not in bases:
             continue
         start = read_matrix(origin, matrix.name).double()
         for step, path in paths.items():
+            if matrix.name not in stored[step]:
+                continue
             delta = read_matrix(path, matrix.name).double() - start
             leak = defined(leaked_energy, delta, bases[matrix.name])
             place = (matrix.name, matrix.role, matrix.layer)
@@ -216,6 +218,11 @@ def map_rows(
     ]
 
 
+def _names(path: Path) -> set[str]:
+    """Names of the matrices that a checkpoint holds: on the way, not always all."""
+    return {matrix.name for matrix in list_matrices(path)}
+
+
 def kept_table(run: Run, rank: int) -> Path:
     """Where ``measure_run`` keeps the table of a run."""
     return run_directory(run) / f"measurements-{TABLE}-k{rank}.parquet"
@@ -251,9 +258,11 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
         matrices = list_matrices(paths[0])
         rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
         rows += leak_rows(run, matrices, {step: paths[step] for step in steps})
+        stored = {step: _names(path) for step, path in paths.items()}
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
-            values = measure_matrix(matrix.name, paths, rank, run.seed)
+            there = {s: path for s, path in paths.items() if matrix.name in stored[s]}
+            values = measure_matrix(matrix.name, there, rank, run.seed)
             rows += [
                 (step, matrix.name, matrix.role, matrix.layer, metric, value)
                 for step, metric, value in (size, *values)
@@ -383,7 +392,7 @@ def committed_runs(profile: str) -> list[Run]:
     return [
         run
         for seed in sorted(set(rows["seed"]))
-        for arm in PROFILES[profile].arms
+        for arm in settings_of(profile).arms
         if (run := build(profile, arm, int(seed))).key() in listed
     ]
 
@@ -414,6 +423,7 @@ def load(
     arms: Iterable[str],
     seeds: Iterable[int],
     source: str = "committed",
+    student: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table of the asked runs, and where each of them comes from.
 
@@ -423,6 +433,7 @@ def load(
         source: ``committed`` prefers committed measurements, ``local`` prefers runs
             that are finished in data/runs, ``scratch`` those of them whose base was
             trained here, too; what neither has is trained now.
+        student: of a profile that takes one; see ``profiles.build``.
 
     Returns:
         The tidy table, and one provenance row a run with the column ``source``
@@ -437,15 +448,15 @@ def load(
     listed = committed_provenance().set_index("run", drop=False)
     tables, rows = [], []
     for arm, seed in [(arm, seed) for arm in arms for seed in seeds]:
-        own = build(profile, arm, seed, source == "scratch")
-        published = build(profile, arm, seed)
+        own = build(profile, arm, seed, source == "scratch", student)
+        published = build(profile, arm, seed, student=student)
         local_first = source != "committed" and is_done(own)
         if published.key() in listed.index and not local_first:
             tables.append(committed_table(published))
             row = listed.loc[published.key()].to_dict()
             rows.append({**row, "source": "committed"})
         else:
-            tables.append(measure_run(own, PROFILES[profile].rank))
+            tables.append(measure_run(own, settings_of(profile).rank))
             rows.append({**provenance_of(own), "source": "this machine"})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
@@ -467,7 +478,7 @@ def commit(profile: str, runs: Iterable[Run]) -> tuple[Path, dict[Run, str]]:
     for run in finished:  # the tables first: what is listed is there
         try:
             row = provenance_of(run)
-            table = measure_run(run, PROFILES[profile].rank)
+            table = measure_run(run, settings_of(profile).rank)
         except (ValueError, FileNotFoundError) as error:
             left_out[run] = str(error)
             continue

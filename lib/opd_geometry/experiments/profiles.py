@@ -9,11 +9,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from opd_geometry.experiments.runs import ProjectionConfig, Run, Stored, stored
+from opd_geometry.experiments.runs import (
+    ProjectionConfig,
+    Run,
+    Stored,
+    stored,
+    students_directory,
+)
 from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.optimizer import OptimizerConfig
 from opd_geometry.training.policy import PolicyConfig
 from opd_geometry.training.sft import SFTConfig
+from opd_geometry.training.students import Student, describe
 
 # Demonstrations of mixed quality give an anchor whose skill exceeds its sampled
 # accuracy, as a language model's does; a teacher that has seen some of everything stays
@@ -27,7 +34,7 @@ class Profile:
     """Sizes and budgets of every stage.
 
     Attributes:
-        student, teacher: shapes.
+        student, teacher: shapes, or a pretrained model that both begin with.
         base, base_annealing: pretraining of the student; the second half draws more
             running totals. teacher_base: pretraining of the teacher.
         sft: the SFT arm, whose final checkpoint is the anchor.
@@ -39,11 +46,11 @@ class Profile:
         own_base_from: the first seed with a base of its own; None: all share one.
     """
 
-    student: ModelConfig
-    teacher: ModelConfig
-    base: SFTConfig
-    base_annealing: SFTConfig
-    teacher_base: SFTConfig
+    student: ModelConfig | Student
+    teacher: ModelConfig | Student
+    base: SFTConfig | None
+    base_annealing: SFTConfig | None
+    teacher_base: SFTConfig | None
     sft: SFTConfig
     teacher_sft: SFTConfig
     policy: PolicyConfig
@@ -243,7 +250,86 @@ _SMOKE = Profile(
     rank=2,
     arms=ARMS,
 )
-PROFILES = {"smoke": _SMOKE, "laptop": _LAPTOP, "published": _PUBLISHED}
+# The student of the committed runs: Gemma 3 270M as gemma-3-270m-q4_k_m.gguf, named by
+# its SHA-256. Nothing of it is committed; any other causal model can take its place.
+GEMMA = Student(
+    digest="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    view="f0b340b335829fbf",
+    rows=1024,
+    convention="bos",
+    parameters=100_981_376,
+)
+
+
+def _pretrained_sft(steps: int, qualities: tuple[tuple[str, float], ...]) -> SFTConfig:
+    return SFTConfig(
+        OptimizerConfig(1e-4, "cosine", 8, 0.1, (0.9, 0.95), fused=True),
+        steps=steps,
+        batch_sequences=40,
+        benchmarks=("pretrained/chain",),
+        qualities=qualities,
+        mixed_precision="bf16-copy",
+        row_tokens=96,
+    )
+
+
+# The arms of a pretrained student, those first that the others are held against.
+_TASK_ARMS = {
+    f"{arm}-task-{task}": (arm, task)
+    for task in ("teens", "list", "story", "odd")
+    for arm in ("sft", "opd", "rlvr")
+} | {"rlvr-task-brief": ("rlvr", "brief")}
+_OWN_ANCHOR = ("list", "story", "odd")  # the others start from the anchor of chains
+_TASKS = {
+    "teens": "pretrained/chain-teens",
+    "list": "pretrained/list",
+    "story": "pretrained/story",
+    "odd": "pretrained/odd",
+    "brief": "pretrained/brief",
+}
+PRETRAINED_ARMS = (
+    *("sft", "opd", "rlvr", "sft-matched", "sft-learns", "rlvr-coin", "rlvr-flip-45"),
+    *("ce-teacher", "rlvr-flip-30", "opd-lr-x0.3", "rlvr-lr-x0.3", "opd-lr-x3"),
+    *("rlvr-lr-x3", "opd-projected", "opd-projected-random", "off-policy"),
+    *("mix-0.75", "mix-0.50", "mix-0.25", "mix-0.05", "mix-0.01"),
+    *("tokens-top-50", "tokens-top-25", "tokens-random-50", "tokens-random-25"),
+    *("opd-projected-update", "opd-projected-donor", "opd-projected-pretrained"),
+    *("opd-projected-half", "opd-projected-wide", "sft-projected"),
+    *("sft-projected-random", "sft-projected-update", "sft-projected-half"),
+    *("sft-projected-wide", "sft-matched-projected", "sft-matched-projected-random"),
+    *("rlvr-projected", "sft-learns-projected", "sft-learns-projected-random"),
+    *("opd-teacher-rough", "sft-base-matched"),
+    *(arm for arm, (_, task) in _TASK_ARMS.items() if arm != "sft-task-teens"),
+)
+ROUGH_QUALITIES = (("careful", 0.70), ("guess", 0.14), ("sloppy", 0.16))
+_PRETRAINED = Profile(
+    student=GEMMA,
+    teacher=GEMMA,
+    base=None,
+    base_annealing=None,
+    teacher_base=None,
+    sft=_pretrained_sft(100, STUDENT_QUALITIES),
+    teacher_sft=_pretrained_sft(120, TEACHER_QUALITIES),
+    policy=PolicyConfig(
+        OptimizerConfig(3e-6, warmup_steps=4, fused=True),
+        steps=40,
+        prompts_per_step=8,
+        group_size=8,
+        max_new_tokens=24,
+        benchmarks=("pretrained/chain",),
+        micro_prompts=8,
+        mixed_precision="bf16-copy",
+        gap_from="scoring",
+    ),
+    rank=2,
+    arms=PRETRAINED_ARMS,
+)
+PROFILES = {
+    "smoke": _SMOKE,
+    "laptop": _LAPTOP,
+    "published": _PUBLISHED,
+    "pretrained": _PRETRAINED,
+}
 PUBLISHED = "published"  # whose committed measurements the published pages print
 
 # What a reader's own run trains: each kind of arm and one control of each kind.
@@ -259,23 +345,38 @@ READER_ARMS = (
 )
 
 
-def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
+def build(
+    profile: str,
+    arm: str,
+    seed: int,
+    from_scratch: bool = False,
+    student: str | None = None,
+) -> Run:
     """The run of an arm.
 
     Args:
         profile: a key of ``PROFILES``.
-        arm: one of ``PUBLISHED_ARMS``, or ``base`` or ``teacher``.
+        arm: one of ``PUBLISHED_ARMS`` or ``PRETRAINED_ARMS``, or ``base`` or
+            ``teacher``.
         seed: 0 or larger.
         from_scratch: train base and teacher instead of taking the committed ones.
+        student: of a profile with a pretrained one: GGUF file, directory, or hub id
+            with revision; None or empty for the one of the committed runs.
 
     Raises:
-        ValueError: unknown profile or arm; the message lists the known ones.
+        ValueError: unknown profile or arm; the message lists the known ones. Or a
+            student that is not there or not readable.
     """
-    settings = settings_of(profile)
+    return _build(settings_of(profile, student), arm, seed, from_scratch)
+
+
+def _build(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
     if arm == "base":
         return _base(settings, settings.student, _base_seed(settings, seed))
     if arm == "teacher":
         return _teacher(settings, settings.teacher)
+    if arm in _TASK_ARMS and isinstance(settings.student, Student):
+        return _other_task(settings, arm, seed)
     if arm == "sft":
         start = _shared_base(settings, seed, from_scratch)
         return Run("sft", seed, settings.sft, start)
@@ -284,20 +385,20 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
             arm, seed, _matched(settings), _shared_base(settings, seed, from_scratch)
         )
     if arm in _WIDTH_ARMS:
-        return _wider(profile, arm, seed, from_scratch)
+        return _wider(settings, arm, seed, from_scratch)
     if arm in _RATE_ARMS:
         plain, factor = _RATE_ARMS[arm]
-        run = build(profile, plain, seed, from_scratch)
+        run = _build(settings, plain, seed, from_scratch)
         rate = factor * run.train.optimizer.learning_rate
         optimizer = replace(run.train.optimizer, learning_rate=rate)
         return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
     if arm in _UNCLIPPED_ARMS:
-        run = build(profile, _UNCLIPPED_ARMS[arm], seed, from_scratch)
+        run = _build(settings, _UNCLIPPED_ARMS[arm], seed, from_scratch)
         optimizer = replace(run.train.optimizer, max_grad_norm=math.inf)
         return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
     if arm in _PROJECTED_ARMS:
-        return _projected(profile, arm, seed, from_scratch)
-    anchor = build(profile, "sft", seed, from_scratch)
+        return _projected(settings, arm, seed, from_scratch)
+    anchor = _build(settings, "sft", seed, from_scratch)
     if arm == "sft-matched":
         return Run(arm, seed, _matched(settings), anchor)
     if arm == "sft-learns":  # the teacher's mix of demonstrations: there is much to win
@@ -311,6 +412,10 @@ def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
             prompts_per_step=PAPER_BATCH * settings.policy.prompts_per_step,
         )
         return Run(arm, seed, longer, anchor)
+    if arm == "opd-teacher-rough":
+        rough = replace(settings.teacher_sft, qualities=ROUGH_QUALITIES)
+        worse = _teacher(replace(settings, teacher_sft=rough), settings.teacher)
+        return Run(arm, seed, settings.policy, anchor, replace(worse, arm="rough"))
     if arm in _TEACHER_ARMS:
         factor, experts = _TEACHER_ARMS[arm]
         shape = replace(_scaled(settings.student, factor), experts=experts)
@@ -336,23 +441,45 @@ def unit_of_n(profile: str, seeds: Sequence[int]) -> str:
     return f"{count}: data, sampling and anchor each; {shared}, 1 teacher"
 
 
-def settings_of(profile: str) -> Profile:
-    """Sizes and budgets of a profile.
+def settings_of(profile: str, student: str | None = None) -> Profile:
+    """Sizes and budgets of a profile, of another student where one is given.
+
+    Args:
+        profile: a key of ``PROFILES``.
+        student: as in ``build``.
 
     Raises:
-        ValueError: unknown profile; the message lists the known ones.
+        ValueError: unknown profile; the message lists the known ones. Or a student
+            that cannot be one, or that the profile does not take.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
-    return PROFILES[profile]
+    settings = PROFILES[profile]
+    if not student:
+        return settings
+    if not isinstance(settings.student, Student):
+        takers = [k for k, v in PROFILES.items() if isinstance(v.student, Student)]
+        raise ValueError(
+            f"profile {profile} trains its students from scratch and takes no student "
+            f"{student}; expected profile {_or(takers)} with one"
+        )
+    model = describe(student, students_directory())
+    return replace(settings, student=model, teacher=model)
 
 
-def _base(settings: Profile, shape: ModelConfig, seed: int) -> Run:
+def _base(settings: Profile, shape: ModelConfig | Student, seed: int) -> Run:
+    if settings.base is None or settings.base_annealing is None:
+        raise ValueError(
+            "no base is trained here: expected the pretrained model itself"
+        )
+    assert isinstance(shape, ModelConfig)
     early = Run("base-early", seed, settings.base, shape)
     return Run("base", seed, settings.base_annealing, early)
 
 
-def _teacher(settings: Profile, shape: ModelConfig) -> Run:
+def _teacher(settings: Profile, shape: ModelConfig | Student) -> Run:
+    if settings.teacher_base is None or isinstance(shape, Student):
+        return Run("teacher", 0, settings.teacher_sft, shape)
     grown = Run("teacher-base", 0, settings.teacher_base, shape)
     return Run("teacher", 0, settings.teacher_sft, grown)
 
@@ -363,8 +490,12 @@ def _base_seed(settings: Profile, seed: int) -> int:
     return 0 if own is None or seed < own else seed
 
 
-def _shared_base(settings: Profile, seed: int, from_scratch: bool) -> Run | Stored:
+def _shared_base(
+    settings: Profile, seed: int, from_scratch: bool
+) -> Run | Stored | Student:
     """The base that seeds share, committed unless from scratch, or the seed's own."""
+    if isinstance(settings.student, Student):
+        return settings.student
     base_seed = _base_seed(settings, seed)
     if from_scratch or settings.shelf is None or base_seed:
         return _base(settings, settings.student, base_seed)
@@ -389,30 +520,48 @@ def _matched(settings: Profile) -> SFTConfig:
     )
 
 
-def _projected(profile: str, arm: str, seed: int, from_scratch: bool) -> Run:
+def _projected(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
     """An arm that goes on, confined, where its unconstrained twin was at the branch."""
     spec = _PROJECTED_ARMS[arm]
-    free = build(profile, spec.free, seed, from_scratch)
-    donor = build(profile, spec.donor, seed, from_scratch) if spec.donor else None
-    rank = max(1, round(spec.factor * PROFILES[profile].rank))
+    free = _build(settings, spec.free, seed, from_scratch)
+    donor = _build(settings, spec.donor, seed, from_scratch) if spec.donor else None
+    rank = max(1, round(spec.factor * settings.rank))
     projection = ProjectionConfig(rank, spec.subspace, spec.form)
     return replace(free, arm=arm, projection=projection, branch=free, donor=donor)
 
 
-def _wider(profile: str, arm: str, seed: int, from_scratch: bool) -> Run:
+def _wider(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
     """An arm of a wider student; all seeds share the base of that width."""
-    settings = PROFILES[profile]
     plain, factor = _WIDTH_ARMS[arm]
     base = _base(settings, _scaled(settings.student, factor), 0)
     suffix = arm.removeprefix(plain)
     anchor = Run(f"sft{suffix}", seed, settings.sft, base)
     if plain == "sft":
         return anchor
-    run = build(profile, plain, seed, from_scratch)
+    run = _build(settings, plain, seed, from_scratch)
     return replace(run, arm=arm, start=anchor)
 
 
-def _scaled(shape: ModelConfig, factor: float) -> ModelConfig:
+def _other_task(settings: Profile, arm: str, seed: int) -> Run:
+    """An arm of another task; anchor and teacher are that task's, if it has its own."""
+    plain, task = _TASK_ARMS[arm]
+    learned = (_TASKS[task],)
+    own = task in _OWN_ANCHOR
+    sft = replace(settings.sft, benchmarks=learned) if own else settings.sft
+    teaching = replace(settings.teacher_sft, benchmarks=learned)
+    anchor = Run(f"sft-task-{task}" if own else "sft", seed, sft, settings.student)
+    if plain == "sft":
+        return anchor
+    teacher = Run(f"teacher-task-{task}", 0, teaching, settings.student)
+    if not own:
+        teacher = _teacher(settings, settings.teacher)
+    train = replace(settings.policy, benchmarks=learned, **_POLICY_ARMS[plain])  # type: ignore[arg-type]
+    return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
+
+
+def _scaled(shape: ModelConfig | Student, factor: float) -> ModelConfig:
+    if isinstance(shape, Student):
+        raise ValueError("a pretrained model has the size it has; expected other arms")
     return replace(shape, width=round(factor * shape.width))
 
 
@@ -464,7 +613,7 @@ def parse_arms(text: str, profile: str) -> list[str]:
         return list(READER_ARMS)
     arms = [part.strip() for part in text.split(",")]
     for arm in arms:
-        if arm not in (*PUBLISHED_ARMS, *STAGES):
+        if arm not in (*PUBLISHED_ARMS, *PRETRAINED_ARMS, *STAGES):
             known = _or((*settings.arms, *STAGES))
             raise ValueError(f"unknown arm {arm!r}; expected {known}, reader or all")
     return list(dict.fromkeys(arms))

@@ -9,7 +9,8 @@ do the work once.
 Layout of ``data/runs/ARM-sSEED-HASH/``:
 
 - ``run.json``: the description; ``checkpoints/step-000020/``: float32 master weights as
-  an ordinary Hugging Face checkpoint, step 0 being what the run started from;
+  an ordinary Hugging Face checkpoint, step 0 being what the run started from (of a
+  pretrained student, see ``is_lean``, only what is measured there);
 - ``state.pt``: weights, moments, history and step to resume from; ``branch.pt``: the
   same at the step where projected runs branch off;
 - ``progress.json``: for whoever watches; ``done.json``: written last, ``failed.json``:
@@ -58,7 +59,7 @@ from opd_geometry.experiments.records import (
     write_json,
     write_sealed_json,
 )
-from opd_geometry.files import clear_write_errors
+from opd_geometry.files import clear_write_errors, data_directory, on_shelf
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.projection import (
     project_gradients,
@@ -76,9 +77,10 @@ from opd_geometry.training.models import (
     round_to_bfloat16,
     save_model,
 )
-from opd_geometry.training.optimizer import adamw
+from opd_geometry.training.optimizer import adamw, bfloat16_copy
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.sft import SFTConfig, sft_steps
+from opd_geometry.training.students import Student, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,8 +140,9 @@ class Run:
         arm: its name in the book (``opd``, ``rlvr``, ``sft``, ...).
         seed: varies sampling, data order and, through ``start``, the anchor.
         train: the loop and its settings.
-        start: a shape to initialise, a stored checkpoint, or the run whose final
-            checkpoint is taken over, rounded to bf16 as a stored checkpoint is.
+        start: a shape to initialise, a stored checkpoint, a pretrained student, or the
+            run whose final checkpoint is taken over, rounded to bf16 as a stored
+            checkpoint is.
         teacher: who scores (and writes off-policy), if anyone.
         projection: confines training after the branch point.
         branch: the unconstrained run whose state at the branch is continued.
@@ -150,7 +153,7 @@ class Run:
     arm: str
     seed: int
     train: SFTConfig | PolicyConfig
-    start: "ModelConfig | Stored | Run"
+    start: "ModelConfig | Stored | Student | Run"
     teacher: "Stored | Run | None" = None
     projection: ProjectionConfig | None = None
     branch: "Run | None" = None
@@ -211,7 +214,8 @@ class Run:
 def _description(value: Any) -> Any:
     """A configuration without the fields that stand at their default.
 
-    A new field with a default therefore renames no earlier run.
+    A new field with a default therefore renames no earlier run. Nor does a field that
+    two equal configurations may differ in, such as where a student lies.
     """
     if isinstance(value, Run):
         return value._described
@@ -228,30 +232,8 @@ def _fields(value: Any) -> dict[str, Any]:
 
 @lru_cache
 def _defaults(kind: Any) -> list[tuple[str, Any]]:
-    return [(field.name, field.default) for field in dataclasses.fields(kind)]
-
-
-CHECKOUT_DATA = Path(__file__).resolve().parents[3] / "data"
-
-
-def data_directory() -> Path:
-    """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
-    return Path(os.environ.get("OPD_GEOMETRY_DATA") or CHECKOUT_DATA)
-
-
-def shelves() -> list[Path]:
-    """Where committed data may lie: the data directory, then that of the checkout."""
-    return list(dict.fromkeys([data_directory(), CHECKOUT_DATA]))
-
-
-def on_shelf(name: str | Path) -> Path:
-    """Where a committed file or folder lies; in the data directory if nowhere.
-
-    Args:
-        name: relative to the data directory, such as ``paper/table.csv``, or absolute.
-    """
-    places = [shelf / name for shelf in shelves()]
-    return next((place for place in places if place.exists()), places[0])
+    compared = (field for field in dataclasses.fields(kind) if field.compare)
+    return [(field.name, field.default) for field in compared]
 
 
 def run_directory(run: Run) -> Path:
@@ -319,7 +301,32 @@ def store(run: Run, source: str) -> Stored:
 def checkpoint(run: Run, step: int | None = None) -> Path:
     """Directory of a finished run's checkpoint (None: the last one)."""
     step = run.train.steps if step is None else step
+    if step == 0 and is_lean(run):
+        if isinstance(run.start, Run):  # shared by all that start from it
+            return run_directory(run.start) / "checkpoints" / "rounded"
+        assert isinstance(run.start, Student)
+        return prepare(run.start, students_directory())
     return run_directory(run) / "checkpoints" / f"step-{step:06d}"
+
+
+def students_directory() -> Path:
+    """Where pretrained students lie, cut and rounded, each made once."""
+    return data_directory() / "runs" / "students"
+
+
+def is_lean(run: Run) -> bool:
+    """Whether a run grew from a pretrained student: it keeps what is measured only.
+
+    On the way these are the attention projections; at the branch and at the end, all
+    weights. Step 0 is kept once for all that start there, in bf16, which it is
+    rounded to.
+    """
+    return isinstance(origin(run), Student)
+
+
+def origin(run: Run) -> "ModelConfig | Stored | Student":
+    """What the chain of runs that a run starts from began with."""
+    return origin(run.start) if isinstance(run.start, Run) else run.start
 
 
 def is_done(run: Run) -> bool:
@@ -339,6 +346,7 @@ def ensure(run: Run) -> Path:
         return directory
     for needed in run.needs:
         ensure(needed)
+    check_headroom(run)
     with clear_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory / "lock", run.name), one_thread():
@@ -394,6 +402,8 @@ def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     if isinstance(run.start, ModelConfig):
         return build_model(run.start, run.seed), character_tokenizer()
+    if isinstance(run.start, Student):
+        return load_model(prepare(run.start, students_directory()))
     model, tokenizer = load_model(_location(run.start))
     return round_to_bfloat16(model), tokenizer
 
@@ -436,7 +446,10 @@ def _store_checkpoint(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
-    save_model(model, tokenizer, checkpoint(run, step))
+    lean = is_lean(run)
+    dtype = torch.bfloat16 if lean and step == 0 else None
+    only = ATTENTION if lean and step not in _whole(run) else None
+    save_model(model, tokenizer, checkpoint(run, step), dtype, only)
     for weights in checkpoint(run, step).glob("*.safetensors"):
         seal(weights)
 
@@ -456,7 +469,7 @@ def _train(run: Run, directory: Path) -> None:
     if run.projection is not None:
         _confine(run, run.projection, model, optimizer)
     wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
-    save_every = max(1, run.train.steps // 20)
+    save_every = max(1, run.train.steps // (5 if is_lean(run) else 20))
     for metrics in _loop(run, model, tokenizer, optimizer, state["step"]):
         step = state["step"] = state["step"] + 1
         state["history"] += _records(step, metrics)
@@ -482,6 +495,15 @@ def clear_failure(run: Run) -> None:
         (run_directory(run) / "failed.json").unlink(missing_ok=True)
 
 
+# What is measured along the way of a lean run: the paper's trajectories (section 4).
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _whole(run: Run) -> tuple[int, int, int]:
+    """Steps at which a lean run stores every weight."""
+    return 0, run.branch_step(), run.train.steps
+
+
 def _loop(
     run: Run,
     model: "PreTrainedModel",
@@ -498,6 +520,8 @@ def _loop(
     if run.teacher is not None and run.train.needs_teacher:
         teacher, theirs = load_model(_location(run.teacher))
         check_same_vocabulary(tokenizer, theirs)
+        if run.train.mixed_precision == "bf16-copy":
+            teacher = bfloat16_copy(teacher)
     return policy_steps(
         run.train,
         model,
@@ -557,7 +581,12 @@ def _evaluate(
     tokenizer: "PreTrainedTokenizerBase",
     step: int,
 ) -> dict[str, float]:
-    """Sampled accuracies at a checkpoint: of chain, and of everything at the last."""
+    """Sampled accuracies at a checkpoint: of one task, and of everything at the last.
+
+    A pretrained student is asked what belongs to the task that it is trained on.
+    """
+    if is_lean(run):
+        return _evaluate_lean(run, bfloat16_copy(model), tokenizer, step)
     if step < run.train.steps:
         return {"accuracy/chain": evaluation.accuracy(model, tokenizer, "chain")}
     scores = {
@@ -566,6 +595,97 @@ def _evaluate(
     }
     greedy = evaluation.accuracy(model, tokenizer, "chain", temperature=0)
     return {**scores, "greedy/chain": greedy}
+
+
+LEAN_PROBLEMS = 128, 256, 512  # on the way, at the end, at the end of the trained task
+LEAN_TOKENS = 24  # longest completion
+
+
+def _evaluate_lean(
+    run: Run,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    step: int,
+) -> dict[str, float]:
+    def score(name: str, problems: int, temperature: float = 1.0) -> float:
+        return evaluation.accuracy(
+            model,
+            tokenizer,
+            name,
+            problems=problems,
+            samples=1,
+            temperature=temperature,
+            max_new_tokens=LEAN_TOKENS,
+        )
+
+    on_the_way, others, own = LEAN_PROBLEMS
+    main = trained_task(run)
+    kind = tasks.short_name(main)
+    if step < run.train.steps:
+        return {f"accuracy/{kind}": score(main, on_the_way)}
+    scores = {
+        f"accuracy/{tasks.short_name(name)}": score(
+            name, own if name == main else others
+        )
+        for name in tasks.related(main)
+    }
+    return {**scores, f"greedy/{kind}": score(main, others, temperature=0)}
+
+
+def trained_task(run: Run) -> str:
+    """The benchmark whose accuracy is watched: the small world's is always ``chain``.
+
+    >>> from opd_geometry.experiments.profiles import build
+    >>> trained_task(build("smoke", "opd", 0))
+    'chain'
+    """
+    return run.train.benchmarks[0] if is_lean(run) else "chain"
+
+
+# --- headroom ------------------------------------------------------------------------
+
+ABLE, FULL, AHEAD = 0.05, 0.97, 0.02
+
+
+def check_headroom(run: Run) -> None:
+    """Refuse to post-train a pretrained student that has nothing to win, or no start.
+
+    Its anchor's sampled accuracy, and the teacher's, are those of their last
+    evaluation: at least ``ABLE``, at most ``FULL``, and the teacher's ``AHEAD``.
+
+    Raises:
+        ValueError: one line with the scores.
+    """
+    if not (isinstance(run.train, PolicyConfig) and is_lean(run)):
+        return
+    assert isinstance(run.start, Run)
+    task = tasks.short_name(trained_task(run))
+    ours = last_accuracy(run.start, task)
+    if ours is None:
+        return
+    if ours < ABLE:
+        raise ValueError(
+            f"the student samples {ours:.3f} of {task} right: expected {ABLE} at "
+            "least to learn from; choose an easier task or a longer SFT"
+        )
+    if ours > FULL:
+        raise ValueError(
+            f"the student samples {ours:.3f} of {task} right: expected {FULL} at "
+            "most, or nothing is left to win; choose a harder task"
+        )
+    if run.train.needs_teacher and isinstance(run.teacher, Run):
+        theirs = last_accuracy(run.teacher, task)
+        if theirs is not None and theirs < ours + AHEAD:
+            raise ValueError(
+                f"the teacher samples {theirs:.3f} of {task} right and the student "
+                f"{ours:.3f}: expected the teacher ahead by {AHEAD}; train it longer"
+            )
+
+
+def last_accuracy(run: Run, task: str) -> float | None:
+    """A finished run's sampled accuracy on a task at its end; None if never asked."""
+    found = [h["value"] for h in history(run) if h["metric"] == f"accuracy/{task}"]
+    return float(found[-1]) if found else None
 
 
 def _restore(
@@ -644,10 +764,11 @@ DONE = SUMMARY | dict.fromkeys(WHERE, TEXT)
 
 def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     """What a watcher wants to know."""
+    kind = tasks.short_name(trained_task(run))
     recent = [
         record["value"]
         for record in state["history"][-200:]
-        if record["metric"] in ("accuracy/chain", "reward")
+        if record["metric"] in (f"accuracy/{kind}", "reward")
     ]
     return {
         "step": state["step"],

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -33,7 +34,7 @@ from opd_geometry.experiments.measure import (
     is_measured,
     measure_run,
 )
-from opd_geometry.experiments.profiles import PROFILES
+from opd_geometry.experiments.profiles import settings_of
 from opd_geometry.experiments.records import (
     ANYTHING,
     SECONDS,
@@ -49,11 +50,13 @@ from opd_geometry.experiments.runs import (
     is_done,
     is_running,
     one_thread,
+    origin,
     progress,
     recorded,
     run_directory,
 )
 from opd_geometry.printing import duration
+from opd_geometry.training.students import Student
 
 # Read when a worker imports torch and transformers, hence set before it starts.
 WORKER_ENVIRONMENT = {
@@ -262,6 +265,36 @@ def total_seconds(rows: Iterable[Row], jobs: int) -> float | None:
     return max([work / jobs, *priorities(rows).values()])
 
 
+# Bytes a parameter of a pretrained student: float32 weights, gradient and two moments,
+# two bf16 copies of the size of a model, student and teacher; and the rest.
+BYTES_A_PARAMETER, BYTES_BESIDE = 20, 1.2e9
+
+
+def memory_bytes(run: Run) -> float | None:
+    """Memory that a run's process needs; None where it is small, or unknown."""
+    student = origin(run)
+    if not isinstance(student, Student) or not student.parameters:
+        return None
+    return BYTES_A_PARAMETER * student.parameters + BYTES_BESIDE
+
+
+def check_memory(rows: Iterable[Row], jobs: int) -> None:
+    """Refuse to start what the machine's free memory cannot hold.
+
+    Raises:
+        ValueError: one line with both numbers.
+    """
+    needed = [memory_bytes(row.run) or 0.0 for row in rows if row.state != "done"]
+    wanted = sum(sorted(needed)[-jobs:])
+    free = psutil.virtual_memory().available
+    if wanted > free:
+        raise ValueError(
+            f"{jobs} runs at a time need about {wanted / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: expected as much; use fewer --jobs, or a "
+            "smaller student"
+        )
+
+
 # --- doing it --------------------------------------------------------------------
 
 
@@ -291,7 +324,8 @@ def train_all(
         raise ValueError(f"jobs {jobs}: expected 1 or more, the number of cores to use")
     asked = set(runs)
     rows = plan(asked)
-    first, rank = priorities(rows), PROFILES[profile].rank
+    check_memory(rows, jobs)
+    first, rank = priorities(rows), settings_of(profile).rank
     order = TopologicalSorter({row.run: row.run.needs for row in rows})
     order.prepare()
     ready: list[Run] = []

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from opd_geometry.geometry import bits, gram, nulls, spectra, updates
+from opd_geometry.geometry.defaults import (
+    ANGLE_DIVISOR,
+    ETA,
+    HILL_DIVISOR,
+    MASK_ALPHA,
+    PRINCIPAL_DIVISOR,
+)
 from opd_geometry.geometry.gram import Decomposition
-
-ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
-PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
-HILL_DIVISOR = 8  # the paper does not state its k
-MASK_ALPHA = 0.5
-ETA = 1e-3
 
 ANGLES = (
     "angle_left_mean_deg",

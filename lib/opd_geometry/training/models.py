@@ -28,6 +28,7 @@ from transformers import (
 from opd_geometry.training.tasks import CHARACTERS
 
 PAD, EOS = "<pad>", "<eos>"
+PROMPT_FRAME = "prompt_frame"  # a tokenizer's setting: what stands around a prompt
 
 
 @dataclass(frozen=True)
@@ -96,50 +97,91 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()
 
 
+def located(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model, and what it has to be told beside that.
+
+    Args:
+        source: a directory, a GGUF file, or a hub id, with ``@revision`` or the newest.
+
+    Raises:
+        ValueError: a path where no model is.
+    """
+    path = Path(source)
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if (path.exists() or path.is_absolute()) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"no checkpoint at {path}: expected a directory with config.json, "
+            "safetensors and a tokenizer"
+        )
+    where, _, revision = str(source).partition("@")
+    if revision and not path.exists():
+        return where, {"revision": revision}
+    return str(source), {}
+
+
 def load_model(
     source: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: a directory with a Hugging Face checkpoint, or a hub id, with
-            ``@revision`` or the newest.
+        source: a directory with a Hugging Face checkpoint, a GGUF file, or a hub id,
+            with ``@revision`` or the newest.
         dtype: the dtype of the loaded weights (float32: master weights).
 
     Raises:
         ValueError: one line that says what is missing or broken.
     """
-    path = Path(source)
-    where, _, revision = str(source).partition("@")
-    at: dict[str, Any] = (
-        {"revision": revision} if revision and not path.exists() else {}
-    )
-    where = where if at else str(source)
-    if (path.exists() or path.is_absolute()) and not (path / "config.json").is_file():
-        raise ValueError(
-            f"no checkpoint at {path}: expected a directory with config.json, "
-            "safetensors and a tokenizer"
-        )
+    where, at = located(source)
+    expected = "complete safetensors of a causal language model"
+    if "gguf_file" in at:
+        expected = "a GGUF file of a causal language model in types that gguf reads"
+    else:
+        at = {**at, "use_safetensors": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **at
+            where, dtype=dtype, output_loading_info=True, **at
         )
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"cannot load a model from {source}: {reason}; expected complete "
-            "safetensors of a causal language model"
+            f"cannot load a model from {source}: {reason}; expected {expected}"
         ) from error
     model, report = loaded
-    if report["missing_keys"]:  # transformers would start from random numbers there
+    missing = set(report["missing_keys"]) - _tied(model)
+    if missing:  # transformers would start from random numbers there
         raise ValueError(
-            f"the checkpoint {source} lacks {min(report['missing_keys'])}; expected "
-            "complete safetensors of a causal language model"
+            f"the checkpoint {source} lacks {min(missing)}; expected {expected}"
         )
+    tokenizer = load_tokenizer(source)
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        raise ValueError(
+            f"the tokenizer beside {source} has {len(tokenizer)} tokens but the model "
+            f"has {model.config.vocab_size}; use the tokenizer it was trained with"
+        )
+    return model.eval(), tokenizer
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of weights that are others' under a second name, so no file has them."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        source: as in ``load_model``.
+
+    Raises:
+        ValueError: one line that says what is missing or broken.
+    """
+    where, at = located(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **at)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load the tokenizer beside {source}: {reason}; save one with "
             "tokenizer.save_pretrained"
@@ -150,12 +192,19 @@ def load_model(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks say what is padding
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer beside {source} has {len(tokenizer)} tokens but the model "
-            f"has {model.config.vocab_size}; use the tokenizer it was trained with"
-        )
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def frame(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as the tokenizer's model wants it begun: bare, after <bos>, in a turn.
+
+    Args:
+        prompt: of a task.
+        tokenizer: of a pretrained student (see ``students``), or any other.
+    """
+    settings = getattr(tokenizer, "init_kwargs", {})
+    before, after = settings.get(PROMPT_FRAME) or ("", "")
+    return f"{before}{prompt}{after}"
 
 
 def check_reads_tasks(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,6 +246,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     directory: str | Path,
     dtype: torch.dtype | None = None,
+    only: tuple[str, ...] | None = None,
 ) -> None:
     """Write a checkpoint so that it is there whole or not at all.
 
@@ -206,14 +256,17 @@ def save_model(
         directory: where; replaced if it exists.
         dtype: dtype of the stored weights (None: as they are). The model in memory
             keeps its own.
+        only: modules, by the last part of their names, whose weights are stored; None
+            for a checkpoint that can be loaded.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         state = {
-            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+            name: (tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
             for name, tensor in model.state_dict().items()
+            if only is None or name.split(".")[-2] in only
         }
         model.save_pretrained(draft, state_dict=state)
         tokenizer.save_pretrained(draft)

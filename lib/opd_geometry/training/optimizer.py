@@ -1,11 +1,14 @@
-"""AdamW as the paper uses it, and its learning-rate schedules as functions of the step.
+"""AdamW as the paper uses it, its schedules as functions of the step, master weights.
 
 A schedule that is a function of the step alone has no state to save, which is one thing
 less that a resumed run could get wrong.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +26,8 @@ class OptimizerConfig:
         betas, eps, weight_decay: of AdamW; decay only on matrices, not on norms.
         max_grad_norm: the gradient of a step is scaled down to this 2-norm; infinite
             clips nothing.
+        fused: one pass over each weight and its moments; faster on large models, and
+            other last digits.
     """
 
     learning_rate: float
@@ -33,6 +38,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
@@ -80,7 +86,72 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
+        fused=config.fused or None,
     )
+
+
+PRECISIONS = ("no", "bf16", "bf16-copy")
+
+
+def autocast(precision: str) -> str:
+    """The part of a precision that accelerate's own casting does."""
+    return "no" if precision == "bf16-copy" else precision
+
+
+class Compute:
+    """What computes beside the float32 master weights: they themselves, or a bf16 copy.
+
+    The copy's gradients are added to the masters' in float32 as soon as they are there,
+    and a step's new masters are rounded to the copy: what is lost in bf16 is a
+    product's last digits, never a small update.
+
+    Args:
+        masters: the model that is trained, float32.
+        precision: ``bf16-copy``, or any other of ``PRECISIONS`` for the masters.
+
+    Attributes:
+        model: what forward and backward passes go through.
+    """
+
+    def __init__(self, masters: nn.Module, precision: str) -> None:
+        self.model: Any = masters
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        if precision == "bf16-copy":
+            self.model = bfloat16_copy(masters)
+            ours, theirs = self.model.parameters(), masters.parameters()
+            self._pairs = list(zip(ours, theirs, strict=True))
+        for low, master in self._pairs:
+            if low.requires_grad:
+                low.register_post_accumulate_grad_hook(_handing_to(master))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters to the copy, after each of their steps."""
+        for low, master in self._pairs:
+            low.copy_(master)
+
+
+def bfloat16_copy(model: Any) -> Any:
+    """A copy whose parameters are rounded to bf16; buffers keep their precision."""
+    low = copy.deepcopy(model)
+    for parameter in low.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.grad = None
+    return low
+
+
+def _handing_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's new gradient to its master's."""
+
+    def hand_over(low: torch.Tensor) -> None:
+        assert low.grad is not None
+        if master.grad is None:
+            master.grad = low.grad.to(master.dtype)
+        else:
+            master.grad += low.grad
+        low.grad = None
+
+    return hand_over
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

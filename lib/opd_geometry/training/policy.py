@@ -22,7 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training import losses, tasks
 from opd_geometry.training.optimizer import (
+    PRECISIONS,
+    Compute,
     OptimizerConfig,
+    autocast,
     check_finite,
     learning_rate,
     set_learning_rate,
@@ -66,7 +69,11 @@ class PolicyConfig:
         max_new_tokens: longest completion.
         benchmarks: which task distributions the prompts come from.
         micro_prompts: prompts (with their groups) a forward pass; memory only.
-        mixed_precision: ``no`` or ``bf16`` (autocast; weights stay float32).
+        mixed_precision: ``no``, ``bf16`` (autocast) or ``bf16-copy`` (see
+            ``optimizer.Compute``); master weights stay float32.
+        gap_from: whose log-probabilities of its own tokens are the student's: those of
+            the ``rollout``, or those of the ``scoring`` pass, which reads the tokens as
+            the teacher's does. In bf16 the two differ.
     """
 
     optimizer: OptimizerConfig
@@ -88,6 +95,7 @@ class PolicyConfig:
     benchmarks: tuple[str, ...] = ("chain",)
     micro_prompts: int = 24
     mixed_precision: str = "no"
+    gap_from: str = "rollout"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -141,6 +149,8 @@ _CHOICES = {
     "ratio_to": ("student", "author"),
     "credit": ("gap", "likelihood"),
     "token_selection": ("all", "top-gap", "random"),
+    "mixed_precision": PRECISIONS,
+    "gap_from": ("rollout", "scoring"),
 }
 
 
@@ -177,12 +187,14 @@ def policy_steps(
     """
     if config.needs_teacher and teacher is None:
         raise ValueError(f"alpha {config.alpha} needs a teacher; give one, or alpha 0")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(mixed_precision=autocast(config.mixed_precision))
     model, optimizer = accelerator.prepare(model, optimizer)
+    compute = Compute(model, config.mixed_precision)
+    student = compute.model
     if teacher is not None:
         teacher = teacher.to(accelerator.device).eval()
-    model.eval()  # no dropout anywhere; Qwen3 has none, other models may
-    author = model if config.rollouts == "student" else teacher
+    student.eval()  # no dropout anywhere; Qwen3 has none, other models may
+    author = student if config.rollouts == "student" else teacher
     assert author is not None
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
@@ -219,11 +231,11 @@ def policy_steps(
             piece, rows = rollout.take(part), rollout.rows_of(part)
             width = piece.mask.shape[1]
             if config.estimator == "full":
-                loss, gap = full_vocabulary_loss(config, model, teacher, piece)
+                loss, gap = full_vocabulary_loss(config, student, teacher, piece)
             else:
-                log_probs = completion_log_probs(model, piece, config.temperature)
+                log_probs = completion_log_probs(student, piece, config.temperature)
                 # teacher-written tokens have no sampling probability of the student
-                own = config.rollouts == "student"
+                own = config.rollouts == "student" and config.gap_from == "rollout"
                 ours = piece.log_probs if own else log_probs.detach()
                 old = ours if config.ratio_to == "student" else piece.log_probs
                 gap = token_gap(config, ours, teacher, piece)
@@ -259,6 +271,7 @@ def policy_steps(
         check_finite(norm, step, rate)
         if len(kept):
             optimizer.step()
+            compute.refresh()
         optimizer.zero_grad()
         yield {
             **totals,

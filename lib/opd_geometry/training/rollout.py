@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training.losses import token_log_probs
+from opd_geometry.training.models import frame
 
 # Tokens that are scored at a time: what stays in a processor's caches is computed
 # faster, while an accelerator wants to be kept busy. No result depends on it.
@@ -71,8 +72,9 @@ def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
     """Tokenize prompts, left-padded: ids and mask, both (P, L) int64."""
+    framed = [frame(prompt, tokenizer) for prompt in prompts]
     batch = tokenizer(
-        prompts, padding=True, return_tensors="pt", add_special_tokens=False
+        framed, padding=True, return_tensors="pt", add_special_tokens=False
     )
     return batch["input_ids"], batch["attention_mask"]
 
@@ -224,8 +226,8 @@ def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     Raises:
         ValueError: a layer of the model decides by itself whom a token sees.
     """
-    _require_masked_attention(model, rollout)
     width = rollout.mask.shape[1]
+    _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
     parts = _passes(rollout)
     logits = [_one_pass(model, rollout.take(part)) for part in parts]
     padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in logits]
@@ -289,8 +291,70 @@ def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, positions, visible, source
 
 
-def _require_masked_attention(model: PreTrainedModel, rollout: Rollout) -> None:
-    """Refuse layers that would not keep the completions of a row apart."""
+def packed_logits(
+    model: PreTrainedModel, ids: Tensor, lengths: Tensor, row_tokens: int
+) -> Tensor:
+    """Logits of sequences of which several share a row, each seeing itself alone.
+
+    Equal to a forward pass over padded rows of their own, without the padding;
+    differentiable.
+
+    Args:
+        model: any causal language model with attention.
+        ids: (B, T) int64, right-padded.
+        lengths: (B,) int64 tokens of each sequence, at least 1.
+        row_tokens: a row ends before the sequence that would make it longer.
+
+    Returns:
+        (B, T, V); zero on padding.
+
+    Raises:
+        ValueError: a layer of the model decides by itself whom a token sees.
+    """
+    _require_masked_attention(model, ids.shape[1])
+    row, start = _rows(lengths.tolist(), row_tokens)
+    step = torch.arange(ids.shape[1], device=ids.device)
+    real = step < lengths[:, None]
+    rows = torch.tensor(row, device=ids.device)[:, None].expand_as(real)[real]
+    places = (torch.tensor(start, device=ids.device)[:, None] + step)[real]
+    size = max(row) + 1, int(places.max()) + 1
+    packed, positions = ids.new_zeros(size), ids.new_zeros(size)
+    owner = ids.new_full(size, -1)
+    packed[rows, places] = ids[real]
+    positions[rows, places] = step.expand_as(real)[real]
+    sequence = torch.arange(len(ids), device=ids.device)
+    owner[rows, places] = sequence[:, None].expand_as(real)[real]
+    visible = (owner[:, :, None] == owner[:, None, :]).tril()
+    logits = model(
+        input_ids=packed,
+        attention_mask=_as_model_mask(visible, model),
+        position_ids=positions,
+        use_cache=False,
+    ).logits
+    unpacked = logits.new_zeros(*ids.shape, logits.shape[-1])
+    unpacked[real] = logits[rows, places]
+    return unpacked
+
+
+def _rows(lengths: list[int], row_tokens: int) -> tuple[list[int], list[int]]:
+    """Row of each sequence, and the place in it where the sequence starts."""
+    rows, starts, row, filled = [], [], 0, 0
+    for length in lengths:
+        if filled and filled + length > row_tokens:
+            row, filled = row + 1, 0
+        rows.append(row)
+        starts.append(filled)
+        filled += length
+    return rows, starts
+
+
+def _require_masked_attention(model: PreTrainedModel, longest: int) -> None:
+    """Refuse layers that would not keep the sequences of a row apart.
+
+    Args:
+        model: which is asked.
+        longest: tokens of the longest sequence.
+    """
     how = getattr(model.config, "_attn_implementation", "sdpa")
     if how not in ("sdpa", "eager"):
         raise ValueError(
@@ -304,7 +368,6 @@ def _require_masked_attention(model: PreTrainedModel, rollout: Rollout) -> None:
             f"layers of type {', '.join(others)}: expected attention, whose mask keeps "
             "the completions of a prompt apart; choose a model without them"
         )
-    longest = rollout.prompt_ids.shape[1] + rollout.mask.shape[1]
     window = getattr(model.config, "sliding_window", None) or longest
     if longest > window:
         raise ValueError(

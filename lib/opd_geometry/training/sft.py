@@ -17,12 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training import tasks
 from opd_geometry.training.losses import sft_loss
+from opd_geometry.training.models import frame
 from opd_geometry.training.optimizer import (
+    PRECISIONS,
+    Compute,
     OptimizerConfig,
+    autocast,
     check_finite,
     learning_rate,
     set_learning_rate,
 )
+from opd_geometry.training.rollout import packed_logits
 
 _STREAM = 1  # separates this loop's random numbers from the policy loop's
 
@@ -41,7 +46,10 @@ class SFTConfig:
         benchmarks: which task distributions the demonstrations come from.
         qualities: (quality, weight) pairs of the demonstrations.
         learn_prompt: whether prompt tokens are learned too (pretraining).
-        mixed_precision: ``no`` or ``bf16`` (autocast; weights stay float32).
+        mixed_precision: ``no``, ``bf16`` (autocast) or ``bf16-copy`` (see
+            ``optimizer.Compute``); master weights stay float32.
+        row_tokens: several demonstrations share a row of at most so many tokens, each
+            seeing itself alone; 0 gives each a padded row of its own.
     """
 
     optimizer: OptimizerConfig
@@ -53,8 +61,14 @@ class SFTConfig:
     qualities: tuple[tuple[str, float], ...] = (("careful", 1.0),)
     learn_prompt: bool = False
     mixed_precision: str = "no"
+    row_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(
+                f"mixed_precision {self.mixed_precision!r}: expected "
+                f"{' or '.join(PRECISIONS)}"
+            )
         if self.data not in ("demonstrations", "pretraining", "annealing"):
             raise ValueError(
                 f"unknown data {self.data!r}; expected demonstrations, pretraining "
@@ -87,9 +101,11 @@ def sft_steps(
     Raises:
         ValueError: a gradient that is not finite.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(mixed_precision=autocast(config.mixed_precision))
     model, optimizer = accelerator.prepare(model, optimizer)
-    model.eval()  # no dropout anywhere; Qwen3 has none, other models may
+    compute = Compute(model, config.mixed_precision)
+    student = compute.model
+    student.eval()  # no dropout anywhere; Qwen3 has none, other models may
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
@@ -104,7 +120,11 @@ def sft_steps(
         for tokens, learned in parts:
             ids = tokens.to(accelerator.device)
             mask = learned[:, 1:].to(accelerator.device)
-            logits = model(input_ids=ids[:, :-1]).logits
+            if config.row_tokens:
+                lengths = last_places(mask) + 1
+                logits = packed_logits(student, ids[:, :-1], lengths, config.row_tokens)
+            else:
+                logits = student(input_ids=ids[:, :-1]).logits
             loss = sft_loss(logits, ids[:, 1:], mask, denominator=total)
             accelerator.backward(loss)
             loss_sum += loss.item()
@@ -115,8 +135,15 @@ def sft_steps(
         )
         check_finite(norm, step, rate)
         optimizer.step()
+        compute.refresh()
         optimizer.zero_grad()
         yield {"loss": loss_sum, "grad_norm": norm, "learning_rate": rate}
+
+
+def last_places(mask: Tensor) -> Tensor:
+    """The last column of each row in which a mask is true, (B,) int64."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return columns.expand_as(mask).masked_fill(~mask, 0).amax(1)
 
 
 def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]:
@@ -149,7 +176,8 @@ def encode_pairs(
         tokens (B, T) int64 and learned (B, T) bool: true on response and EOS, and on
         the prompt if ``learn_prompt``.
     """
-    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    framed = [frame(prompt, tokenizer) for prompt, _ in pairs]
+    prompts = tokenizer(framed, add_special_tokens=False)["input_ids"]
     answers = tokenizer([r for _, r in pairs], add_special_tokens=False)["input_ids"]
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [[*p, *a, eos] for p, a in zip(prompts, answers, strict=True)]

@@ -1,6 +1,6 @@
 """Problems of several steps, demonstrations of several qualities, exact verifiers.
 
-Three families share one anatomy. A prompt states the problem, a response writes the
+All families share one anatomy. A prompt states the problem, a response writes the
 intermediate results separated by commas, then ``#`` and the answer:
 
 =======  =================  =======================  ==========================
@@ -9,7 +9,14 @@ family   prompt             response                 what it is
 chain    ``c:23+45-12=``    ``68,56#56``             a sum term by term
 gcd      ``g:48,18=``       ``12,6,0#6``             Euclid's remainders
 base     ``b:45,3=``        ``15r0,5r0,1r2,0r1#1200``  repeated division by a base
+list     ``s:7 2 9=``       ``2,7#9``                sorting; the answer is the last
+story    ``Tom has 3 ...``  ``7,5#5``                a chain told in words
+odd      ``o:cat dog cup=`` ``animal#cup``           the word of another kind
+brief    ``c:3+4-2=``       ``#5``                   a chain; steps earn nothing
 =======  =================  =======================  ==========================
+
+The small world's students have the first three; the other benchmarks, named
+``pretrained/...``, are for language models that know digits and words already.
 
 Verification parses the response with a regular expression and compares strings: model
 output is never evaluated as code.
@@ -27,7 +34,7 @@ Perturb = Callable[[int], int]
 
 QUALITIES = ("careful", "guess", "sloppy")
 SLIP_FRAC = 0.25  # share of a sloppy trace's steps that go wrong
-_ANSWER = re.compile(r"[^#]*#([0-9]+)")
+_ANSWER = re.compile(r"([^#]*)#([0-9A-Za-z]+)")
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,9 @@ class Benchmark:
     """A distribution of problems: a family and the inclusive ranges of its sizes.
 
     Attributes:
-        family: one of ``FAMILIES``.
-        length: number of terms of a chain (ignored by the other families).
-        largest: the largest integer that a prompt may contain.
+        family: a key of ``SOLVERS``.
+        length: number of terms, numbers or words (ignored by gcd and base).
+        largest: the largest integer that a prompt may contain (ignored by odd).
     """
 
     family: str
@@ -65,6 +72,43 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gcd-large": Benchmark("gcd", (2, 2), 199),
     "base-large": Benchmark("base", (2, 2), 199),
 }
+# Those of a pretrained language model: small numbers, as two-digit sums are beyond a
+# model of this size in so few steps. It is trained on chains, lists, stories or odd
+# words, each on its own, and on nothing that has a dash in its name.
+PRETRAINED_BENCHMARKS: dict[str, Benchmark] = {
+    "pretrained/chain": Benchmark("chain", (3, 5), 9),
+    "pretrained/chain-short": Benchmark("chain", (2, 2), 9),
+    "pretrained/chain-long": Benchmark("chain", (6, 7), 9),
+    "pretrained/chain-longer": Benchmark("chain", (8, 9), 9),
+    "pretrained/chain-teens": Benchmark("chain", (3, 5), 19),
+    "pretrained/list": Benchmark("list", (3, 5), 9),
+    "pretrained/list-long": Benchmark("list", (6, 7), 9),
+    "pretrained/story": Benchmark("story", (3, 4), 9),
+    "pretrained/story-long": Benchmark("story", (5, 6), 9),
+    "pretrained/odd": Benchmark("odd", (3, 4), 0),
+    "pretrained/odd-long": Benchmark("odd", (5, 6), 0),
+    "pretrained/brief": Benchmark("brief", (3, 5), 9),
+}
+KNOWN_BENCHMARKS = BENCHMARKS | PRETRAINED_BENCHMARKS
+
+
+def short_name(benchmark: str) -> str:
+    """A benchmark's name inside its world, as metrics carry it."""
+    return benchmark.rpartition("/")[2]
+
+
+def related(benchmark: str) -> tuple[str, ...]:
+    """The benchmarks that a pretrained student of one of them is asked.
+
+    >>> related("pretrained/list")
+    ('pretrained/list', 'pretrained/list-long')
+    """
+    kind = short_name(benchmark).partition("-")[0].replace("brief", "chain")
+    return tuple(
+        name
+        for name in PRETRAINED_BENCHMARKS
+        if short_name(name).partition("-")[0].replace("brief", "chain") == kind
+    )
 
 
 def _exact(value: int) -> int:
@@ -108,15 +152,45 @@ def solve_base(
     return steps, digits
 
 
+def solve_list(
+    args: tuple[int, ...], perturb: Perturb = _exact
+) -> tuple[list[str], str]:
+    """The numbers in order, smallest first; the answer is the largest."""
+    steps = sorted(max(0, perturb(value)) for value in args)
+    return [str(value) for value in steps[:-1]], str(steps[-1])
+
+
+def solve_odd(
+    args: tuple[int, ...], perturb: Perturb = _exact
+) -> tuple[list[str], str]:
+    """The kind that all words but one share, then the other one.
+
+    ``args`` is the kind, the place of the odd word, and the words' numbers.
+    """
+    kind, place, *words = args
+    place = perturb(place) % len(words)
+    return [KINDS[kind]], WORDS[words[place]]
+
+
 SOLVERS: dict[str, Callable[[tuple[int, ...], Perturb], tuple[list[str], str]]] = {
     "chain": solve_chain,
     "gcd": solve_gcd,
     "base": solve_base,
+    "list": solve_list,
+    "story": solve_chain,
+    "odd": solve_odd,
+    "brief": solve_chain,
 }
-FAMILIES = tuple(SOLVERS)
+FAMILIES = tuple(dict.fromkeys(b.family for b in BENCHMARKS.values()))
 
 
 def _draw_chain(bench: Benchmark, rng: Rng) -> Problem:
+    args = _draw_terms(bench, rng)
+    prompt = f"c:{args[0]}" + "".join(f"{term:+d}" for term in args[1:]) + "="
+    return Problem(bench.family, tuple(args), prompt)
+
+
+def _draw_terms(bench: Benchmark, rng: Rng) -> list[int]:
     """Terms such that every running total stays within 0..largest."""
     args = [int(rng.integers(1, bench.largest + 1))]
     total = args[0]
@@ -124,8 +198,7 @@ def _draw_chain(bench: Benchmark, rng: Rng) -> Problem:
         term = int(rng.integers(0, bench.largest + 1)) - total
         args.append(term or (1 if total < bench.largest else -1))
         total += args[-1]
-    prompt = f"c:{args[0]}" + "".join(f"{term:+d}" for term in args[1:]) + "="
-    return Problem("chain", tuple(args), prompt)
+    return args
 
 
 def _draw_gcd(bench: Benchmark, rng: Rng) -> Problem:
@@ -138,10 +211,56 @@ def _draw_base(bench: Benchmark, rng: Rng) -> Problem:
     return Problem("base", (number, base), f"b:{number},{base}=")
 
 
+def _draw_list(bench: Benchmark, rng: Rng) -> Problem:
+    count = int(rng.integers(bench.length[0], bench.length[1] + 1))
+    args = tuple(int(v) for v in rng.permutation(bench.largest + 1)[:count])
+    return Problem("list", args, f"s:{' '.join(map(str, args))}=")
+
+
+NAMES = ("Tom", "Anna", "Ben", "Lucy", "Sam", "Mary")
+THINGS = ("apples", "books", "coins", "eggs", "cards", "cups")
+
+
+def _draw_story(bench: Benchmark, rng: Rng) -> Problem:
+    args = _draw_terms(bench, rng)
+    name, thing = (str(rng.choice(words)) for words in (NAMES, THINGS))
+    told = [f"{name} has {args[0]} {thing}"]
+    told += [f"{'gets' if v > 0 else 'loses'} {abs(v)}" for v in args[1:]]
+    return Problem("story", tuple(args), f"{', '.join(told)}. How many are left?")
+
+
+_GROUPS = {
+    "animal": "dog cat horse cow sheep lion bear mouse",
+    "fruit": "apple pear plum grape lemon peach cherry melon",
+    "color": "red blue green yellow black white brown pink",
+    "number": "one two three four five six seven eight",
+    "body": "hand foot head nose ear arm leg knee",
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+}
+KINDS = tuple(_GROUPS)
+_MEMBERS = tuple(tuple(text.split()) for text in _GROUPS.values())
+WORDS = tuple(word for words in _MEMBERS for word in words)
+
+
+def _draw_odd(bench: Benchmark, rng: Rng) -> Problem:
+    """Words of one kind, and one of another at a place of its own."""
+    count = int(rng.integers(bench.length[0], bench.length[1] + 1))
+    kind, other = (int(v) for v in rng.permutation(len(KINDS))[:2])
+    words = [str(word) for word in rng.permutation(_MEMBERS[kind])[:count]]
+    place = int(rng.integers(count))
+    words[place] = str(rng.choice(_MEMBERS[other]))
+    args = (kind, place, *(WORDS.index(word) for word in words))
+    return Problem("odd", args, f"o:{' '.join(words)}=")
+
+
 _DRAW: dict[str, Callable[[Benchmark, Rng], Problem]] = {
     "chain": _draw_chain,
     "gcd": _draw_gcd,
     "base": _draw_base,
+    "list": _draw_list,
+    "story": _draw_story,
+    "odd": _draw_odd,
+    "brief": _draw_chain,
 }
 
 
@@ -152,7 +271,7 @@ def draw_problem(benchmark: str, rng: Rng, split: str = "train") -> Problem:
     training stage ever sees a held-out prompt, whatever seed it draws with.
 
     Args:
-        benchmark: a key of ``BENCHMARKS``.
+        benchmark: a key of ``KNOWN_BENCHMARKS``.
         rng: the NumPy generator that decides everything about it.
         split: ``train`` or ``test``.
 
@@ -163,14 +282,15 @@ def draw_problem(benchmark: str, rng: Rng, split: str = "train") -> Problem:
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; expected train or test")
     while True:
-        problem = _DRAW[BENCHMARKS[benchmark].family](BENCHMARKS[benchmark], rng)
+        bench = KNOWN_BENCHMARKS[benchmark]
+        problem = _DRAW[bench.family](bench, rng)
         if is_held_out(problem.prompt) == (split == "test"):
             return problem
 
 
 def _require_benchmark(benchmark: str) -> None:
-    if benchmark not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
+    if benchmark not in KNOWN_BENCHMARKS:
+        known = ", ".join(KNOWN_BENCHMARKS)
         raise ValueError(f"unknown benchmark {benchmark!r}; expected one of {known}")
 
 
@@ -224,17 +344,24 @@ def _guess(problem: Problem, rng: Rng) -> str:
     answer = solution(problem)[1]
     if problem.family == "base":
         return "".join(str(rng.integers(0, problem.args[1])) for _ in answer)
+    if problem.family == "list":
+        return str(rng.choice(problem.args))
+    if problem.family == "odd":
+        return WORDS[int(rng.choice(problem.args[2:]))]
     return str(max(1, int(answer) + int(rng.integers(-9, 10))))
 
 
 def verify(problem: Problem, response: str) -> bool:
     """Whether a response ends in the right answer (outcome only, as in RLVR).
 
-    The response must contain exactly one ``#``, followed by the answer's digits and
-    nothing else. Steps before it are free.
+    The response must contain exactly one ``#``, followed by the answer and nothing
+    else. Steps before it are free; a brief problem wants none, so that its reward
+    disagrees with a teacher that writes them.
     """
     match = _ANSWER.fullmatch(response)
-    return match is not None and match.group(1) == solution(problem)[1]
+    if match is None or (problem.family == "brief" and match.group(1)):
+        return False
+    return match.group(2) == solution(problem)[1]
 
 
 def draw_demonstrations(
@@ -261,7 +388,7 @@ def held_out(benchmark: str, count: int, seed: int = 0) -> list[Problem]:
         ValueError: unknown benchmark; the message lists the known ones.
     """
     _require_benchmark(benchmark)
-    rng = np.random.default_rng([seed, 7919, list(BENCHMARKS).index(benchmark)])
+    rng = np.random.default_rng([seed, 7919, list(KNOWN_BENCHMARKS).index(benchmark)])
     return [draw_problem(benchmark, rng, "test") for _ in range(count)]
 
 

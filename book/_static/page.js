@@ -1,0 +1,28 @@
+// Wide parts are reached and scrolled by the keyboard; a figure opens in full.
+const mark = () => {
+  const places = ".cell_output .text_html, .cell_output pre, .highlight pre, " +
+    "div.math, .pst-scrollable-table-container";
+  let n = 0;
+  for (const place of document.querySelectorAll(places)) {
+    const scrolls = place.scrollWidth > place.clientWidth + 1;
+    place.classList.toggle("scrolls", scrolls);
+    if (scrolls) {
+      place.tabIndex = 0;
+      place.setAttribute("role", "region");
+      place.setAttribute("aria-label", `Wide part ${++n}, scrolls`);
+    } else place.removeAttribute("tabindex");
+  }
+};
+// A figure opens in full, where a small screen shows it small.
+const open = () => {
+  for (const picture of document.querySelectorAll(".cell_output img, figure img")) {
+    if (picture.closest("a")) continue;
+    const link = document.createElement("a");
+    link.href = picture.src;
+    picture.replaceWith(link);
+    link.append(picture);
+  }
+};
+addEventListener("DOMContentLoaded", open);
+addEventListener("load", mark);
+addEventListener("resize", mark);

@@ -1,0 +1,187 @@
+"""The board of claims: a tile a claim, from the table of claims, for a page."""
+
+import html
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from opd_geometry.book.figures import ARM_STYLES
+
+ARM = re.compile(
+    rf"(?<![\w-])(?:{'|'.join(sorted(ARM_STYLES, key=len, reverse=True))})(?![\w-])"
+)
+VERDICT_MARKS = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "inconclusive": "?",
+    "explained by a control": "≈",
+    "not measured": "–",
+}
+# What the paper's figures and tables are about: a part of the board, and its chapter.
+PARTS = {
+    "How much, and where": ("01_localisation", ("Table 1", "Figure 2", "Figure 3")),
+    "When, and in how many directions": (
+        "02_locking",
+        ("Figure 4", "Figure 5", "Figure 6", "Figures 6"),
+    ),
+    "What it depends on": ("03_controls", ("Figure 7", "Figures 7")),
+}
+ENDS = ("low", "high")
+CHAPTER_OF = {"sparsity-robust": "06_variants"}  # where it is not that of its part
+FILTER = """
+<fieldset class="board-filter" hidden>
+<legend>Show</legend>
+<label>Verdict <select data-field="verdict">{verdicts}</select></label>
+<label>Part <select data-field="part">{parts}</select></label>
+<output aria-live="polite"></output>
+</fieldset>
+"""
+SCRIPT = """
+<script>
+const form = document.querySelector(".board-filter");
+const tiles = [...document.querySelectorAll(".claim")];
+const show = () => {
+  const asked = [...form.querySelectorAll("select")];
+  for (const tile of tiles)
+    tile.hidden = asked.some(
+      ask => ask.value && tile.dataset[ask.dataset.field] !== ask.value);
+  const n = tiles.filter(tile => !tile.hidden).length;
+  form.querySelector("output").textContent = `${n} of ${tiles.length} claims`;
+};
+form.hidden = false;
+form.addEventListener("change", show);
+show();
+</script>
+"""
+
+
+def part_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A claim's part of the board, and the chapter that judges it.
+
+    Raises:
+        ValueError: a figure or table of the paper that no part has.
+    """
+    for part, (chapter, items) in PARTS.items():
+        if str(row["paper_item"]).startswith(items):
+            return part, CHAPTER_OF.get(str(row["id"]), chapter)
+    raise ValueError(
+        f"{row['id']} is about {row['paper_item']}: give it a part in board.PARTS"
+    )
+
+
+def board(findings: pd.DataFrame, brief: bool = False) -> str:
+    """Every claim as a tile.
+
+    Args:
+        findings: of ``claims.claims_table``, or ``claims.csv`` as it was written.
+        brief: the verdict and the claim only, as on the first page.
+
+    Returns:
+        HTML; its filter shows itself where scripts run, and all tiles are there where
+        they do not. Links lead from a page beside ``chapters/``.
+
+    Raises:
+        ValueError: as ``part_of``.
+    """
+    rows = findings.astype(object).fillna("").to_dict("records")
+    tiles = "\n".join(_tile(row, brief) for row in rows)
+    kind = "claims claims-brief" if brief else "claims"
+    text = f'<ul class="{kind}">\n{tiles}\n</ul>\n'
+    if brief:
+        return text
+    verdicts = [name for name in VERDICT_MARKS if name in set(findings["verdict"])]
+    chosen = FILTER.replace("{verdicts}", _options(verdicts))
+    return chosen.replace("{parts}", _options(PARTS)) + text + SCRIPT
+
+
+def tally(findings: pd.DataFrame) -> dict[str, str]:
+    """The verdicts of a chapter's claims as marks, for the list of chapters.
+
+    Args:
+        findings: as in ``board``.
+
+    Returns:
+        Chapter to a text such as ``✓1 ✗5``, in the order of the verdicts.
+    """
+    chapters = [part_of(row)[1] for row in findings.to_dict("records")]
+    counts = findings.groupby([chapters, "verdict"]).size()
+    told: dict[str, list[str]] = {}
+    for chapter in dict.fromkeys(chapters):
+        found = counts[chapter]
+        known = [name for name in VERDICT_MARKS if name in found]
+        told[chapter] = [f"{VERDICT_MARKS[name]}{found[name]}" for name in known]
+    return {chapter: " ".join(marks) for chapter, marks in told.items()}
+
+
+def _options(names: Any) -> str:
+    chosen = "".join(f"<option>{html.escape(name)}</option>" for name in names)
+    return f'<option value="">all</option>{chosen}'
+
+
+def _tile(row: dict[str, Any], brief: bool) -> str:
+    part, chapter = part_of(row)
+    verdict = str(row["verdict"])
+    alone = verdict == "inconclusive" and row["n_seeds"] == 1
+    shown = "one seed: no verdict" if alone else verdict
+    head = (
+        f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
+        f'data-part="{html.escape(part)}">'
+        f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {shown}</p>'
+    )
+    statement = html.escape(str(row["statement"]))
+    link = f'href="chapters/{chapter}.html"'
+    if brief:
+        return f"{head}<p><a {link}>{statement}</a></p></li>"
+    known = {name: html.escape(in_words(text)) for name, text in facts(row).items()}
+    told = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items())
+    return (
+        f'{head}<p class="claim-statement" id="claim-{row["id"]}">{statement}</p>'
+        f"<dl>{told}</dl>"
+        f"<p><a {link}>The chapter that judges {html.escape(str(row['id']))}</a></p>"
+        "</li>"
+    )
+
+
+def facts(row: Mapping[str, Any]) -> dict[str, str]:
+    """What stands on a tile below its claim: heading to text, empty ones left out."""
+    ratio = str(row.get("verdict_at_papers_ratio", ""))
+    bf16 = str(row.get("verdict_in_bf16", ""))
+    seeds = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
+    known = {
+        "The paper": f"{row['paper_value']} ({row['paper_item']})",
+        "Here": effect_text(row),
+        "n": str(row.get("n", "")) or seeds,
+        "Null": str(row["null"]),
+        "Control": str(row["matched"]),
+        "Read from": str(row.get("readout", "")),
+        "In bf16": bf16,
+        "RLVR at the paper's ratio": ratio,
+    }
+    return {name: text for name, text in known.items() if text}
+
+
+def effect_text(row: Mapping[str, Any]) -> str:
+    """The deciding effect with its interval, a share of entries in per cent points."""
+    numbers = [float("nan" if row[x] == "" else row[x]) for x in ("effect", *ENDS)]
+    if math.isnan(numbers[0]):
+        return "not measured"
+    unit, _, which = str(row["unit"]).partition(": ")
+    scale, name = (100, "points") if unit == "share of entries" else (1, unit)
+    effect, *ends = (f"{scale * x:.3g}" for x in numbers)
+    between = "" if math.isnan(numbers[1]) else f" [{', '.join(ends)}]"
+    return (
+        f"{effect}{between} {name} ({which})" if which else f"{effect}{between} {name}"
+    )
+
+
+def in_words(text: str) -> str:
+    """Arms by their names, and a hyphen before a number as a minus sign.
+
+    >>> in_words("sft-matched minus opd: -0.5, ruled out")
+    'SFT, matched minus OPD: −0.5, ruled out'
+    """
+    text = ARM.sub(lambda found: ARM_STYLES[found[0]].label, text)
+    return re.sub(r"(?<![\w-])-(?=[\d.])", "\N{MINUS SIGN}", text)
