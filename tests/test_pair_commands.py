@@ -40,12 +40,21 @@ def test_measure_writes_the_table_and_a_summary(
     table = tables.read_table(out)
     pd.testing.assert_frame_equal(table, pairs.measure_checkpoints(*pair))
     said, told = capsys.readouterr()
-    lines = {line.split()[0]: line for line in said.splitlines()[1:]}
+    printed = said.splitlines()
+    lines = {
+        line.split()[0]: line for line in reversed(printed[1:])
+    }  # the first counts
     summary = pairs.summarise(table).set_index("role")
     overall = f"{100 * summary.loc['all', 'sparsity_bf16']:.2f} %"
     assert overall in lines["sparsity_bf16"]
     assert f"{summary.loc['q', 'nss']:.4g}" in lines["nss"]
     assert lines["Written"] == f"Written to {out}"
+    title = next(i for i, line in enumerate(printed) if line.startswith("Expected at"))
+    beside = pairs.beside_expected(table)
+    assert printed[title + 1].split() == ["measured", "expected"]
+    for row, line in zip(beside.itertuples(), printed[title + 2 :], strict=False):
+        assert line.split()[0] == row.metric
+        assert f"{row.expected:.4g}" in line or f"{100 * row.expected:.2f} %" in line
     assert "7 matrices" in told
     name = "model.layers.*.input_layernorm.weight (2)"
     assert f"Skipped 2, one-dimensional: a norm or a bias: {name}" in told

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opd_geometry.geometry.pairs import Plan, Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-WEIGHTED = "sparsity_bf16", "update_density", "null_sparsity_bf16"
+WEIGHTED = "sparsity_bf16", "update_density"
 
 
 def _options(command: Command) -> Command:
@@ -176,7 +176,13 @@ def measure_command(
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
-    from opd_geometry.geometry.pairs import METRICS, parse_metrics, plan_pair, summarise
+    from opd_geometry.geometry.pairs import (
+        METRICS,
+        beside_expected,
+        parse_metrics,
+        plan_pair,
+        summarise,
+    )
     from opd_geometry.geometry.readings import sentences
     from opd_geometry.geometry.sampling import estimates, sampled
     from opd_geometry.geometry.tables import check_output, finish
@@ -218,6 +224,9 @@ def measure_command(
         say.table(
             f"{drawn} depth, with 95 % intervals. {title}", _interval_rows(summary)
         )
+    beside = beside_expected(table)
+    if len(beside):
+        say.table(*_expected_rows(beside))
     say.end(out, said, summary)
     return _verdict(plan, table)
 
@@ -495,12 +504,28 @@ def _interval_rows(found: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     return ["", *ends], rows
 
 
+def _expected_rows(
+    beside: "pd.DataFrame",
+) -> tuple[str, tuple[list[str], list[list[str]]]]:
+    """What an update without any place would show at this distance."""
+    sources = {word for text in beside["expected_from"] for word in text.split(" and ")}
+    title = (
+        "Expected at this distance of an update without a place of its own, in closed "
+        f"form; the distance is inferred from the {' and '.join(sorted(sources))}."
+    )
+    rows = [
+        [r.metric, *(_number(r.metric, v) for v in (r.measured, r.expected))]
+        for r in beside.itertuples()
+    ]
+    return title, (["", "measured", "expected"], rows)
+
+
 def _number(name: str, value: float) -> str:
     if value != value:
         return "-"
     if name in ("matrices", "parameters", "step"):
         return str(int(value))
-    if name in WEIGHTED:
+    if name.endswith(WEIGHTED):
         return f"{100 * value:.2f} %"
     return f"{value:.4g}"
 

@@ -30,7 +30,8 @@ WALK_LABEL = "independent steps"
 # Each at least 4.5:1 on white, and on a dark page as its style sheet turns them.
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
 RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
-_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE]
+OLIVE = "#5b6b00"
+_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE, OLIVE]
 # Neutral in the middle on a light and on a dark page.
 _DIVERGING = LinearSegmentedColormap.from_list("aside", [BLUE, "#c8c8c8", RED])
 _SEQUENTIAL = "YlGnBu"
@@ -76,8 +77,8 @@ ARM_STYLES = {
     "rlvr": _MAIN_STYLES["rlvr"],
     "tokens-top-50": ArmStyle("top-gap 50 %", LIGHT_BLUE),
     "tokens-top-25": ArmStyle("top-gap 25 %", PURPLE),
-    "tokens-random-50": ArmStyle("random 50 %", LIGHT_BLUE, "--"),
-    "tokens-random-25": ArmStyle("random 25 %", PURPLE, "--"),
+    "tokens-random-50": ArmStyle("random 50 %", BROWN, "--"),
+    "tokens-random-25": ArmStyle("random 25 %", OLIVE, "--"),
     "off-policy": ArmStyle("teacher writes", PURPLE),
     "mix-0.75": ArmStyle("α = 0.75", BLUE, "--"),
     "mix-0.50": ArmStyle("α = 0.5", LIGHT_BLUE),
@@ -685,7 +686,7 @@ def mask_maps(
             colour = GREY if prefix else ARM_STYLES[arm].colour
             row[0].set_ylabel(f"{label}\nlayer", color=colour)
         for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
+            ax.set_title(f"{METRIC_LABELS[metric]} (%)".replace(", ", ",\n"))
         for ax in axes[-1]:
             ax.set_xlabel("role of the matrix")
     return figure
@@ -741,25 +742,23 @@ def draw_heat(
         form: of the numbers, such as ``.0f``; None writes none.
         colours: a colour map.
     """
-    cells = np.ma.masked_invalid(values.to_numpy(float))
+    import seaborn as sns  # takes a second, which pages without a map need not wait
+
     few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
-    seams: Any = {"edgecolors": "white", "lw": 0.5} if few else {}
-    mesh = ax.pcolormesh(cells, cmap=colours, vmin=limits[0], vmax=limits[1], **seams)
-    ax.set(xlim=(0, cells.shape[1]), ylim=(cells.shape[0], 0))
-    ax.spines[:].set_visible(False)
+    sns.heatmap(
+        values,
+        ax=ax,
+        annot=form is not None,
+        fmt=form or "",
+        annot_kws={"fontsize": SMALL},
+        cbar=False,
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        linewidths=0.5 if few else 0.0,
+    )
+    ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
-    every = -(-len(values) // 24)  # more ticks would touch
-    rows, columns = range(0, len(values), every), range(cells.shape[1])
-    ax.set_yticks([i + 0.5 for i in rows], [str(values.index[i]) for i in rows])
-    ax.set_xticks([j + 0.5 for j in columns], [str(values.columns[j]) for j in columns])
-    if form is None:
-        return
-    shades = mesh.to_rgba(cells)[..., :3] @ [0.2126, 0.7152, 0.0722]
-    for (i, j), value in np.ma.ndenumerate(cells):
-        ink = "#262626" if shades[i, j] > 0.5 else "white"
-        text = f"{value:{form}}"
-        look: Any = {"ha": "center", "va": "center", "color": ink, "fontsize": SMALL}
-        ax.text(j + 0.5, i + 0.5, text, **look)
 
 
 def role_maps(
@@ -846,7 +845,8 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
         for ax, metric in zip(axes, MASK_METRICS, strict=True):
             start = 100 * MASK_ALPHA if "overlap" in metric else 0
             draw_bars(ax, table, metric, arms, start)
-            ax.set(title=METRIC_LABELS[metric], xlabel="per cent ( ┃ Gaussian null )")
+            title = METRIC_LABELS[metric].replace(", ", ",\n")
+            ax.set(title=title, xlabel="per cent ( ┃ Gaussian null )")
         axes[2].sharex(axes[1])
         axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
         axes[0].invert_yaxis()
