@@ -92,6 +92,12 @@ def _options(command: Command) -> Command:
 @click.argument("after")
 @_options
 @click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure N matrices, drawn by role and depth; means get 95 % intervals.",
+)
+@click.option(
     "--lr",
     type=click.FloatRange(min=0.0, min_open=True),
     help="Learning rate in between, to say with --steps how far the weights went.",
@@ -160,6 +166,7 @@ def measure_command(
     force: bool,
     quiet: bool,
     as_json: bool,
+    sample: int | None,
     lr: float | None,
     steps: int | None,
     rank_k: int | None,
@@ -188,6 +195,7 @@ def measure_command(
       opd-geometry measure owner/base@main owner/tuned --out table.parquet --jobs 4
       opd-geometry measure base trained --out qkvo.json --roles q,k,v,o --rank-k 64
       opd-geometry measure base trained --out table.csv --resume
+      opd-geometry measure base trained --out some.csv --sample 60
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
@@ -199,7 +207,8 @@ def measure_command(
         summarise,
     )
     from opd_geometry.geometry.readings import of_language, sentences
-    from opd_geometry.geometry.tables import check_output
+    from opd_geometry.geometry.sampling import estimates, sampled
+    from opd_geometry.geometry.tables import check_output, finish
 
     if (lr is None) != (steps is None):
         raise ValueError(
@@ -224,18 +233,29 @@ def measure_command(
     )
     say = _Voice(quiet, as_json)
     say.announce(plan)
+    whole, design = plan, None
+    if sample is not None:
+        plan, design = sampled(plan, sample, seed)
     forecasts = [("Projected time:", _left(plan, out, resume), asked, null)]
+    if design is not None:
+        forecasts.append(("All matrices would take", whole, asked, null))
     if len(asked) < len(METRICS):
-        forecasts.append(("The full suite would take", plan, tuple(METRICS), True))
+        forecasts.append(("The full suite would take", whole, tuple(METRICS), True))
     if not quiet:
         _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume, quiet)
-    summary = summarise(table)
     said = sentences(of_language(table), lr, steps)
-    say.table(
-        "Means over matrices; sparsity and density weighted by parameters.",
-        _summary_rows(summary),
-    )
+    title = "Means over matrices; sparsity and density weighted by parameters."
+    if design is None:
+        summary = summarise(table)
+        say.table(title, _summary_rows(summary))
+    else:
+        finish(out, table.merge(design, left_on="matrix", right_index=True))
+        summary = estimates(table, design).rename_axis("metric").reset_index()
+        drawn = f"A sample of {len(table)} of {len(whole.tasks)} matrices by role and"
+        say.table(
+            f"{drawn} depth, with 95 % intervals. {title}", _interval_rows(summary)
+        )
     beside = beside_expected(table)
     if len(beside):
         say.table(*_expected_rows(beside))
@@ -529,6 +549,16 @@ def _summary_rows(summary: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
         if name != "role"
     ]
     return ["", *roles], rows
+
+
+def _interval_rows(found: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+    """A metric a line: its mean, and the ends of its interval."""
+    ends = ["mean", "low", "high"]
+    rows = [
+        [str(row["metric"]), *(_number(str(row["metric"]), row[end]) for end in ends)]
+        for _, row in found.iterrows()
+    ]
+    return ["", *ends], rows
 
 
 def _expected_rows(

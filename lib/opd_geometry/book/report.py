@@ -763,6 +763,9 @@ def _overview(pair: _Pair) -> Section:
             f"{refused} of {len(wide)} matrices have no sparsity and count for "
             "nothing: their notes below say why."
         )
+    if {"stratum", "stratum_size"} <= set(wide):
+        n = int(wide.drop_duplicates("stratum")["stratum_size"].sum())
+        texts.append(f"A sample of {len(wide)} of {n} matrices, by role and depth.")
     infinite = pair.table.attrs.get(INFINITE)
     if infinite:
         texts.append(
