@@ -341,7 +341,8 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     # The name of an index would take a row of its own; that of the columns stands in
     # the corner above it.
     kinds = {"arm": [*ARM_STYLES], "diagnostic": [*METRIC_LABELS]}
-    kind = [k for k, known in kinds.items() if frame.index.isin(known).any()]
+    outer = frame.index.get_level_values(0)
+    kind = [k for k, known in kinds.items() if outer.isin(known).any()]
     corner = str(frame.index.name or (kind[0] if kind else "row"))
     named = frame.map(shown).rename(index=label, columns=label)
     single = named.columns.nlevels == 1
