@@ -25,6 +25,7 @@ from torch import Tensor
 from opd_geometry.experiments.activations import input_covariances
 from opd_geometry.experiments.choices import choices
 from opd_geometry.experiments.controls import clipped_frac, control_rows, similarities
+from opd_geometry.experiments.ends import committed_pairs, with_predictors
 from opd_geometry.experiments.listing import (
     DIGESTS,
     PROVENANCE,
@@ -396,7 +397,9 @@ def committed(profile: str) -> pd.DataFrame:
     tables = [committed_table(run) for run in committed_runs(profile)]
     if not tables:
         return pd.DataFrame(columns=COLUMNS)
-    return pd.concat(tables, ignore_index=True)
+    together = pd.concat(tables, ignore_index=True)
+    runs = together["run"].unique()
+    return with_predictors(together, committed_pairs(profile), runs)
 
 
 def provenance_of(run: Run) -> dict[str, object]:
@@ -447,7 +450,11 @@ def load(
         else:
             tables.append(measure_run(own, settings_of(profile).rank))
             rows.append({**provenance_of(own), "source": "this machine"})
-    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
+    together = pd.concat(tables, ignore_index=True)
+    kept = pd.DataFrame(rows)
+    # pairs are of committed runs: one that was trained anew has another end
+    known = kept.loc[kept["source"] == "committed", "run"]
+    return with_predictors(together, committed_pairs(profile), known), kept
 
 
 def commit(profile: str, runs: Iterable[Run]) -> tuple[Path, dict[Run, str]]:
