@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 
-from opd_geometry import cli
+from opd_geometry import cli, files
 from opd_geometry.experiments import profiles, runs, schedule
 from opd_geometry.experiments.runs import ProjectionConfig, Run
 from opd_geometry.training import evaluation, models
@@ -110,7 +110,7 @@ def _call(
     data: str, sender: Connection, function: Callable[..., Any], arguments: Any
 ) -> None:
     os.environ["OPD_GEOMETRY_DATA"] = data
-    runs.CHECKOUT_DATA = Path(data)  # nothing is committed in the checkout
+    files.CHECKOUT_DATA = Path(data)  # nothing is committed in the checkout
     os.environ["ACCELERATE_USE_CPU"] = "1"  # the same bits need the same processor
     os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     threading.Thread(target=schedule._end_with_parent, daemon=True).start()

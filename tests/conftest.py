@@ -37,18 +37,18 @@ def no_child_outlives_its_test() -> Iterator[None]:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty data directory, with nothing committed in the checkout either."""
-    from opd_geometry.experiments import runs
+    from opd_geometry import files
 
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(runs, "CHECKOUT_DATA", tmp_path / "data")
+    monkeypatch.setattr(files, "CHECKOUT_DATA", tmp_path / "data")
     return tmp_path / "data"
 
 
 @pytest.fixture
 def on_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data directory with the tiny runs, as the library sees it."""
-    from opd_geometry.experiments import runs
+    from opd_geometry import files
 
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(trained))
-    monkeypatch.setattr(runs, "CHECKOUT_DATA", trained)
+    monkeypatch.setattr(files, "CHECKOUT_DATA", trained)
     return trained

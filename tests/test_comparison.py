@@ -97,9 +97,9 @@ def test_origin_is_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = gram.decompose
 
-    def counted(w: Tensor, k: int) -> gram.Decomposition:
+    def counted(w: Tensor, k: int, lowest: int = 0) -> gram.Decomposition:
         calls.append(w)
-        return original(w, k)
+        return original(w, k, lowest)
 
     monkeypatch.setattr(gram, "decompose", counted)
     before = reference(weights(300, 300))
@@ -158,3 +158,107 @@ def test_null_has_the_norm_of_the_update() -> None:
     assert bits.difference_norm(before, null) == pytest.approx(size, rel=1e-12)
     assert torch.equal(null, comparison.null_weights(reference(before), after, 3))
     assert not torch.equal(null, comparison.null_weights(reference(before), after, 4))
+
+
+# --- nulls with one thing taken away -----------------------------------------------
+
+
+def test_a_low_rank_update_turns_subspaces_less_than_its_norm_says() -> None:
+    """Rank is a property of the update, which the turned null keeps."""
+    before = reference(weights(288, 288))
+    u, v = (torch.linalg.qr(weights(288, 4, seed=s))[0] for s in (1, 2))
+    after = before.w_before + 0.05 * u @ v.T
+    own = compare(before, after)
+    gaussian = comparison.compare_null(before, after, 0)
+    turned = comparison.compare_turned(before, after, 0)
+    name = "angle_right_mean_deg"
+    ratio = turned[f"turned_{name}"] / own[name]
+    assert abs(math.log(ratio)) < abs(math.log(gaussian[f"null_{name}"] / own[name]))
+    assert turned["turned_nss"] == pytest.approx(own["nss"], rel=0.5)
+
+
+def test_shuffled_keeps_the_density_and_loses_a_planted_place() -> None:
+    before = reference(weights(200, 200).bfloat16())
+    gain = torch.where(before.low_magnitude, 3.0, 1.0)
+    noise = weights(200, 200, seed=3)
+    after = before.w_before + 0.003 * gain * noise
+    own, shuffled = (
+        compare(before, after),
+        comparison.compare_shuffled(before, after, 0),
+    )
+    assert (
+        own["low_magnitude_overlap"] > 0.05 + shuffled["shuffled_low_magnitude_overlap"]
+    )
+    plain = before.w_before + 0.003 * noise
+    own, shuffled = (
+        compare(before, plain),
+        comparison.compare_shuffled(before, plain, 0),
+    )
+    for name in comparison.SHUFFLED:
+        assert own[name] == pytest.approx(shuffled[f"shuffled_{name}"], abs=0.02)
+    with pytest.raises(ValueError, match="closed form"):
+        comparison.compare_shuffled(before, after.bfloat16(), 0)
+
+
+@pytest.mark.parametrize("shape", [(300, 280), (64, 96)])
+def test_energies_are_those_of_the_svd(shape: tuple[int, int]) -> None:
+    before = reference(weights(*shape), bottom=True)
+    delta = 1e-3 * weights(*shape, seed=5).double()
+    after = before.w_before.double() + delta
+    found = compare(before, after, comparison.ENERGY)
+    u, _, vh = torch.linalg.svd(before.w_before.double(), full_matrices=False)
+    k, total = min(shape) // 8, float(delta.square().sum())
+    by_hand = {
+        "energy_top_left": u[:, :k].T @ delta,
+        "energy_top_right": delta @ vh[:k].T,
+        "energy_bottom_left": u[:, -k:].T @ delta,
+        "energy_bottom_right": delta @ vh[-k:].T,
+        "energy_principal": delta[before.principal],
+        "energy_low_magnitude": delta[before.low_magnitude],
+    }
+    chance = comparison.energy_by_chance(before)
+    for name, part in by_hand.items():
+        share = float(part.square().sum()) / total
+        assert found[name] == pytest.approx(share, rel=1e-5)
+        assert found[name] == pytest.approx(chance[f"null_{name}"], rel=0.2)
+    late = compare(reference(before.w_before), after, comparison.ENERGY)
+    assert late == pytest.approx(found, rel=1e-5)
+
+
+def test_expected_is_where_a_gaussian_update_lands() -> None:
+    before = reference(weights(300, 300).bfloat16())
+    for size in (2e-5, 2e-4):
+        after = before.w_before + size * weights(300, 300, seed=4) / 0.02
+        own, there = compare(before, after), comparison.compare_expected(before, after)
+        assert there.origin == "norm"
+        assert there.scale == pytest.approx(size, rel=0.02)
+        for name in comparison.EXPECTED:
+            assert there.values[name] == pytest.approx(own[name], abs=0.01)
+        stored = comparison.compare_expected(before, after.bfloat16())
+        assert stored.origin == "density"
+        assert stored.scale == pytest.approx(size, rel=0.02)
+        assert stored.values["density"] == pytest.approx(own["density"], abs=1e-5)
+
+
+def test_an_update_that_is_not_there_has_no_nulls() -> None:
+    before = reference(weights(40, 40))
+    assert comparison.compare_shuffled(before, before.w_before, 0) == {}
+    assert comparison.compare_turned(before, before.w_before, 0) == {}
+    there = comparison.compare_expected(before, before.w_before)
+    assert all(math.isnan(value) for value in there.values.values())
+
+
+def test_readout_of_the_stored_update() -> None:
+    before = reference(weights(96, 80).bfloat16())
+    after = changed(before.w_before.float(), 3e-5)
+    found = compare(before, after, comparison.READOUT)
+    stored = after.bfloat16().double() - before.w_before.double()
+    s = torch.linalg.svdvals(stored)
+    assert found["frobenius_norm_bf16"] == pytest.approx(float(stored.norm()))
+    assert found["stable_rank_bf16"] == pytest.approx(float((s / s[0]).square().sum()))
+    assert found["hill_alpha_bf16"] == pytest.approx(
+        9 / float((s[:9] / s[9]).log().sum())
+    )
+    hidden = compare(before, before.w_before.double() + 1e-12, comparison.READOUT)
+    assert hidden["frobenius_norm_bf16"] == 0.0
+    assert math.isnan(hidden["stable_rank_bf16"])

@@ -72,7 +72,7 @@ def test_bound_holds_and_the_svd_decides_where_it_is_too_large() -> None:
     """An outlier of 1e6: squares lose what the gap at k would need."""
     s = torch.cat([torch.tensor([1e6]), torch.linspace(2, 1, 299)]).double()
     w, u, v = planted(300, 300, s)
-    assert gram._decompose_gram(w, 20) is None
+    assert gram._decompose_gram(w, 20, 0) is None
     found = gram.decompose(w, 20)
     assert largest_angle_deg(found.left, u[:, :20]) < 10 * found.error_deg
     s[0] = 2.5
@@ -88,13 +88,29 @@ def test_what_the_bound_does_not_allow_is_decided_by_the_svd(
 ) -> None:
     w = gaussian(300, 280)
     bound = gram.decompose(w, 20).error_deg
-    assert gram._decompose_gram(w, 20) is not None
+    assert gram._decompose_gram(w, 20, 0) is not None
     monkeypatch.setattr(gram, "ANGLE_ERROR_DEG", bound / 2)
-    assert gram._decompose_gram(w, 20) is None
+    assert gram._decompose_gram(w, 20, 0) is None
     u, _, vh = scipy.linalg.svd(w.numpy(), full_matrices=False)
     found = gram.decompose(w, 20)
     assert largest_angle_deg(found.left, torch.from_numpy(u[:, :20].copy())) < bound
     assert largest_angle_deg(found.right, torch.from_numpy(vh[:20].T.copy())) < bound
+
+
+@pytest.mark.parametrize("shape", [(300, 280), (280, 300), (30, 20), (300, 300)])
+def test_bottom_subspaces_are_those_of_the_svd(shape: tuple[int, int]) -> None:
+    w = gaussian(*shape)
+    u, _, vh = scipy.linalg.svd(w.numpy(), full_matrices=False)
+    for k, lowest in ((5, 6), (3, min(shape))):
+        found = gram.decompose(w, k, lowest)
+        left = torch.from_numpy(u[:, -lowest:].copy())
+        right = torch.from_numpy(vh[-lowest:].T.copy())
+        assert largest_angle_deg(found.lowest_left, left) < 1e-5
+        assert largest_angle_deg(found.lowest_right, right) < 1e-5
+        assert largest_angle_deg(found.left, torch.from_numpy(u[:, :k].copy())) < 1e-5
+    assert gram.decompose(w, 5).lowest_left.shape == (shape[0], 0)
+    with pytest.raises(ValueError, match="lowest"):
+        gram.decompose(w, 5, min(shape) + 1)
 
 
 def test_a_narrow_gap_shows_in_the_bound() -> None:

@@ -274,6 +274,15 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     assert {"sparsity@eta=1e-2", "null_bound_nss"} <= set(varied["metric"])
     assert "similarity_to_end@K=8" in set(varied[at_all_steps]["metric"])
     later = later.drop(varied.index)
+    held = later[~later["metric"].isin(wanted)]  # what it is held against
+    later = later.drop(held.index)
+    assert {"shuffled_sparsity", "turned_nss", "energy_inputs"} <= set(held["metric"])
+    always = {"displacement", "hill_alpha_bf16", "walk_stable_rank_bf16"}
+    always |= {"increments_similarity_to_end", "rounding_hill_alpha_bf16"}
+    for name in always:
+        of_name = held[held["metric"] == name]
+        assert len(of_name) == len(matrices) * len(OPD.checkpoint_steps())
+    assert set(held[held["metric"] == "similarity_of_stage"]["step"]) == {10}
     assert set(later["metric"]) == wanted
     assert set(later["step"]) == set(OPD.checkpoint_steps())
     assert len(later) == len(wanted) * len(matrices) * len(OPD.checkpoint_steps())
@@ -283,6 +292,9 @@ def test_table_is_tidy_and_complete(copied: Path) -> None:
     assert set(model["layer"]) == {-1}
     assert set(model["matrix"]) == {""}
     assert {"loss", "reward", "gap", "accuracy/chain"} <= set(model["metric"])
+    norms = model[model["metric"] == "grad_norm"]["value"]
+    clipped = model[model["metric"] == "clipped_frac"]
+    assert (clipped["step"].item(), clipped["value"].item()) == (10, (norms > 1).mean())
 
 
 def test_leak_is_that_of_the_confined_weights(copied: Path) -> None:
@@ -300,6 +312,8 @@ def test_leak_is_that_of_the_confined_weights(copied: Path) -> None:
     shown = leaks[(leaks["matrix"] == name) & (leaks["step"] == 10)]["value"]
     assert shown.item() == pytest.approx(1 - float(inside), abs=1e-9)
     assert "leak" not in set(measure.measure_run(OPD, RANK)["metric"])
+    # a confined run is no trajectory of its own: it has no nulls of one
+    assert not table["metric"].str.startswith(("walk_", "increments_")).any()
 
 
 def test_map_is_of_a_query_projection_at_the_end(copied: Path) -> None:

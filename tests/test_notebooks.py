@@ -22,7 +22,7 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
 NAMES = ["01_localisation", "02_locking", "03_controls", "04_budgets"]
 NAMES += ["05_subspaces", "06_variants", "07_scale", "08_choices", "09_gates"]
-NAMES += ["10_contradictions", "11_beliefs", "12_your_checkpoints"]
+NAMES += ["10_contradictions", "11_beliefs", "12_your_checkpoints", "20_unplaced"]
 SECTIONS = [
     "The question",
     "The runs",
@@ -90,6 +90,10 @@ def test_begins_with_its_parameters_and_checks_them(path: Path) -> None:
         assert list(names) == list(chapters.PARAMETERS)
         assert chapters.check_parameters(names).seeds == (0, 1, 2, 3, 4)
         assert "chapters.check_parameters(globals())" in second.source
+    elif "model" in names:
+        assert list(names) == list(chapters.MODEL)
+        assert (ROOT / "data" / "unplaced" / str(names["model"])).is_dir()
+        assert "chapters.check_model(globals())" in second.source
     else:
         assert list(names) == list(chapters.PAIR)
         assert all((ROOT / str(place)).is_dir() for place in names.values())

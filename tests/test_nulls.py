@@ -9,7 +9,7 @@ from torch import Tensor
 from opd_geometry.geometry import nulls, spectra, updates
 from opd_geometry.geometry.spectra import default_rank
 
-SHAPES = [(48, 48), (80, 48), (48, 80), (1, 7), (7, 1), (1, 1)]
+SHAPES = [(48, 48), (80, 48), (48, 300), (300, 301), (1, 7), (7, 1), (1, 1)]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -89,7 +89,7 @@ def test_turned_keeps_singular_values(shape):
     other = nulls.turned(delta, generator(1))
     assert other.shape == delta.shape
     own, found = torch.linalg.svdvals(delta), torch.linalg.svdvals(other)
-    assert float((own - found).abs().max()) < 1e-6 * float(own[0])
+    assert float((own - found).abs().max()) < 1e-13 * float(own[0])
     assert torch.equal(other, nulls.turned(delta, generator(1)))
     size = float(torch.linalg.vector_norm(delta))
     assert float(torch.linalg.vector_norm(other)) == pytest.approx(size, rel=1e-12)
@@ -113,18 +113,55 @@ def test_turned_directions_are_uniform(shape):
     assert abs(np.mean(signs)) < 0.2
 
 
-def test_every_entry_of_a_rotation_is_as_it_should_be():
-    n, stream = 4, generator(11)
-    eye = torch.eye(n, dtype=torch.float64)
-    drawn = torch.stack([nulls._rotated(eye, n, stream) for _ in range(1500)])
-    assert float((drawn @ drawn.transpose(1, 2) - eye).abs().max()) < 1e-12
+def test_every_entry_of_a_uniform_rotation_is_as_it_should_be():
+    n, rng = 4, np.random.default_rng(11)
+    drawn = np.stack([nulls.rotated(np.eye(n), rng, 0) for _ in range(1500)])
+    assert np.abs(drawn @ drawn.transpose(0, 2, 1) - np.eye(n)).max() < 1e-12
     law = scipy.stats.beta(0.5, (n - 1) / 2)
     for i in range(n):
         for j in range(n):
-            entries = drawn[:, i, j].numpy()
+            entries = drawn[:, i, j]
             assert abs(np.mean(entries > 0) - 0.5) < 0.06, (i, j)
             assert scipy.stats.kstest(entries**2, law.cdf).pvalue > 1e-4, (i, j)
-    assert abs(float((torch.linalg.det(drawn) > 0).double().mean()) - 0.5) < 0.06
+    assert abs(np.mean(np.linalg.det(drawn) > 0) - 0.5) < 0.06
+
+
+@pytest.mark.parametrize("n", [257, 320])  # a prime, and one with many factors
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rotations_by_transforms_look_uniform(n, axis):
+    """Whatever is turned: a unit vector, a constant one, a wave, its own transform."""
+    rng = np.random.default_rng(5)
+    law = scipy.stats.beta(0.5, (n - 1) / 2)
+    wave = np.cos(np.pi * (np.arange(n) + 0.5) * 3 / n)
+    started = [np.eye(n)[0], np.eye(n)[n // 2], np.ones(n), wave]
+    for x in started:
+        x = (x / np.linalg.norm(x)).reshape((n, 1) if axis == 0 else (1, n))
+        drawn = np.stack([nulls.rotated(x, rng, axis).reshape(-1) for _ in range(200)])
+        assert np.abs(np.linalg.norm(drawn, axis=1) - 1).max() < 1e-12
+        for place in (0, 1, n // 3, n - 1):
+            assert scipy.stats.kstest(drawn[:, place] ** 2, law.cdf).pvalue > 1e-4
+        assert scipy.stats.kstest(drawn[::20].reshape(-1) ** 2, law.cdf).pvalue > 1e-4
+        assert abs(np.mean(drawn > 0) - 0.5) < 0.01
+
+
+def test_transforms_turn_subspaces_as_uniform_rotations_do(monkeypatch):
+    """Angles and spectral shift of the null agree with those of uniform rotations."""
+    w = 0.02 * gaussian(288, 288)
+    delta = 1e-3 * gaussian(288, 6, seed=1) @ gaussian(6, 288, seed=2)
+    u, s, _ = torch.linalg.svd(w)
+    found = {}
+    for side in (256, 288):
+        monkeypatch.setattr(nulls, "UNIFORM_SIDE", side)
+        drawn = []
+        for seed in range(12):
+            after = w + nulls.turned(delta, generator(seed))
+            u_after, s_after, _ = torch.linalg.svd(after)
+            angles = spectra.angles_between_deg(u[:, :36], u_after[:, :36])
+            shift = spectra.normalised_spectral_shift(s, s_after)
+            drawn.append((float(angles.mean()), shift))
+        found[side] = np.array(drawn)
+    p = scipy.stats.ttest_ind(found[256], found[288], equal_var=False).pvalue
+    assert np.all(p > 1e-3)
 
 
 def test_second_direction_is_uniform_beside_the_first():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from test_pairs import model, noise, save
 
 from opd_geometry import cli, pair_commands
-from opd_geometry.geometry import forecast, pairs, tables
+from opd_geometry.geometry import forecast, pairs, readings, tables
 from opd_geometry.printing import duration
 
 
@@ -40,18 +40,75 @@ def test_measure_writes_the_table_and_a_summary(
     table = tables.read_table(out)
     pd.testing.assert_frame_equal(table, pairs.measure_checkpoints(*pair))
     said, told = capsys.readouterr()
-    lines = {line.split()[0]: line for line in said.splitlines()[1:]}
+    printed = said.splitlines()
+    lines = {
+        line.split()[0]: line for line in reversed(printed[1:])
+    }  # the first counts
     summary = pairs.summarise(table).set_index("role")
     overall = f"{100 * summary.loc['all', 'sparsity_bf16']:.2f} %"
     assert overall in lines["sparsity_bf16"]
     assert f"{summary.loc['q', 'nss']:.4g}" in lines["nss"]
     assert lines["Written"] == f"Written to {out}"
+    title = next(i for i, line in enumerate(printed) if line.startswith("Expected at"))
+    beside = pairs.beside_expected(table)
+    assert printed[title + 1].split() == ["measured", "expected"]
+    for row, line in zip(beside.itertuples(), printed[title + 2 :], strict=False):
+        assert line.split()[0] == row.metric
+        assert f"{row.expected:.4g}" in line or f"{100 * row.expected:.2f} %" in line
     assert "7 matrices" in told
     name = "model.layers.*.input_layernorm.weight (2)"
     assert f"Skipped 2, one-dimensional: a norm or a bias: {name}" in told
     assert "Projected time: about" in told
     assert "full suite" not in told
     assert "7/7 " in told
+
+
+def test_measure_ends_with_three_sentences_and_the_next_command(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    arguments = ["measure", *pair, "--out", str(out), "--roles", "q,k"]
+    assert cli.main([*arguments, "--lr", "1e-3", "--steps", "4"]) == 0
+    *_, changed, far, place, following = capsys.readouterr().out.splitlines()
+    table = tables.read_table(out)
+    assert [changed, far, place] == readings.sentences(table, 1e-3, 4)
+    assert "lr √T" in far
+    assert following == f"Next: opd-geometry report {out} --out {tmp_path / 't.html'}"
+    command = following.removeprefix("Next: opd-geometry ").split()
+    assert cli.main(command) == 0  # it works as it stands
+    capsys.readouterr()
+    assert "both or neither" in refusal(capsys, *arguments, "--force", "--lr", "1")
+
+
+def test_quiet_says_nothing_and_json_one_object(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.csv"
+    arguments = ["measure", *pair, "--out", str(out), "--metrics", "cheap", "--force"]
+    assert cli.main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert cli.main([*arguments, "--quiet", "--json"]) == 0
+    said, told = capsys.readouterr()
+    assert told == ""
+    found = json.loads(said)
+    assert found["table"] == str(out)
+    assert found["next"][:2] == ["opd-geometry", "report"]
+    assert len(found["sentences"]) == 3
+    means = {row["role"]: row for row in found["summary"]}
+    table = tables.read_table(out)
+    assert means["q"]["relative_norm"] == pytest.approx(
+        table[table["role"] == "q"]["relative_norm"].mean(), rel=1e-12
+    )
+
+
+def test_progress_is_ten_lines_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+    with pair_commands._Display(1000) as display:
+        for done in range(1, 1001):
+            display.show(pairs.Progress(f"m{done}\x1b[2J", done, 1000, 1.0))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 10
+    assert told[0] == r"100/1000 m100\x1b[2J, 1 s"
+    assert told[-1].startswith("1000/1000")
 
 
 def test_options_reach_the_measurement(

@@ -75,13 +75,27 @@ def test_columns_are_the_metrics_of_comparison(shape: tuple[int, int]) -> None:
     before = 0.02 * noise(*shape, seed=0)
     after = before + 1e-4 * noise(*shape, seed=1)
     found = pairs.measure_tensors(before, after, seed=(0, 7))
-    expected = comparison.compare(comparison.reference(before), after)
-    null = comparison.compare_null(comparison.reference(before), after, (0, 7))
+    origin = comparison.reference(before)
+    expected = comparison.compare(origin, after, list(pairs.METRICS.values()))
     for column, name in pairs.METRICS.items():
-        assert found[column] == pytest.approx(expected[name], rel=1e-12)
-    for column in pairs.NULL_METRICS:
-        name = pairs.METRICS[column]
-        assert found[f"null_{column}"] == pytest.approx(null[f"null_{name}"])
+        assert found[column] == pytest.approx(expected[name], rel=1e-6)
+    closed = comparison.compare_expected(origin, after)
+    for columns, values in (
+        (pairs.NULL_METRICS, comparison.compare_null(origin, after, (0, 7))),
+        (comparison.ENERGY, comparison.energy_by_chance(origin)),
+        (pairs.SHUFFLED_METRICS, comparison.compare_shuffled(origin, after, (0, 7))),
+        (pairs.TURNED_METRICS, comparison.compare_turned(origin, after, (0, 7))),
+        (
+            pairs.EXPECTED_METRICS,
+            {f"expected_{name}": value for name, value in closed.values.items()},
+        ),
+    ):
+        prefix = next(iter(values)).partition("_")[0]
+        assert not any(math.isnan(value) for value in values.values())
+        for column in columns:
+            value = values[f"{prefix}_{pairs.METRICS[column]}"]
+            assert found[f"{prefix}_{column}"] == pytest.approx(value), column
+    assert found["expected_scale"] == pytest.approx(closed.scale)
     assert found["angle_error_deg"] < 1e-6
     assert 0 < found["gap_at_k"] < 1
     kept = comparison.reference(before)
@@ -100,6 +114,70 @@ def test_identical_input_turns_by_nothing(
     assert found["sparsity_bf16"] == 1.0
     assert math.isnan(found["stable_rank"])
     assert math.isnan(found["null_nss"])
+
+
+OVERLAPS = ("low_magnitude_overlap", "principal_overlap")
+SPARSITY = ("sparsity_bf16", "update_density")
+
+
+def test_a_stored_pair_is_not_shuffled_but_expected_at_its_density(
+    tmp_path: Path,
+) -> None:
+    before = {"a.q_proj.weight": (0.02 * noise(64, 48, seed=0)).bfloat16()}
+    moved = before["a.q_proj.weight"] + 6e-5 * noise(64, 48, seed=1)
+    save(tmp_path / "a", before)
+    save(tmp_path / "b", {"a.q_proj.weight": moved.bfloat16()})
+    save(tmp_path / "c", {"a.q_proj.weight": moved.bfloat16().float()})
+    save(tmp_path / "d", {"a.q_proj.weight": moved})
+    stored, held, exact = (
+        pairs.measure_checkpoints(tmp_path / "a", tmp_path / name).iloc[0]
+        for name in "bcd"
+    )
+    for row in (stored, held):
+        assert row["expected_from"] == "density"
+        assert math.isnan(row["shuffled_low_magnitude_overlap"])
+        assert row["expected_update_density"] == pytest.approx(row["update_density"])
+        assert row["expected_scale"] == pytest.approx(6e-5, rel=0.05)
+    assert exact["expected_from"] == "norm"
+    assert exact["expected_scale"] == pytest.approx(6e-5, rel=0.05)
+    assert exact["expected_sparsity_bf16"] == pytest.approx(
+        exact["sparsity_bf16"], abs=0.03
+    )
+    assert exact["shuffled_low_magnitude_overlap"] > 0.5
+    for name, asked in (("b", OVERLAPS), ("d", (*SPARSITY, *OVERLAPS))):
+        table = pairs.measure_checkpoints(tmp_path / "a", tmp_path / name)
+        beside = pairs.beside_expected(table).set_index("metric")
+        assert {*beside.index} == {*asked}
+        column = beside.loc[OVERLAPS[0]]
+        assert column["expected"] == table[f"expected_{OVERLAPS[0]}"][0]
+        assert column["measured"] == table[OVERLAPS[0]][0]
+    table = pairs.measure_checkpoints(tmp_path / "a", tmp_path / "d", null=False)
+    assert table.filter(regex="^(shuffled|turned|expected)_").isna().all(
+        axis=None
+    ) or set(table["expected_from"]) == {""}
+
+
+def test_zeros_and_ties_of_the_start_are_counted_and_said(tmp_path: Path) -> None:
+    quantised = (
+        (0.02 * noise(64, 48, seed=0)).mul(50).round().div(50)
+    )  # five sizes or so
+    sparse = 0.02 * noise(64, 48, seed=0)
+    sparse[:20] = 0.0
+    before = {"a.q_proj.weight": quantised, "b.q_proj.weight": sparse}
+    after = {name: (w + 1e-9).bfloat16() for name, w in before.items()}
+    after["b.q_proj.weight"][:20] = 0.0
+    after["b.q_proj.weight"][0, 0] = 1.0
+    save(tmp_path / "a", {name: w.bfloat16() for name, w in before.items()})
+    save(tmp_path / "b", after)
+    table = pairs.measure_checkpoints(tmp_path / "a", tmp_path / "b")
+    ties, zeros = table["note"]
+    n_zero = int((quantised == 0).sum())
+    assert f"{n_zero} of 3072 entries of W_0 are exactly zero" in ties
+    assert "have the magnitude at which the low-magnitude mask ends" in ties
+    assert "960 of 3072 entries of W_0 are exactly zero" in zeros
+    assert "no unplaced update has this density" in zeros
+    assert math.isnan(table["expected_low_magnitude_overlap"][1])
+    assert "\n" not in ties + zeros
 
 
 def test_tiny_updates_are_not_lost_in_rounding() -> None:
@@ -123,7 +201,8 @@ def test_only_what_was_asked_is_there() -> None:
     metrics = pairs.parse_metrics(["nss", "norms"])
     found = pairs.measure_tensors(before, after, metrics=metrics)
     there = {name for name, value in found.items() if not math.isnan(value)}
-    assert there == {"nss", "frobenius_norm", "relative_norm", "null_nss"}
+    nulls = {"null_nss", "turned_nss"}
+    assert there == {"nss", "frobenius_norm", "relative_norm", *nulls}
     found = pairs.measure_tensors(before, after, metrics=metrics, null=False)
     assert math.isnan(found["null_nss"])
     with pytest.raises(ValueError, match="unknown metric 'speed', expected a group"):

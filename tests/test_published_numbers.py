@@ -211,6 +211,8 @@ SETTINGS = {
 }
 # Budgets that the paper's text prints, and arithmetic done on the page, by page.
 QUOTED: dict[str, set[float]] = {
+    # a weight, in the worked update; a share of rewards; where a ratio is clipped
+    "notation": {0.02, 0.45, 0.8, 1.28},
     "01_localisation": {299, 5375},
     "02_locking": {63, 299, 2024},  # the year of AIME
     "03_controls": {0.91},  # 1 / 1.1, in an answer

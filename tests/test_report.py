@@ -7,12 +7,16 @@ import io
 import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -20,6 +24,8 @@ from safetensors.torch import load_file
 from opd_geometry import cli
 from opd_geometry.book import report
 from opd_geometry.experiments import measure
+from opd_geometry.experiments.profiles import PUBLISHED
+from opd_geometry.geometry import readings
 
 DATA = Path(__file__).parents[1] / "data"
 BEFORE, AFTER = (
@@ -105,7 +111,7 @@ def pair(folder: Path) -> pd.DataFrame:
     return table[table["layer"] <= 0].reset_index(drop=True)
 
 
-_committed = functools.cache(measure.committed)
+_book_runs = functools.cache(report.book_runs)
 
 
 @pytest.fixture
@@ -117,7 +123,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         return report.Drawn("data:,", alt, finding, caption)
 
     monkeypatch.setattr(report, "drawn", closed)
-    monkeypatch.setattr(measure, "committed", _committed)
+    monkeypatch.setattr(report, "book_runs", _book_runs)
 
 
 # --- what the page says ----------------------------------------------------------
@@ -129,7 +135,7 @@ def test_the_page_needs_nothing_beside_it(page: Page, text: str, folder: Path) -
         assert link in inside or link.startswith("data:"), link[:80]
     assert not {"script", "iframe", "object", "embed", "base"} & {*page.tags}
     figures = re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", text)
-    assert len(figures) == len(page.images) > 5
+    assert len(figures) == len(page.images) > 1
     for source in [text, *(base64.b64decode(f).decode() for f in figures)]:
         assert not re.search(r"""url\(\s*['"]?(?!#|data:)|@import""", source)
         assert not re.search(r"""(src|href)=['"](?!#|data:)""", source)
@@ -145,17 +151,22 @@ def test_every_image_is_described(page: Page) -> None:
 
 
 def test_yours_is_the_sparsity_of_the_weights(page: Page) -> None:
-    same = entries = 0
+    counts = {True: [0, 0], False: [0, 0]}  # of the layers or not: same, all
     old, new = (load_file(m / "model.safetensors") for m in (BEFORE, AFTER))
     for name, w in old.items():
         if w.ndim == 2:
             a, b = w.float().numpy(), new[name].float().numpy()  # bf16 on both sides
             changed = np.abs(b - a) > 1e-3 * np.maximum(np.abs(a), np.abs(b))
-            same += int((~changed).sum())
-            entries += a.size
-    said = f"{100 * same / entries:.1f} %"
+            count = counts["layers" in name]
+            count[0] += int((~changed).sum())
+            count[1] += a.size
+    same, entries = np.sum(list(counts.values()), 0)
     rows = {row[0]: row[1:] for row in page.tables[TABLE_1][1:]}
-    assert rows["your model"][0] == said
+    layers = f"{100 * counts[True][0] / counts[True][1]:.1f} %"
+    said = f"{100 * same / entries:.1f} %"
+    assert [rows["your model"][0], rows["… every matrix"][0]] == [layers, said]
+    assert layers != said
+    assert "of the 28 matrices of the layers" in page.said
     assert f"{said} of the weights (stored as bfloat16)" in page.said
     assert f"30 matrices with {entries:,} parameters" in page.said
 
@@ -164,7 +175,7 @@ def test_table_1_of_the_paper_stands_beside_it(page: Page) -> None:
     rows = [row for row in page.tables[TABLE_1] if row[0].startswith("paper: ")]
     printed = pd.read_csv(DATA / "paper" / "table_1.csv")
     assert len(rows) == len(printed) > 10
-    for (label, value, null), line in zip(rows, printed.itertuples(), strict=True):
+    for (label, value, null, _), line in zip(rows, printed.itertuples(), strict=True):
         assert label.lower() == f"paper: {line.arm}".lower()
         assert value == f"{line.value:.1f} %"
         assert null == "–"  # it prints none
@@ -176,7 +187,7 @@ def test_this_books_models_stand_beside_it(page: Page) -> None:
     sizes = {
         name: w.numel()
         for name, w in load_file(BEFORE / "model.safetensors").items()
-        if w.ndim == 2
+        if w.ndim == 2 and "layers" in name  # as on the first page of the book
     }
     labels = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR"}
     for arm, label in labels.items():
@@ -185,12 +196,13 @@ def test_this_books_models_stand_beside_it(page: Page) -> None:
             (file,) = (DATA / "measurements").glob(f"{arm}-s?-{run[:12]}*.parquet")
             table = pd.read_parquet(file)
             end = table[table["step"] == table["step"].max()]
+            end = end[end["matrix"].isin([*sizes])]
             for metric, found in means.items():
                 values = end[end["metric"] == metric].set_index("matrix")["value"]
                 weights = [sizes[name] for name in values.index]
                 found.append(float(np.average(values.to_numpy(float), weights=weights)))
         (row,) = (v for k, v in rows.items() if k == f"this book: {label}")
-        assert row == [f"{100 * np.mean(v):.1f} %" for v in means.values()]
+        assert row[:2] == [f"{100 * np.mean(v):.1f} %" for v in means.values()]
 
 
 def test_every_matrix_is_listed(page: Page, folder: Path) -> None:
@@ -225,7 +237,7 @@ def test_a_refused_matrix_counts_for_nothing(pair: pd.DataFrame) -> None:
     share = np.average(kept["sparsity_bf16"], weights=kept["rows"] * kept["cols"])
     page = Page(report.build_report(table, None, "t"))
     assert f"{100 * share:.1f} % of the weights" in page.said
-    assert page.tables[TABLE_1][1][1] == f"{100 * share:.1f} %"
+    assert page.tables[TABLE_1][2][:2] == ["… every matrix", f"{100 * share:.1f} %"]
     (overall,) = (r for r in page.tables["Means by role"] if r[0] == "all")
     column = page.tables["Means by role"][0].index("spectral shift NSS")
     assert overall[column] == f"{kept['nss'].mean():.3g}"
@@ -260,6 +272,7 @@ def test_cheap_tables_and_odd_roles_still_give_a_page(pair: pd.DataFrame) -> Non
     assert [row[:2] for row in means[1:]] == [
         ["expert_other", "1"],
         ["other", "1"],
+        ["layers", "1"],
         ["all", "2"],
     ]
 
@@ -306,7 +319,9 @@ def test_tables_that_are_none_are_one_line(
     assert "column nss holds" in said(pair.assign(nss="much"))
     assert "rows without matrix" in said(pair.assign(matrix=np.nan))
     assert "rows without layer" in said(pair.assign(layer=np.nan))
-    assert "no rows or no columns" in said(pair.assign(rows=0))
+    assert "column rows holds 0, expected whole numbers" in said(pair.assign(rows=0))
+    assert "column layer holds 0.5, expected" in said(pair.assign(layer=0.5))
+    assert "column layer holds inf, expected" in said(pair.assign(layer=np.inf))
     assert "has the role mystery, expected" in said(pair.assign(role="mystery"))
     pair.to_csv(file, index=False)
     assert "second table of one kind" in refusal(capsys, file, file, "--out", out)
@@ -389,21 +404,32 @@ def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
 )
 def test_what_stands_out_from_its_null(factors: list[float], verdict: str) -> None:
     table = pd.DataFrame({"nss": 0.3 * np.array(factors), "null_nss": 0.3})
-    found = report.against_null(table)
+    found = readings.against_null(table)
     assert list(found.index) == ["nss"]  # the others are not in the table
     assert found.loc["nss", "verdict"] == verdict
     assert found.loc["nss", "ratio"] == pytest.approx(np.nanmean(factors))
-    assert report.against_null(table.assign(null_nss=np.nan)).empty
+    assert readings.against_null(table.assign(null_nss=np.nan)).empty
 
 
 def test_the_verdicts_stand_on_the_page(folder: Path, page: Page) -> None:
-    known = report.against_null(pd.read_csv(folder / "pair.csv"))
-    assert len(known) == 8
-    caption = "What stands out from its null (plain means over matrices)"
-    shown = page.tables[caption][1:]
-    assert [row[-1] for row in shown] == list(known["verdict"])
-    assert shown[0][0] == "mean angle, left (deg)"
-    assert float(shown[0][1]) == pytest.approx(known["mean"].iloc[0], rel=5e-3)
+    table = readings.in_layers(pd.read_csv(folder / "pair.csv"))
+    known = readings.against_null(table)
+    assert len(table) == 28
+    assert len(known) == 9
+    caption = (
+        "What stands out from its null (plain means over the 28 matrices of the "
+        "layers, no embedding or head)"
+    )
+    shown = {row[0]: row[1:] for row in page.tables[caption][1:]}
+    assert next(iter(page.tables)) == caption  # it leads
+    assert sorted(row[-1] for row in shown.values()) == sorted(known["verdict"])
+    shape = {"stable rank": "stable_rank", "mean angle, left (deg)": readings.ANGLES[0]}
+    for label, name in shape.items():
+        assert float(shown[label][1]) == pytest.approx(known["mean"][name], rel=5e-3)
+    rows, cols = table["rows"], table["cols"]
+    null = (rows * cols / (rows**0.5 + cols**0.5) ** 2).mean()
+    assert float(shown["stable rank"][2]) == pytest.approx(null, rel=5e-3)
+    assert "Below its null: stable rank (0.0" in page.said
 
 
 def test_a_caption_is_about_what_its_figure_shows(folder: Path, page: Page) -> None:
@@ -413,3 +439,185 @@ def test_a_caption_is_about_what_its_figure_shows(folder: Path, page: Page) -> N
     assert f"principal mask {100 * table['principal_overlap'].mean():.1f} %" not in (
         page.said
     )
+
+
+# --- whatever a table lacks ----------------------------------------------------------
+
+
+def numbers_of(table: pd.DataFrame) -> list[str]:
+    return [
+        name
+        for name in table.select_dtypes("number")
+        if name not in ("layer", "rows", "cols")
+    ]
+
+
+def unmoved(table: pd.DataFrame) -> pd.DataFrame:
+    """As `measure` writes two checkpoints that are the same."""
+    table = table.copy()
+    table[numbers_of(table)] = 0.0
+    nulls = [name for name in table if name.startswith("null_")]
+    undefined = ["principal_overlap", "low_magnitude_overlap", "stable_rank"]
+    table[[*undefined, "hill_alpha", *nulls]] = np.nan
+    return table.assign(sparsity_bf16=1.0)
+
+
+def through_files(table: pd.DataFrame, place: Path) -> Page:
+    table.to_csv(place / "t.csv", index=False)
+    return Page(report.build_report(report.measured_table(place / "t.csv"), None, "t"))
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("error")
+def test_no_table_of_measure_breaks_the_page(
+    pair: pd.DataFrame, tmp_path: Path
+) -> None:
+    numbers = numbers_of(pair)
+    page = through_files(unmoved(pair), tmp_path)
+    assert "Nothing changed: every matrix is the same" in page.said
+    half = pair.copy()
+    half.loc[1:, numbers] = np.nan
+    through_files(half, tmp_path)
+    for role in ("head", "embed", "q", "router", "other"):
+        through_files(pair.head(1).assign(role=role), tmp_path)
+    experts = {"q": "expert_gate", "k": "expert_up", "v": "expert_down"}
+    moved = pair.assign(role=pair["role"].map(experts).fillna("expert_other"))
+    page = through_files(moved, tmp_path)
+    assert "mean angle, left (deg): your model" in page.tables  # drawn for experts
+    for name in ("nss", "null_nss", "update_density", "principal_overlap"):
+        through_files(pair.drop(columns=name), tmp_path)
+        page = through_files(pair.assign(**{name: np.inf}), tmp_path)
+        assert f"Infinite values count as not measured: in {name}." in page.said
+    far = pair.assign(layer=np.arange(len(pair)) * 10**12)
+    assert "10000000000" in through_files(far, tmp_path).said
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("error")
+def test_no_trajectory_breaks_the_page(pair: pd.DataFrame) -> None:
+    rows = pd.concat([pair.assign(step=step) for step in (1, 2)], ignore_index=True)
+    steps = rows.assign(frobenius_norm=0.0, similarity_to_end=np.nan)
+    steps = steps.assign(hill_alpha=np.nan, stable_rank=np.nan, role="expert_gate")
+    assert "could be measured" in report.build_report(None, steps, "t")
+    later = steps.assign(stable_rank=steps["step"].map({1: np.nan, 2: 3.0}))
+    assert "Stable rank" in report.build_report(None, later, "t")
+    assert "Stable rank" in report.build_report(pair, later.assign(step=7), "t")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_maps_hold_the_means_by_layer_and_role(pair: pd.DataFrame) -> None:
+    page = Page(report.build_report(pair, None, "t"))
+    found = page.tables["spectral shift NSS: your model"]
+    assert found[0] == ["layer", "q", "k", "v", "o", "gate", "up", "down"]
+    values = pair[pair["layer"] == 0].set_index("role")["nss"]
+    assert found[1] == ["0", *(f"{values[role]:.2g}" for role in found[0][1:])]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_many_layers_share_lines(pair: pd.DataFrame) -> None:
+    one = pair[pair["layer"] == 0]
+    many = pd.concat(
+        [one.assign(layer=layer, nss=float(layer)) for layer in range(1000)],
+        ignore_index=True,
+    )
+    page = Page(report.build_report(many, None, "t"))
+    lines = page.tables["spectral shift NSS: your model"][1:]
+    assert len(lines) <= report.MAP_LAYERS
+    assert lines[0][:2] == ["0", "5"]  # the mean of the layers 0 to 10
+    assert "Neighbours of 1000 layers share a line" in page.said
+
+
+def test_this_books_runs_are_those_that_are_published() -> None:
+    keys = ["run", "arm", "seed"]
+    ours = report.book_runs()
+    assert list(ours.columns) == measure.COLUMNS
+    found = set(ours[keys].astype({"seed": int}).itertuples(index=False, name=None))
+    expected = {
+        (run.key(), run.arm, run.seed)
+        for run in measure.committed_runs(PUBLISHED)
+        if run.arm in report.OURS
+    }
+    assert found == expected != set()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_control_characters_are_spelt_out(pair: pd.DataFrame) -> None:
+    name = "a\x1b[31m\n\x00[bold]"
+    page = report.build_report(pair.assign(matrix=name), None, name)
+    assert not {"\x1b", "\x00"} & {*page}
+    assert Page(page).tables["9 matrices"][1][0] == r"a\x1b[31m\n\x00[bold]"
+
+
+def test_reading_a_table_loads_no_torch() -> None:
+    """Else a page takes longer to begin than to draw."""
+    code = "import sys, opd_geometry.book.report; print(*{*sys.modules})"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "scipy"} & {*loaded.stdout.split()}
+
+
+# --- files of other programs ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1, 2]", "row 1 is a number, not an object"),
+        ('[{"a": 1}, []]', "row 2 is a list, not an object"),
+        ('{"a": 1}', "it is an object, not a list of rows"),
+        ('[{"nss": {"a": 1}}]', "row 1 has an object in a column"),
+        ("[" * 100_000, "recursion"),
+        ('[{"rows": ' + "9" * 5000 + "}]", "digits"),
+    ],
+)
+def test_json_that_is_no_table_is_one_line(
+    content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "t.json"
+    file.write_text(content)
+    line = refusal(capsys, file, "--out", tmp_path / "r.html")
+    assert str(file) in line
+    assert said in line
+
+
+@pytest.mark.parametrize("note", [b"{", b"null", b'{"columns": 5}', b"\xff"])
+def test_notes_in_parquet_files_are_not_read(
+    note: bytes, pair: pd.DataFrame, tmp_path: Path
+) -> None:
+    file = tmp_path / "t.parquet"
+    table = pa.Table.from_pandas(pair).replace_schema_metadata({b"pandas": note})
+    pa.parquet.write_table(table, file)
+    found = report.measured_table(file)
+    assert found["nss"].tolist() == pair["nss"].tolist()
+
+
+def test_odd_parquet_columns_are_one_line(
+    pair: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "t.parquet", tmp_path / "r.html"
+    table = pa.Table.from_pandas(pair)
+
+    def said(name: str, column: pa.Array) -> str:
+        columns = table.drop_columns([name]).append_column(name, column)
+        pa.parquet.write_table(columns, file)
+        return refusal(capsys, file, "--out", out)
+
+    n = len(pair)
+    dates = pa.array([1] * n, pa.timestamp("ns"))
+    assert f"{file}: column nss holds dates" in said("nss", dates)
+    lists = pa.array([[1.0]] * n)
+    assert f"{file}: column nss holds" in said("nss", lists)
+    names = pa.array([b"\xff"] * n)
+    assert f"{file}: column matrix holds bytes" in said("matrix", names)
+
+
+def test_places_that_hold_no_table_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.html"
+    (tmp_path / "d.csv").mkdir()
+    said = refusal(capsys, tmp_path / "d.csv", "--out", out)
+    assert "d.csv is a directory, expected a table" in said
+    os.mkfifo(tmp_path / "p.csv")
+    said = refusal(capsys, tmp_path / "p.csv", "--out", out)
+    assert "p.csv is no regular file, expected a table" in said

@@ -71,7 +71,7 @@ const draw = () => {
     ({field, type: "quantitative", title, scale: {type: isLog ? "log" : "linear", zero: false}});
   const colour = {field: "arm", type: "nominal", title: null,
     scale: {domain: names.map(a => EXPLORER.arms[a][0]), range: names.map(shade)},
-    legend: {orient: "bottom", columns: innerWidth < 600 ? 1 : 3, labelLimit: 300}};
+    legend: {orient: "bottom", symbolOpacity: 1, symbolType: "stroke", symbolStrokeWidth: 3, columns: innerWidth < 600 ? 1 : 3, labelLimit: 300}};
   const x = axis("x", over, along);
   const y = axis("y", label, log);
   const hover = [["arm", "arm"], ["kind", "of"], ["x", over], ["y", "mean"], ["low", "lowest"],
@@ -80,7 +80,8 @@ const draw = () => {
       ? {type: "quantitative", format: ".4~g"} : {})}));
   const isArm = "datum.kind === 'arm'";
   vegaEmbed("#explorer-plot", {
-    width: "container", height: 360, background: "transparent", data: {values: rows},
+    width: document.getElementById("explorer-plot").clientWidth, height: 360,
+    autosize: {type: "fit", contains: "padding"}, background: "transparent", data: {values: rows},
     config: {axis: {labelColor: text, titleColor: text, gridOpacity: 0.25, labelFontSize: 12,
       titleFontSize: 13}, legend: {labelColor: text, labelFontSize: 13}, view: {stroke: null}},
     layer: [

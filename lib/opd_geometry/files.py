@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever carries its final name."""
+"""Where data lie, and writing so that nothing half-written carries its final name."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,28 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+CHECKOUT_DATA = Path(__file__).resolve().parents[2] / "data"
 WRITABLE_DATA = "make room there, or name a writable folder in OPD_GEOMETRY_DATA"
+
+
+def data_directory() -> Path:
+    """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
+    return Path(os.environ.get("OPD_GEOMETRY_DATA") or CHECKOUT_DATA)
+
+
+def shelves() -> list[Path]:
+    """Where committed data may lie: the data directory, then that of the checkout."""
+    return list(dict.fromkeys([data_directory(), CHECKOUT_DATA]))
+
+
+def on_shelf(name: str | Path) -> Path:
+    """Where a committed file or folder lies; in the data directory if nowhere.
+
+    Args:
+        name: relative to the data directory, such as ``paper/table.csv``, or absolute.
+    """
+    places = [shelf / name for shelf in shelves()]
+    return next((place for place in places if place.exists()), places[0])
 
 
 @contextmanager

@@ -4,7 +4,10 @@ Tables go to a file, the summary to standard output, everything else to stderr. 
 needs torch is imported when a command runs.
 """
 
+import json
 import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from opd_geometry.printing import duration, print_table
+from opd_geometry.printing import duration, print_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from opd_geometry.geometry.pairs import Plan, Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-WEIGHTED = "sparsity_bf16", "update_density", "null_sparsity_bf16"
+WEIGHTED = "sparsity_bf16", "update_density"
 
 
 def _options(command: Command) -> Command:
@@ -61,6 +64,15 @@ def _options(command: Command) -> Command:
             click.option(
                 "--force", is_flag=True, help="Replace a table that is there already."
             ),
+            click.option(
+                "--quiet", is_flag=True, help="Say nothing but what is wrong."
+            ),
+            click.option(
+                "--json",
+                "as_json",
+                is_flag=True,
+                help="Print the summary as one JSON object, for programs.",
+            ),
         )
     ):
         command = option(command)
@@ -71,6 +83,12 @@ def _options(command: Command) -> Command:
 @click.argument("before")
 @click.argument("after")
 @_options
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0.0, min_open=True),
+    help="Learning rate in between, to say with --steps how far the weights went.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Of the optimizer.")
 @click.option(
     "--rank-k",
     type=click.IntRange(min=1),
@@ -122,6 +140,10 @@ def measure_command(
     jobs: int,
     resume: bool,
     force: bool,
+    quiet: bool,
+    as_json: bool,
+    lr: float | None,
+    steps: int | None,
     rank_k: int | None,
     principal_rank: int | None,
     alpha: float,
@@ -146,8 +168,21 @@ def measure_command(
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
-    from opd_geometry.geometry.pairs import METRICS, parse_metrics, plan_pair, summarise
+    from opd_geometry.geometry.pairs import (
+        METRICS,
+        beside_expected,
+        parse_metrics,
+        plan_pair,
+        summarise,
+    )
+    from opd_geometry.geometry.readings import sentences
     from opd_geometry.geometry.tables import check_output
+
+    if (lr is None) != (steps is None):
+        raise ValueError(
+            f"--lr {lr} and --steps {steps}, expected both or neither: the distance is "
+            "given in units of lr √T"
+        )
 
     check_output(out, force, resume)
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
@@ -155,14 +190,25 @@ def measure_command(
     plan = plan_pair(
         locate(before), locate(after), settings, asked, _names(roles), null, seed
     )
-    _announce(plan)
+    say = _Voice(quiet, as_json)
+    say.announce(plan)
     forecasts = [("Projected time:", _left(plan, out, resume), asked, null)]
     if len(asked) < len(METRICS):
         forecasts.append(("The full suite would take", plan, tuple(METRICS), True))
-    _project(forecasts, jobs)
-    table = _run(plan, out, jobs, resume)
-    _print_summary(summarise(table))
-    return _verdict(plan, table, out)
+    if not quiet:
+        _project(forecasts, jobs)
+    table = _run(plan, out, jobs, resume, quiet)
+    summary = summarise(table)
+    said = sentences(table, lr, steps)
+    say.table(
+        "Means over matrices; sparsity and density weighted by parameters.",
+        _summary_rows(summary),
+    )
+    beside = beside_expected(table)
+    if len(beside):
+        say.table(*_expected_rows(beside))
+    say.end(out, said, summary)
+    return _verdict(plan, table)
 
 
 @click.command("trajectory")
@@ -185,6 +231,8 @@ def trajectory_command(
     jobs: int,
     resume: bool,
     force: bool,
+    quiet: bool,
+    as_json: bool,
     k: int,
 ) -> int:
     """Follow the update of a run over its checkpoints, a row a matrix and step.
@@ -213,17 +261,19 @@ def trajectory_command(
         _names(roles),
         steps,
     )
-    _announce(plan)
+    say = _Voice(quiet, as_json)
+    say.announce(plan)
     left = _left(plan, out, resume)
-    _project([("Projected time:", left, ("stable_rank",), False)], jobs)
-    table = _run(plan, out, jobs, resume)
+    if not quiet:
+        _project([("Projected time:", left, ("stable_rank",), False)], jobs)
+    table = _run(plan, out, jobs, resume, quiet)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
     means = table.groupby("step")[[*metrics, "similarity_null"]].mean().reset_index()
-    print_table(
-        [str(name) for name in means],
-        [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()],
-    )
-    return _verdict(plan, table, out)
+    names = [str(name) for name in means]
+    rows = [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()]
+    say.table("", (names, rows))
+    say.end(out, [], means)
+    return _verdict(plan, table)
 
 
 @click.command("report")
@@ -249,10 +299,18 @@ def report_command(
       opd-geometry report pair.csv --out report.html
       opd-geometry report pair.parquet steps.csv --out report.html --title "My 8B, OPD"
     """
-    from opd_geometry.book.report import write_report
+    with click.progressbar(
+        length=1, label="Drawing", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        # What the page needs takes a moment to load, with the bar standing already.
+        from opd_geometry.book.report import write_report
 
-    page = write_report(tables, out, title, force)
-    click.echo(f"Open {page}")
+        def tell(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        page = write_report(tables, out, title, force, tell)
+    click.echo(f"Open {visible(str(page))}")
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -265,23 +323,54 @@ def _say(message: str) -> None:
     click.echo(message, err=True)
 
 
-def _announce(plan: "Plan") -> None:
-    """What will be measured, and everything that will not be."""
-    _say(f"{len(plan.tasks)} matrices, {plan.entries:.3g} entries")
-    reasons: dict[str, list[str]] = {}
-    for skip in plan.skipped:
-        reasons.setdefault(skip.reason, []).append(skip.name)
-    for reason, names in reasons.items():
-        _say(f"Skipped {len(names)}, {reason}: {_folded(names)}")
-    for place in dict.fromkeys(place for _, place in plan.missing):
-        names = [name for name, lacking in plan.missing if lacking == place]
-        _say(f"Missing {len(names)} in {place}: {_folded(names)}")
+class _Voice:
+    """What a command says: to a person, to a program (JSON), or nothing."""
+
+    def __init__(self, quiet: bool, as_json: bool) -> None:
+        self._quiet, self._as_json = quiet, as_json
+
+    def announce(self, plan: "Plan") -> None:
+        """What will be measured, and everything that will not be."""
+        if self._quiet:
+            return
+        _say(f"{len(plan.tasks)} matrices, {plan.entries:.3g} entries")
+        reasons: dict[str, list[str]] = {}
+        for skip in plan.skipped:
+            reasons.setdefault(skip.reason, []).append(skip.name)
+        for reason, names in reasons.items():
+            _say(f"Skipped {len(names)}, {reason}: {_folded(names)}")
+        for place in dict.fromkeys(place for _, place in plan.missing):
+            names = [name for name, lacking in plan.missing if lacking == place]
+            _say(f"Missing {len(names)} in {place}: {_folded(names)}")
+
+    def table(self, title: str, content: tuple[list[str], list[list[str]]]) -> None:
+        """A summary, for a person."""
+        if not self._quiet and not self._as_json:
+            if title:
+                click.echo(title)
+            print_table(*content)
+
+    def end(self, out: Path, said: list[str], summary: "pd.DataFrame") -> None:
+        """Where the table is, what it says, and the command that comes next."""
+        page = out.with_suffix(".html")
+        command = ["opd-geometry", "report", str(out), "--out", str(page)]
+        if self._as_json:
+            rows = json.loads(summary.to_json(orient="records", double_precision=15))
+            result = {"table": str(out), "sentences": said, "summary": rows}
+            click.echo(json.dumps({**result, "next": command}))
+        elif not self._quiet:
+            click.echo(f"Written to {visible(str(out))}")
+            for sentence in said:
+                click.echo(sentence)
+            click.echo(f"Next: {visible(shlex.join(command))}")
 
 
 def _folded(names: Iterable[str]) -> str:
     """Names that differ only in the layer as one, with their number."""
     counts = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
-    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+    return ", ".join(
+        visible(f"{name} ({n})" if n > 1 else name) for name, n in counts.items()
+    )
 
 
 def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
@@ -306,12 +395,14 @@ def _project(
         _say(f"{what} about {duration(max(1.0, seconds))} on this machine")
 
 
-def _run(plan: "Plan", out: Path, jobs: int, resume: bool) -> "pd.DataFrame":
+def _run(
+    plan: "Plan", out: Path, jobs: int, resume: bool, quiet: bool
+) -> "pd.DataFrame":
     from opd_geometry.geometry.pairs import run_plan
     from opd_geometry.geometry.tables import partial_path
 
     try:
-        with _Display(len(plan.tasks)) as display:
+        with _Display(len(plan.tasks), quiet) as display:
             return run_plan(plan, out, jobs, resume, display.show)
     except KeyboardInterrupt:
         kept = partial_path(out)
@@ -324,10 +415,13 @@ class _Interrupted(click.ClickException):
     exit_code = 130  # as of a process that SIGINT has ended
 
 
-class _Display(AbstractContextManager["_Display"]):
-    """A bar on a terminal, a line a matrix anywhere else."""
+LINES = 10  # of progress where nobody looks on
 
-    def __init__(self, total: int) -> None:
+
+class _Display(AbstractContextManager["_Display"]):
+    """A bar on a terminal, at most ``LINES`` lines anywhere else."""
+
+    def __init__(self, total: int, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -337,7 +431,9 @@ class _Display(AbstractContextManager["_Display"]):
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
+            disable=quiet,
         )
+        self._quiet = quiet
         self._terminal = self._bar.console.is_terminal
         self._task = self._bar.add_task("", total=total)
 
@@ -348,13 +444,14 @@ class _Display(AbstractContextManager["_Display"]):
 
     def show(self, progress: "Progress") -> None:
         """Tell of a finished matrix."""
+        from rich.markup import escape
+
+        done, total = progress.done, progress.total
+        name = visible(progress.name)
         if self._terminal:
-            self._bar.update(
-                self._task, completed=progress.done, description=progress.name
-            )
-        else:
-            took = duration(progress.seconds)
-            _say(f"{progress.done}/{progress.total} {progress.name}, {took}")
+            self._bar.update(self._task, completed=done, description=escape(name))
+        elif not self._quiet and LINES * done // total > LINES * (done - 1) // total:
+            _say(f"{done}/{total} {name}, {duration(progress.seconds)}")
 
     def __exit__(
         self,
@@ -366,7 +463,7 @@ class _Display(AbstractContextManager["_Display"]):
             self._bar.stop()
 
 
-def _print_summary(summary: "pd.DataFrame") -> None:
+def _summary_rows(summary: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     """A row a metric, a column a role: more metrics than roles are worth reading."""
     roles = [str(role) for role in summary["role"]]
     rows = [
@@ -374,8 +471,23 @@ def _print_summary(summary: "pd.DataFrame") -> None:
         for name in summary.columns
         if name != "role"
     ]
-    click.echo("Means over matrices; sparsity and density weighted by parameters.")
-    print_table(["", *roles], rows)
+    return ["", *roles], rows
+
+
+def _expected_rows(
+    beside: "pd.DataFrame",
+) -> tuple[str, tuple[list[str], list[list[str]]]]:
+    """What an update without any place would show at this distance."""
+    sources = {word for text in beside["expected_from"] for word in text.split(" and ")}
+    title = (
+        "Expected at this distance of an update without a place of its own, in closed "
+        f"form; the distance is inferred from the {' and '.join(sorted(sources))}."
+    )
+    rows = [
+        [r.metric, *(_number(r.metric, v) for v in (r.measured, r.expected))]
+        for r in beside.itertuples()
+    ]
+    return title, (["", "measured", "expected"], rows)
 
 
 def _number(name: str, value: float) -> str:
@@ -383,16 +495,15 @@ def _number(name: str, value: float) -> str:
         return "-"
     if name in ("matrices", "parameters", "step"):
         return str(int(value))
-    if name in WEIGHTED:
+    if name.endswith(WEIGHTED):
         return f"{100 * value:.2f} %"
     return f"{value:.4g}"
 
 
-def _verdict(plan: "Plan", table: "pd.DataFrame", out: Path) -> int:
-    """Where the table is, and what in it is not to be trusted; the exit code."""
+def _verdict(plan: "Plan", table: "pd.DataFrame") -> int:
+    """What in a table is not to be trusted; the exit code."""
     from opd_geometry.geometry.pairs import REFUSED
 
-    click.echo(f"Written to {out}")
     noted = table[table["note"] != ""].drop_duplicates("matrix")
     refused = noted["note"].str.startswith(REFUSED)
     uncertain = noted[~refused]
@@ -404,7 +515,7 @@ def _verdict(plan: "Plan", table: "pd.DataFrame", out: Path) -> int:
     if not refused.any():
         return 0
     said = "; ".join(
-        f"{row.matrix}: {row.note.removeprefix(REFUSED)}"
+        f"{visible(str(row.matrix))}: {row.note.removeprefix(REFUSED)}"
         for row in noted[refused].itertuples()
     )
     raise ValueError(

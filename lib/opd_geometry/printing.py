@@ -30,3 +30,16 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         console.width = UNBOUNDED
         console.width = console.measure(table).maximum
     console.print(table)
+
+
+def visible(text: str) -> str:
+    r"""Text that a terminal or a page can show: control characters are spelt out.
+
+    >>> visible("a\x1b[31mb\n")
+    'a\\x1b[31mb\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )

@@ -33,6 +33,7 @@ from opd_geometry.training.students import Student
 PARAMETERS = ("profile", "seeds", "source", "jobs")
 OPTIONAL = ("student",)  # which no notebook has to name
 PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
+MODEL = ("model",)  # of the chapter about updates without place
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 DIGITS = 4  # what is printed and published: another processor changes the seventh
@@ -85,6 +86,17 @@ class Pair:
         """
         before, after = map(_from_checkout, (self.before, self.after))
         return before, after
+
+
+@dataclass(frozen=True)
+class Model:
+    """Checked parameter of the chapter about updates without place.
+
+    Attributes:
+        model: committed tables by their name, or a checkpoint to measure.
+    """
+
+    model: str
 
 
 def _from_checkout(place: str) -> str:
@@ -147,13 +159,36 @@ def check_pair(names: Mapping[str, object]) -> Pair:
     return Pair(str(names["before"]), str(names["after"]))
 
 
+def check_model(names: Mapping[str, object]) -> Model:
+    """Read the parameter of the chapter about updates without place.
+
+    Args:
+        names: as in ``check_parameters``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ParameterError: one line, naming the known parameter, or what is no model.
+    """
+    _check_names(names, MODEL)
+    model = names["model"]
+    if not isinstance(model, str) or not model:
+        raise ParameterError(
+            f"model {model!r}: expected the name of committed tables, a directory, a "
+            ".safetensors file or a hub id"
+        )
+    return Model(model)
+
+
 def _check_names(
     names: Mapping[str, object],
     known: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> None:
     """Refuse what a notebook does not have, and a notebook without its parameters."""
-    if not any(isinstance(value, (Parameters, Pair)) for value in names.values()):
+    checked = (Parameters, Pair, Model)
+    if not any(isinstance(value, checked) for value in names.values()):
         unknown = [
             name
             for name, value in names.items()

@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from opd_geometry.geometry.comparison import MASK_ALPHA
+from opd_geometry.geometry.defaults import ATTENTION_ROLES, LAYER_ROLES, MASK_ALPHA
 
-ATTENTION_ROLES = ("q", "k", "v", "o")
-LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 WIDTH = 7.2  # inches: 700 pixels of a page, so that a point is 1.35 of them
 TEXT = "#333333"
 SMALL = 9  # points, 11 pixels where a picture is a little wider: nothing is smaller
@@ -32,9 +30,11 @@ WALK_LABEL = "independent steps"
 # Each at least 4.5:1 on white, and on a dark page as its style sheet turns them.
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
 RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
-_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE]
+OLIVE = "#5b6b00"
+_COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE, OLIVE]
 # Neutral in the middle on a light and on a dark page.
-_DIVERGING = sns.blend_palette([BLUE, "#c8c8c8", RED], as_cmap=True)
+_DIVERGING = LinearSegmentedColormap.from_list("aside", [BLUE, "#c8c8c8", RED])
+_SEQUENTIAL = "YlGnBu"
 
 
 class ArmStyle(NamedTuple):
@@ -77,8 +77,8 @@ ARM_STYLES = {
     "rlvr": _MAIN_STYLES["rlvr"],
     "tokens-top-50": ArmStyle("top-gap 50 %", LIGHT_BLUE),
     "tokens-top-25": ArmStyle("top-gap 25 %", PURPLE),
-    "tokens-random-50": ArmStyle("random 50 %", LIGHT_BLUE, "--"),
-    "tokens-random-25": ArmStyle("random 25 %", PURPLE, "--"),
+    "tokens-random-50": ArmStyle("random 50 %", BROWN, "--"),
+    "tokens-random-25": ArmStyle("random 25 %", OLIVE, "--"),
     "off-policy": ArmStyle("teacher writes", PURPLE),
     "mix-0.75": ArmStyle("α = 0.75", BLUE, "--"),
     "mix-0.50": ArmStyle("α = 0.5", LIGHT_BLUE),
@@ -150,7 +150,6 @@ def style() -> dict[str, Any]:
     """
     text = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     return {
-        **sns.axes_style("ticks"),
         **dict.fromkeys((*text, "xtick.color", "ytick.color"), TEXT),
         "axes.facecolor": "none",
         "axes.prop_cycle": plt.cycler(color=_COLOURS),
@@ -520,7 +519,8 @@ def place_labels(ax: Axes) -> None:
     ends = []
     for line in ax.get_lines():
         path = np.asarray(line.get_xydata())
-        if not str(line.get_label()).startswith("_") and np.isfinite(path[-1]).all():
+        named = len(path) and not str(line.get_label()).startswith("_")
+        if named and np.isfinite(path[-1]).all():
             ends.append((path[-1], path[0, 1], line))
     # Lines that end in one point are named in the order in which they come there.
     ends.sort(key=lambda end: (round(end[0][1], 6), end[1]))
@@ -570,7 +570,10 @@ def _bottom(block: Sequence[float], gap: float) -> float:
 
 
 def depth_profiles(
-    table: pd.DataFrame, arms: Sequence[str], metrics: Sequence[str]
+    table: pd.DataFrame,
+    arms: Sequence[str],
+    metrics: Sequence[str],
+    roles: Sequence[str] = LAYER_ROLES,
 ) -> Figure:
     """Every matrix of the final update by depth (Figure 2 of the paper).
 
@@ -578,6 +581,7 @@ def depth_profiles(
         table: tidy.
         arms: the rows.
         metrics: the columns, each with one logarithmic axis for all arms.
+        roles: which matrices.
 
     Returns:
         The figure: a dot a matrix (mean over seeds), a line through the means of the
@@ -598,7 +602,7 @@ def depth_profiles(
         )
         for row, arm in zip(axes, arms, strict=True):
             for ax, metric in zip(row, metrics, strict=True):
-                _draw_depth(ax, table, arm, metric)
+                _draw_depth(ax, table, arm, metric, roles)
             row[0].set_ylabel(ARM_STYLES[arm].label, color=ARM_STYLES[arm].colour)
         for ax, metric in zip(axes[0], metrics, strict=True):
             ax.set_title(METRIC_LABELS[metric].replace(", ", "\n"))
@@ -608,10 +612,12 @@ def depth_profiles(
     return figure
 
 
-def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
+def _draw_depth(
+    ax: Axes, table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
+) -> None:
     """One arm's matrices in one metric, with the null of the same arm."""
     look = ARM_STYLES[arm]
-    rows = final_matrices(table, metric)
+    rows = final_matrices(table, metric, roles)
     rows = rows[rows["arm"] == arm]
     dots = rows.groupby(["layer", "role"], observed=True)["value"].mean().reset_index()
     ax.plot(dots["layer"], dots["value"], ".", color=look.colour, alpha=0.45, ms=5)
@@ -619,7 +625,7 @@ def _draw_depth(ax: Axes, table: pd.DataFrame, arm: str, metric: str) -> None:
     low, high = layers.min(), layers.max()
     ax.fill_between(low.index, low, high, color=look.colour, alpha=0.2, lw=0)
     ax.plot(layers.mean(), color=look.colour, label="mean of the layer")
-    null = final_matrices(table, f"null_{metric}")
+    null = final_matrices(table, f"null_{metric}", roles)
     null = null[null["arm"] == arm].groupby("layer")["value"].mean()
     ax.plot(null, ":", color=GREY, label=NULL_LABEL)
     ax.set_yscale("log")
@@ -680,7 +686,7 @@ def mask_maps(
             colour = GREY if prefix else ARM_STYLES[arm].colour
             row[0].set_ylabel(f"{label}\nlayer", color=colour)
         for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)")
+            ax.set_title(f"{METRIC_LABELS[metric]} (%)".replace(", ", ",\n"))
         for ax in axes[-1]:
             ax.set_xlabel("role of the matrix")
     return figure
@@ -707,18 +713,49 @@ def _draw_map(
 ) -> None:
     """Role by layer, per cent, for one arm and metric."""
     share = 100 * _by_role_and_layer(table, arm, metric, roles)
-    overlap = "overlap" in metric
+    if share.isna().all(axis=None):
+        ax.set_axis_off()
+        return
+    form = ".0f" if len(share) <= ANNOTATED_LAYERS else None
+    limits = (30, 70) if "overlap" in metric else (0, 100)
+    draw_heat(ax, share, limits, form, _colours_of(metric))
+
+
+def _colours_of(metric: str) -> LinearSegmentedColormap | str:
+    """An overlap has a neutral middle, any other share has not."""
+    return _DIVERGING if "overlap" in metric else _SEQUENTIAL
+
+
+def draw_heat(
+    ax: Axes,
+    values: pd.DataFrame,
+    limits: tuple[float, float],
+    form: str | None = None,
+    colours: LinearSegmentedColormap | str = _SEQUENTIAL,
+) -> None:
+    """A square a cell, the first row at the top; with a number in it or a colour bar.
+
+    Args:
+        ax: where.
+        values: a row a line of the map; NaN leaves its square empty.
+        limits: values of the first and of the last colour.
+        form: of the numbers, such as ``.0f``; None writes none.
+        colours: a colour map.
+    """
+    import seaborn as sns  # takes a second, which pages without a map need not wait
+
+    few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
     sns.heatmap(
-        share,
+        values,
         ax=ax,
-        annot=len(share) <= ANNOTATED_LAYERS,
-        fmt=".0f",
+        annot=form is not None,
+        fmt=form or "",
         annot_kws={"fontsize": SMALL},
         cbar=False,
-        cmap=_DIVERGING if overlap else "crest",
-        vmin=30 if overlap else 0,
-        vmax=70 if overlap else 100,
-        linewidths=0.5,
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        linewidths=0.5 if few else 0.0,
     )
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
@@ -758,8 +795,8 @@ def role_maps(
                 _by_role_and_layer(table, arm, f"{prefix}{metric}", roles)
                 for prefix in prefixes
             ]
-            low = min(float(values.min().min()) for values in maps if values.size)
-            high = max(float(values.max().max()) for values in maps if values.size)
+            known = np.concatenate([values.to_numpy(float).ravel() for values in maps])
+            low, high = np.nanmin(known, initial=np.inf), np.nanmax(known, initial=0.0)
             scale = 1000 if high < 0.05 else 1  # small numbers do not fit into a cell
             for ax, values in zip(column, maps, strict=True):
                 _draw_values(ax, scale * values, scale * low, scale * high)
@@ -773,25 +810,16 @@ def role_maps(
 
 def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> None:
     """One map with its colour bar; nothing where there are no values."""
-    if values.empty:
+    if values.isna().all(axis=None):
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
     few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 3
-    sns.heatmap(
-        values,
-        ax=ax,
-        annot=few,
-        fmt=".2g",
-        annot_kws={"fontsize": SMALL},
-        cmap="crest",
-        vmin=low,
-        vmax=high,
-        cbar=not few,
-        linewidths=0.5,
-    )
-    ax.set(xlabel="", ylabel="")
-    ax.tick_params(length=0, labelrotation=0)
+    draw_heat(ax, values, (low, high), ".2g" if few else None)
+    if not few:
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.colorbar(ax.collections[0], ax=ax).outline.set_visible(False)
 
 
 def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
@@ -817,7 +845,8 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
         for ax, metric in zip(axes, MASK_METRICS, strict=True):
             start = 100 * MASK_ALPHA if "overlap" in metric else 0
             draw_bars(ax, table, metric, arms, start)
-            ax.set(title=METRIC_LABELS[metric], xlabel="per cent ( ┃ Gaussian null )")
+            title = METRIC_LABELS[metric].replace(", ", ",\n")
+            ax.set(title=title, xlabel="per cent ( ┃ Gaussian null )")
         axes[2].sharex(axes[1])
         axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
         axes[0].invert_yaxis()

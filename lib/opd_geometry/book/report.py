@@ -2,7 +2,9 @@
 
 The page needs nothing but itself: figures are SVG inside it, styles too, and it asks no
 host for anything. Beside the reader's model stand the numbers that arXiv:2606.07082
-prints (``data/paper``) and this book's own small models (``data/measurements``).
+prints (``data/paper``) and this book's own small models (``data/measurements``). Means
+are taken once, by layer and role, so a page costs little more for many rows than for
+few; and nothing here imports torch, which takes longer to load than a page to draw.
 """
 
 import base64
@@ -10,23 +12,34 @@ import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from opd_geometry import __version__
 from opd_geometry.book import figures
-from opd_geometry.experiments import measure
-from opd_geometry.experiments.profiles import PUBLISHED
-from opd_geometry.experiments.runs import on_shelf
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.files import clear_write_errors, on_shelf, replacing, shelves
+from opd_geometry.geometry.defaults import EXPERT_ROLES, LAYER_ROLES, MASK_ALPHA
+from opd_geometry.geometry.readings import (
+    ABOVE,
+    ANGLES,
+    AT,
+    BELOW,
+    FAR_ENOUGH,
+    ONE_SIDE,
+    against_null,
+    in_layers,
+    with_shape_nulls,
+)
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
+from opd_geometry.printing import visible
 
 YOURS = "yours"
 OURS = ("sft", "sft-matched", "opd", "rlvr")
@@ -41,7 +54,16 @@ TRAJECTORY_BASE = (
     "similarity_to_end",
 )
 COURSE = "Over training (Figures 4 and 5)"
+COURSE_METRICS = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
 IDENTITY = ("step", "matrix", "role", "layer", "rows", "cols")  # never empty
+# Whole numbers, and where they lie in anything that was measured.
+BOUNDS = {
+    "step": (0, 2**53),
+    "layer": (-1, 2**53),
+    "rows": (1, 2**40),
+    "cols": (1, 2**40),
+}
+INFINITE = "infinite"  # columns of a table of which some values were left out
 PAGE_SUFFIXES = (".html", ".htm")
 # The names of these tables -> the book's own.
 RENAMED = {
@@ -52,14 +74,16 @@ RENAMED = {
     "similarity_null": "null_similarity_to_end",
 }
 METRICS = tuple(figures.METRIC_LABELS)
-ANGLES = tuple(name for name in METRICS if name.startswith("angle_"))
-EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down", "expert_other")
-ROLE_ORDER = (*figures.LAYER_ROLES, *EXPERT_ROLES, "router", "embed", "head", "other")
-NULLED = (*ANGLES, "nss", "principal_overlap", "low_magnitude_overlap", "sparsity_bf16")
-ONE_SIDE = 0.9  # share of the matrices that have to lie on one side of their null
-FAR_ENOUGH = 0.1  # relative difference of the means
+TIDY = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
+PLACED = (*LAYER_ROLES, *EXPERT_ROLES)  # roles of the matrices of the layers
+ROLE_ORDER = (*PLACED, "router", "embed", "head", "other")
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
+MAP_LAYERS = 96  # lines of a map; more layers than that share lines
+SHADES = 16  # of a map, as classes of the page's style
+OVERLAP_RANGE = (0.3, 0.7)  # first and last shade of an overlap, whose middle is 50 %
+EMPTY = -1  # the shade of a square without a value
 Cells = tuple[str, ...]
+Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,14 +97,65 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A share in per cent as a bar from start, with a tick at its null if it has one.
+
+    Its number stands beside it: a reader who does not see it misses nothing.
+    """
+
+    value: float
+    null: float | None
+    colour: str
+    start: float = 0.0
+
+    @property
+    def low(self) -> float:
+        """Where it begins, from the left."""
+        return min(self.value, self.start)
+
+    @property
+    def width(self) -> float:
+        """How long it is."""
+        return abs(self.value - self.start)
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table of the page, its cells as text."""
+    """A table of the page, its cells as text or bars."""
 
     caption: str
     columns: Cells
-    rows: tuple[Cells, ...]
+    rows: tuple[tuple[str | Bar, ...], ...]
     marked: tuple[str, ...] = ()
     folded: bool = False
+    finding: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a map: its layer, and a number and a shade for every role."""
+
+    layer: int
+    cells: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """A metric by layer and role; no lines where a null is not in the table."""
+
+    title: str
+    roles: Cells
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Maps side by side, an upper row of the reader's model and a lower of its null."""
+
+    rows: tuple[tuple[str, tuple[Map, ...]], ...]
+    finding: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +166,7 @@ class Section:
     title: str
     texts: tuple[str, ...] = ()
     figures: tuple[Drawn, ...] = ()
+    maps: tuple[Maps, ...] = ()
     tables: tuple[Table, ...] = ()
     reading: tuple[str, ...] = ()
 
@@ -133,16 +209,6 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         )
     if table.empty:
         raise ValueError(f"{path} has no rows, expected one a matrix; measure again")
-    for name in table.columns.intersection([*METRICS, *base, *RENAMED]):
-        if name in ("matrix", "role"):
-            continue
-        try:
-            table[name] = pd.to_numeric(table[name])
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}: column {name} holds {_first_line(error)}, expected numbers; "
-                "measure again"
-            ) from error
     identity = [name for name in IDENTITY if name in table]
     empty = [name for name in identity if table[name].isna().any()]
     if empty:
@@ -150,18 +216,75 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has rows without {', '.join(empty)}, expected one in every row; "
             "measure again"
         )
-    if {"rows", "cols"} <= set(table) and (table[["rows", "cols"]] < 1).any(axis=None):
-        raise ValueError(
-            f"{path} has matrices of no rows or no columns, expected 1 or more; "
-            "measure again"
-        )
-    unknown = sorted({*map(str, table["role"])} - {*ROLE_ORDER})
+    for name in ("matrix", "role"):
+        if any(isinstance(value, bytes) for value in table[name]):
+            raise ValueError(
+                f"{path}: column {name} holds bytes, expected text; measure again"
+            )
+        table[name] = table[name].astype(str)
+    nulls = [f"null_{name}" for name in METRICS]
+    for name in table.columns.intersection([*METRICS, *nulls, *base, *RENAMED]):
+        if name not in ("matrix", "role"):
+            table[name] = _numbers(table[name], path)
+    numbers = table.select_dtypes("float")
+    infinite = np.isinf(numbers)
+    table[numbers.columns] = numbers.where(~infinite)
+    table.attrs[INFINITE] = [str(n) for n in numbers.columns[infinite.any()]]
+    unknown = sorted({*table["role"]} - {*ROLE_ORDER})
     if unknown:
         raise ValueError(
-            f"{path} has the role {', '.join(unknown)}, expected some of "
+            f"{path} has the role {visible(', '.join(unknown))}, expected some of "
             f"{', '.join(ROLE_ORDER)}; measure again"
         )
     return table
+
+
+def _numbers(column: pd.Series, path: Path) -> pd.Series:
+    """A column as numbers, those of its identity as whole ones in bounds."""
+    name = str(column.name)
+    try:
+        if column.dtype.kind in "mM":
+            raise ValueError("dates")
+        numbers = pd.to_numeric(column).astype(float)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: column {name} holds {visible(_first_line(error))}, expected "
+            "numbers; measure again"
+        ) from error
+    if name not in BOUNDS:
+        return numbers
+    low, high = BOUNDS[name]
+    wrong = numbers[~numbers.between(low, high) | (numbers % 1 != 0)]
+    if len(wrong):
+        raise ValueError(
+            f"{path}: column {name} holds {wrong.iloc[0]:g}, expected whole numbers "
+            f"from {low} to {high:g}; measure again"
+        )
+    return numbers.astype(int)
+
+
+def widened(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with a row a matrix, its columns named as the book's own metrics.
+
+    Args:
+        table: of `measured_table`, of either kind.
+
+    Returns:
+        The same rows; a pair stands at step 1. The stable rank has the null of a
+        Gaussian matrix of its shape, n m / (sqrt n + sqrt m)^2, where that is known.
+    """
+    there = {old: new for old, new in RENAMED.items() if old in table}
+    wide = table.drop(columns=[new for new in there.values() if new in table])
+    wide = wide.rename(columns=there)
+    if "step" not in wide:
+        wide = wide.assign(step=1)
+    if "null_sparsity" in wide and "null_density" not in wide:
+        wide = wide.assign(null_density=1.0 - wide["null_sparsity"])
+    if {"rows", "cols"} <= set(wide):
+        wide = wide.assign(
+            parameters=wide["rows"].astype(float) * wide["cols"].astype(float)
+        )
+    return with_shape_nulls(wide)
 
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
@@ -171,26 +294,41 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
         table: of `measured_table`, of either kind.
 
     Returns:
-        Columns as of ``measure.COLUMNS``, arm ``yours``, seed 0; a pair stands at step
-        1. The stable rank has the null of a Gaussian matrix of its shape, n m /
-        (sqrt n + sqrt m)^2, where the shape is known.
+        `widened`, melted to the columns of ``measure.COLUMNS``, arm ``yours``, seed 0.
     """
-    wide = table.rename(columns=RENAMED)
-    if "step" not in wide:
-        wide = wide.assign(step=1)
-    if "null_sparsity" in wide and "null_density" not in wide:
-        wide = wide.assign(null_density=1.0 - wide["null_sparsity"])
-    if {"rows", "cols"} <= set(wide):
-        n, m = wide["rows"].astype(float), wide["cols"].astype(float)
-        wide["null_stable_rank"] = n * m / (np.sqrt(n) + np.sqrt(m)) ** 2
-        wide["parameters"] = n * m
-    known = {*METRICS, *figures.with_null(METRICS), "parameters"}
+    return _melted(widened(table))
+
+
+def _melted(wide: pd.DataFrame) -> pd.DataFrame:
+    known = {*figures.with_null(METRICS), "parameters"}
     keys = ["step", "matrix", "role", "layer"]
     long = wide.melt(
         keys, [name for name in wide if name in known], "metric", "value"
     ).assign(run=YOURS, arm=YOURS, seed=0)
     # A mean is over the matrices that have the metric, as in the summary of `measure`.
-    return long[measure.COLUMNS].astype({"value": float}).dropna(subset="value")
+    return long[TIDY].astype({"value": float}).dropna(subset="value")
+
+
+def by_place(wide: pd.DataFrame) -> pd.DataFrame:
+    """Means by layer and role, of the matrices of the layers, as figures take them.
+
+    Args:
+        wide: `widened`, of a pair.
+
+    Returns:
+        Tidy, one matrix a layer and role. Of more than ``MAP_LAYERS`` layers, equally
+        many neighbours go by the first one's number.
+    """
+    placed = wide[wide["role"].isin(PLACED) & (wide["layer"] >= 0)]
+    layers = np.unique(placed["layer"])
+    each = -(-len(layers) // MAP_LAYERS) or 1
+    first = layers[np.searchsorted(layers, placed["layer"]) // each * each]
+    known = {*figures.with_null(METRICS), "parameters"}
+    names = [name for name in wide if name in known]
+    means = placed.assign(layer=first).groupby(["layer", "role"])[names].mean()
+    means = means.reset_index().assign(step=1)
+    places = means["role"] + "." + means["layer"].astype(str)
+    return _melted(means.assign(matrix=places))
 
 
 def paper_numbers(file: str) -> pd.DataFrame:
@@ -206,24 +344,117 @@ def _arm(name: str) -> str:
     return look.label if look else re.sub(r"^opd ", "OPD ", name)
 
 
-def _with_ours(own: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The reader's rows and the book's, and the arms that are there."""
-    ours = measure.committed(PUBLISHED).astype({"arm": object})
-    ours = ours[ours["arm"].isin(OURS)]
-    arms = [YOURS, *(arm for arm in OURS if arm in set(ours["arm"]))]
-    parts = [part for part in (own, ours) if len(part)]
-    columns = ["run", "arm", "matrix", "role", "metric"]
-    return (
-        pd.concat([part.astype(dict.fromkeys(columns, object)) for part in parts]),
-        arms,
+# --- this book's own runs ------------------------------------------------------------
+
+
+def book_runs(arms: Sequence[str] = OURS) -> pd.DataFrame:
+    """The committed measurements of some arms, as ``measure.committed`` has them.
+
+    Read without what trains a model: that takes longer to load than these files.
+
+    Args:
+        arms: which.
+
+    Returns:
+        Tidy; no rows where the data are not at hand.
+
+    Raises:
+        ValueError: a file that the list names is missing or damaged.
+    """
+    tables: dict[str, pd.DataFrame] = {}
+    for shelf in shelves():
+        listed = shelf / "measurements" / "runs.csv"
+        if not listed.is_file():
+            continue
+        runs = pd.read_csv(listed, dtype=str)
+        for run in runs[
+            runs["arm"].isin(arms) & ~runs["run"].isin(tables)
+        ].itertuples():
+            path = listed.with_name(f"{run.arm}-s{run.seed}-{run.run}.parquet")
+            tables[str(run.run)] = _book_table(path)
+    empty = pd.DataFrame(columns=TIDY)
+    return pd.concat([*tables.values()] or [empty], ignore_index=True)
+
+
+def _book_table(path: Path) -> pd.DataFrame:
+    table = read_table(path)
+    missing = {*TIDY} - {*table}
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(sorted(missing))}, expected a "
+            "measurement of this book; take it from version control"
+        )
+    return table[TIDY].astype({"arm": object, "metric": object})
+
+
+def book_ends(book: pd.DataFrame) -> pd.DataFrame:
+    """Means of the book's arms at the end of training: the numbers of its first page.
+
+    Args:
+        book: of `book_runs`.
+
+    Returns:
+        An arm a row in the order of ``OURS``, a metric a column: over the matrices of
+        the layers (sparsity by parameters, else plain), then over seeds.
+    """
+    metrics = figures.with_null(("sparsity", *figures.MASK_METRICS))
+    wanted = book["metric"].isin([*metrics, "parameters"])
+    book = book[wanted & book["role"].isin(LAYER_ROLES)]
+    last = book.groupby("run", observed=True)["step"].transform("max")
+    book = book[(book["step"] == last) | (book["metric"] == "parameters")]
+    wide = book.pivot_table(
+        index=["arm", "seed", "matrix"],
+        columns="metric",
+        values="value",
+        aggfunc="first",
+        observed=True,
+    ).reindex(columns=[*metrics, "parameters"])
+    # Sums over parameters, so that one mean serves all.
+    weight = wide["parameters"] / wide.groupby(["arm", "seed"])["parameters"].transform(
+        "mean"
     )
+    for name in figures.WEIGHTED_METRICS:
+        wide[name] *= weight
+    ends = wide.groupby(["arm", "seed"])[metrics].mean().groupby("arm").mean()
+    return ends.reindex([arm for arm in OURS if arm in ends.index])
 
 
 # --- the page ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A measured pair, as the sections ask for it."""
+
+    table: pd.DataFrame  # as it was read
+    wide: pd.DataFrame  # `widened`: a row a matrix
+    places: pd.DataFrame  # `by_place`: means by layer and role, for figures
+    book: pd.DataFrame  # `book_ends`: an arm a row
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """The matrices that means are over: those of the layers, if there are any."""
+        return in_layers(self.wide)
+
+    @property
+    def covered(self) -> str:
+        """Which these are, in words."""
+        n = len(self.layers)
+        if self.layers["role"].isin(PLACED).all():
+            return f"the {_matrices(n)} of the layers, no embedding or head"
+        return f"all {_matrices(n)}, none of which is in a layer"
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles of a map."""
+        return _roles_in(self.places, PLACED)
+
+
 def build_report(
-    pair: pd.DataFrame | None, trajectory: pd.DataFrame | None, title: str
+    pair: pd.DataFrame | None,
+    trajectory: pd.DataFrame | None,
+    title: str,
+    tell: Tell = lambda done, total: None,
 ) -> str:
     """The page.
 
@@ -231,6 +462,7 @@ def build_report(
         pair: a table of ``measure``; None if there is none.
         trajectory: a table of ``trajectory``; None if there is none.
         title: what the page calls the model.
+        tell: told of each finished part: how many are done, of how many.
 
     Returns:
         HTML, the same for the same tables.
@@ -240,30 +472,33 @@ def build_report(
     """
     if pair is None and trajectory is None:
         raise ValueError("no table, expected one of measure or of trajectory at least")
-    sections: list[Section | None] = []
+    book = book_runs()
+    parts: list[Callable[[], Section | None]] = []
+    measured = None
     if pair is not None:
-        own = tidy(pair)
-        both, arms = _with_ours(own)
-        sections += [
-            _overview(pair, own),
-            _sparsity(own, both, arms),
-            _places(own, both, arms),
-            _rotation(own),
-            _spectra(own),
-        ]
+        wide = widened(pair)
+        measured = _Pair(pair, wide, by_place(wide), book_ends(book))
+        of_pair = (_differences, _overview, _sparsity, _places, _rotation, _spectra)
+        parts += [partial(draw, measured) for draw in of_pair]
     if trajectory is not None:
-        sections.append(_course(trajectory, pair))
+        parts.append(partial(_course, trajectory, pair, book))
     if pair is not None:
-        sections.append(_all_matrices(pair))
+        parts.append(partial(_all_matrices, pair))
+    sections = []
+    for done, part in enumerate(parts):
+        tell(done, len(parts))
+        sections.append(part())
+    tell(len(parts), len(parts))
     template = resources.files("opd_geometry.book") / "report.html"
     page = Environment(autoescape=True, undefined=StrictUndefined)
     return page.from_string(template.read_text("utf8")).render(
-        title=title,
-        lead=_lead(pair, trajectory),
+        title=visible(title),
+        lead=_lead(measured, trajectory),
         origin=f"Made by opd-geometry {__version__} from {_sizes(pair, trajectory)}. "
         "The paper is arXiv:2606.07082; its models have billions of parameters, this "
         "book's less than a million, so compare orders and shapes, not levels.",
         sections=[section for section in sections if section is not None],
+        shades=_shades(),
     )
 
 
@@ -272,6 +507,7 @@ def write_report(
     out: str | Path,
     title: str | None = None,
     force: bool = False,
+    tell: Tell = lambda done, total: None,
 ) -> Path:
     """Read tables and write the page, whole or not at all.
 
@@ -280,6 +516,7 @@ def write_report(
         out: where the page goes.
         title: what the page calls the model; None for the first table's file name.
         force: replace a file that is there.
+        tell: as `build_report`.
 
     Returns:
         The path of the page.
@@ -300,40 +537,81 @@ def write_report(
             )
         kinds["step" in table] = table
     name = title or (paths[0].stem if paths else "")
-    page = build_report(kinds.get(False), kinds.get(True), name)
+    page = build_report(kinds.get(False), kinds.get(True), name, tell)
     with clear_write_errors(out, REMEDY), replacing(out) as draft:
-        draft.write_text(page, encoding="utf8")
+        draft.write_text(page, encoding="utf8", errors="backslashreplace")
     return out
+
+
+def _shades() -> list[tuple[str, str]]:
+    """Ground and ink of every shade of a map, light to dark."""
+    colours = [to_hex(c) for c in mpl.colormaps["YlGnBu"](np.linspace(0, 1, SHADES))]
+    ink = ["#1c1e21" if place < 0.55 * SHADES else "#ffffff" for place in range(SHADES)]
+    return list(zip(colours, ink, strict=True))
+
+
+def _matrices(n: int) -> str:
+    return f"{n} matrix" if n == 1 else f"{n} matrices"
 
 
 def _sizes(pair: pd.DataFrame | None, trajectory: pd.DataFrame | None) -> str:
     said = []
     if pair is not None:
-        entries = int((pair["rows"] * pair["cols"]).sum())
-        said.append(f"{len(pair)} matrices with {entries:,} parameters")
+        entries = float((pair["rows"].astype(float) * pair["cols"]).sum())
+        said.append(f"{_matrices(len(pair))} with {entries:,.0f} parameters")
     if trajectory is not None:
         steps = trajectory["step"].nunique()
         matrices = trajectory["matrix"].nunique()
-        said.append(f"{steps} checkpoints of {matrices} matrices")
+        said.append(f"{steps} checkpoints of {_matrices(matrices)}")
     return " and ".join(said)
 
 
-def _lead(pair: pd.DataFrame | None, trajectory: pd.DataFrame | None) -> str:
-    """The first sentence: how much has changed."""
+def _lead(pair: _Pair | None, trajectory: pd.DataFrame | None) -> tuple[str, ...]:
+    """The first sentences: what differs from its null, and how much has changed."""
     if pair is None:
-        return "How the update grew, and when its directions were settled."
-    known = pair[pair["sparsity_bf16"].notna()]
+        return ("How the update grew, and when its directions were settled.",)
+    known = pair.table[pair.table["sparsity_bf16"].notna()]
     if known.empty:
-        return "No matrix of this table has a sparsity: their notes say why."
-    entries = (known["rows"] * known["cols"]).to_numpy(float)
+        return (
+            _stands_out(pair),
+            "No matrix of this table has a sparsity: their notes say why.",
+        )
+    entries = known["rows"].to_numpy(float) * known["cols"].to_numpy(float)
     share = float(np.average(known["sparsity_bf16"], weights=entries))
-    dtypes = {"dtype_before", "dtype_after"} <= set(pair)
-    stored = sorted({*pair["dtype_before"], *pair["dtype_after"]}) if dtypes else []
-    kinds = f" (stored as {', '.join(map(str, stored))})" if stored else ""
+    dtypes = {"dtype_before", "dtype_after"} <= set(pair.table)
+    stored = [known["dtype_before"], known["dtype_after"]] if dtypes else []
+    names = sorted({str(name) for column in stored for name in column})
+    kinds = f" (stored as {visible(', '.join(names))})" if names else ""
     return (
+        _stands_out(pair),
         f"{_percent(share)} of the weights{kinds} have the same value in bf16 before "
-        f"and after; the others are what this page is about."
+        f"and after, embeddings and head included; the others are what this page is "
+        "about.",
     )
+
+
+def _stands_out(pair: _Pair) -> str:
+    """What differs from its null, in a sentence."""
+    if "frobenius_norm" in pair.wide and (pair.wide["frobenius_norm"] == 0).all():
+        return "Nothing changed: every matrix is the same before and after."
+    found = against_null(in_layers(pair.table))
+    if found.empty:
+        return "The table has no nulls, so nothing here says where the update went."
+
+    sides = []
+    for verdict in (ABOVE, BELOW):
+        rows = found[found["verdict"] == verdict]
+        names = [f"{_metric_label(n)} ({_short(x)}×)" for n, x in rows["ratio"].items()]
+        sides += [f"{verdict}: {'; '.join(names)}. "] if names else []
+    if not sides:
+        return "Nothing differs from its null: what is seen here is a matter of size."
+    rest = [_metric_label(name) for name in found.index[found["verdict"] == AT]]
+    text = "".join(f"{side[0].upper()}{side[1:]}" for side in sides)
+    return f"{text}At its null: {'; '.join(rest) or 'nothing'}."
+
+
+def _metric_label(column: object) -> str:
+    return figures.METRIC_LABELS[RENAMED.get(str(column), str(column))]
 
 
 def _percent(share: float) -> str:
@@ -344,38 +622,34 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if np.isfinite(value) else "–"
 
 
-def _mean(own: pd.DataFrame, metric: str, roles: Sequence[str] = ROLE_ORDER) -> float:
+def _mean(wide: pd.DataFrame, metric: str) -> float:
     """Over matrices: plain, and of sparsity by parameters; NaN if not measured."""
-    if not _has(own, metric):
+    if metric not in wide:
         return float("nan")
-    values = figures.at_end(own, metric, roles)["value"]
-    return float(values.iloc[0]) if len(values) else float("nan")
+    values = wide[metric].to_numpy(float)
+    known = np.isfinite(values)
+    if not known.any():
+        return float("nan")
+    if metric in figures.WEIGHTED_METRICS:
+        weights = wide["parameters"].to_numpy(float)[known]
+        return float(np.average(values[known], weights=weights))
+    return float(values[known].mean())
 
 
-def _has(own: pd.DataFrame, metric: str) -> bool:
-    return bool(own.loc[own["metric"] == metric, "value"].notna().any())
+def _has(wide: pd.DataFrame, metric: str) -> bool:
+    return metric in wide and bool(wide[metric].notna().any())
 
 
-def _roles_in(own: pd.DataFrame, order: Sequence[str] = ROLE_ORDER) -> list[str]:
-    return [role for role in order if role in set(own["role"])]
+def _roles_in(table: pd.DataFrame, order: Sequence[str] = ROLE_ORDER) -> list[str]:
+    there = set(table["role"])
+    return [role for role in order if role in there]
 
 
-def _layer_roles(own: pd.DataFrame) -> list[str]:
-    """Roles of a map: those that stand in layers."""
-    own = own[own["layer"] >= 0]  # a file may hold a single q_proj
-    return _roles_in(own, (*figures.LAYER_ROLES, *EXPERT_ROLES))
-
-
-def _against(
-    own: pd.DataFrame,
-    metric: str,
-    form: Callable[[float], str],
-    roles: Sequence[str] = ROLE_ORDER,
-) -> str:
+def _against(wide: pd.DataFrame, metric: str, form: Callable[[float], str]) -> str:
     """A mean, and what its null has."""
-    null = _mean(own, f"null_{metric}", roles)
+    null = _mean(wide, f"null_{metric}")
     tail = f" (Gaussian null {form(null)})" if np.isfinite(null) else ""
-    return f"{form(_mean(own, metric, roles))}{tail}"
+    return f"{form(_mean(wide, metric))}{tail}"
 
 
 def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
@@ -383,7 +657,7 @@ def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
     file = io.BytesIO()
     # Without a salt ids are random; text as paths needs no font at the reader's.
     with mpl.rc_context({"svg.hashsalt": "opd-geometry", "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(file, format="svg", metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()
     return Drawn(f"data:image/svg+xml;base64,{data}", alt, finding, caption)
 
@@ -412,30 +686,86 @@ def _label(metric: str) -> str:
     return f"null: {name}" if metric.startswith("null_") else name
 
 
-def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
-    """Means by role and over all, and what the table does not have."""
-    there = [metric for metric in SUMMARY if _has(own, metric)]
-    rows = []
-    for role in [*_roles_in(own), "all"]:
-        chosen = _roles_in(own) if role == "all" else [role]
-        count = int((pair["role"].isin(chosen)).sum())
-        cells = [
-            _short((100 if m.removeprefix("null_") in SHARES else 1) * value)
-            for m in there
-            for value in [_mean(own, m, chosen)]
-        ]
-        rows.append((role, str(count), *cells))
+def _differences(pair: _Pair) -> Section | None:
+    """What stands out from its null, as a table."""
+    found = against_null(in_layers(pair.table))
+    order = {ABOVE: 0, BELOW: 0, AT: 1}
+    found = found.sort_values("verdict", key=lambda v: v.map(order), kind="stable")
+    rows = tuple(
+        (
+            _metric_label(name),
+            str(row["matrices"]),
+            _short(row["mean"]),
+            _short(row["null"]),
+            _short(row["ratio"]),
+            f"± {_percent(row['limit'])}" if row["limit"] == row["limit"] else "–",
+            _percent(row["above"]),
+            str(row["verdict"]),
+        )
+        for name, row in found.iterrows()
+    )
+    if not rows:
+        return None
+    numbers = ("matrices", "mean", "null", "ratio", "detection limit", "above")
+    columns = ("diagnostic", *numbers, "verdict")
+    caption = f"What stands out from its null (plain means over {pair.covered})"
+    return Section(
+        "differences",
+        "What differs from its null",
+        tables=(Table(caption, columns, rows),),
+        reading=(
+            "A null says what the same diagnostic gives for a Gaussian update with the "
+            "same Frobenius norm in every matrix; for the stable rank, it is that of a "
+            "Gaussian matrix of the same shape. A value that equals its null tells "
+            "the size of the update and nothing else; only the difference tells where "
+            "it went.",
+            f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "
+            "one side of their own null and the means differ by "
+            f"{100 * FAR_ENOUGH:.0f} % and by more than the detection limit: what a "
+            "mean over so many matrices, each against one drawn null, shows by chance "
+            "in 19 of 20 cases. Matrices of one model are not independent, so "
+            "this sorts, and tests nothing.",
+        ),
+    )
+
+
+def _overview(pair: _Pair) -> Section:
+    """Means by role, over the layers and over all, and what the table does not have."""
+    wide = pair.wide
+    there = [metric for metric in SUMMARY if _has(wide, metric)]
+    groups = [(role, wide[wide["role"] == role]) for role in _roles_in(wide)]
+    if len(pair.layers) < len(wide):
+        groups.append(("layers", pair.layers))
+    rows = [
+        (
+            name,
+            str(len(part)),
+            *(
+                _short((100 if m.removeprefix("null_") in SHARES else 1) * value)
+                for m in there
+                for value in [_mean(part, m)]
+            ),
+        )
+        for name, part in [*groups, ("all", wide)]
+    ]
     absent = [
         figures.METRIC_LABELS[m] for m in SUMMARY if m in METRICS and m not in there
     ]
     texts = [
-        "Means over matrices without weights, sparsity by parameters, as in Table 1."
+        "Means over matrices without weights, sparsity by parameters, as in Table 1. "
+        "The row 'all' holds every matrix; sentences and figures are of "
+        f"{pair.covered}."
     ]
-    refused = int(pair["sparsity_bf16"].isna().sum()) if "sparsity" in there else 0
+    refused = int(wide["sparsity"].isna().sum()) if "sparsity" in there else 0
     if refused:
         texts.append(
-            f"{refused} of {len(pair)} matrices have no sparsity and count for "
+            f"{refused} of {len(wide)} matrices have no sparsity and count for "
             "nothing: their notes below say why."
+        )
+    infinite = pair.table.attrs.get(INFINITE)
+    if infinite:
+        texts.append(
+            f"Infinite values count as not measured: in {', '.join(infinite)}."
         )
     if absent:
         texts.append(f"Not in the table, so not on this page: {', '.join(absent)}.")
@@ -444,120 +774,45 @@ def _overview(pair: pd.DataFrame, own: pd.DataFrame) -> Section:
         "overview",
         "By role and over all",
         tuple(texts),
-        tables=(
-            *_verdicts(pair),
-            Table("Means by role", columns, tuple(rows), ("all",)),
-        ),
-        reading=(
-            "A null says what the same diagnostic gives for a Gaussian update with the "
-            "same Frobenius norm in every matrix. A value that equals its null tells "
-            "the size of the update and nothing else; only the difference tells where "
-            "it went.",
-            f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "
-            "one side of their own null and the means differ by "
-            f"{100 * FAR_ENOUGH:.0f} %. Matrices of one model are not independent, so "
-            "this sorts, and tests nothing.",
-        ),
+        tables=(Table("Means by role", columns, tuple(rows), ("layers", "all")),),
     )
 
 
-def against_null(pair: pd.DataFrame) -> pd.DataFrame:
-    """Which diagnostics stand out from their null, by a rule.
-
-    A diagnostic *stands out* if at least ``ONE_SIDE`` of the matrices lie on the same
-    side of their own null, and its mean differs from the null's by at least
-    ``FAR_ENOUGH`` of it. Matrices of one model are not independent, so this is a rule
-    to sort by and no significance test.
-
-    Args:
-        pair: a table of ``measure``.
-
-    Returns:
-        One row a diagnostic that has a null here: mean, null, ratio, above (share of
-        the matrices above their null, ties counted half) and verdict (``above its
-        null``, ``below its null`` or ``at its null``). Means are plain, over the
-        matrices that have both; no rows for a table without nulls.
-    """
-    columns = ["mean", "null", "ratio", "above", "verdict"]
-    rows = {}
-    for name in NULLED:
-        names = [name, f"null_{name}"]
-        both = pair[names].dropna() if {*names} <= set(pair) else pd.DataFrame()
-        if both.empty:
-            continue
-        value, null = both[name], both[f"null_{name}"]
-        above = float(((value > null) + 0.5 * (value == null)).mean())
-        ratio = float(value.mean() / null.mean()) if null.mean() else float("nan")
-        verdict = _side(ratio, above)
-        rows[name] = [float(value.mean()), float(null.mean()), ratio, above, verdict]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
-def _side(ratio: float, above: float) -> str:
-    """The verdict of ``against_null``."""
-    if ratio >= 1.0 + FAR_ENOUGH and above >= ONE_SIDE:
-        return "above its null"
-    if ratio <= 1.0 - FAR_ENOUGH and 1.0 - above >= ONE_SIDE:
-        return "below its null"
-    return "at its null"
-
-
-def _verdicts(pair: pd.DataFrame) -> tuple[Table, ...]:
-    """``against_null`` as a table of the page."""
-    rows = tuple(
-        (
-            figures.METRIC_LABELS[RENAMED.get(str(name), str(name))],
-            _short(row["mean"]),
-            _short(row["null"]),
-            _short(row["ratio"]),
-            _percent(row["above"]),
-            str(row["verdict"]),
-        )
-        for name, row in against_null(pair).iterrows()
-    )
-    columns = ("diagnostic", "mean", "null", "ratio", "matrices above", "verdict")
-    caption = "What stands out from its null (plain means over matrices)"
-    return (Table(caption, columns, rows),) if rows else ()
-
-
-def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section:
+def _sparsity(pair: _Pair) -> Section:
     """Table 1: the reader's model, the paper's rows, this book's."""
-    value, null = _mean(own, "sparsity"), _mean(own, "null_sparsity")
-    rows = [("your model", value, null, figures.ARM_STYLES[YOURS].colour)]
+    mine = figures.ARM_STYLES[YOURS].colour
+    rows = [
+        (name, _mean(part, "sparsity"), _mean(part, "null_sparsity"), mine)
+        for name, part in (("your model", pair.layers), ("… every matrix", pair.wide))
+        if name == "your model" or len(part) > len(pair.layers)
+    ]
+    marked = tuple(name for name, *_ in rows)
     for line in paper_numbers("table_1.csv").itertuples():
         label = f"paper: {_arm(str(line.arm))}"
         rows.append((label, float(line.value) / 100, np.nan, figures.GREY))
-    ends, nulls = (
-        figures.at_end(both, f"{prefix}sparsity", ROLE_ORDER)
-        .groupby("arm")["value"]
-        .mean()
-        for prefix in ("", "null_")
+    for arm, ends in pair.book.iterrows():
+        look = figures.ARM_STYLES[str(arm)]
+        ours = float(ends["sparsity"]), float(ends["null_sparsity"])
+        rows.append((f"this book: {look.label}", *ours, look.colour))
+    unchanged = _against(pair.layers, "sparsity", _percent)
+    cells = tuple(
+        (label, _percent(value), _percent(null), _bar(value, null, colour))
+        for label, value, null, colour in rows
     )
-    for arm in arms[1:]:
-        look = figures.ARM_STYLES[arm]
-        rows.append((f"this book: {look.label}", ends[arm], nulls[arm], look.colour))
-    cells = tuple((label, _percent(v), _percent(n)) for label, v, n, _ in rows)
-    finding = f"Unchanged in bf16: {_against(own, 'sparsity', _percent)}."
     return Section(
         "sparsity",
         "How much changed (Table 1)",
-        figures=(
-            drawn(
-                _sparsity_bars(rows),
-                "Horizontal bars of bf16 update sparsity in per cent: your model at "
-                "the top, then the rows of the paper's Table 1, then this book's "
-                "models. Ticks mark Gaussian nulls where they are known.",
-                finding,
-                "Share of entries with the same bf16 value before and after, by "
-                "parameters, embeddings included. The paper prints no nulls.",
-            ),
-        ),
         tables=(
             Table(
                 "Table 1 of the paper, with your model and this book's",
-                ("model", "sparsity", "Gaussian null"),
+                ("model", "sparsity", "Gaussian null", "0 to 100 %"),
                 cells,
-                ("your model",),
+                marked,
+                finding=f"Unchanged in bf16: {unchanged}.",
+                note="Share of entries with the same bf16 value before and after, by "
+                f"parameters: of {pair.covered}; of this book's models, the layers, "
+                "too, as on its first page. The paper does not say which it counts, "
+                "and prints no nulls. The tick is the Gaussian null.",
             ),
         ),
         reading=(
@@ -571,57 +826,54 @@ def _sparsity(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section
     )
 
 
-def _sparsity_bars(rows: list[tuple[str, float, float, str]]) -> Figure:
-    with figures.styled():
-        figure, ax = plt.subplots(figsize=(figures.WIDTH, 0.5 + 0.24 * len(rows)))
-        for place, (_, value, null, colour) in enumerate(rows):
-            ax.barh(place, 100 * value, 0.66, color=colour, alpha=0.75, lw=0)
-            ax.vlines(
-                100 * null, place - 0.42, place + 0.42, color=figures.GREY, lw=2.4
-            )
-            ends = 100 * np.nanmax([value, null, 0.0])
-            ax.annotate(
-                f"{100 * value:.1f}",
-                (ends, place),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        ax.set_yticks(range(len(rows)), [label for label, *_ in rows])
-        ax.set(xlim=(0, 105), xlabel="unchanged in bf16, per cent ( ┃ Gaussian null )")
-        ax.invert_yaxis()
-        ax.spines["left"].set_visible(False)
-        ax.tick_params(axis="y", length=0)
-    return figure
+def _bar(value: float, null: float, colour: str, start: float = 0.0) -> str | Bar:
+    """A share as a bar in per cent; no bar for a share that is not known."""
+    if not np.isfinite(value):
+        return ""
+    tick = 100 * null if np.isfinite(null) else None
+    return Bar(100 * value, tick, colour, 100 * start)
 
 
-def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section | None:
-    """Figure 3: masks."""
-    if not all(_has(own, metric) for metric in figures.MASK_METRICS):
-        return None
-    # Bars and maps are of the layers' matrices, so their caption is, too.
-    layered = figures.LAYER_ROLES
+def _mask_table(pair: _Pair) -> Table:
+    """Density and overlaps of the reader's model and of this book's."""
+    look = figures.ARM_STYLES[YOURS]
+    names = figures.with_null(figures.MASK_METRICS)
+    models = [(look, {name: _mean(pair.layers, name) for name in names})]
+    for arm, ends in pair.book.iterrows():
+        models.append((figures.ARM_STYLES[str(arm)], dict(ends)))
+    rows = []
+    for style, means in models:
+        row: list[str | Bar] = [style.label]
+        for metric in figures.MASK_METRICS:
+            value, null = float(means[metric]), float(means[f"null_{metric}"])
+            start = MASK_ALPHA if "overlap" in metric else 0.0
+            both = f"{_short(100 * value)} (null {_short(100 * null)})"
+            row += [both, _bar(value, null, style.colour, start)]
+        rows.append(tuple(row))
+    columns = [name for m in figures.MASK_METRICS for name in (_label(m), "0 to 100 %")]
     overlaps = [
-        f"{name} mask {_against(own, metric, _percent, layered)}"
+        f"{name} mask {_against(pair.layers, metric, _percent)}"
         for name, metric in (
             ("principal", "principal_overlap"),
             ("low-magnitude", "low_magnitude_overlap"),
         )
     ]
-    roles = _layer_roles(own)
-    drawings = []
-    if roles:
-        drawings = [
-            drawn(
-                figures.mask_maps(own, [YOURS], YOURS, roles),
-                "Maps by layer and role of update density and of both overlaps, in per "
-                "cent, above the same maps of the Gaussian null.",
-                "Where a layer or a role stands out from its null, look there first.",
-                "Per cent. The colours of the overlaps are neutral at 50 %.",
-            )
-        ]
-    bars = figures.mask_bars(both, arms)
+    return Table(
+        "Update density and overlaps, your model and this book's",
+        ("model", *columns),
+        tuple(rows),
+        (look.label,),
+        finding=f"Overlap: {'; '.join(overlaps)}.",
+        note=f"Plain means over {pair.covered}; the same of this book's models. Bars "
+        "of an overlap start at the mask's own share, 50 %: what changes at random "
+        "places would have. Ticks are Gaussian nulls.",
+    )
+
+
+def _places(pair: _Pair) -> Section | None:
+    """Figure 3: masks."""
+    if not all(_has(pair.layers, metric) for metric in figures.MASK_METRICS):
+        return None
     printed = paper_numbers("figures.csv")
     printed = printed[printed["item"] == "Figure 3"]
     table = printed.pivot_table(
@@ -638,22 +890,19 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
     return Section(
         "places",
         "Where the changes lie (Figure 3)",
-        figures=(
-            drawn(
-                bars,
-                "Bars of update density and of the overlaps with the principal and the "
-                "low-magnitude mask, in per cent, for your model and this book's, each "
-                "with a tick at its Gaussian null.",
-                f"Overlap: {'; '.join(overlaps)}.",
-                "Means over the layers' matrices. Bars of an overlap start at the "
-                "mask's own share, 50 %: what changes at random places would have.",
-            ),
-            *drawings,
+        maps=_maps(
+            pair,
+            figures.MASK_METRICS,
+            "Where a layer or a role stands out from its null, look there first.",
+            "Update density and both overlaps by layer and role.",
         ),
         tables=(
-            (Table("What the paper prints in Figure 3 (per cent)", columns, rows),)
-            if rows
-            else ()
+            _mask_table(pair),
+            *(
+                [Table("What the paper prints in Figure 3 (per cent)", columns, rows)]
+                if rows
+                else ()
+            ),
         ),
         reading=(
             "The principal mask holds the half of the entries that is largest in a "
@@ -666,41 +915,111 @@ def _places(own: pd.DataFrame, both: pd.DataFrame, arms: list[str]) -> Section |
     )
 
 
-def _rotation(own: pd.DataFrame) -> Section | None:
+def _maps(
+    pair: _Pair, metrics: Sequence[str], finding: str, caption: str
+) -> tuple[Maps, ...]:
+    """Metrics by layer and role above their nulls, a scale a metric; () if none is."""
+    there = [m for m in metrics if (pair.places["metric"] == m).any()]
+    if not there:
+        return ()
+    grids = {
+        name: pair.places[pair.places["metric"] == name].pivot(
+            index="layer", columns="role", values="value"
+        )
+        for name in figures.with_null(there)
+    }
+    rows = []
+    for label, prefix in (("your model", ""), ("Gaussian null", "null_")):
+        maps = tuple(
+            _map(metric, grids[f"{prefix}{metric}"], _range(metric, grids), pair.roles)
+            for metric in there
+        )
+        if any(found.lines for found in maps):
+            rows.append((label, maps))
+    lines = pair.places["layer"].nunique()
+    layers = pair.wide[pair.wide["role"].isin(PLACED)]["layer"]
+    n = layers[layers >= 0].nunique()
+    shared = f" Neighbours of {n} layers share a line." if n > lines else ""
+    return (Maps(tuple(rows), finding, f"{caption}{shared}"),)
+
+
+def _range(metric: str, grids: dict[str, pd.DataFrame]) -> tuple[float, float]:
+    """Values of the first and of the last shade."""
+    if "overlap" in metric:
+        return OVERLAP_RANGE
+    if metric in SHARES:
+        return 0.0, 1.0
+    known = [
+        grids[name].to_numpy(float).ravel() for name in figures.with_null([metric])
+    ]
+    values = np.concatenate(known)
+    return float(np.nanmin(values)), float(np.nanmax(values))
+
+
+def _map(
+    metric: str, grid: pd.DataFrame, limits: tuple[float, float], roles: Sequence[str]
+) -> Map:
+    low, high = limits
+    values = grid.reindex(columns=list(roles)).to_numpy(float)
+    places = (values - low) / ((high - low) or 1.0) * SHADES
+    shades = np.nan_to_num(np.clip(places, 0, SHADES - 1), nan=EMPTY).astype(int)
+    if metric in SHARES:
+        values, form = 100 * values, ".0f"
+    else:
+        form = ".2g"
+    return Map(
+        _label(metric),
+        tuple(roles),
+        tuple(
+            Line(
+                int(layer),
+                tuple(
+                    ("" if np.isnan(value) else f"{value:{form}}", int(shade))
+                    for value, shade in zip(line, tones, strict=True)
+                ),
+            )
+            for layer, line, tones in zip(grid.index, values, shades, strict=True)
+        ),
+    )
+
+
+def _rotation(pair: _Pair) -> Section | None:
     """Figure 2: angles and spectral shift."""
-    there = [metric for metric in (*ANGLES, "nss") if _has(own, metric)]
+    there = [metric for metric in (*ANGLES, "nss") if _has(pair.layers, metric)]
     if not there:
         return None
     means = [metric for metric in there if "max" not in metric]
-    roles = _layer_roles(own)
-    drawings = []
     finding = "; ".join(
-        f"{figures.METRIC_LABELS[m]} {_against(own, m, _short, roles or ROLE_ORDER)}"
-        for m in means
+        f"{figures.METRIC_LABELS[m]} {_against(pair.layers, m, _short)}" for m in means
     )
-    positive = own[(own["value"] > 0) | ~own["metric"].str.contains("angle|nss")]
-    if roles:
-        drawings = [
+    finding = f"{finding[0].upper()}{finding[1:]}."
+    positive = pair.places[pair.places["value"] > 0]
+    shown = [m for m in there[-4:] if (positive["metric"] == m).any()]
+    drawings = []
+    if shown:
+        drawings.append(
             drawn(
-                figures.depth_profiles(positive, [YOURS], there[-4:]),
+                figures.depth_profiles(positive, [YOURS], shown, PLACED),
                 "Panels of angles and of the spectral shift against the layer, on "
-                "logarithmic axes: a dot for every matrix, a line through the means of "
-                "the layers, and the Gaussian null as a dotted line.",
-                f"{finding[0].upper()}{finding[1:]}.",
-                "A dot a matrix; dotted, the Gaussian null. Zeros are left out.",
-            ),
-            drawn(
-                figures.role_maps(own, YOURS, means, roles),
-                "Maps by layer and role of the mean angles and the spectral shift, "
-                "above the same maps of the Gaussian null.",
-                "The same by role and layer, above its null.",
-                "Each column has one colour scale.",
-            ),
-        ]
+                "logarithmic axes: a dot for every layer and role, a line through the "
+                "means of the layers, and the Gaussian null as a dotted line.",
+                finding,
+                f"Means in the words above: over {pair.covered}. A dot a layer and "
+                "role; dotted, the Gaussian null. Zeros are left out.",
+            )
+        )
+    maps = _maps(
+        pair,
+        means,
+        "The same by role and layer, above its null.",
+        "Mean angles and spectral shift; a metric and its null share their shades.",
+    )
     return Section(
         "rotation",
         "How far the spectrum turned and shifted (Figure 2)",
+        texts=() if drawings else (finding,),
         figures=tuple(drawings),
+        maps=maps,
         tables=_printed("Figure 2"),
         reading=(
             "An angle is that between the top-k singular subspaces before and after. "
@@ -732,28 +1051,24 @@ def _printed(item: str) -> tuple[Table, ...]:
     return (Table(caption, ("arm", "metric", "value"), rows),) if rows else ()
 
 
-def _spectra(own: pd.DataFrame) -> Section | None:
+def _spectra(pair: _Pair) -> Section | None:
     """Stable rank, Hill exponent and norm of the update."""
-    there = [m for m in ("stable_rank", "hill_alpha", "relative_norm") if _has(own, m)]
-    roles = _layer_roles(own)
-    if not there or not roles:
+    wanted = ("stable_rank", "hill_alpha", "relative_norm")
+    rank = f"Stable rank {_against(pair.layers, 'stable_rank', _short)}"
+    size = f"relative norm {_short(_mean(pair.layers, 'relative_norm'))}"
+    maps = _maps(
+        pair,
+        wanted,
+        f"{rank}; {size}.",
+        f"Means in the words above: over {pair.covered}. Below, the stable rank of a "
+        "Gaussian matrix of the same shape, nm / (√n + √m)².",
+    )
+    if not maps:
         return None
-    rank = f"Stable rank {_against(own, 'stable_rank', _short, roles)}"
-    size = f"relative norm {_short(_mean(own, 'relative_norm', roles))}"
     return Section(
         "spectra",
         "The update's own spectrum",
-        figures=(
-            drawn(
-                figures.role_maps(own, YOURS, there, roles),
-                "Maps by layer and role of the update's stable rank, Hill exponent and "
-                "norm relative to the weights; below, the stable rank of a Gaussian "
-                "matrix of the same shape.",
-                f"{rank}; {size}.",
-                "Below, the stable rank of a Gaussian matrix of the same shape, "
-                "nm / (√n + √m)².",
-            ),
-        ),
+        maps=maps,
         tables=_printed("Figure 4a") + _printed("Figure 4c"),
         reading=(
             "The stable rank is the number of directions that carry the update, from 1 "
@@ -765,42 +1080,68 @@ def _spectra(own: pd.DataFrame) -> Section | None:
     )
 
 
-def _course(trajectory: pd.DataFrame, pair: pd.DataFrame | None) -> Section:
+def _means_by_step(table: pd.DataFrame, roles: Sequence[str]) -> pd.DataFrame:
+    """Means over the matrices of some roles: one matrix a run and step.
+
+    Args:
+        table: tidy.
+        roles: which matrices; the first one's name stands for all.
+    """
+    metrics = figures.with_null(COURSE_METRICS)
+    chosen = table[table["role"].isin(roles) & table["metric"].isin(metrics)]
+    keys = ["run", "arm", "seed", "step", "metric"]
+    chosen = chosen[[*keys, "value"]].astype({"run": object, "metric": object})
+    means = chosen.groupby(keys, observed=True)["value"].mean().reset_index()
+    return means.assign(matrix="mean", role=roles[0], layer=0)[TIDY]
+
+
+def _course(
+    trajectory: pd.DataFrame, pair: pd.DataFrame | None, book: pd.DataFrame
+) -> Section:
     """Figures 4 and 5: the update over training."""
     if pair is not None and not {"rows", "cols"} <= set(trajectory):
         shapes = pair[["matrix", "rows", "cols"]].drop_duplicates("matrix")
         trajectory = trajectory.merge(shapes, on="matrix", how="left")
-    own = tidy(trajectory)
-    attention = _roles_in(own, figures.ATTENTION_ROLES) or _roles_in(own)
-    both, arms = _with_ours(own)
-    wanted = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
-    if not any(_has(own, metric) for metric in wanted):
+    measured = tidy(trajectory)
+    drawable = ~measured["metric"].isin(figures.LOG_METRICS) | (measured["value"] > 0)
+    measured = measured[drawable]
+    wanted = [m for m in COURSE_METRICS if (measured["metric"] == m).any()]
+    if not wanted:
         note = "No matrix of the trajectory could be measured: its notes say why."
         return Section("course", COURSE, (note,))
+    attention = _roles_in(measured, figures.ATTENTION_ROLES) or _roles_in(measured)
+    n = trajectory[trajectory["role"].isin(attention)]["matrix"].nunique()
+    covered = f"the {_matrices(n)} of the role {', '.join(attention)}"
+    role = attention[:1]
+    own = _means_by_step(measured, attention)
+    # The same few names for both, so that one table holds both.
+    ours = _means_by_step(book, figures.ATTENTION_ROLES).assign(role=role[0])
+    arms = [arm for arm in OURS if arm in set(ours["arm"])]
+    both = pd.concat([own, ours]) if arms else own
     grid = [
         [
             figures.Panel(metric, [YOURS], "your model" if row == 0 else ""),
-            figures.Panel(metric, arms[1:] or [YOURS], "this book" if row == 0 else ""),
-        ][: 2 if len(arms) > 1 else 1]
-        for row, metric in enumerate(m for m in wanted if _has(own, m))
+            figures.Panel(metric, arms or [YOURS], "this book" if row == 0 else ""),
+        ][: 2 if arms else 1]
+        for row, metric in enumerate(wanted)
     ]
-    course = figures.first_last(own, "stable_rank", [YOURS], attention).loc[YOURS]
-    early = figures.first_last(own, "similarity_to_end", [YOURS], attention).loc[YOURS]
-    chance = _mean(own, "null_similarity_to_end", attention)
-    null = f" (random subspaces {_short(chance)})" if np.isfinite(chance) else ""
+    course = figures.first_last(own, "stable_rank", [YOURS], role).loc[YOURS]
+    early = figures.first_last(own, "similarity_to_end", [YOURS], role).loc[YOURS]
+    chances = own[own["metric"] == "null_similarity_to_end"]["value"]
+    null = f" (random subspaces {_short(chances.iloc[-1])})" if len(chances) else ""
     return Section(
         "course",
         COURSE,
         figures=(
             drawn(
-                figures.trajectories(both, grid, attention),
+                figures.trajectories(both, grid, role),
                 "Lines over the share of training for stable rank, norm, Hill exponent "
                 "and similarity to the final subspace: your model on the left, this "
                 "book's models on the right, nulls dotted.",
                 f"Stable rank {_short(course['first'])} → {_short(course['last'])}; "
                 f"similarity at the first checkpoint {_short(early['first'])}{null}.",
-                "Means over the attention matrices; dotted, the nulls. Axes are shared "
-                "by row.",
+                f"Means over {covered}, of this book's models over the attention "
+                "matrices; dotted, the nulls. Axes are shared by row.",
             ),
         ),
         tables=_printed("Figure 4a") + _printed("Figure 4c") if pair is None else (),
@@ -823,16 +1164,15 @@ def _all_matrices(pair: pd.DataFrame) -> Section:
         if name not in ("dtype_before", "dtype_after") and not pair[name].isna().all()
     ]
     rows = tuple(
-        tuple(_short(x) if isinstance(x, float) else str(x) for x in row)
+        tuple(_short(x) if isinstance(x, float) else visible(str(x)) for x in row)
         for row in pair[shown].head(FOLDED_ROWS).itertuples(index=False)
     )
     rest = len(pair) - len(rows)
     more = f"The table holds {rest} more than are shown." if rest > 0 else ""
-    names = tuple(re.sub("_", " ", name) for name in shown)
-    caption = f"{len(rows)} matrices"
+    names = tuple(visible(str(name)).replace("_", " ") for name in shown)
     return Section(
         "matrices",
         "Every matrix",
         (more,) if more else (),
-        tables=(Table(caption, names, rows, folded=True),),
+        tables=(Table(_matrices(len(rows)), names, rows, folded=True),),
     )

@@ -40,6 +40,7 @@ MACHINE_PATH = re.compile(
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
 STUMBLES = {
+    ' aria-label="Color mode"': ' title="Color mode"',
     ' role="doc-biblioentry"': ' role="listitem"',
     ' aria-label="Toggle hidden content"': "",
     'search-button-field search-button__button pst-js-only" title="Search" '
@@ -379,6 +380,11 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
         options["figure"]["caption"] = texts[0]
     first = [cell for cell in kept if "lead" in _tags(cell)]
     rest = [cell for cell in kept if "lead" not in _tags(cell)]
+    for cell in rest:
+        if "parameters" in _tags(cell):  # after what came out, and folded
+            cell.metadata["tags"] = ["parameters", "hide-input"]
+        elif "chapters.check_" in cell.source and cell.cell_type == "code":
+            cell.metadata["tags"] = ["remove-cell"]
     notebook.cells = [*rest[:1], *first, *rest[1:]]
     return notebook
 

@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from opd_geometry.experiments.activations import input_covariances
 from opd_geometry.experiments.choices import choices
+from opd_geometry.experiments.controls import clipped_frac, control_rows, similarities
 from opd_geometry.experiments.listing import (
     DIGESTS,
     PROVENANCE,
@@ -44,11 +46,10 @@ from opd_geometry.experiments.runs import (
     one_thread,
     progress,
     run_directory,
-    shelves,
     sound_checkpoint,
 )
-from opd_geometry.files import clear_write_errors, replacing
-from opd_geometry.geometry import spectra, updates
+from opd_geometry.files import clear_write_errors, replacing, shelves
+from opd_geometry.geometry import updates
 from opd_geometry.geometry.checkpoints import Matrix, list_matrices, read_matrix
 from opd_geometry.geometry.comparison import (
     Reference,
@@ -62,13 +63,18 @@ from opd_geometry.geometry.comparison import (
 from opd_geometry.geometry.projection import leaked_energy
 
 COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-TABLE = 6  # raised when the same checkpoints would give another table
+TABLE = 7  # raised when the same checkpoints would give another table
 MAP_REGIONS = 16  # a side of the local maps
 SIMILARITY_RANKS = (1, 4, 8, 16)  # further K of Sim_K
 
 
 def measure_matrix(
-    name: str, checkpoints: dict[int, Path], rank: int, seed: int
+    name: str,
+    checkpoints: dict[int, Path],
+    rank: int,
+    seed: int,
+    run: Run | None = None,
+    inputs: Tensor | None = None,
 ) -> list[tuple[int, str, float]]:
     """Every diagnostic of one matrix over a run's checkpoints.
 
@@ -77,6 +83,8 @@ def measure_matrix(
         checkpoints: step to directory; the smallest step is W_0, the largest the end.
         rank: K of ``similarity_to_end``.
         seed: of the Gaussian nulls.
+        run: adds the controls of ``controls.control_rows``.
+        inputs: covariance of the matrix's inputs, for them.
 
     Returns:
         (step, metric, value) rows.
@@ -86,9 +94,8 @@ def measure_matrix(
     weights = {step: read_matrix(path, name) for step, path in later}
     end, w_before = max(weights), before.w_before.double()
     deltas = {step: w.double() - w_before for step, w in weights.items()}
-    similarity = similarities(deltas, rank, "")
-    for other in SIMILARITY_RANKS:
-        similarity |= similarities(deltas, other, f"@K={other}")
+    ranks = {"": rank} | {f"@K={k}": k for k in SIMILARITY_RANKS}
+    similarity = similarities(deltas, ranks)
     rows = [(step, metric, value) for (step, metric), value in similarity.items()]
     for step, w_after in weights.items():
         values = compare(before, w_after)
@@ -99,38 +106,9 @@ def measure_matrix(
             values |= choices(before.w_before, w_after)
             values |= {f"null_{metric}": value for metric, value in varied.items()}
         rows += [(step, metric, value) for metric, value in values.items()]
+    if run is not None:
+        rows += control_rows(run, name, before, weights, rank, inputs)
     return rows
-
-
-def similarities(
-    deltas: dict[int, Tensor], rank: int, suffix: str
-) -> dict[tuple[int, str], float]:
-    """Sim_K of every checkpoint's update with the last one, and its null, K/n.
-
-    Args:
-        deltas: step to W_t - W_0.
-        rank: K, at most the smaller side.
-        suffix: of the metric's name.
-
-    Returns:
-        (step, metric) to value; without the steps at which the update has no such
-        subspace, being of lower rank.
-    """
-    n_cols = deltas[max(deltas)].shape[1]
-    rank = min(rank, *deltas[max(deltas)].shape)
-    subspaces = {}
-    for step, delta in deltas.items():
-        with suppress(ValueError):
-            subspaces[step] = spectra.top_right_subspace(delta, rank)
-    last = subspaces.get(max(deltas))
-    if last is None:
-        return {}
-    values: dict[tuple[int, str], float] = {}
-    for step, basis in subspaces.items():
-        shared = spectra.subspace_similarity(basis, last)
-        values[step, f"similarity_to_end{suffix}"] = shared
-        values[step, f"null_similarity_to_end{suffix}"] = rank / n_cols
-    return values
 
 
 def leak_rows(
@@ -219,6 +197,12 @@ def map_rows(
     ]
 
 
+def clipped(run: Run) -> float:
+    """Share of a finished run's steps whose gradient was scaled down."""
+    norms = [h["value"] for h in history(run) if h["metric"] == "grad_norm"]
+    return clipped_frac(np.array(norms), run.train.optimizer.max_grad_norm)
+
+
 def _names(path: Path) -> set[str]:
     """Names of the matrices that a checkpoint holds: on the way, not always all."""
     return {matrix.name for matrix in list_matrices(path)}
@@ -259,11 +243,14 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
         matrices = list_matrices(paths[0])
         rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
         rows += leak_rows(run, matrices, {step: paths[step] for step in steps})
+        free = run if run.branch is None else None
+        covariances = {} if free is None else input_covariances(run)
         stored = {step: _names(path) for step, path in paths.items()}
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             there = {s: path for s, path in paths.items() if matrix.name in stored[s]}
-            values = measure_matrix(matrix.name, there, rank, run.seed)
+            inputs = covariances.get(matrix.name)
+            values = measure_matrix(matrix.name, there, rank, run.seed, free, inputs)
             rows += [
                 (step, matrix.name, matrix.role, matrix.layer, metric, value)
                 for step, metric, value in (size, *values)
@@ -271,6 +258,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
     rows += [
         (h["step"], "", "model", -1, h["metric"], h["value"]) for h in history(run)
     ]
+    rows.append((steps[-1], "", "model", -1, "clipped_frac", clipped(run)))
     table = pd.DataFrame(
         rows, columns=["step", "matrix", "role", "layer", "metric", "value"]
     )

@@ -59,7 +59,7 @@ from opd_geometry.experiments.records import (
     write_json,
     write_sealed_json,
 )
-from opd_geometry.files import clear_write_errors
+from opd_geometry.files import clear_write_errors, data_directory, on_shelf
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.projection import (
     project_gradients,
@@ -234,29 +234,6 @@ def _fields(value: Any) -> dict[str, Any]:
 def _defaults(kind: Any) -> list[tuple[str, Any]]:
     compared = (field for field in dataclasses.fields(kind) if field.compare)
     return [(field.name, field.default) for field in compared]
-
-
-CHECKOUT_DATA = Path(__file__).resolve().parents[3] / "data"
-
-
-def data_directory() -> Path:
-    """``data/`` of the checkout, or the directory named by ``OPD_GEOMETRY_DATA``."""
-    return Path(os.environ.get("OPD_GEOMETRY_DATA") or CHECKOUT_DATA)
-
-
-def shelves() -> list[Path]:
-    """Where committed data may lie: the data directory, then that of the checkout."""
-    return list(dict.fromkeys([data_directory(), CHECKOUT_DATA]))
-
-
-def on_shelf(name: str | Path) -> Path:
-    """Where a committed file or folder lies; in the data directory if nowhere.
-
-    Args:
-        name: relative to the data directory, such as ``paper/table.csv``, or absolute.
-    """
-    places = [shelf / name for shelf in shelves()]
-    return next((place for place in places if place.exists()), places[0])
 
 
 def run_directory(run: Run) -> Path:

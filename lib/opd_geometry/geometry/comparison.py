@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, gram, nulls, spectra, updates
+from opd_geometry.geometry import bits, gram, nulls, spectra, unplaced, updates
+from opd_geometry.geometry.defaults import (
+    ANGLE_DIVISOR,
+    ETA,
+    HILL_DIVISOR,
+    MASK_ALPHA,
+    PRINCIPAL_DIVISOR,
+)
 from opd_geometry.geometry.gram import Decomposition
-
-ANGLE_DIVISOR = 8  # k = 512 of 4096 in the paper
-PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
-HILL_DIVISOR = 8  # the paper does not state its k
-MASK_ALPHA = 0.5
-ETA = 1e-3
+from opd_geometry.geometry.unplaced import Magnitudes
 
 ANGLES = (
     "angle_left_mean_deg",
@@ -45,6 +47,21 @@ METRICS = (
 NULL_METRICS = tuple(name for name in METRICS if "norm" not in name)
 # Whether the angles mean anything; asked for by name.
 ANGLE_QUALITY = ("gap_at_k", "angle_error_deg")
+# Where the squared update lies; asked for by name. Their null is chance.
+ENERGY = (
+    "energy_top_left",
+    "energy_top_right",
+    "energy_bottom_left",
+    "energy_bottom_right",
+    "energy_principal",
+    "energy_low_magnitude",
+)
+# The update as stored in bf16; the others asked for by name.
+READOUT = ("stable_rank_bf16", "frobenius_norm_bf16", "hill_alpha_bf16")
+OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
+SHUFFLED = ("sparsity", *OVERLAPS)  # entrywise
+TURNED = (*ANGLES, "nss")  # of directions
+EXPECTED = ("sparsity", "density", *OVERLAPS)  # that have a closed form
 
 
 @dataclass(frozen=True)
@@ -106,18 +123,31 @@ class Reference:
     Attributes:
         w_before: (n_rows, n_cols), as stored.
         settings: ranks and thresholds.
+        bottom: whether the bottom subspaces will be asked for, which are cheaper
+            together with the top ones.
     """
 
     w_before: Tensor
     settings: Settings = DEFAULTS
+    bottom: bool = False
 
     @cached_property
     def decomposition(self) -> Decomposition:
         """Spectrum and top subspaces, wide enough for angles and principal mask."""
         shape, settings = self.w_before.shape, self.settings
+        k = settings.angle_rank(shape)
         return gram.decompose(
-            self.w_before, max(settings.angle_rank(shape), settings.mask_rank(shape))
+            self.w_before, max(k, settings.mask_rank(shape)), k if self.bottom else 0
         )
+
+    @cached_property
+    def ends(self) -> Decomposition:
+        """The decomposition at the k of the angles, with the bottom-k subspaces."""
+        k = self.settings.angle_rank(self.w_before.shape)
+        found = self.decomposition
+        if found.lowest_left.shape[1] != k:
+            found = gram.decompose(self.w_before, k, k)
+        return found
 
     @cached_property
     def top(self) -> Decomposition:
@@ -149,20 +179,33 @@ class Reference:
         """Frobenius norm."""
         return bits.norm(self.w_before)
 
+    @cached_property
+    def magnitudes(self) -> Magnitudes:
+        """Its entries by magnitude, for the closed form."""
+        return unplaced.magnitudes(self.w_before)
 
-def reference(w_before: Tensor, settings: Settings = DEFAULTS) -> Reference:
+    @cached_property
+    def principal_magnitudes(self) -> Magnitudes:
+        """Those of the principal mask."""
+        return unplaced.magnitudes(self.w_before, self.principal)
+
+
+def reference(
+    w_before: Tensor, settings: Settings = DEFAULTS, bottom: bool = False
+) -> Reference:
     """W_0, to compare later checkpoints with.
 
     Args:
         w_before: (n_rows, n_cols), any floating dtype.
         settings: ranks and thresholds.
+        bottom: as `Reference`.
 
     Raises:
         ValueError: not a finite floating-point matrix.
     """
     if w_before.ndim != 2 or w_before.dtype not in bits.BITS or _damaged(w_before):
         spectra.finite_matrix(w_before, "w_before")
-    return Reference(w_before, settings)
+    return Reference(w_before, settings, bottom)
 
 
 def _damaged(w: Tensor) -> bool:
@@ -177,7 +220,8 @@ def compare(
     Args:
         before: of W_0.
         w_after: (n_rows, n_cols), the later weights.
-        metrics: of `METRICS` and `ANGLE_QUALITY`; only what they need is computed.
+        metrics: of `METRICS`, `ANGLE_QUALITY`, `ENERGY` and `READOUT`; only what they
+            need is computed.
 
     Returns:
         Those metrics; NaN where one is undefined: overlaps when no entry changed
@@ -190,7 +234,7 @@ def compare(
     Source: arXiv:2606.07082 Table 1, Figures 2 to 4.
     """
     names = list(metrics)
-    unknown = sorted({*names} - {*METRICS, *ANGLE_QUALITY})
+    unknown = sorted({*names} - {*METRICS, *ANGLE_QUALITY, *ENERGY, *READOUT})
     if unknown:
         raise ValueError(f"unknown metrics {unknown}, expected some of {METRICS}")
     if w_after.dtype not in bits.BITS or _damaged(w_after):
@@ -206,6 +250,7 @@ def compare(
         values |= _changes(before, w_after, wanted)
         values |= _turns(before, w_after, wanted)
         values |= _spread(before, w_after, norm, wanted)
+        values |= _energies(before, w_after, norm, wanted)
     return {name: values.get(name, float("nan")) for name in names}
 
 
@@ -258,10 +303,75 @@ def _spread(
     if wanted & {"stable_rank", "hill_alpha"}:
         delta = difference(before.w_before, w_after)
         values |= spread(delta, norm, before.settings.hill_rank(delta.shape))
-    if "stable_rank_bf16" in wanted:
-        stored = w_after.bfloat16().double() - before.w_before.bfloat16().double()
-        values["stable_rank_bf16"] = defined(spectra.stable_rank, stored)
+    if wanted & {*READOUT}:
+        hill_k = before.settings.hill_rank(w_after.shape)
+        values |= stored_spread(before.w_before, w_after, hill_k)
     return values
+
+
+def stored_spread(w_before: Tensor, w_after: Tensor, hill_k: int) -> dict[str, float]:
+    """Norm, stable rank and Hill exponent of bf16(w_after) - bf16(w_before).
+
+    Args:
+        w_before, w_after: (n_rows, n_cols), any floating dtype.
+        hill_k: singular values in the Hill estimate.
+
+    Returns:
+        `READOUT`, without what an update that bf16 does not show has not.
+    """
+    stored = w_after.bfloat16().double().sub_(w_before.bfloat16())
+    norm = bits.norm(stored)
+    values = {"frobenius_norm_bf16": norm}
+    if norm > 0.0:
+        found = spread(stored, norm, hill_k)
+        values |= {f"{name}_bf16": value for name, value in found.items()}
+    return values
+
+
+def _energies(
+    before: Reference, w_after: Tensor, norm: float, wanted: set[str]
+) -> dict[str, float]:
+    """Where the squared update lies."""
+    if not wanted & {*ENERGY}:
+        return {}
+    unit = difference(before.w_before, w_after).div_(norm).float()
+    values = {}
+    if wanted & {*ENERGY[:4]}:
+        ends, k = before.ends, before.settings.angle_rank(w_after.shape)
+        sides = {
+            "left": (unit.T, ends.left[:, :k], ends.lowest_left),
+            "right": (unit, ends.right[:, :k], ends.lowest_right),
+        }
+        for side, (rows, top, bottom) in sides.items():
+            images = rows @ torch.cat([top, bottom], dim=1).float()
+            squares = images.double().square().sum(0)
+            values[f"energy_top_{side}"] = float(squares[:k].sum())
+            values[f"energy_bottom_{side}"] = float(squares[k:].sum())
+    unit.square_()
+    for name in ("principal", "low_magnitude"):
+        if f"energy_{name}" in wanted:
+            inside = unit * getattr(before, name)
+            values[f"energy_{name}"] = float(inside.sum(dtype=torch.float64))
+    return values
+
+
+def energy_by_chance(before: Reference) -> dict[str, float]:
+    """What an unplaced update has of each of `ENERGY` on average.
+
+    k / n_rows on the left, k / n_cols on the right, a mask's share of the entries
+
+    Args:
+        before: of W_0.
+
+    Returns:
+        ``null_`` + metric to value.
+    """
+    n_rows, n_cols = before.w_before.shape
+    k = before.settings.angle_rank(before.w_before.shape)
+    n = n_rows * n_cols
+    share = round(before.settings.alpha * n) / n
+    chances = (k / n_rows, k / n_cols) * 2 + (share, share)
+    return {f"null_{name}": v for name, v in zip(ENERGY, chances, strict=True)}
 
 
 def difference(w_before: Tensor, w_after: Tensor) -> Tensor:
@@ -329,10 +439,141 @@ def null_weights(
     norm = bits.difference_norm(before.w_before, w_after)
     if norm == 0.0:
         return w_after
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0] >> 1))
+    generator = _generator(seed, "")
     shape = before.w_before.shape
     return nulls.gaussian_noise(shape, norm, generator).add_(before.w_before)
+
+
+def compare_shuffled(
+    before: Reference,
+    w_after: Tensor,
+    seed: int | tuple[int, ...],
+    metrics: Iterable[str] = SHUFFLED,
+) -> dict[str, float]:
+    """Entrywise diagnostics of the update's own entries, permuted.
+
+    Args:
+        before, w_after: as in ``compare``; weights of the optimizer, not 16-bit ones.
+        seed: of the permutation, as in ``compare_null``.
+        metrics: of `SHUFFLED`.
+
+    Returns:
+        ``shuffled_`` + metric to value; empty where nothing changed.
+
+    Raises:
+        ValueError: w_after holds 16-bit numbers: see `nulls.update_of`.
+    """
+    if bits.difference_norm(before.w_before, w_after) == 0.0:
+        return {}
+    delta = nulls.update_of(before.w_before, w_after)
+    if w_after.dtype == torch.float32:
+        delta = delta.float()  # is shuffled in half the time
+    moved = nulls.shuffled(delta, _generator(seed, "shuffled"))
+    del delta
+    moved = moved.double().add_(before.w_before)
+    values = compare(before, moved, metrics)
+    return {f"shuffled_{name}": value for name, value in values.items()}
+
+
+def compare_turned(
+    before: Reference,
+    w_after: Tensor,
+    seed: int | tuple[int, ...],
+    metrics: Iterable[str] = TURNED,
+) -> dict[str, float]:
+    """Diagnostics of an update with the same singular values and random directions.
+
+    Args:
+        before, w_after: as in ``compare``.
+        seed: of the directions, as in ``compare_null``.
+        metrics: of `TURNED` and `READOUT`: the latter is what rounding makes of the
+            update's own spectrum.
+
+    Returns:
+        ``turned_`` + metric to value; empty where nothing changed.
+    """
+    if bits.difference_norm(before.w_before, w_after) == 0.0:
+        return {}
+    moved = nulls.turned(
+        difference(before.w_before, w_after), _generator(seed, "turned")
+    ).add_(before.w_before)
+    values = compare(before, moved, metrics)
+    return {f"turned_{name}": value for name, value in values.items()}
+
+
+def _generator(seed: int | tuple[int, ...], what: str) -> torch.Generator:
+    """Of one null: others with the same seed have noise of their own."""
+    seeds = (seed,) if isinstance(seed, int) else seed
+    words = (*seeds, zlib.crc32(what.encode())) if what else seeds
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an unplaced Gaussian update shows at one distance, in closed form.
+
+    Attributes:
+        scale: standard deviation of its entries, in units of the weights.
+        origin: ``norm`` of the float32 update, or ``density``, where both checkpoints
+            are stored in 16 bits and the norm of their difference contains rounding.
+        values: of `EXPECTED`; NaN where there is none.
+    """
+
+    scale: float
+    origin: str
+    values: dict[str, float]
+
+
+def compare_expected(
+    before: Reference,
+    w_after: Tensor,
+    density: float | None = None,
+    metrics: Iterable[str] = EXPECTED,
+) -> Expected:
+    """The closed form at the distance of an update.
+
+    Args:
+        before, w_after: as in ``compare``.
+        density: share of entries that changed, if it is known already.
+        metrics: of `EXPECTED`.
+
+    Returns:
+        Its scale, where that comes from, and the metrics: at a density that is the
+        measured one, sparsity and density equal it.
+
+    Raises:
+        ValueError: a density that no unplaced update has: of W_0's entries more are
+            exactly zero.
+
+    Source: ours; see `unplaced`.
+    """
+    wanted, found = set(metrics), before.magnitudes
+    none = dict.fromkeys(metrics, float("nan"))
+    if nulls.is_stored_difference(w_after):
+        origin = "density"
+        if density is None:
+            density = compare(before, w_after, ["density"])["density"]
+        if density in (0.0, 1.0):  # of any scale below, or above, some limit
+            return Expected(float("nan"), origin, none)
+        scale = unplaced.scale_at_density(found, density)
+    else:
+        origin = "norm"
+        norm = bits.difference_norm(before.w_before, w_after)
+        scale = norm / w_after.numel() ** 0.5
+        if scale == 0.0:
+            return Expected(float("nan"), origin, none)
+    density = unplaced.expected_density(found, scale)
+    values = {"density": density, "sparsity": 1.0 - density}
+    if "low_magnitude_overlap" in wanted:
+        values["low_magnitude_overlap"] = unplaced.expected_low_magnitude_overlap(
+            found, scale, before.settings.alpha
+        )
+    if "principal_overlap" in wanted:
+        values["principal_overlap"] = unplaced.expected_overlap(
+            before.principal_magnitudes, found, scale
+        )
+    return Expected(scale, origin, {name: values[name] for name in wanted})
 
 
 def null_seed(seed: int, name: str, step: int) -> tuple[int, ...]:

@@ -45,12 +45,17 @@ class Decomposition:
         right: (n_cols, k) float64, orthonormal.
         error_deg: bound of how far either computed subspace may be turned away from
             the exact one by rounding, in degrees, 90 where there is no gap at k.
+        lowest_left: (n_rows, b) float64, orthonormal, those of the b smallest values;
+            undetermined where these are zero.
+        lowest_right: (n_cols, b) float64, orthonormal.
     """
 
     spectrum: Tensor
     left: Tensor
     right: Tensor
     error_deg: float
+    lowest_left: Tensor
+    lowest_right: Tensor
 
     @property
     def gap(self) -> float:
@@ -84,7 +89,7 @@ class _Rows:
             yield chunk.to(torch.float64)
 
 
-def decompose(w: Tensor, k: int) -> Decomposition:
+def decompose(w: Tensor, k: int, lowest: int = 0) -> Decomposition:
     """Every singular value and the top-k subspaces of both sides.
 
     w v_i = s_i u_i, s_1 >= s_2 >= ...
@@ -92,20 +97,24 @@ def decompose(w: Tensor, k: int) -> Decomposition:
     Args:
         w: (n_rows, n_cols), any floating dtype.
         k: from 1 to min(w.shape).
+        lowest: also the subspaces of so many of the smallest values, up to
+            min(w.shape).
 
     Returns:
-        Spectrum within 1e-9 s_1 of a float64 SVD; subspaces within ``error_deg``.
+        Spectrum within 1e-9 s_1 of a float64 SVD; top subspaces within ``error_deg``.
 
     Raises:
-        ValueError: not a finite floating-point matrix, or k out of range.
+        ValueError: not a finite floating-point matrix, or k or lowest out of range.
 
     Source: arXiv:2606.07082, diagnostics (there by a full float64 SVD).
     """
     check_rank(k, w.shape)
+    if lowest:
+        check_rank(lowest, w.shape, "lowest")
     if min(w.shape) <= DIRECT_SIDE:
-        return _decompose_directly(w, k)
-    found = _decompose_gram(w, k)
-    return _decompose_directly(w, k) if found is None else found
+        return _decompose_directly(w, k, lowest)
+    found = _decompose_gram(w, k, lowest)
+    return _decompose_directly(w, k, lowest) if found is None else found
 
 
 def leading_values(w: Tensor, top: int) -> Tensor:
@@ -228,11 +237,14 @@ def _products(rows: _Rows) -> Tensor:
     return products
 
 
-def _decompose_directly(w: Tensor, k: int) -> Decomposition:
+def _decompose_directly(w: Tensor, k: int, lowest: int) -> Decomposition:
     u, s, vh = svd(w)
     gap = _gap(s, k)
     error = 90.0 if gap <= 0 else _degrees(len(s) ** 0.5 * EPS / gap)
-    return Decomposition(s, u[:, :k], vh[:k].T, error)
+    last = len(s) - lowest
+    return Decomposition(
+        s, u[:, :k], vh[:k].T, error, u[:, last:].contiguous(), vh[last:].T.contiguous()
+    )
 
 
 def _gap(s: Tensor, k: int) -> float:
@@ -246,7 +258,7 @@ def _degrees(sine: float) -> float:
     return math.degrees(math.asin(min(1.0, sine)))
 
 
-def _decompose_gram(w: Tensor, k: int) -> Decomposition | None:
+def _decompose_gram(w: Tensor, k: int, lowest: int) -> Decomposition | None:
     """As `decompose`; None where squaring has lost what the answer needs."""
     rows = _Rows.of(w)
     reduced = _Tridiagonal.of(_products(rows))
@@ -258,16 +270,21 @@ def _decompose_gram(w: Tensor, k: int) -> Decomposition | None:
     n_small = int((values < SMALL * float(values[-1])).sum())
     if n_small > TAIL_SHARE * len(values):
         return None
-    tail, inner = reduced.eigenvectors(squares, n_small, k)
-    spectrum = _with_small_values(rows, values, tail)
+    bottom, inner = reduced.eigenvectors(squares, max(n_small, lowest), k)
+    spectrum = _with_small_values(rows, values, bottom[:, :n_small])
     outer, images = _both_sides(rows, inner)
     lengths = torch.linalg.vector_norm(outer, dim=0)
     error = _subspace_error_deg(images - inner * lengths**2, lengths, spectrum)
     if error > ANGLE_ERROR_DEG:
         return None
     outer /= lengths
-    sides = (inner, outer) if rows.transposed else (outer, inner)
-    return Decomposition(spectrum, *sides, error)
+    bottom = bottom[:, :lowest].contiguous()
+    other = bottom.new_empty(len(outer), 0)
+    if lowest:
+        other = torch.linalg.qr(_both_sides(rows, bottom)[0]).Q
+    if rows.transposed:
+        return Decomposition(spectrum, inner, outer, error, bottom, other)
+    return Decomposition(spectrum, outer, inner, error, other, bottom)
 
 
 def _both_sides(rows: _Rows, inner: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.fft
 import torch
 from torch import Tensor
 
@@ -29,6 +30,9 @@ from opd_geometry.geometry.spectra import (
     finite_float64,
     finite_matrix,
 )
+
+UNIFORM_SIDE = 256  # up to it, rotations are uniform
+ROUNDS = 3  # of permutation, signs and cosine transform beyond it
 
 
 def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -150,13 +154,13 @@ def shuffled(delta: Tensor, generator: torch.Generator) -> Tensor:
 def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
     """The update's own singular values with random singular vectors.
 
-    P delta Q^T, P and Q independent, uniform (Haar) among the orthogonal matrices
+    P delta Q^T, P and Q independent and random orthogonal
 
-    Neither P nor Q is ever formed, nor a singular vector of delta: a uniform rotation
-    is a product of reflections in random vectors of falling length, which LAPACK
-    applies as it applies those of a QR decomposition. The longer side needs as many
-    reflections as the shorter one has entries, after the update is reduced to a
-    triangle. In float32, so singular values are kept to 1e-6 of the largest.
+    Up to a side of `UNIFORM_SIDE` a rotation is uniform (Haar), from the QR
+    decomposition of a Gaussian matrix. Beyond it, where that would take longer than the
+    diagnostics, it is `ROUNDS` times a random permutation, random signs and a discrete
+    cosine transform: orthogonal, so singular values are kept to rounding, and with
+    entries that cannot be told from those of a uniform one.
 
     Args:
         delta: (n_rows, n_cols), not zero.
@@ -168,33 +172,37 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: NaN or inf, not a matrix, or zero.
 
-    Source: ours; Stewart (1980) for the uniform rotation.
+    Source: ours; Ailon and Chazelle (2006) for the transforms.
     """
-    values, size = _nonzero(finite_matrix(delta, "delta"))
-    tall = (values if values.shape[0] >= values.shape[1] else values.T) / size
-    n_rows, n_cols = tall.shape
-    inner = tall.float()
-    if n_rows > n_cols:  # left vectors go anyway, so the triangle is as good
-        triangle = torch.linalg.qr(inner, mode="r").R
-        inner = torch.cat([triangle, triangle.new_zeros(n_rows - n_cols, n_cols)])
-    inner = _rotated(_rotated(inner, n_cols, generator).T, n_cols, generator).T
-    result = inner.double()
-    result *= size / float(torch.linalg.vector_norm(result))
-    return (result if values.shape[0] >= values.shape[1] else result.T).contiguous()
+    values, _ = _nonzero(finite_matrix(delta, "delta"))
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    del delta  # a caller may have kept none
+    x = values.numpy()
+    del values
+    for axis in (0, 1):
+        x = rotated(x, rng, axis)
+    return torch.from_numpy(np.ascontiguousarray(x))
 
 
-def _rotated(x: Tensor, n_filled: int, generator: torch.Generator) -> Tensor:
-    """P x, P uniform; from row n_filled on x may hold zeros only, if it is shorter."""
-    n = len(x)
-    noise = torch.randn(n, n_filled, generator=generator, dtype=x.dtype)
-    # Column i from its diagonal down: the vector that reflection i maps e_i onto.
-    reflectors = noise.tril_()
-    lengths = torch.linalg.vector_norm(reflectors, dim=0)
-    first = reflectors.diagonal().clone()
-    scales = 1.0 + first.abs() / lengths
-    reflectors /= first + torch.where(first < 0, -lengths, lengths)
-    signs = torch.randint(2, (n, 1), generator=generator) * 2 - 1
-    return torch.ormqr(reflectors, scales, x * signs)
+def rotated(x: np.ndarray, rng: np.random.Generator, axis: int) -> np.ndarray:
+    """P x for axis 0, x P^T for axis 1, P a random rotation as of `turned`.
+
+    Args:
+        x: (n_rows, n_cols) float64.
+        rng: the same state gives the same rotation.
+        axis: that is rotated.
+    """
+    n = x.shape[axis]
+    if n <= UNIFORM_SIDE:
+        q, r = np.linalg.qr(rng.standard_normal((n, n)))
+        q *= np.where(np.diag(r) < 0, -1.0, 1.0)  # without it, not uniform
+        return q @ x if axis == 0 else x @ q.T
+    for _ in range(ROUNDS):
+        x = np.take(x, rng.permutation(n), axis)
+        signs = rng.choice([-1.0, 1.0], n)
+        x *= signs[:, None] if axis == 0 else signs
+        x = scipy.fft.dct(x, axis=axis, norm="ortho", overwrite_x=True)
+    return x
 
 
 # --- energy ----------------------------------------------------------------------
@@ -255,8 +263,8 @@ def energy_in_mask(delta: Tensor, mask: Tensor) -> float:
     """
     check_same_shape(delta, mask, ("delta", "mask"))
     values, size = _nonzero(delta)
-    inside = float(torch.linalg.vector_norm(values[mask.to(values.device)]))
-    return (inside / size) ** 2
+    unit = (values / size).reshape(-1)
+    return min(1.0, float(torch.dot(unit, unit * mask.to(values.device).reshape(-1))))
 
 
 def covariance_basis(covariance: Tensor, k: int) -> Tensor:

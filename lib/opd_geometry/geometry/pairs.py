@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, comparison, gram, spectra
+from opd_geometry.geometry import bits, comparison, gram, spectra, unplaced
 from opd_geometry.geometry.checkpoints import (
     Skipped,
     StoredPair,
@@ -39,6 +40,7 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     reference,
 )
+from opd_geometry.geometry.nulls import is_stored_difference
 from opd_geometry.geometry.tables import Row, finish, growing
 
 # Column -> name in `comparison`, which the book's own tables use.
@@ -53,6 +55,7 @@ METRICS = {
     "frobenius_norm": "frobenius_norm",
     "relative_norm": "relative_norm",
     "hill_alpha": "hill_alpha",
+    **{name: name for name in comparison.ENERGY},
 }
 NULL_METRICS = (
     *ANGLES,
@@ -61,6 +64,10 @@ NULL_METRICS = (
     "low_magnitude_overlap",
     "sparsity_bf16",
 )
+COLUMN_OF = {name: column for column, name in METRICS.items()}
+SHUFFLED_METRICS = tuple(COLUMN_OF[name] for name in comparison.SHUFFLED)
+TURNED_METRICS = comparison.TURNED
+EXPECTED_METRICS = tuple(COLUMN_OF[name] for name in comparison.EXPECTED)
 GROUPS = {
     "all": tuple(METRICS),
     "cheap": (
@@ -74,12 +81,18 @@ GROUPS = {
     "overlaps": ("principal_overlap", "low_magnitude_overlap"),
     "norms": ("frobenius_norm", "relative_norm"),
     "spread": ("stable_rank", "hill_alpha"),
+    "energy": comparison.ENERGY,
 }
 IDENTITY = ("matrix", "role", "layer", "rows", "cols", "dtype_before", "dtype_after")
 COLUMNS = (
     *IDENTITY,
     *METRICS,
-    *(f"null_{name}" for name in NULL_METRICS),
+    *(f"null_{name}" for name in (*NULL_METRICS, *comparison.ENERGY)),
+    *(f"shuffled_{name}" for name in SHUFFLED_METRICS),
+    *(f"turned_{name}" for name in TURNED_METRICS),
+    *(f"expected_{name}" for name in EXPECTED_METRICS),
+    "expected_scale",
+    "expected_from",
     "gap_at_k",
     "angle_error_deg",
     "note",
@@ -101,7 +114,9 @@ UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
 # What one matrix may raise without harm to the others.
 REFUSALS = (ValueError, torch.linalg.LinAlgError)
-FORMAT = 1  # raised when the same checkpoints would give other rows
+WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
+MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
+FORMAT = 2  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -145,8 +160,12 @@ def measure_tensors(
         w_after: (n_rows, n_cols).
         settings: ranks and thresholds; those of a Reference count if it is one.
         metrics: columns to compute.
-        null: also measure a Gaussian update of the same norm.
-        seed: of that Gaussian.
+        null: also the nulls: a Gaussian update of the same norm (``null_``), the
+            update's own entries permuted (``shuffled_``, only from weights that are
+            not stored in 16 bits), its singular values with random directions
+            (``turned_``), and what an unplaced update shows in closed form
+            (``expected_``) at the distance of `comparison.compare_expected`.
+        seed: of their noise.
 
     Returns:
         Column to value: the metrics, their nulls, gap_at_k = (s_k - s_{k+1}) / s_1 of
@@ -158,27 +177,61 @@ def measure_tensors(
 
     Source: arXiv:2606.07082 Table 1, Figures 2 to 4; the nulls are ours.
     """
-    before = reference(before, settings) if isinstance(before, Tensor) else before
     asked = {name: METRICS[name] for name in parse_metrics(metrics)}
+    if isinstance(before, Tensor):
+        energies = bool({*asked} & {*comparison.ENERGY})
+        before = reference(before, settings, bottom=energies)
     turns = bool({*asked} & {*ANGLES})
     quality = comparison.ANGLE_QUALITY if turns else ()
-    names = [*dict.fromkeys(["frobenius_norm", *asked.values(), *quality])]
+    must = ["frobenius_norm", *(["density"] if null else [])]
+    names = [*dict.fromkeys([*must, *asked.values(), *quality])]
     found = comparison.compare(before, w_after, names)
     row = {column: found[name] for column, name in asked.items()}
     row |= {name: found[name] for name in quality}
     if found["frobenius_norm"] == 0.0:
         return _complete(row | {k: v for k, v in UNMOVED.items() if k in row})
-    if null and (columns := [name for name in NULL_METRICS if name in asked]):
-        nulls = comparison.compare_null(
-            before, w_after, seed, [asked[name] for name in columns]
-        )
-        row |= {f"null_{name}": nulls[f"null_{asked[name]}"] for name in columns}
+    if null:
+        row |= _nulls(before, w_after, asked, seed, found["density"])
     return _complete(row)
 
 
+def _nulls(
+    before: Reference,
+    w_after: Tensor,
+    asked: dict[str, str],
+    seed: int | tuple[int, ...],
+    density: float,
+) -> dict[str, float]:
+    """What the asked columns show of updates with one thing taken away."""
+
+    def names(columns: Sequence[str]) -> list[str]:
+        return [asked[column] for column in columns if column in asked]
+
+    found: dict[str, float] = {}
+    if wanted := names(NULL_METRICS):
+        found |= comparison.compare_null(before, w_after, seed, wanted)
+    if names(comparison.ENERGY):
+        found |= comparison.energy_by_chance(before)
+    if (wanted := names(SHUFFLED_METRICS)) and not is_stored_difference(w_after):
+        found |= comparison.compare_shuffled(before, w_after, seed, wanted)
+    if wanted := names(TURNED_METRICS):
+        found |= comparison.compare_turned(before, w_after, seed, wanted)
+    if wanted := names(EXPECTED_METRICS):
+        with suppress(ValueError):  # of the kind that `_remarks` writes down
+            there = comparison.compare_expected(before, w_after, density, wanted)
+            found |= {f"expected_{name}": value for name, value in there.values.items()}
+            found["expected_scale"] = there.scale
+    row = {}
+    for name, value in found.items():
+        prefix, _, metric = name.partition("_")
+        column = COLUMN_OF.get(metric, metric)
+        if column in asked or column == "scale":
+            row[f"{prefix}_{column}"] = value
+    return row
+
+
 def _complete(row: dict[str, float]) -> dict[str, float]:
-    names = [n for n in COLUMNS if n not in IDENTITY and n != "note"]
-    return {name: row.get(name, math.nan) for name in names}
+    return {name: row.get(name, math.nan) for name in COLUMNS if name not in WORDS}
 
 
 def follow_tensors(
@@ -294,12 +347,22 @@ class PairTask:
         seed = null_seed(self.seed, before.name, 0)
         try:
             _refuse_damage({"before": w_before, "after": w_after})
+            energies = bool({*self.metrics} & {*comparison.ENERGY})
+            origin = reference(w_before, self.settings, energies)
             values = measure_tensors(
-                w_before, w_after, self.settings, self.metrics, self.null, seed
+                origin, w_after, metrics=self.metrics, null=self.null, seed=seed
             )
         except REFUSALS as error:
-            return [row | _complete({}) | {"note": f"{REFUSED}{error}"}]
-        return [row | values | {"note": _warning(values)}]
+            blank = _complete({}) | {"expected_from": ""}
+            return [row | blank | {"note": f"{REFUSED}{error}"}]
+        notes = [_warning(values)]
+        if self.null and {*self.metrics} & {*EXPECTED_METRICS}:
+            source = "density" if is_stored_difference(w_after) else "norm"
+            row["expected_from"] = source
+            notes += _remarks(origin, values)
+        else:
+            row["expected_from"] = ""
+        return [row | values | {"note": "; ".join(filter(None, notes))}]
 
 
 def _refuse_damage(tensors: dict[str, Tensor]) -> None:
@@ -322,6 +385,29 @@ def _warning(values: dict[str, float]) -> str:
             "hardly a gap"
         )
     return ""
+
+
+def _remarks(before: Reference, values: dict[str, float]) -> list[str]:
+    """What W_0's exact zeros and ties leave of masks and closed form, if many."""
+    found, n = before.magnitudes, before.w_before.numel()
+    remarks = []
+    if found.n_zero > MANY * n:
+        remarks.append(
+            f"{found.n_zero} of {n} entries of W_0 are exactly zero: any update shows "
+            "in them"
+            + (
+                ", more than changed, so no unplaced update has this density"
+                if math.isnan(values["expected_scale"])
+                else ""
+            )
+        )
+    edge = unplaced.tied_at_edge(found, before.settings.alpha)
+    if edge > MANY * n:
+        remarks.append(
+            f"{edge} of {n} entries of W_0 have the magnitude at which the "
+            "low-magnitude mask ends: it holds the first of them in row-major order"
+        )
+    return remarks
 
 
 @dataclass(frozen=True)
@@ -741,7 +827,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     metrics = [
         name
         for name in COLUMNS
-        if name.removeprefix("null_") in METRICS and table[name].notna().any()
+        if _measured_metric(name) in METRICS and table[name].notna().any()
     ]
     groups = [(str(role), part) for role, part in table.groupby("role", sort=False)]
     return pd.DataFrame(
@@ -755,6 +841,36 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             for role, part in [*groups, ("all", table)]
         ]
     )
+
+
+def beside_expected(table: pd.DataFrame) -> pd.DataFrame:
+    """What was measured beside what an unplaced update at the same distance shows.
+
+    Args:
+        table: of `measure_checkpoints`.
+
+    Returns:
+        metric, measured, expected, expected_from (``norm``, ``density`` or both): means
+        over the matrices that have both, weighted as in `summarise`. Where the distance
+        comes from the density, density and sparsity are left out, being its input.
+    """
+    rows = []
+    for name in EXPECTED_METRICS:
+        there = table[table[name].notna() & table[f"expected_{name}"].notna()]
+        if name in ("sparsity_bf16", "update_density"):
+            there = there[there["expected_from"] == "norm"]
+        if len(there):
+            source = " and ".join(sorted(set(there["expected_from"])))
+            means = (_mean(there, n) for n in (name, f"expected_{name}"))
+            rows.append((name, *means, source))
+    return pd.DataFrame(
+        rows, columns=["metric", "measured", "expected", "expected_from"]
+    )
+
+
+def _measured_metric(name: str) -> str:
+    """What a column is about, without the null it is of."""
+    return re.sub("^(null|shuffled|turned|expected)_", "", name)
 
 
 def _mean(part: pd.DataFrame, name: str) -> float:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet
 from filelock import FileLock, Timeout
 
 from opd_geometry.files import clear_write_errors, replacing
@@ -217,30 +218,70 @@ def _records(table: pd.DataFrame) -> list[Row]:
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """A table that `finish` wrote.
+    """A table that `finish` wrote, or another program in the same form.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown suffix or an unreadable file.
+        ValueError: an unknown suffix, no regular file, an unreadable one, or two
+            columns of one name.
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".csv": pd.read_csv,
-        ".parquet": pd.read_parquet,
-        ".json": pd.read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+        ".json": _read_json,
     }
     if path.suffix not in readers:
         raise ValueError(
             f"{path} has the suffix {path.suffix!r}, expected {' or '.join(SUFFIXES)}; "
             "give a table of opd-geometry measure or trajectory"
         )
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, expected a table; check it")
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise ValueError(f"{path} is {kind}, expected a table; give the file itself")
     try:
-        return readers[path.suffix](path)
-    except (ValueError, pa.ArrowException, OSError) as error:
+        table = readers[path.suffix](path)
+    except (ValueError, TypeError, pa.ArrowException, OSError, RecursionError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} cannot be read ({said}), expected a whole {path.suffix[1:]} file; "
             "measure again"
         ) from error
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise ValueError(
+            f"{path} has two columns {twice[0]}, expected one of each name; "
+            "measure again"
+        )
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, low_memory=False)  # else a column may have two types
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Columns alone: notes of another program for its own reading may not fit."""
+    table = pa.parquet.read_table(path).replace_schema_metadata(None)
+    return table.to_pandas()
+
+
+def _read_json(path: Path) -> pd.DataFrame:
+    rows = json.loads(path.read_bytes())
+    if not isinstance(rows, list):
+        raise ValueError(f"it is {_kind(rows)}, not a list of rows")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is {_kind(row)}, not an object")
+        nested = [name for name, v in row.items() if isinstance(v, (dict, list))]
+        if nested:
+            raise ValueError(f"row {number} has {_kind(row[nested[0]])} in a column")
+    return pd.DataFrame(rows)
+
+
+def _kind(value: object) -> str:
+    """What JSON calls it."""
+    kinds = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return kinds.get(type(value), "a number")

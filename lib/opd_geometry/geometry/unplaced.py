@@ -316,6 +316,18 @@ def _count(chunk: Tensor) -> tuple[np.ndarray, int]:
     return np.bincount(keys), int(bits.max())
 
 
+def tied_at_edge(found: Magnitudes, alpha: float = 0.5) -> int:
+    """How many entries have the bf16 magnitude at which the low-magnitude mask ends.
+
+    Args:
+        found: of all entries.
+        alpha: share of entries in the mask.
+    """
+    cells = np.bincount(_cell(found.keys), found.counts)
+    last = int(np.searchsorted(np.cumsum(cells), max(1, round(alpha * found.n))))
+    return int(cells[last])
+
+
 def pooled(parts: Iterable[Magnitudes]) -> Magnitudes:
     """Several matrices as one, for an update with one scale over all of them."""
     parts = list(parts)

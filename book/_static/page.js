@@ -1,4 +1,4 @@
-// A table that is wider than its column can be reached and scrolled by the keyboard.
+// Wide parts are reached and scrolled by the keyboard; a figure opens in full.
 const mark = () => {
   const places = ".cell_output .text_html, .cell_output pre, .highlight pre, " +
     "div.math, .pst-scrollable-table-container";
@@ -13,5 +13,16 @@ const mark = () => {
     } else place.removeAttribute("tabindex");
   }
 };
+// A figure opens in full, where a small screen shows it small.
+const open = () => {
+  for (const picture of document.querySelectorAll(".cell_output img, figure img")) {
+    if (picture.closest("a")) continue;
+    const link = document.createElement("a");
+    link.href = picture.src;
+    picture.replaceWith(link);
+    link.append(picture);
+  }
+};
+addEventListener("DOMContentLoaded", open);
 addEventListener("load", mark);
 addEventListener("resize", mark);

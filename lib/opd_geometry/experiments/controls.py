@@ -1,0 +1,415 @@
+"""What one matrix of a run is held against: nulls, readouts, energies, placement.
+
+A row is (step, metric, value), as in ``measure``. The prefix of a metric says which
+null it is of, and its suffix which readout:
+
+    shuffled_    the run's own float32 entries, permuted           at the end
+    turned_      its singular values, random singular vectors      at the end
+    increments_  its changes from checkpoint to checkpoint, each
+                 turned by rotations of its own                    every checkpoint
+    walk_        Adam with the run's rates on noise of rank one,
+                 stretched to the norms of those changes           every checkpoint
+    rounding_    its update at the end, scaled to each norm        every checkpoint
+    _bf16        W_0 plus the update, stored in bf16, minus W_0    every checkpoint
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_geometry.experiments.runs import Run, sound_checkpoint
+from opd_geometry.geometry import bits, nulls, spectra, updates
+from opd_geometry.geometry.checkpoints import read_matrix
+from opd_geometry.geometry.comparison import (
+    ANGLES,
+    Reference,
+    compare,
+    defined,
+    null_seed,
+    null_weights,
+)
+from opd_geometry.training.optimizer import OptimizerConfig, learning_rate
+
+Row = tuple[int, str, float]
+RANK, HILL = "stable_rank", "hill_alpha"
+WIDE_K = 16  # of Sim_K, beside the profile's own K: the paper's
+ENTRYWISE = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
+SPECTRAL = (*ANGLES, "nss")
+PRINTED_ALPHA = 0.3  # share of the masks that the paper's printed overlaps are of
+PRINTED_DENSITIES = (0.9273, 0.4628, 0.2776)  # of SFT, OPD and RLVR, Figure 3
+ENERGY_DIVISOR = 8  # subspaces of n / 8 directions, as for the angles
+
+
+def control_rows(
+    run: Run,
+    name: str,
+    before: Reference,
+    weights: Mapping[int, Tensor],
+    rank: int,
+    inputs: Tensor | None = None,
+) -> list[Row]:
+    """Every control of one matrix over the checkpoints of an unconfined run.
+
+    Args:
+        run: whose optimizer, rates and seed the nulls take.
+        name: of the matrix.
+        before: of W_0.
+        weights: step to the weights, the last one the end.
+        rank: K of Sim_K.
+        inputs: covariance of the matrix's inputs; adds the energy where they lie.
+    """
+    origin = before.w_before.double()
+    deltas = {step: w.double() - origin for step, w in weights.items()}
+    moved = {step: delta for step, delta in deltas.items() if bool(delta.any())}
+    end = max(weights)
+    rows = [*displacement(run, deltas)]
+    if end not in moved:  # a run that never stepped has no null
+        return rows
+
+    def draws(kind: int) -> torch.Generator:
+        words = np.random.SeedSequence((*null_seed(run.seed, name, end), kind))
+        state = words.generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0] >> 1))
+
+    rows += course(before, moved, rank, "", ("_bf16",), ("frobenius_norm", HILL))
+    rows += course(before, increments_turned(moved, draws(1)), rank, "increments_")
+    rows += course(before, walk(run, moved, draws(2)), rank, "walk_")
+    scaled = {
+        s: moved[end] * float(d.norm() / moved[end].norm()) for s, d in moved.items()
+    }
+    rows += course(before, scaled, rank, "rounding_", ("_bf16",))
+    for step, w in weights.items():
+        noise = null_weights(before, w, null_seed(run.seed, name, step)) - origin
+        rows += course(before, {step: noise}, 0, "null_", ("_bf16",), (HILL,))
+    rows += [
+        (end, metric, value)
+        for metric, value in predictors(run, name, before, moved[end], rank)
+    ]
+    rows += [
+        (end, metric, value)
+        for metric, value in at_end(before, weights[end], draws(3), inputs)
+    ]
+    return rows
+
+
+def displacement(run: Run, deltas: Mapping[int, Tensor]) -> Iterator[Row]:
+    """Root mean square change in the unit of the run's own learning rates.
+
+    sqrt(mean(dW^2)) / sqrt(sum_{s <= t} lr_s^2)
+
+    At a constant rate the unit is lr sqrt(t), how far Adam moves an entry whose
+    gradients are noise. Every step counts, those at which nothing was learned too.
+    """
+    config, steps = run.train.optimizer, run.train.steps
+    rates = np.array([learning_rate(config, s, steps) for s in range(steps)])
+    for step, delta in deltas.items():
+        unit = math.sqrt(float(np.square(rates[:step]).sum()))
+        size = bits.norm(delta) / math.sqrt(delta.numel())
+        yield step, "displacement", size / unit
+
+
+# --- trajectories, own and of nulls -----------------------------------------------
+
+
+def course(
+    before: Reference,
+    deltas: Mapping[int, Tensor],
+    rank: int,
+    prefix: str,
+    readouts: tuple[str, ...] = ("", "_bf16"),
+    metrics: tuple[str, ...] = (RANK, HILL),
+) -> Iterator[Row]:
+    """Rank, norm, Hill exponent and Sim_K of updates, in one or both readouts.
+
+    Args:
+        before: of W_0.
+        deltas: step to update; the last one is the end.
+        rank: K of Sim_K; 0: none.
+        prefix: of the metrics.
+        readouts: suffixes; ``_bf16`` reads what storage in bf16 leaves of an update.
+        metrics: beside Sim_K.
+    """
+    hill_k = before.settings.hill_rank(before.w_before.shape)
+    for readout in readouts:
+        seen = {s: stored(before, d) if readout else d for s, d in deltas.items()}
+        parts = {s: decomposed(delta) for s, delta in seen.items()}
+        for step, (spectrum, _) in parts.items():
+            norm = float(torch.linalg.vector_norm(spectrum))
+            values = {"frobenius_norm": norm, RANK: math.nan, HILL: math.nan}
+            if norm > 0.0:
+                values[RANK] = (norm / float(spectrum[0])) ** 2
+                values[HILL] = defined(spectra.hill_exponent, spectrum, hill_k)
+            yield from (
+                (step, f"{prefix}{metric}{readout}", values[metric])
+                for metric in metrics
+            )
+        for k, at in ((rank, ""), (WIDE_K, f"@K={WIDE_K}")) if rank else ():
+            found = similarities_of(parts, k, f"{at}{readout}")
+            for (step, metric), value in found.items():
+                if not (prefix and metric.startswith("null_")):
+                    yield step, f"{prefix}{metric}", value
+
+
+def stored(before: Reference, delta: Tensor) -> Tensor:
+    """What is left of an update once the weights are stored in bf16, float64."""
+    origin = before.w_before.double()
+    return (origin + delta).bfloat16().double() - origin.bfloat16().double()
+
+
+Parts = tuple[Tensor, Tensor]  # spectrum, and right singular vectors as columns
+
+
+def decomposed(delta: Tensor) -> Parts:
+    """Spectrum and right singular vectors of an update, once for every K."""
+    _, spectrum, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    return spectrum, vh.T
+
+
+def similarities(
+    deltas: Mapping[int, Tensor], ranks: Mapping[str, int]
+) -> dict[tuple[int, str], float]:
+    """Sim_K of every checkpoint's update with the last one, and its null, K/n.
+
+    Args:
+        deltas: step to W_t - W_0.
+        ranks: suffix of the metric's name to K.
+
+    Returns:
+        (step, metric) to value; without the steps at which the update has no such
+        subspace, being of lower rank.
+    """
+    parts = {step: decomposed(delta) for step, delta in deltas.items()}
+    found: dict[tuple[int, str], float] = {}
+    for suffix, rank in ranks.items():
+        found |= similarities_of(parts, rank, suffix)
+    return found
+
+
+def similarities_of(
+    parts: Mapping[int, Parts], rank: int, suffix: str
+) -> dict[tuple[int, str], float]:
+    """``similarities`` of updates that are decomposed already."""
+    end = max(parts)
+    n_cols, smaller = parts[end][1].shape
+    rank = min(rank, smaller)
+    known = {s: v[:, :rank] for s, (sizes, v) in parts.items() if _has(sizes, v, rank)}
+    values: dict[tuple[int, str], float] = {}
+    for step, basis in known.items() if end in known else ():
+        shared = spectra.subspace_similarity(basis, known[end])
+        values[step, f"similarity_to_end{suffix}"] = shared
+        values[step, f"null_similarity_to_end{suffix}"] = rank / n_cols
+    return values
+
+
+def _has(spectrum: Tensor, vectors: Tensor, rank: int) -> bool:
+    """Whether an update has so many directions, beyond rounding."""
+    largest = float(spectrum[0])
+    eps = torch.finfo(torch.float64).eps * max(vectors.shape)
+    return largest > 0.0 and float(spectrum[rank - 1]) > eps * largest
+
+
+def increments(deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """What was added from checkpoint to checkpoint, the first one since W_0."""
+    steps = sorted(deltas)
+    first = {steps[0]: deltas[steps[0]]}
+    return first | {b: deltas[b] - deltas[a] for a, b in pairwise(steps)}
+
+
+def increments_turned(
+    deltas: Mapping[int, Tensor], generator: torch.Generator
+) -> dict[int, Tensor]:
+    """The run's own increments, each turned by rotations of its own, summed up.
+
+    dW'_t = sum_{i <= t} P_i (dW_i - dW_(i-1)) Q_i^T, P_i and Q_i uniform
+
+    It keeps how much was added when, and in how many directions, and takes away that
+    later increments go where earlier ones went.
+
+    Source: ours; K/n is no null for a sum that shares its steps.
+    """
+    total, found = torch.zeros_like(deltas[min(deltas)]), {}
+    for step, change in increments(deltas).items():
+        total = total + nulls.turned(change, generator) if change.any() else total
+        found[step] = total
+    return found
+
+
+def walk(
+    run: Run, deltas: Mapping[int, Tensor], generator: torch.Generator
+) -> dict[int, Tensor]:
+    """Adam with the run's rates on noise of rank one, at the norms of its increments.
+
+    g_s = a b^T, a and b Gaussian, independent from step to step: no signal at all
+
+    Between two checkpoints the walk is stretched so that it moves as far as the run.
+
+    Args:
+        run: with AdamW's betas, eps and schedule; decay pulls on W_0, not here.
+        deltas: step to update; only norms and shape are taken.
+        generator: of the noise.
+
+    Source: ours.
+    """
+    shape, sizes = deltas[min(deltas)].shape, increments(deltas)
+    own, total, found = torch.zeros(shape), torch.zeros(shape).double(), {}
+    steps = adam_steps(run.train.optimizer, run.train.steps, shape, generator)
+    for step, move in enumerate(steps, 1):
+        own += move
+        if step in sizes:
+            change = own.double()
+            total = total + change * float(sizes[step].norm() / change.norm())
+            found[step] = total
+            own = torch.zeros(shape)
+    return found
+
+
+def adam_steps(
+    config: OptimizerConfig,
+    steps: int,
+    shape: torch.Size,
+    generator: torch.Generator,
+) -> Iterator[Tensor]:
+    """The changes that Adam makes of rank-one noise, step by step."""
+    (beta, beta2), m, v = config.betas, torch.zeros(shape), torch.zeros(shape)
+    for step in range(steps):
+        left, right = (torch.randn(n, generator=generator) for n in shape)
+        gradient = torch.outer(left, right)
+        m.lerp_(gradient, 1 - beta)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta ** (step + 1))
+        rate = learning_rate(config, step, steps) * scale
+        yield -rate * m / (v.sqrt() + config.eps)
+
+
+def predictors(
+    run: Run, name: str, before: Reference, delta: Tensor, rank: int
+) -> Iterator[tuple[str, float]]:
+    """How near the final subspace is to what was known before the run began.
+
+    Sim_K of the update's top right subspace with that of W_0, and with that of the
+    stage before, if that was a run: both readouts of the update.
+    """
+    known = {"weights": before.top.right[:, :rank]}
+    if isinstance(run.start, Run):
+        first, last = (sound_checkpoint(run.start, step) for step in (0, None))
+        stage = read_matrix(last, name).double() - read_matrix(first, name).double()
+        with suppress(ValueError):
+            known["stage"] = spectra.top_right_subspace(stage, rank)
+    for readout, update in (("", delta), ("_bf16", stored(before, delta))):
+        with suppress(ValueError):
+            own = spectra.top_right_subspace(update, rank)
+            for what, basis in known.items():
+                shared = spectra.subspace_similarity(basis, own)
+                yield f"similarity_of_{what}{readout}", shared
+
+
+# --- the end ---------------------------------------------------------------------
+
+
+def at_end(
+    before: Reference,
+    w_after: Tensor,
+    generator: torch.Generator,
+    inputs: Tensor | None = None,
+) -> Iterator[tuple[str, float]]:
+    """Shuffled and turned nulls, energies and placement of the final update."""
+    origin = before.w_before.double()
+    delta = nulls.update_of(before.w_before, w_after)
+    for prefix, other, metrics in (
+        ("shuffled_", nulls.shuffled(delta, generator), ENTRYWISE),
+        ("turned_", nulls.turned(delta, generator), SPECTRAL),
+    ):
+        for metric, value in compare(before, origin + other, metrics).items():
+            yield f"{prefix}{metric}", value
+    yield from energies(before, delta, inputs)
+    yield "size_exponent", nulls.size_exponent(before.w_before, delta)[0]
+    visible = updates.visible_update(before.w_before, w_after)
+    own = float(visible.double().mean())
+    masks = {
+        "principal_overlap": before.principal,
+        "low_magnitude_overlap": before.low_magnitude,
+    }
+    yield from _placed(before, delta, masks, own, "@d=own", generator)
+    printed = printed_masks(before)
+    for density in PRINTED_DENSITIES:
+        at = f"@d={density},alpha={PRINTED_ALPHA}"
+        yield from _placed(before, delta, printed, density, at, generator)
+
+
+def _placed(
+    before: Reference,
+    delta: Tensor,
+    masks: Mapping[str, Tensor],
+    density: float,
+    at: str,
+    generator: torch.Generator,
+) -> Iterator[tuple[str, float]]:
+    """Overlaps at a density: visible in bf16, shuffled, and free of any grid."""
+    with suppress(ValueError):  # no such density of this update
+        found = nulls.placement(before.w_before, delta, masks, density, generator)
+        yield from ((f"{metric}{at}", value) for metric, value in found.items())
+
+
+def printed_masks(before: Reference) -> dict[str, Tensor]:
+    """Principal and low-magnitude mask at the share that the paper's numbers are of."""
+    rank = before.settings.mask_rank(before.w_before.shape)
+    found = before.decomposition
+    principal = updates.reconstruction_mask(
+        found.left[:, :rank],
+        found.spectrum[:rank],
+        found.right[:, :rank],
+        PRINTED_ALPHA,
+    )
+    return {
+        "principal_overlap": principal,
+        "low_magnitude_overlap": updates.low_magnitude_mask(
+            before.w_before, PRINTED_ALPHA
+        ),
+    }
+
+
+def energies(
+    before: Reference, delta: Tensor, inputs: Tensor | None = None
+) -> Iterator[tuple[str, float]]:
+    """Share of the squared update in W_0's top and bottom subspaces, and on the masks.
+
+    And in the top subspace of the covariance of the matrix's inputs.
+
+    With ``null_`` in front what an unplaced update has there on average: k / n, or the
+    mask's share of the entries.
+    """
+    u, _, vh = torch.linalg.svd(before.w_before.double(), full_matrices=False)
+    k = spectra.default_rank(delta.shape, ENERGY_DIVISOR)
+    for side, basis in (("left", u), ("right", vh.T)):
+        for end, part in (("top", basis[:, :k]), ("bottom", basis[:, -k:])):
+            name = f"energy_{end}_{side}"
+            yield name, nulls.energy_share(delta, part, side)
+            yield f"null_{name}", k / basis.shape[0]
+    if inputs is not None:
+        basis = nulls.covariance_basis(inputs, k)
+        yield "energy_inputs", nulls.energy_share(delta, basis)
+        yield "null_energy_inputs", k / basis.shape[0]
+    for what, mask in (
+        ("principal", before.principal),
+        ("low_magnitude", before.low_magnitude),
+    ):
+        yield f"energy_{what}", nulls.energy_in_mask(delta, mask)
+        yield f"null_energy_{what}", float(mask.double().mean())
+
+
+def clipped_frac(norms: np.ndarray, limit: float) -> float:
+    """Share of the steps whose gradient was scaled down.
+
+    Args:
+        norms: of the gradient at every step, before clipping.
+        limit: ``max_grad_norm``.
+
+    >>> clipped_frac(np.array([0.5, 2.0, 1.0, 3.0]), 1.0)
+    0.5
+    """
+    return float(np.mean(norms > limit)) if len(norms) else math.nan

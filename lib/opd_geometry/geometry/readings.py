@@ -1,0 +1,284 @@
+"""What a measured table says: whether and how far, and what differs from its null."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from opd_geometry.geometry.defaults import EXPERT_ROLES, LAYER_ROLES
+
+ANGLES = (
+    "angle_left_mean_deg",
+    "angle_left_max_deg",
+    "angle_right_mean_deg",
+    "angle_right_max_deg",
+)
+NULLED = (
+    *ANGLES,
+    "nss",
+    "principal_overlap",
+    "low_magnitude_overlap",
+    "sparsity_bf16",
+    "stable_rank",
+)
+ONE_SIDE = 0.9  # share of the matrices that have to lie on one side of their null
+FAR_ENOUGH = 0.1  # relative difference of the means
+ABOVE, BELOW, AT = "above its null", "below its null", "at its null"
+
+
+def in_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """The matrices of the layers: attention, MLP and experts, no embedding or head.
+
+    Args:
+        table: a row a matrix, with its role.
+
+    Returns:
+        Those rows; all of them if none is in a layer.
+    """
+    chosen = table[table["role"].isin([*LAYER_ROLES, *EXPERT_ROLES])]
+    return chosen if len(chosen) else table
+
+
+def gaussian_stable_rank(rows: pd.Series, cols: pd.Series) -> pd.Series:
+    """Stable rank of a Gaussian matrix of independent entries, by its shape.
+
+    n m / (sqrt n + sqrt m)^2, from the limit of its largest singular value
+
+    Args:
+        rows, cols: n and m.
+
+    Source: Geman (1980), the norm of a random matrix.
+    """
+    n, m = rows.astype(float), cols.astype(float)
+    return n * m / (np.sqrt(n) + np.sqrt(m)) ** 2
+
+
+def with_shape_nulls(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `null_stable_rank`, where shapes are known and it has none."""
+    if "null_stable_rank" in table or not {"rows", "cols"} <= set(table):
+        return table
+    null = gaussian_stable_rank(table["rows"], table["cols"])
+    return table.assign(null_stable_rank=null)
+
+
+def against_null(table: pd.DataFrame, names: Sequence[str] = NULLED) -> pd.DataFrame:
+    """Which diagnostics stand out from their null, by a rule.
+
+    A diagnostic *stands out* if at least ``ONE_SIDE`` of the matrices lie on the same
+    side of their own null, and its mean differs from the null's by at least
+    ``FAR_ENOUGH`` of it and by more than its detection limit: what a mean over so many
+    matrices, each against one drawn null, would show by chance in 19 of 20 cases.
+    Matrices of one model are not independent, so this is a rule to sort by and no
+    significance test.
+
+    Args:
+        table: of ``measure``.
+        names: columns to look at; each is left out that has no null here.
+
+    Returns:
+        One row a diagnostic: matrices (that have both), mean, null, ratio, limit (of
+        detection, as a share of the null; NaN for a single matrix), above (share of
+        the matrices above their null, ties counted half) and verdict
+        (``above its null``, ``below its null`` or ``at its null``). Means are plain,
+        over the matrices that have both; no rows for a table without nulls.
+    """
+    columns = ["matrices", "mean", "null", "ratio", "limit", "above", "verdict"]
+    table = with_shape_nulls(table)
+    rows = {}
+    for name in names:
+        pair = [name, f"null_{name}"]
+        if not {*pair} <= set(table):
+            continue
+        both = table[pair].to_numpy(float)
+        both = both[np.isfinite(both).all(1)]
+        if not len(both):
+            continue
+        value, null = both.T
+        above = float(((value > null) + 0.5 * (value == null)).mean())
+        centre = float(null.mean())
+        ratio = float(value.mean()) / centre if centre else math.nan
+        limit = _half_width(value - null) / centre if centre else math.nan
+        verdict = _side(ratio, above, limit)
+        mean = float(value.mean())
+        rows[name] = [len(both), mean, centre, ratio, limit, above, verdict]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def _half_width(differences: np.ndarray) -> float:
+    """Half of the 95 % interval of a mean, by Student's law; NaN for a single one."""
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    return student(n - 1) * float(differences.std(ddof=1)) / math.sqrt(n)
+
+
+def student(degrees: int) -> float:
+    """The 97.5 % quantile of Student's law, to 1 % from 2 degrees of freedom on.
+
+    By Cornish and Fisher's expansion about the Gaussian: SciPy takes longer to load.
+
+    >>> round(student(3), 2), round(student(1000), 3)
+    (3.18, 1.962)
+    """
+    if degrees == 1:
+        return 12.706
+    z, v = 1.959964, float(degrees)
+    terms = (
+        (z**3 + z) / 4 / v,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96 / v**2,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384 / v**3,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160 / v**4,
+    )
+    return z + sum(terms)
+
+
+def _side(ratio: float, above: float, limit: float) -> str:
+    """The verdict of ``against_null``."""
+    if abs(ratio - 1.0) <= limit:
+        return AT
+    if ratio >= 1.0 + FAR_ENOUGH and above >= ONE_SIDE:
+        return ABOVE
+    if ratio <= 1.0 - FAR_ENOUGH and 1.0 - above >= ONE_SIDE:
+        return BELOW
+    return AT
+
+
+# --- in sentences --------------------------------------------------------------------
+
+# Half a step of a number of 1 in each format: what rounding to it moves at most.
+ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-25}
+# Share of equal bf16 values from which two checkpoints may be one. One value in 8 lies
+# half a bf16 step off in fp16, and is rounded twice: of these one half goes astray.
+SAME = {"bfloat16": 0.9999, "float16": 0.92}
+
+
+def sentences(
+    table: pd.DataFrame, lr: float | None = None, steps: int | None = None
+) -> list[str]:
+    """Three sentences: whether the weights changed, how far, and what stands out.
+
+    Args:
+        table: of ``measure``.
+        lr: of the training in between, to say how far in its units; None if unknown.
+        steps: T, of the optimizer.
+
+    Returns:
+        Them, whatever the table lacks.
+    """
+    return [whether(table), how_far(table, lr, steps), what_stands_out(table)]
+
+
+def whether(table: pd.DataFrame) -> str:
+    """Did the weights change at all; rounding is no change."""
+    norms = table["frobenius_norm"].dropna()
+    known = table["sparsity_bf16"].dropna()
+    moved = norms if len(norms) else known < 1.0
+    n, total = int((moved > 0).sum()), len(table)
+    if not len(moved):
+        return "Whether the weights changed cannot be said: no matrix has a norm."
+    if n == 0 and len(moved) == total:
+        return f"The weights did not change: all {total} matrices are equal."
+    kinds = _kinds(table)
+    mixed = len(kinds) > 1
+    share = _weighted(table, "sparsity_bf16")
+    same = f"; {100 * share:.1f} % of their entries are the same in bf16" * (
+        share == share
+    )
+    if mixed and _is_rounding(table, kinds):
+        return (
+            f"The weights did not change: stored as {' and '.join(kinds)}, they differ "
+            "by no more than the rounding of one into the other: no training that "
+            "shows."
+        )
+    said = f"{n} of {total} matrices changed{same}."
+    if mixed:
+        said += (
+            f" They are stored as {' and '.join(kinds)}, and the rounding of one into "
+            "the other is part of what is measured: compare them in one format."
+        )
+    return said
+
+
+def _kinds(table: pd.DataFrame) -> list[str]:
+    """Formats of which a matrix has one before and another after; () if none has."""
+    names = ["dtype_before", "dtype_after"]
+    if not {*names} <= set(table):
+        return []
+    mixed = table[table[names[0]].astype(str) != table[names[1]].astype(str)]
+    return sorted({str(v) for name in names for v in mixed[name]})
+
+
+def _is_rounding(table: pd.DataFrame, kinds: Sequence[str]) -> bool:
+    """Whether all that was measured is no more than rounding to the coarser format."""
+    most = max(ROUNDOFF.get(kind, 0.0) for kind in kinds)
+    distance = table["relative_norm"].dropna()
+    share = table["sparsity_bf16"].dropna()
+    if not len(distance) or (distance > most).any():
+        return False
+    least = min((SAME[kind] for kind in kinds if kind in SAME), default=1.0)
+    return bool(len(share) and (share >= least).all())
+
+
+def _weighted(table: pd.DataFrame, name: str) -> float:
+    """Mean by the numbers of entries; NaN if none is known."""
+    known = table[table[name].notna()]
+    weights = known["rows"].astype(float) * known["cols"].astype(float)
+    total = float(weights.sum())
+    return float((known[name] * weights).sum()) / total if total else math.nan
+
+
+def how_far(table: pd.DataFrame, lr: float | None, steps: int | None) -> str:
+    """How far the weights went, relative to themselves and in steps of the optimizer.
+
+    rms(dW) / (lr sqrt T): 1 is what T independent steps of size lr give, as of Adam
+    with gradients that are noise; sqrt(T) is T steps in one direction.
+    """
+    chosen = in_layers(table)
+    relative = chosen["relative_norm"].dropna()
+    if not len(relative):
+        return "How far cannot be said: no matrix has a relative norm."
+    which = "matrices" if len(chosen) == len(table) else "matrices of the layers"
+    said = (
+        f"They went {relative.mean():.3g} of their own norm, a mean over "
+        f"{len(relative)} {which}"
+    )
+    if lr is None or steps is None:
+        return f"{said}."
+    norms = chosen["frobenius_norm"]
+    entries = chosen["rows"].astype(float) * chosen["cols"].astype(float)
+    moved = math.sqrt(float((norms**2).sum()) / float(entries[norms.notna()].sum()))
+    units = moved / (lr * math.sqrt(steps))
+    return (
+        f"{said}, or {units:.3g} lr √T a weight (1: {steps} independent steps of "
+        f"{lr:g}; {math.sqrt(steps):.3g}: all in one direction)."
+    )
+
+
+def what_stands_out(table: pd.DataFrame) -> str:
+    """Which diagnostics differ from an unplaced update's, beyond their limits."""
+    found = against_null(in_layers(table))
+    drawn = [name for name in found.index if name != "stable_rank"]
+    if not len(found):
+        return "Where the update went cannot be said: no diagnostic has a null here."
+
+    def named(rows: pd.DataFrame) -> str:
+        return ", ".join(
+            f"{name} {row['ratio']:.3g}×{_limit(row['limit'])}"
+            for name, row in rows.iterrows()
+        )
+
+    beyond = (found["ratio"] - 1.0).abs() > found["limit"]
+    differ, rest = found[beyond], found[~beyond]
+    said = (
+        "Beyond their detection limits differ from an unplaced update of this size: "
+        f"{named(differ) or 'none'}"
+    )
+    said += f"; not beyond: {named(rest)}." if len(rest) else "."
+    if not drawn:
+        said += " Only the stable rank has a null here; the others need --null."
+    return said
+
+
+def _limit(limit: float) -> str:
+    return f" (±{100 * limit:.2g} %)" if limit == limit else ""
