@@ -256,7 +256,9 @@ def report(
     prompt = 11 * config.prompts_per_step
     # 2 N to write a token, 2 N for the teacher's score of it, 6 N to learn from it
     work = 10 * weights * (prompt + batch * statistics.mean(tokens["ours"])) / 1e9
-    moved = 30 * weights / 1e9  # bytes of weights, gradients and moments, read or written
+    moved = (
+        30 * weights / 1e9
+    )  # bytes of weights, gradients and moments, read or written
     click.echo(
         f"floor: {work:.0f} GFLOP, {work / rate:.2f} s at that rate, and {moved:.1f} GB "
         f"in the optimizer; ours takes {processor['ours'] * rate / work:.1f} times the "
