@@ -15,6 +15,7 @@ import click
 import torch
 from datasets import Dataset
 from step_vs_trl import Seconds, matmul_rate, now, since
+from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -142,13 +143,9 @@ def recipe_steps(
         written = place >= torch.tensor(asked)[:, None] - 1
         written &= place < lengths[:, None]
 
-        def scored(scorer: PreTrainedModel) -> torch.Tensor:
-            logits = packed_logits(scorer, padded[:, :-1], lengths, ROW_TOKENS)
-            return losses.token_log_probs(logits, padded[:, 1:])
-
         with torch.no_grad():
-            theirs = scored(teacher)
-        ours = scored(compute.model)
+            theirs = scored(teacher, padded, lengths)
+        ours = scored(compute.model, padded, lengths)
         gain = losses.opd_advantage(ours, theirs)
         old = ours.detach()
         loss = losses.policy_loss(ours, old, gain, None, written)
@@ -158,6 +155,12 @@ def recipe_steps(
         compute.refresh()
         optimizer.zero_grad()
         yield {"tokens": float(rollout.mask.sum() / len(rows))}
+
+
+def scored(scorer: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Log-probability of every token but the first, (B, T - 1)."""
+    logits = packed_logits(scorer, ids[:, :-1], lengths, ROW_TOKENS)
+    return losses.token_log_probs(logits, ids[:, 1:])
 
 
 def race(
@@ -256,9 +259,7 @@ def report(
     prompt = 11 * config.prompts_per_step
     # 2 N to write a token, 2 N for the teacher's score of it, 6 N to learn from it
     work = 10 * weights * (prompt + batch * statistics.mean(tokens["ours"])) / 1e9
-    moved = (
-        30 * weights / 1e9
-    )  # bytes of weights, gradients and moments, read or written
+    moved = 30 * weights / 1e9  # weights, gradients and moments, both ways
     click.echo(
         f"floor: {work:.0f} GFLOP, {work / rate:.2f} s at that rate, and {moved:.1f} GB "
         f"in the optimizer; ours takes {processor['ours'] * rate / work:.1f} times the "
