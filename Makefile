@@ -1,5 +1,6 @@
 # make book   train, measure and render a book of your own under _build/book
 # make test   lint, types, unit tests, notebooks, the built book and its checks
+# make shell  a shell in which opd-geometry is found
 # make site   render the published chapters, without training, under _build/site
 #
 # make book PROFILE=laptop SEEDS=0-2 JOBS=4 FROM=scratch
@@ -27,7 +28,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DELETE_ON_ERROR:
-.PHONY: help book site test measurements chapters clean
+.PHONY: help book site shell test measurements chapters clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -38,6 +39,9 @@ book: $(INSTALLED)
 
 site: $(INSTALLED)
 	$(BIN)/opd-geometry site
+
+shell: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $${SHELL:-sh}
 
 # pytest comes last, so that its summary is the last word.
 test: $(INSTALLED)

@@ -210,23 +210,37 @@ def test_resumed_training_equals_a_straight_one(form: str, tmp_path: Path) -> No
             assert told[name] == pytest.approx(known[name], rel=1e-9)
 
 
-def test_resumed_with_another_start_is_refused(tmp_path: Path) -> None:
-    first = trainer_of("sft", tmp_path)
-    both(first)
-    first.add_callback(StopAt(4))
-    first.train()
-    later = Qwen3ForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    for kind in (GeometryCallback, ProjectionCallback):
-        resumed = trainer_of("sft", tmp_path, copy.deepcopy(later))
-        resumed.add_callback(kind(resumed, k=K, lock_at=2))
-        with pytest.raises(ValueError, match="not the one that training started with"):
+def test_another_start_is_refused_before_the_lock_and_not_asked_for_after_it(
+    tmp_path: Path,
+) -> None:
+    for lock in (2, 5):
+        folder = tmp_path / f"{lock}"
+        first = trainer_of("sft", folder)
+        first.add_callback(GeometryCallback(first, every=1, k=K, lock_at=lock))
+        first.add_callback(ProjectionCallback(first, k=K, lock_at=lock))
+        first.add_callback(StopAt(4))
+        first.train()
+        later = Qwen3ForCausalLM.from_pretrained(folder / "checkpoint-4")
+        resumed = trainer_of("sft", folder, copy.deepcopy(later))
+        resumed.add_callback(ProjectionCallback(resumed, k=K, lock_at=lock))
+        if lock == 2:
             resumed.train(resume_from_checkpoint=True)
+        else:
+            with pytest.raises(ValueError, match="not the one that training started"):
+                resumed.train(resume_from_checkpoint=True)
+        # the geometry goes on without: nothing is measured against another W_0
+        watched = trainer_of("sft", folder, copy.deepcopy(later))
+        watched.add_callback(GeometryCallback(watched, every=1, k=K, lock_at=lock))
+        with pytest.warns(UserWarning, match="not the one that training started"):
+            watched.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        assert watched.state.global_step == STEPS
+        assert max(logged(watched)) <= 4
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: path.unlink(), "is missing; resume from a checkpoint saved with"),
+        (lambda path: path.unlink(), "with the locked subspaces is missing; resume"),
         (lambda path: path.write_bytes(path.read_bytes()[:40]), "is damaged, expected"),
         (lambda path: save_file({}, path), "is damaged, expected"),
     ],
@@ -238,16 +252,21 @@ def test_a_damaged_memory_is_one_line(
     both(first)
     first.add_callback(StopAt(4))
     first.train()
-    for kind, name in (
-        (GeometryCallback, "geometry"),
-        (ProjectionCallback, "projection"),
-    ):
-        damage(tmp_path / "checkpoint-4" / f"opd_geometry_{name}.safetensors")
-        resumed = trainer_of("sft", tmp_path)
-        resumed.add_callback(kind(resumed, k=K, lock_at=2))
-        with pytest.raises(ValueError, match=said) as caught:
-            resumed.train(resume_from_checkpoint=True)
-        assert "\n" not in str(caught.value)
+    damage(tmp_path / "checkpoint-4" / "opd_geometry_projection.safetensors")
+    resumed = trainer_of("sft", tmp_path)
+    resumed.add_callback(ProjectionCallback(resumed, k=K, lock_at=2))
+    with pytest.raises(ValueError, match=said) as caught:
+        resumed.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+    # the geometry loses a column, never the run
+    damage(tmp_path / "checkpoint-4" / "opd_geometry_geometry.safetensors")
+    resumed = trainer_of("sft", tmp_path)
+    resumed.add_callback(GeometryCallback(resumed, every=1, k=K, lock_at=2))
+    with pytest.warns(UserWarning, match="the subspaces of before are lost"):
+        resumed.train(resume_from_checkpoint=True)
+    rows = logged(resumed)
+    assert "geometry/similarity_to_locked" not in rows[6]
+    assert "geometry/stable_rank" in rows[6]
 
 
 def leak_since_lock(trainer: Any, confined: ProjectionCallback, folder: Path) -> float:

@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -103,6 +105,68 @@ def test_a_line_cut_short_is_measured_again(n_bytes: int, tmp_path: Path) -> Non
     assert [json.loads(line)[0] for line in lines[1:]] == [*kept, "c"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace("0.30", "0.31"),  # a digit of a number
+        lambda line: line.replace('"a"', '"A"'),  # the name of another matrix
+        lambda line: "",
+        lambda line: "\x00" * len(line),
+        lambda line: "[" * 100_000,
+        lambda line: '["a", [], "0"]',
+        lambda line: '{"a": 1}',
+        lambda line: "7",
+    ],
+)
+def test_a_damaged_line_is_measured_again(
+    damage: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Not lost with those behind it, and never taken over as it is."""
+    out = tmp_path / "t.csv"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(out)
+    path = tables.partial_path(out)
+    lines = path.read_text().splitlines()
+    lines[1] = damage(lines[1])
+    path.write_text("\n".join(lines) + "\n")
+    assert tables.finished(out, WHAT) == {"b"}
+    with tables.growing(out, WHAT, resume=True) as partial:
+        assert list(partial.done) == ["b"]
+        partial.add("a", [{"nss": 0.5}])
+    with tables.growing(out, WHAT, resume=True) as partial:
+        assert list(partial.done) == ["b", "a"]
+        assert partial.done["a"] == [{"nss": 0.5}]
+
+
+def test_a_table_whose_process_was_killed_at_the_end_is_finished(
+    tmp_path: Path,
+) -> None:
+    """Between the table's new name and its partial file's end."""
+    out = tmp_path / "t.csv"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(out)
+    out.write_text("whole")
+    with pytest.raises(ValueError, match="exists, expected a new file"):
+        tables.check_output(out, force=False)
+    tables.check_output(out, force=False, resume=True)
+    tables.finish(out, TABLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_no_lock_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(locks))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(tmp_path / "t.csv")
+    with tables.growing(tmp_path / "t.csv", WHAT, resume=True):
+        assert len([*locks.iterdir()]) == 1
+    assert not [*locks.iterdir()]
+
+
 def test_another_measurement_is_not_gone_on_from(tmp_path: Path) -> None:
     out = tmp_path / "t.csv"
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +180,7 @@ def test_another_measurement_is_not_gone_on_from(tmp_path: Path) -> None:
     assert tables.partial_path(out).read_bytes() == before
     tables.partial_path(out).write_text("not json\n")
     with (
-        pytest.raises(ValueError, match="of another measurement"),
+        pytest.raises(ValueError, match="does not begin with what is measured"),
         tables.growing(out, WHAT, resume=True),
     ):
         pass

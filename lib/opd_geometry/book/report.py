@@ -36,6 +36,7 @@ from opd_geometry.geometry.readings import (
     ONE_SIDE,
     against_null,
     in_layers,
+    of_language,
     with_shape_nulls,
 )
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
@@ -236,7 +237,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has the role {visible(', '.join(unknown))}, expected some of "
             f"{', '.join(ROLE_ORDER)}; measure again"
         )
-    return table
+    return of_language(table)
 
 
 def _numbers(column: pd.Series, path: Path) -> pd.Series:
@@ -762,6 +763,9 @@ def _overview(pair: _Pair) -> Section:
             f"{refused} of {len(wide)} matrices have no sparsity and count for "
             "nothing: their notes below say why."
         )
+    if {"stratum", "stratum_size"} <= set(wide):
+        n = int(wide.drop_duplicates("stratum")["stratum_size"].sum())
+        texts.append(f"A sample of {len(wide)} of {n} matrices, by role and depth.")
     infinite = pair.table.attrs.get(INFINITE)
     if infinite:
         texts.append(

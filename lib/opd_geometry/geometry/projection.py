@@ -6,13 +6,19 @@ Two forms that plain SGD cannot tell apart and Adam can:
   optimizer then makes of g may leave the subspace: Adam divides entry by entry, and
   weight decay pulls on the whole matrix.
 - of the update: W <- W_old + (W_new - W_old) V V^T after the step. It stays inside,
-  whatever the optimizer did, up to the rounding of the stored weights.
+  whatever the optimizer did, up to the rounding of the stored weights. Weights in 16
+  bits would add up one rounding a step, so they are W = W_lock + C V^T, rounded from
+  float32 coefficients C every time.
+
+A parameter is a matrix (n_rows, n_cols), rows being outputs; one that is stored the
+other way round is named as transposed; or a stack (n, n_rows, n_cols) with a basis for
+each slice. A slice whose basis is zero is free.
 
 Hooks are no part of a state_dict: attach them again to an optimizer that is rebuilt.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,9 +35,16 @@ from opd_geometry.geometry.spectra import (
 
 @dataclass(frozen=True)
 class ProjectionHandle:
-    """What project_gradients and project_updates return; remove() takes them off."""
+    """What project_gradients and project_updates return; remove() takes them off.
+
+    Attributes:
+        hooks: on the optimizer.
+        locks: of weights in 16 bits, by parameter: W_lock and C (..., n_rows, k), of
+            which the weights are made. To go on after a restart, hand them over.
+    """
 
     hooks: tuple[RemovableHandle, ...]
+    locks: dict[Tensor, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def remove(self) -> None:
         """Let the optimizer step freely again. A second call does nothing."""
@@ -45,11 +58,11 @@ def project(matrix: Tensor, v: Tensor) -> Tensor:
     M V V^T
 
     Args:
-        matrix: (n_rows, n_cols) float.
-        v: (n_cols, k), orthonormal columns, of the same dtype.
+        matrix: (..., n_rows, n_cols) float.
+        v: (..., n_cols, k), orthonormal columns, of the same dtype.
 
     Returns:
-        (n_rows, n_cols), in the units of the matrix, of rank at most k.
+        (..., n_rows, n_cols), in the units of the matrix, of rank at most k.
 
     Source: arXiv:2606.07082 Fig. 6 (rank-16 projected training).
 
@@ -60,7 +73,9 @@ def project(matrix: Tensor, v: Tensor) -> Tensor:
 
 
 def project_gradients(
-    optimizer: Optimizer, bases: Mapping[Tensor, Tensor]
+    optimizer: Optimizer,
+    bases: Mapping[Tensor, Tensor],
+    transposed: Collection[Tensor] = (),
 ) -> ProjectionHandle:
     """Project gradients at every step, before the optimizer sees them.
 
@@ -70,8 +85,9 @@ def project_gradients(
 
     Args:
         optimizer: any torch optimizer, or Accelerate's wrapper of one.
-        bases: parameter (n_rows, n_cols) -> V (n_cols, k) with orthonormal columns,
-            any float dtype. Parameters without an entry train freely.
+        bases: parameter (..., n_rows, n_cols) -> V (..., n_cols, k) with orthonormal
+            columns, any float dtype. Parameters without an entry train freely.
+        transposed: those of them that are stored as (..., n_cols, n_rows).
 
     Returns:
         Handle whose remove() ends the projection.
@@ -85,7 +101,7 @@ def project_gradients(
         leaked_energy says by how much.
     """
     inner = _unwrapped(optimizer)
-    ready = _ready_bases(inner, bases)
+    ready = _ready_bases(inner, bases, transposed)
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
         if any(callable(a) for a in (*args[1:], *kwargs.values())):
@@ -93,11 +109,10 @@ def project_gradients(
                 "optimizer.step was given a closure: expected gradients to be ready; "
                 "call backward first, or use project_updates"
             )
-        for parameter, v in ready.items():
+        for parameter, basis in ready.items():
             if parameter.grad is not None:
-                # the model may have moved to another device since
-                inside = project(parameter.grad.to(v.dtype), v.to(parameter.device))
-                parameter.grad.copy_(inside)
+                grad = basis.oriented(parameter.grad)
+                grad.copy_(basis.inside(grad.to(basis.v.dtype)))
 
     return ProjectionHandle(
         (inner.register_step_pre_hook(torch.no_grad()(before_step)),)
@@ -105,17 +120,24 @@ def project_gradients(
 
 
 def project_updates(
-    optimizer: Optimizer, bases: Mapping[Tensor, Tensor]
+    optimizer: Optimizer,
+    bases: Mapping[Tensor, Tensor],
+    transposed: Collection[Tensor] = (),
+    locks: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None,
 ) -> ProjectionHandle:
     """Project the change that every step makes to the weights, weight decay included.
 
-    W_new <- W_old + (W_new - W_old) V V^T
+    W_new <- W_old + (W_new - W_old) V V^T, in 16 bits
+    C <- C + (W_new - W_old) V, W_new <- round(W_lock + C V^T)
 
-    Between the two hooks of a step one copy of the projected weights is held.
+    Between the two hooks of a step one copy of the projected weights is held; of
+    weights in 16 bits W_lock as well.
 
     Args:
         optimizer: any torch optimizer, or Accelerate's wrapper of one.
-        bases: as for project_gradients.
+        bases, transposed: as for project_gradients.
+        locks: W_lock and C of an earlier handle, for weights in 16 bits; where there
+            is none the weights are W_lock as they are now.
 
     Returns:
         Handle whose remove() ends the projection.
@@ -127,24 +149,83 @@ def project_updates(
     Source: a control of this project; the paper projects gradients only.
     """
     inner = _unwrapped(optimizer)
-    ready = _ready_bases(inner, bases)
+    ready = _ready_bases(inner, bases, transposed)
+    held = {
+        p: _lock(p, basis, (locks or {}).get(p))
+        for p, basis in ready.items()
+        if p.dtype.itemsize < 4
+    }
     w_before: dict[Tensor, Tensor] = {}
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
         w_before.update((p, p.detach().clone()) for p in ready)
 
     def after_step(_: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        for parameter, v in ready.items():
-            start = w_before.pop(parameter).to(v.dtype)
-            delta = parameter.to(v.dtype) - start
-            parameter.copy_(start + project(delta, v.to(parameter.device)))
+        for parameter, basis in ready.items():
+            w = basis.oriented(parameter)
+            start = basis.oriented(w_before.pop(parameter)).to(basis.v.dtype)
+            delta = w.to(basis.v.dtype) - start
+            if parameter in held:
+                w.copy_(_from_lock(basis, w, delta, *held[parameter]))
+            else:
+                w.copy_(start + basis.inside(delta))
 
     return ProjectionHandle(
         (
             inner.register_step_pre_hook(torch.no_grad()(before_step)),
             inner.register_step_post_hook(torch.no_grad()(after_step)),
-        )
+        ),
+        held,
     )
+
+
+@dataclass
+class _Basis:
+    """V beside its parameter, in float32 or better."""
+
+    v: Tensor
+    transposed: bool
+    free: Tensor | None  # (n, 1, 1): which slices of a stack have no basis
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """The parameter, or its gradient, with outputs as rows."""
+        if self.v.device != tensor.device:  # the model may have moved since
+            self.v = self.v.to(tensor.device)
+            self.free = None if self.free is None else self.free.to(tensor.device)
+        return tensor.mT if self.transposed else tensor
+
+    def inside(self, change: Tensor) -> Tensor:
+        """What of a change stays."""
+        kept = project(change, self.v)
+        return kept if self.free is None else torch.where(self.free, change, kept)
+
+
+def _lock(
+    parameter: Tensor, basis: _Basis, earlier: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """W_lock, stored as the parameter is, and coefficients, zero at the lock."""
+    n_rows = basis.oriented(parameter.detach()).shape[:-1]
+    zeros = torch.zeros(
+        (*n_rows, basis.v.shape[-1]), dtype=basis.v.dtype, device=parameter.device
+    )
+    if earlier is None:
+        return parameter.detach().clone(), zeros
+    return (
+        torch.empty_like(parameter).copy_(earlier[0]).detach(),
+        zeros.copy_(earlier[1]),
+    )
+
+
+def _from_lock(
+    basis: _Basis, w: Tensor, delta: Tensor, w_lock: Tensor, coefficients: Tensor
+) -> Tensor:
+    """W_lock + C V^T after a change of the weights, in the basis' dtype."""
+    coefficients += delta @ basis.v
+    lock = basis.oriented(w_lock).to(basis.v.dtype)
+    inside = lock + coefficients @ basis.v.mT
+    if basis.free is None:
+        return inside
+    return torch.where(basis.free, w.to(basis.v.dtype), inside)
 
 
 def leaked_energy(delta: Tensor, v: Tensor) -> float:
@@ -153,8 +234,9 @@ def leaked_energy(delta: Tensor, v: Tensor) -> float:
     ||dW - dW V V^T||_F^2 / ||dW||_F^2
 
     Args:
-        delta: (n_rows, n_cols), any float dtype; computed in float64.
-        v: (n_cols, k), orthonormal columns.
+        delta: (n_rows, n_cols), any float dtype; computed in float64. Or a stack of
+            such, (n, n_rows, n_cols), whose energies are added up.
+        v: (n_cols, k), orthonormal columns; of a stack (n, n_cols, k).
 
     Returns:
         Share in [0, 1]; about 1 - k / n_cols when V has nothing to do with delta.
@@ -167,8 +249,13 @@ def leaked_energy(delta: Tensor, v: Tensor) -> float:
     >>> leaked_energy(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     0.64
     """
-    change = finite_matrix(delta, "delta")
-    basis = _orthonormal_basis(v, change.shape[1])
+    if delta.ndim == 3 and v.ndim == 3 and len(delta) == len(v):
+        slices = [finite_matrix(one, "delta") for one in delta]
+        bases = [_orthonormal_basis(one, delta.shape[2]) for one in v]
+        change, basis = torch.stack(slices), torch.stack(bases)
+    else:
+        change = finite_matrix(delta, "delta")
+        basis = _orthonormal_basis(v, change.shape[1])
     # Scaled first: the squares of tiny updates would underflow.
     largest = change.abs().max()
     if largest == 0:
@@ -214,24 +301,47 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 
 def _ready_bases(
-    optimizer: Optimizer, bases: Mapping[Tensor, Tensor]
-) -> dict[Tensor, Tensor]:
+    optimizer: Optimizer,
+    bases: Mapping[Tensor, Tensor],
+    transposed: Collection[Tensor],
+) -> dict[Tensor, _Basis]:
     """Bases checked and moved to their parameters, in float32 or better."""
     if not bases:
         raise ValueError("bases are empty: expected a basis for at least one parameter")
     owned = {p for group in optimizer.param_groups for p in group["params"]}
+    turned = {id(p) for p in transposed}
     ready = {}
     for parameter, v in bases.items():
-        if parameter.ndim != 2 or parameter not in owned:
+        if parameter.ndim not in (2, 3) or parameter not in owned:
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)}, "
                 f"{'' if parameter in owned else 'not '}the optimizer's: expected a "
-                "matrix that it steps; give bases for its 2-D weights only"
+                "matrix that it steps; give bases for its 2-D weights and stacks only"
             )
-        basis = _orthonormal_basis(v, parameter.shape[1])
+        is_turned = id(parameter) in turned
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        ready[parameter] = basis.to(parameter.device, dtype)
+        basis, free = _checked(parameter.mT if is_turned else parameter, v)
+        ready[parameter] = _Basis(basis.to(parameter.device, dtype), is_turned, free)
     return ready
+
+
+def _checked(parameter: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Float64 basis, and which slices of a stack are free."""
+    if parameter.ndim == 2:
+        return _orthonormal_basis(v, parameter.shape[1]), None
+    if v.ndim != 3 or len(v) != len(parameter):
+        raise ValueError(
+            f"v of shape {tuple(v.shape)} for a stack of {tuple(parameter.shape)}: "
+            "expected one basis a slice, (n, n_cols, k)"
+        )
+    free = ~v.bool().flatten(1).any(1)
+    basis = torch.stack(
+        [
+            one.double() if is_free else _orthonormal_basis(one, parameter.shape[2])
+            for one, is_free in zip(v.cpu(), free.cpu(), strict=True)
+        ]
+    )
+    return basis, free[:, None, None].to(parameter.device) if free.any() else None
 
 
 def _orthonormal_basis(v: Tensor, n_cols: int) -> Tensor:

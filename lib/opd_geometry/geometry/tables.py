@@ -49,7 +49,9 @@ def check_output(
         )
     if out.is_dir():
         raise ValueError(f"{out} is a directory, expected a file; rename it")
-    if out.exists() and not force:
+    # A process may be killed between the table's last line and its partial file's end.
+    finishes = resume and partial_path(out).is_file()
+    if out.exists() and not force and not finishes:
         raise ValueError(
             f"{out} exists, expected a new file; pass --force to replace it"
         )
@@ -66,10 +68,10 @@ def partial_path(out: Path) -> Path:
 
 
 class Partial:
-    """Finished rows of a table in the making, one JSON line an item.
+    """Finished rows of a table in the making, one JSON line an item with its digest.
 
     The first line describes what is measured; only rows of the same description are
-    gone on from.
+    gone on from, and of these only lines that are as they were written.
     """
 
     def __init__(self, file: TextIO, done: dict[str, list[Row]]) -> None:
@@ -78,7 +80,7 @@ class Partial:
 
     def add(self, item: str, rows: list[Row]) -> None:
         """Keep an item's rows; they are on disk when this returns."""
-        self._file.write(json.dumps([item, rows]) + "\n")
+        self._file.write(_line(item, rows))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done[item] = rows
@@ -106,13 +108,29 @@ def growing(
             file = path.open("a+", encoding="ascii", errors="surrogateescape")
         with file:
             file.seek(0)
-            done, end = _kept(path, file.read(), description) if resume else ({}, 0)
+            text = file.read()
+            done = _kept(path, text, description) if resume else {}
             with clear_write_errors(out, REMEDY):
-                # A line that was cut short by a kill must not be written behind.
-                file.truncate(end)
-                file.write("\n" if end else json.dumps(dict(description)) + "\n")
-                file.flush()
-            yield Partial(file, done)
+                lines = "".join(_line(item, rows) for item, rows in done.items())
+                whole = json.dumps(dict(description)) + "\n" + lines
+                if text != whole:
+                    # Nothing may be written behind a line that is cut short or damaged;
+                    # until the new file is whole, the old one stands.
+                    with replacing(path) as draft:
+                        draft.write_text(whole, encoding="ascii")
+                    file.close()
+                    file = path.open("a", encoding="ascii")
+            with file:
+                yield Partial(file, done)
+
+
+def _line(item: str, rows: list[Row]) -> str:
+    """A finished item as it is kept."""
+    return json.dumps([item, rows, _digest(item, rows)]) + "\n"
+
+
+def _digest(item: str, rows: list[Row]) -> str:
+    return hashlib.sha256(json.dumps([item, rows]).encode()).hexdigest()[:16]
 
 
 def finished(out: Path, description: Mapping[str, Any]) -> set[str]:
@@ -125,15 +143,15 @@ def finished(out: Path, description: Mapping[str, Any]) -> set[str]:
     if not path.exists():
         return set()
     with path.open(encoding="ascii", errors="surrogateescape") as file:
-        return {*_kept(path, file.read(), description)[0]}
+        return {*_kept(path, file.read(), description)}
 
 
 @contextmanager
 def _sole_writer(path: Path) -> Iterator[None]:
     """Keep a partial table from all other processes of this machine.
 
-    The lock lies with the temporary files: it outlives its use, and nobody wants it
-    beside a table.
+    The lock lies with the temporary files, and goes while it is held: who opened it
+    before sees that it has no name any more, and tries again.
 
     Raises:
         ValueError: another process is writing it.
@@ -142,7 +160,10 @@ def _sole_writer(path: Path) -> Iterator[None]:
     lock = Path(tempfile.gettempdir()) / f"opd-geometry-{name}.lock"
     try:
         with FileLock(lock, timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout as error:
         raise ValueError(
             f"{path} is being written by another process, expected this one alone; "
@@ -152,34 +173,38 @@ def _sole_writer(path: Path) -> Iterator[None]:
 
 def _kept(
     path: Path, text: str, description: Mapping[str, Any]
-) -> tuple[dict[str, list[Row]], int]:
-    """Rows of an interrupted table, and the length of its whole lines, less the end."""
+) -> dict[str, list[Row]]:
+    """Rows of an interrupted table, of all lines that are as they were written."""
     if not text:  # killed before the first line
-        return {}, 0
+        return {}
     first, *rest = text.split("\n")
     try:
         earlier = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         earlier = None
-    if earlier != json.loads(json.dumps(dict(description))):
-        names = sorted(
-            name
-            for name in description
-            if not isinstance(earlier, dict) or earlier.get(name) != description[name]
-        )
+    if not isinstance(earlier, dict):
         raise ValueError(
-            f"{path} is of another measurement (it differs in {', '.join(names)}), "
+            f"{path} does not begin with what is measured, expected it in the first "
+            "line; start anew with --force"
+        )
+    expected = json.loads(json.dumps(dict(description)))
+    if earlier != expected:
+        names = {*earlier, *expected}
+        differ = sorted(n for n in names if earlier.get(n) != expected.get(n))
+        raise ValueError(
+            f"{path} is of another measurement (it differs in {', '.join(differ)}), "
             "expected the same checkpoints and options; start anew with --force"
         )
-    done, end = {}, len(first)
+    done: dict[str, list[Row]] = {}
     for line in rest:
         try:
-            item, rows = json.loads(line)
-        except ValueError:  # the end of the file, or a line cut short
-            break
-        done[item] = rows
-        end += 1 + len(line)
-    return done, end
+            item, rows, digest = json.loads(line)
+            sound = digest == _digest(item, rows)
+        except (ValueError, TypeError, RecursionError):
+            continue  # cut short by a kill, or damaged: it is measured anew
+        if sound:
+            done[item] = rows
+    return done
 
 
 def finish(out: Path, table: pd.DataFrame) -> None:

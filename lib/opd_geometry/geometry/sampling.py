@@ -1,0 +1,174 @@
+"""Some matrices for all: a sample by role and depth, and means with their intervals.
+
+The matrices of a role, in the order of their layers, are cut into blocks of neighbours,
+and two of each block are drawn. So every role and every depth is there, and how far the
+two of a block lie apart says how well the mean is known.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from opd_geometry.geometry.pairs import COLUMNS, METRICS, Plan
+from opd_geometry.geometry.readings import student
+
+EACH = 2  # matrices drawn of a block: the fewest that show a spread
+STRATA = ("stratum", "stratum_size", "stratum_drawn")
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """A block of neighbours of one role: their places, and how many are drawn."""
+
+    members: tuple[int, ...]
+    drawn: int
+
+
+def strata(roles: Sequence[str], layers: Sequence[int], n: int) -> list[Stratum]:
+    """Blocks of a role's neighbours, as many as n matrices allow.
+
+    Args:
+        roles, layers: of every matrix.
+        n: matrices to be drawn in all.
+
+    Returns:
+        Strata that hold every matrix once. A role of up to two is drawn whole; of any
+        other, two a block are, and blocks go to the roles by their numbers.
+
+    Raises:
+        ValueError: n is too small for two of every role.
+    """
+    groups: dict[str, list[int]] = {}
+    for place in sorted(range(len(roles)), key=lambda i: (layers[i], i)):
+        groups.setdefault(roles[place], []).append(place)
+    if n >= len(roles):
+        return [Stratum(tuple(group), len(group)) for group in groups.values()]
+    least = sum(min(EACH, len(group)) for group in groups.values())
+    if n < least:
+        raise ValueError(
+            f"a sample of {n}, expected at least {least}: two of each role "
+            f"({', '.join(groups)}); raise --sample or choose --roles"
+        )
+    large = {role: group for role, group in groups.items() if len(group) > EACH}
+    left = n - sum(len(group) for role, group in groups.items() if role not in large)
+    blocks = _shares({role: len(group) for role, group in large.items()}, left // EACH)
+    found = []
+    for role, group in groups.items():
+        if role not in large:
+            found.append(Stratum(tuple(group), len(group)))
+            continue
+        parts = np.array_split(np.array(group), blocks[role])
+        found += [Stratum(tuple(map(int, part)), EACH) for part in parts]
+    return found
+
+
+def _shares(sizes: dict[str, int], blocks: int) -> dict[str, int]:
+    """Blocks of each role: one, and the rest where a block is largest; two in each."""
+    shares = dict.fromkeys(sizes, 1)
+    for _ in range(blocks - len(sizes)):
+        open_roles = [r for r in sizes if sizes[r] >= EACH * (shares[r] + 1)]
+        if not open_roles:
+            break
+        shares[max(open_roles, key=lambda r: sizes[r] / shares[r])] += 1
+    return shares
+
+
+def draw(found: Sequence[Stratum], seed: int) -> Iterator[tuple[int, int]]:
+    """(stratum, member) of every matrix that is drawn, without replacement."""
+    generator = np.random.default_rng(seed)
+    for number, stratum in enumerate(found):
+        chosen = generator.choice(len(stratum.members), stratum.drawn, replace=False)
+        for place in sorted(chosen):
+            yield number, stratum.members[place]
+
+
+def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
+    """A plan of some of its matrices, and what each of them stands for.
+
+    Args:
+        plan: of `plan_pair`.
+        n: matrices.
+        seed: of the draw.
+
+    Returns:
+        The smaller plan, and by matrix the columns `STRATA`: the number of its stratum,
+        how many matrices that holds and how many of them are drawn.
+
+    Raises:
+        ValueError: as `strata`.
+    """
+    sources = [task.pair.before for task in plan.tasks]
+    found = strata([s.role for s in sources], [s.layer for s in sources], n)
+    chosen = {place: number for number, place in draw(found, seed)}
+    rows = {
+        plan.tasks[place].name: (
+            number,
+            len(found[number].members),
+            found[number].drawn,
+        )
+        for place, number in chosen.items()
+    }
+    tasks = [plan.tasks[place] for place in sorted(chosen)]
+    description = {**plan.description, "sample": n, "sample_seed": seed}
+    smaller = replace(plan, tasks=tasks, description=description)
+    return smaller, pd.DataFrame.from_dict(rows, orient="index", columns=[*STRATA])
+
+
+def estimates(table: pd.DataFrame, design: pd.DataFrame) -> pd.DataFrame:
+    """Means over all matrices from a sample of them, with 95 % intervals by the design.
+
+    R = sum_h (M_h / m_h) sum_i y_hi / the same of x_hi, where x is 1 for a matrix that
+    has the metric (its entries, for sparsity and density) and y is x times the metric
+
+    var R = sum_h M_h^2 (1 - m_h / M_h) s_h^2 / m_h / X^2, s_h of y - R x in stratum h
+
+    Args:
+        table: of the sampled plan.
+        design: of `sampled`.
+
+    Returns:
+        A metric a row: mean, half_width (Student's, with Satterthwaite's degrees of
+        freedom; 0 where every matrix was measured), low and high.
+
+    Source: Cochran (1977), chapters 5 and 6: stratified samples and ratio estimates.
+    """
+    joined = table.merge(design, left_on="matrix", right_index=True)
+    names = [
+        name
+        for name in COLUMNS
+        if name.removeprefix("null_") in METRICS and joined[name].notna().any()
+    ]
+    rows = {name: _estimate(joined, name) for name in names}
+    columns = ["mean", "half_width"]
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return found.assign(
+        low=found["mean"] - found["half_width"],
+        high=found["mean"] + found["half_width"],
+    )
+
+
+def _estimate(joined: pd.DataFrame, name: str) -> tuple[float, float]:
+    values = joined[name].to_numpy(float)
+    x = np.isfinite(values).astype(float)
+    if name.endswith(("sparsity_bf16", "density")):
+        x *= joined["rows"].to_numpy(float) * joined["cols"].to_numpy(float)
+    y = x * np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    size, drawn = (joined[column].to_numpy(float) for column in STRATA[1:])
+    total = float((size / drawn * x).sum())
+    mean = float((size / drawn * y).sum()) / total
+    residual = y - mean * x
+    variances = []
+    for _, part in joined.groupby("stratum").indices.items():
+        held, taken = size[part][0], drawn[part][0]
+        if held > taken:
+            spread = float(np.var(residual[part], ddof=1))
+            parts = held**2 * (1 - taken / held) * spread / taken / total**2
+            variances.append((parts, len(part) - 1))
+    square = sum(variance for variance, _ in variances)
+    if square == 0.0:
+        return mean, 0.0
+    degrees = square**2 / sum(v**2 / d for v, d in variances)
+    return mean, student(max(1, math.floor(degrees))) * math.sqrt(square)

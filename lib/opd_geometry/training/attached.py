@@ -1,0 +1,348 @@
+"""What hangs on other people's trainers: their model, their checkpoints, W_0.
+
+Nothing of the trainer is assumed beyond what it documents: its model, ``train``,
+``save_model``, the events of a callback.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import get_last_checkpoint
+
+from opd_geometry.geometry.checkpoints import Matrix
+from opd_geometry.geometry.live import Start, watched
+
+Matrices = dict[str, tuple[Matrix, Tensor]]
+
+
+# --- the model -----------------------------------------------------------------------
+
+
+def inner_model(model: Any) -> nn.Module:
+    """The model inside what accelerate or torch.compile wrapped around it."""
+    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters by name; a tied one once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def stored_turned(model: nn.Module) -> set[str]:
+    """Names of the weights that are stored as (in, out): those of GPT-2's Conv1D."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D)
+    }
+
+
+def watched_matrices(
+    model: nn.Module,
+    roles: Collection[str] | None,
+    max_layers: int | None = None,
+    names: Collection[str] | None = None,
+) -> Matrices:
+    """The matrices of a model to look at, outputs as rows.
+
+    Args:
+        model: as of `inner_model`.
+        roles, max_layers: as of `watched`.
+        names: only what lies in these parameters; None for all that are trained now.
+
+    Raises:
+        ValueError: as `watched`.
+    """
+    tensors = dict(model.named_parameters())
+    if names is None:
+        names = trained(model).keys()
+    config: Any = getattr(model, "config", None)
+    content = config.to_dict() if hasattr(config, "to_dict") else {}
+    found = watched({n: tensors[n] for n in names}, content, roles, max_layers)
+    turned = stored_turned(model)
+    return {
+        name: _turned(matrix, tensor) if name in turned else (matrix, tensor)
+        for name, (matrix, tensor) in found.items()
+    }
+
+
+def _turned(matrix: Matrix, tensor: Tensor) -> tuple[Matrix, Tensor]:
+    if tensor.stride(-1) != 1:  # it is turned already
+        return matrix, tensor
+    n_in, n_out = tensor.shape
+    whole = Matrix(matrix.name, matrix.role, matrix.layer, (n_out, n_in), matrix.dtype)
+    return whole, tensor.T
+
+
+def origin_model(model: nn.Module, source: str | Path) -> nn.Module:
+    """The model as a checkpoint has it, under the names that it has in memory.
+
+    Args:
+        model: of the class and in the dtype that are wanted.
+        source: a checkpoint of transformers.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it lacks weights of the model.
+    """
+    if not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source} does not exist, expected the checkpoint that training began with"
+        )
+    dtype = next(iter(model.parameters())).dtype
+    loader: Any = type(model)
+    try:
+        loaded, said = loader.from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{source} cannot be read ({' '.join(str(error).split())[:200]}), expected "
+            "the checkpoint that training began with"
+        ) from error
+    lacking = sorted([*said["missing_keys"], *(m[0] for m in said["mismatched_keys"])])
+    if lacking:
+        raise ValueError(
+            f"{source} has no {lacking[0]} that fits the model, expected the "
+            "checkpoint that training began with"
+        )
+    kept = trained(model)
+    for name, p in loaded.named_parameters():
+        p.requires_grad_(name in kept)
+    return inner_model(loaded)
+
+
+# --- what is said --------------------------------------------------------------------
+
+
+class Once:
+    """Warnings that are given once each."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def __call__(self, subject: str, line: str) -> None:
+        """Warn, unless something was said of this subject."""
+        if subject not in self.said:
+            self.said.add(subject)
+            warnings.warn(line, stacklevel=3)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more there are.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    names = list(names)
+    rest = len(names) - most
+    shown = ", ".join(names[:most])
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+# --- checkpoints ---------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Where a trainer saves to and resumes from, and files of ours in there.
+
+    A file is written as soon as the weights are, before any upload starts, and read
+    from the checkpoint that is resumed, wherever it lies.
+
+    Args:
+        trainer: whose.
+        kind: of the callback; part of the file's name.
+        content: tensors to store now, and what to say of them.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        kind: str,
+        content: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+    ) -> None:
+        self.trainer, self.name = trainer, f"opd_geometry_{kind}.safetensors"
+        self.content = content
+        self.resumed: Path | None = None
+        save, train = trainer.save_model, trainer.train
+
+        def save_model(*arguments: Any, **named: Any) -> None:
+            save(*arguments, **named)
+            folder = arguments[0] if arguments else named.get("output_dir")
+            if named.get("_internal_call") and folder is not None:
+                self.write(Path(folder))
+
+        def train_from(
+            resume_from_checkpoint: Any = None, *arguments: Any, **named: Any
+        ) -> Any:
+            self.resumed = _checkpoint(resume_from_checkpoint, trainer.args)
+            return train(resume_from_checkpoint, *arguments, **named)
+
+        patched: Any = trainer
+        patched.save_model, patched.train = save_model, train_from
+
+    def write(self, folder: Path) -> None:
+        """Store the file in a checkpoint; only the first process does."""
+        if not self.trainer.args.should_save or not folder.is_dir():
+            return
+        tensors, said = self.content()
+        draft = folder / f".{self.name}"
+        owned = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(owned, draft, {name: json.dumps(v) for name, v in said.items()})
+        os.replace(draft, folder / self.name)
+
+    def place(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The file of the checkpoint that is resumed."""
+        usual = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        return (self.resumed or usual) / self.name
+
+    def read(self, place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What was stored, by group and name, and what was said of it.
+
+        The first process reads for all.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged.
+        """
+
+        def read() -> Any:
+            return _read(place)
+
+        return for_all(self.trainer, read)
+
+
+def _checkpoint(asked: Any, args: TrainingArguments) -> Path | None:
+    if asked is True:
+        asked = get_last_checkpoint(args.output_dir) if args.output_dir else None
+    return Path(asked) if asked else None
+
+
+def for_all(trainer: Trainer, work: Callable[[], Any]) -> Any:
+    """What the first process finds out, in all processes; its errors, too."""
+    outcome: list[Any] = [None, None]
+    if trainer.args.process_index == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # raised in every process below, or all would wait
+            outcome[1] = error
+    if trainer.args.world_size > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    if not place.is_file():
+        raise FileNotFoundError(f"{place} is missing")
+    groups: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(str(place), framework="pt") as stored:
+            said = {k: json.loads(v) for k, v in stored.metadata().items()}
+            if "w_before" not in said:
+                raise ValueError("it does not say what it was stored for")
+            for key in stored.keys():  # noqa: SIM118, this is no dictionary
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = stored.get_tensor(key)
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place} is damaged, expected what this callback stored; resume from an "
+            "earlier checkpoint"
+        ) from error
+    return groups, said
+
+
+# --- W_0 -----------------------------------------------------------------------------
+
+
+class Origin:
+    """W_0, the weights that training began with, and of which model.
+
+    Under several processes only the first keeps it.
+
+    Args:
+        trainer: whose model.
+        matrices: of a model, those that are looked at.
+        source: checkpoint of the start; None for the weights now.
+        device: that keeps it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        matrices: Callable[[nn.Module], Matrices],
+        source: str | Path | None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.trainer, self.matrices = trainer, matrices
+        self.source, self.device = source, device
+        self.take()
+
+    def take(self) -> None:
+        """Take W_0 from the source, or else from the trainer's model as it is now."""
+        self.model = model = inner_model(self.trainer.model)
+        here = self.matrices(model)  # also refuses a model that has none
+        self.start: Start | None = None
+        self._fingerprint: dict[str, list[float]] | None = None
+        if self.trainer.args.process_index != 0:
+            return
+        if self.source is None:
+            self.start = Start(here, None, self.device)
+        elif hasattr(model, "from_pretrained"):
+            theirs = self.matrices(origin_model(model, self.source))
+            self.start = Start(theirs, None, self.device)
+        else:
+            self.start = Start(here, self.source, self.device)
+
+    @property
+    def fingerprint(self) -> dict[str, list[float]]:
+        """By what to recognise W_0, computed once; empty where it is not kept."""
+        if self._fingerprint is None:
+            self._fingerprint = self.start.fingerprint() if self.start else {}
+        return self._fingerprint
+
+    def begin(self) -> None:
+        """At the start of a training: a new model object has a W_0 of its own."""
+        if self.source is None and inner_model(self.trainer.model) is not self.model:
+            self.take()
+
+    def outside_blocks(self) -> dict[str, Tensor]:
+        """W_0 of what may have been drawn at random: heads, tokens that were added."""
+        if self.start is None:
+            return {}
+        layers = {name: m.layer for name, (m, _) in self.matrices(self.model).items()}
+        return {n: w for n, w in self.start.weights.items() if layers.get(n, -1) < 0}
+
+    def recall(
+        self, stored: Mapping[str, Tensor], fingerprint: Mapping[str, Iterable[float]]
+    ) -> None:
+        """At a resumed training: take what was stored, and refuse another W_0.
+
+        Raises:
+            ValueError: another W_0.
+        """
+        if self.start is None:
+            return
+        for name, w in stored.items():
+            if name in self.start.weights:
+                self.start.weights[name] = w.to(self.device)
+        self._fingerprint = None
+        hint = "give w_before=, the checkpoint that training began with"
+        self.start.check(fingerprint, hint)
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self.start, self._fingerprint = None, {}

@@ -1,0 +1,590 @@
+"""Confinement in transformers' own Trainer: is it there, and what is said if not?"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PrinterCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from opd_geometry.geometry.projection import leaked_energy
+from opd_geometry.geometry.spectra import subspace_similarity, top_right_subspace
+from opd_geometry.training.attached import origin_model
+from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+K, LOCK, STEPS = 3, 3, 8
+
+
+def qwen(seed: int = 0) -> Any:
+    set_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+
+
+def moe() -> Any:
+    set_seed(0)
+    experts = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts))
+
+
+def mixtral() -> Any:
+    set_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+
+
+def gpt2() -> Any:
+    set_seed(0)
+    sizes = {"vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32))
+
+
+class Data(Dataset):
+    """Random tokens."""
+
+    def __init__(self, label: bool = False) -> None:
+        self.x = torch.randint(
+            1, 32, (64, 12), generator=torch.Generator().manual_seed(1)
+        )
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": self.x[i], "labels": i % 2 if self.label else self.x[i]}
+
+
+def trainer(
+    model: Any, folder: Path, optimizer: Any = None, data: Any = None, **settings: Any
+) -> Any:
+    options = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_steps": 1,
+        "disable_tqdm": True,
+        "seed": 0,
+        "weight_decay": 0.0,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    made = Trainer(
+        model=None if callable(data) else model,
+        model_init=data if callable(data) else None,
+        args=TrainingArguments(**options),
+        eval_dataset=Data(),
+        train_dataset=Data() if data is None or callable(data) else data,
+        optimizers=(optimizer(made_for(model)) if optimizer else None, None),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def made_for(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.ndim > 1]
+
+
+def snap(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+class At(TrainerCallback):
+    """The weights after the lock's step, and which steps ran unconfined after it."""
+
+    def __init__(self, trainer: Any, confined: ProjectionCallback) -> None:
+        self.trainer, self.confined = trainer, confined
+        self.weights: dict[str, Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == LOCK:
+            self.weights = snap(self.trainer.model)
+        assert state.global_step < LOCK or self.confined.handle is not None
+
+
+def confine(model: Any, folder: Path, **options: Any) -> tuple[Any, Any, At]:
+    trainer_options = {
+        key: options.pop(key)
+        for key in ("optimizer", "data", "learning_rate", "save_strategy")
+        if key in options
+    }
+    made = trainer(model, folder, **{"save_strategy": "no"} | trainer_options)
+    confined = ProjectionCallback(made, lock_at=LOCK, k=K, **options)
+    made.add_callback(confined)
+    at = At(made, confined)
+    made.add_callback(at)
+    return made, confined, at
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    return [row for row in trainer.state.log_history if "projection/confined" in row]
+
+
+def leaks(model: Any, at: At, confined: ProjectionCallback) -> dict[str, float]:
+    now = snap(model)
+    return {
+        name: leaked_energy(now[name].double() - at.weights[name].double(), v)
+        for name, v in confined.bases.items()
+        if (now[name] != at.weights[name]).any()
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_saved_weights_stay_inside_up_to_one_rounding(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = qwen().to(dtype)
+    made, confined, at = confine(model, tmp_path, form="update")
+    made.train()
+    found = leaks(model, at, confined)
+    mean = sum(found.values()) / len(found)
+    assert logged(made)[-1]["projection/leak"] == pytest.approx(mean, rel=1e-9)
+    assert mean < {2: 0.02, 4: 1e-9}[dtype.itemsize]
+    for name, v in confined.bases.items():
+        assert v.shape == (model.state_dict()[name].shape[1], K)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_roundings_of_16_bits_do_not_add_up(tmp_path: Path) -> None:
+    """One rounding a step would leak some tens of per cent by then."""
+    shares = []
+    for steps in (STEPS, 6 * STEPS):
+        made = trainer(qwen().bfloat16(), tmp_path, save_strategy="no", max_steps=steps)
+        confined = ProjectionCallback(made, lock_at=LOCK, k=K, form="update")
+        made.add_callback(confined)
+        made.train()
+        shares.append(logged(made)[-1]["projection/leak"])
+    assert shares[1] < shares[0]
+
+
+def test_weights_in_16_bits_that_leak_are_said_so(tmp_path: Path) -> None:
+    made, _, _ = confine(qwen().bfloat16(), tmp_path, form="update", learning_rate=1e-4)
+    with pytest.warns(UserWarning, match="by the rounding of weights in 16 bits; to"):
+        made.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [moe, mixtral])
+def test_experts_are_confined_slice_by_slice(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = make()
+    start = snap(model)
+    made, confined, at = confine(model, tmp_path, form="update")
+    made.train()
+    stacks = [n for n, p in model.named_parameters() if p.ndim == 3]
+    assert len(stacks) == 4
+    assert set(stacks) <= set(confined.bases)
+    assert max(leaks(model, at, confined).values()) < 1e-8
+    name = stacks[0]
+    for i, v in enumerate(confined.bases[name]):
+        moved = at.weights[name][i].double() - start[name][i].double()
+        exact = top_right_subspace(moved, K)
+        assert subspace_similarity(v, exact) == pytest.approx(1, abs=1e-5)
+    assert logged(made)[-1]["projection/confined"] > 0.98
+
+
+def test_an_expert_that_has_not_moved_is_free_and_named(tmp_path: Path) -> None:
+    model = moe()
+    silent = [n for n, p in model.named_parameters() if p.ndim == 3]
+
+    def hush(grad: Tensor) -> Tensor:
+        kept = grad.clone()
+        kept[1] = 0.0
+        return kept
+
+    for name in silent:
+        model.get_parameter(name).register_hook(hush)
+    made, confined, _ = confine(model, tmp_path, form="update")
+    with pytest.warns(UserWarning, match=r"are free, .* directions: .*experts\."):
+        made.train()
+    assert not confined.bases[silent[0]][1].any()
+    assert confined.bases[silent[0]][0].any()
+    share = sum(model.get_parameter(n).numel() / 4 for n in silent)
+    share /= sum(p.numel() for p in model.parameters())
+    assert logged(made)[-1]["projection/free"] == pytest.approx(share)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_conv1d_is_confined_on_the_input_side(tmp_path: Path) -> None:
+    model = gpt2()
+    start = snap(model)
+    made, confined, at = confine(model, tmp_path, form="update")
+    made.train()
+    for name in ("mlp.c_fc", "attn.c_proj"):  # one of them is square
+        key = f"transformer.h.0.{name}.weight"
+        moved = (at.weights[key] - start[key]).double().T
+        later = (snap(model)[key] - at.weights[key]).double().T
+        assert leaked_energy(later, top_right_subspace(moved, K)) < 1e-9
+        assert leaked_energy(later, confined.bases[key]) < 1e-9
+    shared = (
+        snap(model)["transformer.wte.weight"] - at.weights["transformer.wte.weight"]
+    )
+    assert leaked_energy(shared, confined.bases["transformer.wte.weight"]) < 1e-9
+    watch = GeometryCallback(trainer(gpt2(), tmp_path), roles=None)
+    shapes = {m.name: m.shape for m, _ in watch._matrices(watch.origin.model).values()}
+    assert shapes["transformer.h.0.mlp.c_fc.weight"] == (128, 32)
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(qwen(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"adapters are trained .*lora_A.*; merge"):
+        ProjectionCallback(trainer(adapted, tmp_path))
+
+
+class TwoModes(torch.optim.AdamW):
+    """As schedule-free optimizers: what is saved is another copy."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+class Masters(torch.optim.SGD):
+    """An optimizer that steps a copy of its own."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("master", p.detach().clone())
+                self.state[p]["master"] -= group["lr"] * p.grad
+                p.data.copy_(self.state[p]["master"])
+
+
+class LayerWiseThing(torch.optim.AdamW): ...
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (lambda ps: TwoModes(ps, 1e-3), "TwoModes keeps a second copy of the weights"),
+        (lambda ps: Masters(ps, 1e-1), "Masters keeps .* once more, as 'master'"),
+        (lambda ps: LayerWiseThing(ps, 1e-3), "steps layer by layer within backward"),
+        (lambda ps: torch.optim.AdamW(ps[1:], 1e-3), "is not stepped by the trainer's"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_that_cannot_be_confined_is_refused(
+    optimizer: Any, said: str, tmp_path: Path
+) -> None:
+    made, confined, _ = confine(qwen(), tmp_path, optimizer=optimizer, form="update")
+    with pytest.raises(ValueError, match=said) as error:
+        made.train()
+    assert "\n" not in str(error.value)
+    assert confined.handle is None
+
+
+def inner_matrices(model: Any) -> list[Any]:
+    return [p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2]
+
+
+def test_muon_undoes_the_gradient_form_and_that_is_said(tmp_path: Path) -> None:
+    roles = ("q", "k", "v", "o", "gate", "up", "down")
+    for form, bounds in (("gradient", (0.3, 1.0)), ("update", (0.0, 1e-9))):
+        model = qwen()
+        made = trainer(model, tmp_path, save_strategy="no")
+        made.optimizer = torch.optim.Muon(inner_matrices(model), 1e-2)
+        confined = ProjectionCallback(made, lock_at=LOCK, k=K, form=form, roles=roles)
+        made.add_callback(confined)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            made.train()
+        told = [str(w.message) for w in heard]
+        assert any("Muon makes its steps" in t for t in told) == (form == "gradient")
+        assert bounds[0] <= logged(made)[-1]["projection/leak"] <= bounds[1]
+
+
+def test_the_warning_at_the_lock_names_what_is_not_covered(tmp_path: Path) -> None:
+    made, _, _ = confine(qwen(), tmp_path, form="update", roles=("q",))
+    with pytest.warns(UserWarning, match="locked at step") as heard:
+        made.train()
+    (said,) = [str(w.message) for w in heard if "locked at step" in str(w.message)]
+    assert "are confined" in said
+    assert "not covered (norms, biases, other roles): model.embed_tokens.weight" in said
+    row = logged(made)[-1]
+    shares = [row[f"projection/{n}"] for n in ("confined", "free", "not_covered")]
+    assert sum(shares) == pytest.approx(1.0)
+    assert shares[0] < 0.2
+
+
+class Change(TrainerCallback):
+    """Do something to a model at the end of a step."""
+
+    def __init__(self, step: int, work: Callable[[], Any]) -> None:
+        self.step, self.work = step, work
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.work()
+
+
+def test_frozen_and_fresh_weights_are_reported(tmp_path: Path) -> None:
+    model = qwen()
+    q = "model.layers.{}.self_attn.q_proj.weight"
+    model.get_parameter(q.format(1)).requires_grad_(False)
+
+    def swap() -> None:
+        model.get_parameter(q.format(0)).requires_grad_(False)
+        model.get_parameter(q.format(1)).requires_grad_(True)
+
+    made = trainer(model, tmp_path, save_strategy="no")
+    made.add_callback(Change(LOCK - 1, swap))
+    made.add_callback(GeometryCallback(made, every=1, k=K, roles=("q",)))
+    made.add_callback(ProjectionCallback(made, lock_at=LOCK, k=K, form="update"))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        made.train()
+    told = " ".join(str(w.message) for w in heard)
+    assert f"frozen since the start: {q.format(0)}" in told
+    assert f"trained, not looked at: {q.format(1)}" in told
+    assert f"trained only since then, hence free: {q.format(1)}" in told
+    assert made.state.global_step == STEPS
+
+
+def test_nan_is_called_nan_and_ends_no_training(tmp_path: Path) -> None:
+    model = qwen()
+
+    def spoil() -> None:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+
+    made = trainer(model, tmp_path, save_strategy="no")
+    made.add_callback(Change(4, spoil))
+    made.add_callback(GeometryCallback(made, every=2, k=K, lock_at=2, detail="role"))
+    with pytest.warns(UserWarning, match=r"NaN or inf in model\.layers\.1\.self_attn"):
+        made.train()
+    rows = {r["step"]: r for r in made.state.log_history if "geometry/seconds" in r}
+    assert rows[2]["geometry/stable_rank"] > 0
+    assert rows[4]["geometry/stable_rank"] != rows[4]["geometry/stable_rank"]
+    assert rows[4]["geometry/k/stable_rank"] > 0  # the other roles are whole
+    confined = trainer(model, tmp_path, save_strategy="no")
+    confined.add_callback(ProjectionCallback(confined, lock_at=2, k=K))
+    with pytest.raises(ValueError, match=r"holds NaN or inf at the lock, step 2"):
+        confined.train()
+
+
+def test_geometry_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(qwen(), tmp_path, save_strategy="no")
+    watch = GeometryCallback(made, every=1, k=K, lock_at=STEPS + 1)
+    made.add_callback(watch)
+    monkeypatch.setattr(watch, "measure", lambda step: 1 / 0)
+    with pytest.warns(UserWarning, match="the geometry is not") as heard:
+        made.train()
+    told = [str(w.message) for w in heard if "the geometry is not" in str(w.message)]
+    assert len(told) == 2  # once each
+    assert "lies after the last step" in told[0]
+    assert "division by zero" in told[1]
+    assert made.state.global_step == STEPS
+
+
+class Stop(TrainerCallback):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = True
+
+
+def test_a_training_that_stops_early_is_measured_at_its_end(tmp_path: Path) -> None:
+    made = trainer(
+        qwen(), tmp_path, save_strategy="no", eval_strategy="steps", eval_steps=5
+    )
+    made.add_callback(GeometryCallback(made, every=4, k=K))
+    made.add_callback(Stop())
+    made.train()
+    rows = [r["step"] for r in made.state.log_history if "geometry/seconds" in r]
+    assert rows == [4, 5]
+
+
+# --- resumed -------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_epochs_keep_the_lock(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A finished run is resumed for more: the share would now mean a later step."""
+
+    def start(steps: int) -> tuple[Any, ProjectionCallback]:
+        made = trainer(qwen().to(dtype), tmp_path, max_steps=steps)
+        confined = ProjectionCallback(made, lock_at=LOCK / STEPS, k=K, form="update")
+        made.add_callback(confined)
+        return made, confined
+
+    made, confined = start(STEPS)
+    made.train()
+    first = dict(confined.bases)
+    more, again = start(3 * STEPS)
+    more.add_callback(At(more, again))
+    more.train(resume_from_checkpoint=True)
+    assert again.lock_step == LOCK
+    assert all(torch.equal(again.bases[name], v) for name, v in first.items())
+    straight = trainer(qwen().to(dtype), tmp_path / "straight", max_steps=3 * STEPS)
+    whole = ProjectionCallback(straight, lock_at=LOCK, k=K, form="update")
+    straight.add_callback(whole)
+    straight.train()
+    for a, b in zip(straight.model.parameters(), more.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_checkpoint_that_is_resumed_is_read_wherever_it_lies(
+    tmp_path: Path,
+) -> None:
+    made, confined, _ = confine(qwen(), tmp_path / "a", save_strategy="steps")
+    made.train()
+    (tmp_path / "a" / "checkpoint-5").rename(tmp_path / "moved")
+    again, other, at = confine(qwen(), tmp_path / "b", save_strategy="steps")
+    again.remove_callback(at)
+    again.train(resume_from_checkpoint=str(tmp_path / "moved"))
+    assert all(torch.equal(other.bases[n], v) for n, v in confined.bases.items())
+    # from before the lock, whose step was stored, not its subspaces
+    more, late, _ = confine(qwen(), tmp_path / "c", save_strategy="steps")
+    more.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert late.lock_step == LOCK
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_file_is_there_before_an_upload_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, _ = confine(qwen(), tmp_path, save_strategy="steps")
+    seen = []
+
+    def upload(folder: str) -> None:
+        seen.append((Path(folder) / "opd_geometry_projection.safetensors").is_file())
+
+    made.args.push_to_hub = True
+    monkeypatch.setattr(made, "_push_from_checkpoint", upload)
+    monkeypatch.setattr(made, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(made, "_finish_current_push", lambda: None)
+    made.train()
+    assert seen == [True] * STEPS
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trial_has_a_start_and_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = iter((0, 1, 2))
+    made = trainer(qwen(), tmp_path, data=lambda: qwen(next(seeds)))
+    confined = ProjectionCallback(made, lock_at=LOCK, k=K, form="update")
+    made.add_callback(confined)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for trial in (1, 2):
+        folder = tmp_path / f"run-{trial}"
+        monkeypatch.setattr(made, "_get_output_dir", lambda trial, f=folder: str(f))
+        made.train()
+        assert (folder / "checkpoint-8" / confined.checkpoints.name).is_file()
+        lock = Qwen3ForCausalLM.from_pretrained(folder / f"checkpoint-{LOCK}")
+        moved = lock.get_parameter(name) - qwen(trial).get_parameter(name)
+        exact = top_right_subspace(moved.detach().double(), K)
+        assert subspace_similarity(confined.bases[name], exact) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_head_is_stored_for_what_is_resumed(tmp_path: Path) -> None:
+    qwen().save_pretrained(tmp_path / "base")
+
+    def classifier(seed: int) -> Any:
+        set_seed(seed)
+        return Qwen3ForSequenceClassification.from_pretrained(
+            tmp_path / "base", num_labels=2, pad_token_id=0
+        )
+
+    made, confined, _ = confine(
+        classifier(0), tmp_path / "run", data=Data(True), save_strategy="steps"
+    )
+    made.train()
+    again, other, _ = confine(
+        classifier(7), tmp_path / "run", data=Data(True), save_strategy="steps"
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert confined.bases.keys() == other.bases.keys()
+    for name, v in confined.bases.items():
+        assert subspace_similarity(other.bases[name], v) == pytest.approx(1)
+
+
+def gemma() -> Any:
+    set_seed(0)
+    text = {**SIZES, "sliding_window": 8, "layer_types": ["full_attention"] * 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=31,
+        boi_token_index=30,
+        eoi_token_index=29,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [mixtral, gemma, moe, gpt2])
+def test_the_checkpoint_of_the_start_is_read_under_the_names_in_memory(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = make()
+    model.save_pretrained(tmp_path / "start")
+    there = snap(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01
+    watch = GeometryCallback(
+        trainer(model, tmp_path), roles=None, w_before=tmp_path / "start"
+    )
+    assert len(watch.start.weights) >= 10
+    for name, p in origin_model(model, tmp_path / "start").named_parameters():
+        assert torch.equal(p, there[name])
+    confined = ProjectionCallback(trainer(model, tmp_path), w_before=tmp_path / "start")
+    assert len(confined.names) >= 10
+
+
+def test_a_start_of_another_model_is_refused(tmp_path: Path) -> None:
+    moe().save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="expected the checkpoint that training began"):
+        GeometryCallback(trainer(qwen(), tmp_path), w_before=tmp_path / "start")

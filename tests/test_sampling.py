@@ -1,0 +1,118 @@
+"""A sample of matrices stands for all: design, estimates and coverage."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_pairs import model, save
+
+from opd_geometry import cli
+from opd_geometry.geometry import pairs, sampling, tables
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def population(seed: int, n_layers: int = 12) -> pd.DataFrame:
+    """A deep model: a trend with depth, levels by role, noise, another size a role."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for layer in range(n_layers):
+        for number, role in enumerate(ROLES):
+            level = 1 + number / 3 + np.sin(layer / 4)
+            rows.append(
+                {
+                    **{name: np.nan for name in pairs.COLUMNS},
+                    "matrix": f"{role}{layer}",
+                    "role": role,
+                    "layer": layer,
+                    "rows": 64 * (1 + number % 3),
+                    "cols": 64,
+                    "nss": level + 0.3 * generator.standard_normal(),
+                    "stable_rank": np.exp(level + generator.standard_normal()),
+                    "sparsity_bf16": generator.beta(2, 4) / (1 + number),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def design_of(table: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    found = sampling.strata(list(table["role"]), list(table["layer"]), n)
+    rows = {
+        table["matrix"][place]: (h, len(found[h].members), found[h].drawn)
+        for h, place in sampling.draw(found, seed)
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*sampling.STRATA])
+
+
+def test_every_role_and_depth_is_drawn_and_every_matrix_is_in_one_stratum() -> None:
+    table = population(0)
+    found = sampling.strata(list(table["role"]), list(table["layer"]), 28)
+    members = [place for stratum in found for place in stratum.members]
+    assert sorted(members) == list(range(len(table)))
+    assert sum(stratum.drawn for stratum in found) == 28
+    for stratum in found:
+        block = table.iloc[list(stratum.members)]
+        assert block["role"].nunique() == 1
+        assert np.ptp(block["layer"]) == len(block) - 1  # neighbours
+    drawn = table[table["matrix"].isin(design_of(table, 28, 0).index)]
+    assert set(drawn["role"]) == set(ROLES)
+    assert (drawn.groupby("role")["layer"].max() > 5).all()
+    assert (drawn.groupby("role")["layer"].min() < 6).all()
+
+
+def test_too_few_are_refused_and_all_are_all() -> None:
+    table = population(0)
+    with pytest.raises(ValueError, match="a sample of 13, expected at least 14"):
+        sampling.strata(list(table["role"]), list(table["layer"]), 13)
+    found = sampling.estimates(table, design_of(table, 1000, 0)).loc["nss"]
+    assert found["mean"] == pytest.approx(table["nss"].mean(), rel=1e-12)
+    assert found["half_width"] == 0.0
+
+
+def test_estimates_are_unbiased_and_intervals_hold() -> None:
+    """Over draws from deep models whose full means are known."""
+    held: dict[str, list[bool]] = {}
+    errors: dict[str, list[float]] = {}
+    for seed in range(60):
+        table = population(seed)
+        weights = table["rows"] * table["cols"]
+        full = table[["nss", "stable_rank"]].mean()
+        full["sparsity_bf16"] = np.average(table["sparsity_bf16"], weights=weights)
+        design = design_of(table, 28, seed)
+        found = sampling.estimates(table[table["matrix"].isin(design.index)], design)
+        for name, true in full.items():
+            row = found.loc[name]
+            held.setdefault(name, []).append(row["low"] <= true <= row["high"])
+            errors.setdefault(name, []).append(row["mean"] / true - 1)
+    for name, found_errors in errors.items():
+        deviation = np.std(found_errors, ddof=1) / 60**0.5
+        assert abs(np.mean(found_errors)) < 3 * deviation + 0.01, name
+        assert np.mean(held[name]) > 0.86, name  # 95 % less three sigma
+
+
+def test_an_undefined_value_is_no_zero() -> None:
+    table = population(1)
+    table.loc[table["layer"] == 3, "nss"] = np.nan
+    design = design_of(table, 1000, 0)
+    found = sampling.estimates(table, design)
+    assert found.loc["nss", "mean"] == pytest.approx(table["nss"].mean(), rel=1e-12)
+
+
+def test_the_command_measures_a_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [str(save(tmp_path / str(i), model(i))) for i in range(2)]
+    out = tmp_path / "t.csv"
+    cheap = ["--metrics", "cheap", "--no-null", "--roles", "q,k,v,o"]
+    arguments = ["measure", *places, "--out", str(out), *cheap]
+    assert cli.main([*arguments, "--sample", "1"]) == 1
+    assert "expected at least" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main([*arguments, "--sample", "100"]) == 0
+    said = capsys.readouterr()
+    assert "with 95 % intervals" in said.out
+    assert "All matrices would take" in said.err
+    table = tables.read_table(out)
+    assert {*sampling.STRATA} < {*table.columns}
+    assert (table["stratum_drawn"] == table["stratum_size"]).all()
