@@ -158,7 +158,8 @@ def test_float64_is_rounded_to_bf16_once() -> None:
     """Against exact halves and a rounding of rationals; torch rounds twice."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(2000, generator=generator, dtype=torch.float64)
-    halves = drawn.float().bfloat16().double() * (1 + 2.0**-9)
+    short = drawn.float().bfloat16().double()
+    halves = short + 2.0 ** (torch.frexp(short).exponent - 9).double()
     nudged = torch.cat([halves * (1 + s * 2.0**-45) for s in (-1, 0, 1)])
     scales = 2.0 ** torch.randint(-130, 120, nudged.shape, generator=generator)
     w = torch.cat([drawn, nudged, nudged * scales.double()])
