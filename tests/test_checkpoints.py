@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd_geometry.geometry import checkpoints
+from opd_geometry.geometry import checkpoints, layouts
 
 BLOCK = "model.layers.{}.self_attn.{}_proj.weight"
 
@@ -163,7 +163,7 @@ def test_roles_and_layers(tmp_path, name, role, layer):
         ("visual.patch.weight", torch.ones(2, 3, 4, 4), "4-dimensional and not"),
         ("x.weight", torch.ones(4, 4, dtype=torch.int8), "stored as I8"),
         ("x.weight", torch.ones(4, 4).to(torch.float8_e4m3fn), "stored as F8_E4M3"),
-        ("x.weight_scale_inv", torch.ones(4, 4), "quantisation scale"),
+        ("x.weight_scale_inv", torch.ones(4, 4), "quantised (FP8 or INT8"),
         ("x.weight", torch.ones(0, 4), "no entries"),
         ("mlp.experts.gate_up_proj_bias", torch.ones(4, 6), "without a number"),
         ("a.qkv_proj.weight", torch.ones(32, 8), "no config.json"),
@@ -226,7 +226,7 @@ def test_head_size_follows_from_the_width_and_key_heads_from_the_heads(tmp_path)
         ({"num_key_value_heads": 4}, "of 32 rows, where config.json's heads need 16"),
         ({"model_type": "codegen"}, "in an order of codegen's own"),
         ({"num_attention_heads": None}, "how many heads"),
-        ({"num_key_value_heads": [2, 4]}, "how many heads"),
+        ({"num_key_value_heads": [2, 4]}, "config.json's heads need 16 + 2 x 16"),
     ],
 )
 def test_a_fused_tensor_that_does_not_fit_is_listed(tmp_path, change, reason):
@@ -325,15 +325,33 @@ def test_tied_embeddings_are_measured_once(tmp_path):
     tensors = dense()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tied = save(tmp_path / "tied", tensors, CONFIG | {"tie_word_embeddings": True})
-    untied = save(tmp_path / "untied", tensors, CONFIG | {"tie_word_embeddings": False})
-    assert "lm_head.weight" in names(untied)
-    assert "lm_head.weight" not in names(tied)
-    assert "tied" in reasons(tied)["lm_head.weight"]
+    for config in ({}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}):
+        equal = save(tmp_path / f"equal{len(str(config))}", tensors, CONFIG | config)
+        assert "lm_head.weight" not in names(equal)
+        assert "tied" in reasons(equal)["lm_head.weight"]
     # Saved without the head, as transformers does, it is the same checkpoint.
     del tensors["lm_head.weight"]
     bare = save(tmp_path / "bare", tensors, CONFIG | {"tie_word_embeddings": True})
     assert checkpoints.missing_names(tied, bare) == ([], [])
     assert len(list(checkpoints.iter_pairs(tied, bare))) == len(names(bare))
+
+
+def test_a_head_that_left_its_embedding_is_measured_from_there(tmp_path):
+    """Whatever the config says: the values count."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    before = dense()
+    del before["lm_head.weight"]
+    after = before | {"lm_head.weight": before["model.embed_tokens.weight"] + 1}
+    a = save(tmp_path / "a", before, config)
+    b = save(tmp_path / "b", after, config)
+    for first, last, sign in ((a, b, 1), (b, a, -1)):
+        pairs = {p.before.name: p for p in checkpoints.list_pairs(first, last)}
+        head = pairs["lm_head.weight"]
+        assert head.before.role == "head"
+        assert "the embedding" in head.note
+        w_before, w_after = head.read()
+        torch.testing.assert_close(w_after - w_before, torch.full((10, 8), sign * 1.0))
+        assert pairs["model.embed_tokens.weight"].note == ""
 
 
 def test_a_tied_head_without_an_embedding_is_still_measured(tmp_path):
@@ -369,12 +387,13 @@ def test_roles_choose_what_is_read(tmp_path):
 def test_pairs_are_read_one_at_a_time_and_own_their_memory(tmp_path, monkeypatch):
     path = save(tmp_path / "a", dense())
     reads = []
-    read = checkpoints._read
+    read = layouts.Cut.read
     monkeypatch.setattr(
-        checkpoints, "_read", lambda part: reads.append(part.tensor) or read(part)
+        layouts.Cut, "read", lambda cut: reads.append(cut.tensor.name) or read(cut)
     )
     pairs = checkpoints.iter_pairs(path, path)
-    assert reads == []
+    assert {*reads} <= {"model.embed_tokens.weight", "lm_head.weight"}  # a tie?
+    reads.clear()
     first = next(pairs)
     assert reads == [first.name] * 2
     kept = first.w_before.clone()
@@ -421,13 +440,19 @@ def test_a_matrix_that_one_side_cannot_split_says_so(tmp_path):
         checkpoints.iter_pairs(a, b)
 
 
-def test_padded_vocabularies_are_refused_with_their_sizes(tmp_path):
-    after = dense() | {"model.embed_tokens.weight": gaussian(16, 8)}
+def test_resized_vocabularies_share_their_first_rows(tmp_path):
+    resized = gaussian(16, 8)
+    after = dense() | {"model.embed_tokens.weight": resized}
     a, b = save(tmp_path / "a", dense()), save(tmp_path / "b", after)
-    message = r"1 .*embed_tokens.weight: \(10, 8\) before and \(16, 8\) after"
-    with pytest.raises(ValueError, match=message):
-        checkpoints.iter_pairs(a, b)
-    assert len(list(checkpoints.iter_pairs(a, b, roles=["q", "head"]))) == 3
+    pairs = {p.before.name: p for p in checkpoints.list_pairs(a, b)}
+    assert len(pairs) == len(names(a))
+    found = pairs["model.embed_tokens.weight"]
+    assert found.before.shape == found.after.shape == (10, 8)
+    assert "the first 10 rows, of 10 before and 16 after" in found.note
+    w_before, w_after = found.read()
+    assert torch.equal(w_before, dense()["model.embed_tokens.weight"])
+    assert torch.equal(w_after, resized[:10])
+    assert all(p.note == "" for n, p in pairs.items() if "embed" not in n)
 
 
 def test_unknown_arguments_and_nothing_in_common(tmp_path):
@@ -467,15 +492,24 @@ def test_truncated_files_are_named_at_any_length(tmp_path):
     assert len(checkpoints.list_matrices(path)) == 16
 
 
-def test_pickles_are_never_opened(tmp_path):
-    pickled = tmp_path / "a" / "pytorch_model.bin"
-    pickled.parent.mkdir()
-    torch.save(dense(), pickled)
-    with pytest.raises(ValueError, match=r"but pytorch_model.bin, and pickles are not"):
-        checkpoints.list_matrices(pickled.parent)
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is no .safetensors file"):
-        checkpoints.list_matrices(pickled)
-    shutil.copy(pickled, tmp_path / "model.safetensors")
+class Planted:
+    """What a pickle may hold: calls something when it is read. Here print."""
+
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_of_a_pickle_is_run(tmp_path, capsys):
+    place = tmp_path / "a" / "pytorch_model.bin"
+    place.parent.mkdir()
+    torch.save(dense() | {"x": Planted()}, place)
+    for path in (place, place.parent):
+        with pytest.raises(ValueError, match=r"model.bin holds print, .*no tensor"):
+            checkpoints.list_matrices(path)
+    assert capsys.readouterr().out == ""
+    torch.save(dense(), place)
+    assert names(place.parent) == names(save(tmp_path / "b", dense()))
+    shutil.copy(place, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         checkpoints.list_matrices(tmp_path)
 

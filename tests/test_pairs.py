@@ -17,6 +17,7 @@ from opd_geometry.geometry import (
     forecast,
     pairs,
     spectra,
+    steps,
     tables,
 )
 from opd_geometry.geometry.comparison import Settings
@@ -358,8 +359,8 @@ def test_skipped_and_missing_tensors_are_listed(tmp_path: Path) -> None:
             "1 matrices in common",
         ),
         (
-            lambda t: t | {"model.embed_tokens.weight": noise(32, 16, seed=0)},
-            r"embed_tokens.weight: \(30, 16\) before and \(32, 16\) after",
+            lambda t: t | {"model.embed_tokens.weight": noise(30, 18, seed=0)},
+            r"embed_tokens.weight: \(30, 16\) before and \(30, 18\) after",
         ),
     ],
 )
@@ -463,12 +464,12 @@ def test_trajectory_table(tmp_path: Path) -> None:
     ],
 )
 def test_steps_are_the_trailing_numbers(name: str, step: int) -> None:
-    assert pairs.step_of(name) == step
+    assert steps.step_of(name) == step
 
 
 def test_steps_must_be_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no number in its name"):
-        pairs.step_of("run7/final")
+        steps.step_of("run7/final")
     paths = [save(tmp_path / name, model()) for name in ("a-1", "b-1")]
     with pytest.raises(ValueError, match="no two alike"):
         pairs.plan_trajectory(paths[0], paths)

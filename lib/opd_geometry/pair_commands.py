@@ -44,6 +44,14 @@ def _options(command: Command) -> Command:
                 help="Only these, such as q,k,v,o or expert_gate; default: all.",
             ),
             click.option(
+                "--part",
+                "part",
+                metavar="NAMES",
+                help="Only these parts of the model: language, vision, audio, talker, "
+                "mtp, projector; default: all are measured, and the summary is of the "
+                "language model.",
+            ),
+            click.option(
                 "--hill-k",
                 type=click.IntRange(min=2),
                 show_default="n/8",
@@ -125,6 +133,16 @@ def _options(command: Command) -> Command:
     "norms, spread.",
 )
 @click.option(
+    "--base",
+    help="What adapters on both sides were trained on; default: what they name, and "
+    "BEFORE for an adapter as AFTER.",
+)
+@click.option(
+    "--dequantise",
+    is_flag=True,
+    help="Make weights of FP8, MXFP4 or compressed-tensors codes; every row says so.",
+)
+@click.option(
     "--null/--no-null",
     default=True,
     show_default=True,
@@ -158,12 +176,17 @@ def measure_command(
     metrics: str,
     null: bool,
     seed: int,
+    part: str | None,
+    base: str | None,
+    dequantise: bool,
 ) -> int:
     """Compare two checkpoints, a row a matrix.
 
     BEFORE and AFTER: a directory with safetensors (one file or shards), one
-    .safetensors file, or a hub id with an optional @revision. Nothing is unpickled
-    or run. Matrices are read one at a time.
+    .safetensors file, a hub id with an optional @revision, or what a trainer leaves:
+    rank files of FSDP, torch's distributed checkpoints, pytorch_model.bin. AFTER may
+    be an adapter of PEFT. Nothing is run: pickles go through torch's restricted loader
+    of tensors. Matrices are read one at a time.
 
     \b
     Examples:
@@ -183,7 +206,7 @@ def measure_command(
         plan_pair,
         summarise,
     )
-    from opd_geometry.geometry.readings import sentences
+    from opd_geometry.geometry.readings import of_language, sentences
     from opd_geometry.geometry.sampling import estimates, sampled
     from opd_geometry.geometry.tables import check_output, finish
 
@@ -197,7 +220,16 @@ def measure_command(
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
     asked = parse_metrics(_names(metrics) or ())
     plan = plan_pair(
-        locate(before), locate(after), settings, asked, _names(roles), null, seed
+        locate(before),
+        locate(after),
+        settings,
+        asked,
+        _names(roles),
+        null,
+        seed,
+        _names(part),
+        locate(base) if base else None,
+        dequantise,
     )
     say = _Voice(quiet, as_json)
     say.announce(plan)
@@ -212,7 +244,7 @@ def measure_command(
     if not quiet:
         _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume, quiet)
-    said = sentences(table, lr, steps)
+    said = sentences(of_language(table), lr, steps)
     title = "Means over matrices; sparsity and density weighted by parameters."
     if design is None:
         summary = summarise(table)
@@ -236,6 +268,12 @@ def measure_command(
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CKPT...")
 @_options
 @click.option(
+    "--steps",
+    metavar="NUMBERS",
+    help="Steps of CKPT... in their order, such as 100,200; default: as their paths "
+    "tell.",
+)
+@click.option(
     "--k",
     type=click.IntRange(min=1),
     default=16,
@@ -254,11 +292,14 @@ def trajectory_command(
     quiet: bool,
     as_json: bool,
     k: int,
+    part: str | None,
+    steps: str | None,
 ) -> int:
     """Follow the update of a run over its checkpoints, a row a matrix and step.
 
-    Steps are the numbers that the names of CKPT... end in; the largest is the end,
-    to which the subspaces of all others are compared. BEFORE is the start.
+    Steps are the numbers after step, checkpoint, iter or global_step in the paths of
+    CKPT..., or the one number in which they differ; the largest is the end, to which
+    the subspaces of all others are compared. BEFORE is the start.
 
     \b
     Examples:
@@ -268,18 +309,23 @@ def trajectory_command(
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
-    from opd_geometry.geometry.pairs import plan_trajectory, step_of
+    from opd_geometry.geometry.pairs import plan_trajectory
+    from opd_geometry.geometry.readings import of_language
+    from opd_geometry.geometry.steps import given_steps, steps_of
     from opd_geometry.geometry.tables import check_output
 
     check_output(out, force, resume)
-    steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    numbers = given_steps(steps, checkpoints) if steps else steps_of(checkpoints)
+    for number, checkpoint in sorted(zip(numbers, checkpoints, strict=True)):
+        _say(f"Step {number}: {checkpoint}")
     plan = plan_trajectory(
         locate(before),
         [locate(checkpoint) for checkpoint in checkpoints],
         k,
         Settings(hill_k=hill_k),
         _names(roles),
-        steps,
+        numbers,
+        _names(part),
     )
     say = _Voice(quiet, as_json)
     say.announce(plan)
@@ -288,7 +334,12 @@ def trajectory_command(
         _project([("Projected time:", left, ("stable_rank",), False)], jobs)
     table = _run(plan, out, jobs, resume, quiet)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
-    means = table.groupby("step")[[*metrics, "similarity_null"]].mean().reset_index()
+    means = (
+        of_language(table)
+        .groupby("step")[[*metrics, "similarity_null"]]
+        .mean()
+        .reset_index()
+    )
     names = [str(name) for name in means]
     rows = [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()]
     say.table("", (names, rows))
@@ -340,7 +391,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _say(message: str) -> None:
-    click.echo(message, err=True)
+    click.echo(visible(message), err=True)
 
 
 class _Voice:
@@ -353,7 +404,13 @@ class _Voice:
         """What will be measured, and everything that will not be."""
         if self._quiet:
             return
+        from opd_geometry.geometry.matching import renamings
+
+        for note in plan.notes:
+            _say(f"Note: {note}")
         _say(f"{len(plan.tasks)} matrices, {plan.entries:.3g} entries")
+        for line in renamings(plan.renamed):
+            _say(f"Matched by path: {line}")
         reasons: dict[str, list[str]] = {}
         for skip in plan.skipped:
             reasons.setdefault(skip.reason, []).append(skip.name)
@@ -536,14 +593,10 @@ def _verdict(plan: "Plan", table: "pd.DataFrame") -> int:
 
     noted = table[table["note"] != ""].drop_duplicates("matrix")
     refused = noted["note"].str.startswith(REFUSED)
-    uncertain = noted[~refused]
-    if len(uncertain):
-        _say(
-            f"Warning: {uncertain['note'].iloc[0]}; so in {len(uncertain)} matrices: "
-            f"{_folded(uncertain['matrix'])}"
-        )
+    for note, rows in noted[~refused].groupby("note", sort=False):
+        _say(f"Warning: {note}; so in {len(rows)} matrices: {_folded(rows['matrix'])}")
     if not refused.any():
-        return 0
+        return _measured_share(plan)
     said = "; ".join(
         f"{visible(str(row.matrix))}: {row.note.removeprefix(REFUSED)}"
         for row in noted[refused].itertuples()
@@ -551,4 +604,15 @@ def _verdict(plan: "Plan", table: "pd.DataFrame") -> int:
     raise ValueError(
         f"{refused.sum()} of {len(plan.tasks)} matrices could not be measured, {said}; "
         "their rows are empty, repair the checkpoint"
+    )
+
+
+def _measured_share(plan: "Plan") -> int:
+    """The exit code, and a line where most of the weights were left out."""
+    if plan.measured >= 0.5:
+        return 0
+    raise ValueError(
+        f"only {100 * plan.measured:.0f} % of the weights could be measured, expected "
+        "most; the lines above say what was skipped or missing, and the table holds "
+        "the rest"
     )

@@ -36,6 +36,7 @@ from opd_geometry.geometry.readings import (
     ONE_SIDE,
     against_null,
     in_layers,
+    of_language,
     with_shape_nulls,
 )
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
@@ -236,7 +237,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has the role {visible(', '.join(unknown))}, expected some of "
             f"{', '.join(ROLE_ORDER)}; measure again"
         )
-    return table
+    return of_language(table)
 
 
 def _numbers(column: pd.Series, path: Path) -> pd.Series:

@@ -1,114 +1,55 @@
-"""Pairs of weight matrices out of safetensors checkpoints, one at a time.
+"""Pairs of weight matrices out of checkpoints, one at a time.
 
-A checkpoint is a Hugging Face directory (one file or shards with an index) or one
-.safetensors file. Only safetensors and json are read: nothing is unpickled or run.
+A checkpoint is a Hugging Face directory (one file or shards with an index), one
+.safetensors file, an adapter of PEFT, or what a trainer leaves (see `directories`).
+Nothing in it is run: pickles go through torch's restricted loader of tensors.
 
-Each two-dimensional floating-point tensor is one matrix, except that
-- a fused qkv_proj becomes q, k and v, a fused gate_up_proj gate and up, named as if
-  they had been stored apart, so a fused checkpoint can be paired with a split one;
-- a stack of experts (three dimensions) becomes one matrix an expert, (out, in);
-- a head tied to the embedding is not counted again.
-Whatever else a file holds is listed by `list_skipped` with the reason.
+Each two-dimensional floating-point tensor is one matrix, except that what is fused,
+stacked or turned is split (see `layouts`) and a head that equals the embedding is not
+counted again. Whatever else a file holds is listed by `list_skipped` with the reason.
 """
 
-import json
-import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry.storage import naming, open_safetensors, owned
+from opd_geometry.geometry import adapters, directories, quantised
+from opd_geometry.geometry.adapters import AdaptedCut, Adapter
+from opd_geometry.geometry.directories import ADAPTER_CONFIG, INDEX_NAME, json_object
+from opd_geometry.geometry.layouts import (
+    ALL_ROLES,
+    PARTS,
+    Cut,
+    Matrix,
+    Skipped,
+    cuts_or_reason,
+    language_config,
+    layout_of,
+    matrices_in_memory,
+    natural,
+    role_of,
+)
+from opd_geometry.geometry.matching import match, normal_form, unwrapped
+from opd_geometry.geometry.storage import Stored
 
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = [
+    "ALL_ROLES",
+    "INDEX_NAME",
+    "PARTS",
+    "Matrix",
+    "Skipped",
+    "matrices_in_memory",
+]
 
-FLOAT_DTYPES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-}
-
-# Last component of the module's name -> role. w1, w3, w2 are the names of gate, up
-# and down in Mixtral and in Llama's own files.
-ROLES = {
-    "q_proj": "q",
-    "wq": "q",
-    "k_proj": "k",
-    "wk": "k",
-    "v_proj": "v",
-    "wv": "v",
-    "o_proj": "o",
-    "wo": "o",
-    "gate_proj": "gate",
-    "w1": "gate",
-    "up_proj": "up",
-    "w3": "up",
-    "down_proj": "down",
-    "w2": "down",
-    "embed_tokens": "embed",
-    "tok_embeddings": "embed",
-    "word_embeddings": "embed",
-    "embed_in": "embed",
-    "wte": "embed",
-    "lm_head": "head",
-    "embed_out": "head",
-    "output": "head",
-    "gate": "router",
-    "router": "router",
-}
-
-EXPERT_ROLES = {"gate": "expert_gate", "up": "expert_up", "down": "expert_down"}
-ALL_ROLES = {*ROLES.values(), *EXPERT_ROLES.values(), "expert_other", "other"}
-
-# Models that fuse or stack in another order than the usual one.
-QKV_BY_HEAD = {"codegen", "minimax"}
-EXPERTS_IN_OUT = {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe_text"}
-EXPERTS_INTERLEAVED = {"gpt_oss"}
-# Granite's stacks lie in block_sparse_moe itself, under names of their own.
-STACK_ALIASES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
-
-TIED = "tied to the embedding (tie_word_embeddings in config.json), counted there"
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight matrix of a checkpoint.
-
-    Attributes:
-        name: the tensor's name, or the part's own for a fused or stacked tensor.
-        role: q, k, v, o, gate, up, down, embed, head, router, expert_gate,
-            expert_up, expert_down, expert_other or other.
-        layer: index of the block, -1 outside of the blocks.
-        shape: (n_rows, n_cols), rows are outputs.
-        dtype: stored dtype, as torch names it, such as "bfloat16".
-    """
-
-    name: str
-    role: str
-    layer: int
-    shape: tuple[int, int]
-    dtype: str
-
-    @property
-    def n_bytes(self) -> int:
-        """What it takes in its file."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return self.shape[0] * self.shape[1] * itemsize
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One tensor that is not measured, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    reason: str
+TIED = "equal to the embedding (tied), counted there"
+TIED_BEFORE = "before: the embedding, to which the head was tied"
+TIED_AFTER = "after: the embedding, to which the head is tied"
+Item = TypeVar("Item")
+CHUNK_ROWS = 4096  # of embedding and head that are compared at a time
 
 
 class MatrixPair(NamedTuple):
@@ -122,38 +63,19 @@ class MatrixPair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor as the header of its file describes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a matrix lies in its file.
-
-    tensor[rows], of a stack tensor[expert, rows], or where experts are stored as
-    (in, out) the transpose of tensor[expert, :, rows].
-    """
-
-    matrix: Matrix
-    file: Path
-    tensor: str
-    rows: slice
-    expert: int | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
 class StoredPair:
-    """One matrix in two checkpoints, not read yet; small enough to be sent around."""
+    """One matrix in two checkpoints, not read yet; small enough to be sent around.
+
+    Attributes:
+        before, after: what they are; both under the name that a table shows.
+        cuts: where they lie.
+        note: what a reader must know of the pair, nothing for most.
+    """
 
     before: Matrix
     after: Matrix
-    parts: tuple[_Part, _Part]
+    cuts: tuple[Cut, Cut]
+    note: str = ""
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Both, in the dtypes they are stored in, in memory of their own."""
@@ -161,142 +83,617 @@ class StoredPair:
 
     def read_before(self) -> Tensor:
         """The earlier one alone."""
-        return _read(self.parts[0])
+        return self.cuts[0].read()
 
     def read_after(self) -> Tensor:
         """The later one alone."""
-        return _read(self.parts[1])
+        return self.cuts[1].read()
 
     def read_head(self, n_bytes: int) -> Tensor:
         """The first rows of the later one, of about so many bytes, at least one."""
-        part, n_rows = self.parts[1], self.after.shape[0]
+        cut, n_rows = self.cuts[1], self.after.shape[0]
+        if isinstance(cut, AdaptedCut) and cut.base is not None:
+            cut = cut.base
         n_head = min(n_rows, max(1, n_bytes * n_rows // self.after.n_bytes))
-        start, step = part.rows.start or 0, part.rows.step or 1
+        start, step = cut.rows.start or 0, cut.rows.step or 1
         stop = start + (n_head - 1) * step + 1
-        return _read(replace(part, rows=slice(start, stop, step)))
+        return replace(cut, rows=slice(start, stop, step), groups=1).read()
+
+    def update(self) -> tuple[Tensor, Tensor] | None:
+        """After - before as (left, right) in float64, where adapters make it low-rank.
+
+        None where it is not known as a product: whole weights, or DoRA.
+        """
+        earlier, later = self.cuts
+        if not self.adapted:
+            return None
+        signed = [(1.0, later), (-1.0, earlier)]
+        factors = [
+            (sign, cut.update()) for sign, cut in signed if isinstance(cut, AdaptedCut)
+        ]
+        known = [(sign * f[0], f[1]) for sign, f in factors if f is not None]
+        if len(known) < len(factors):
+            return None
+        return torch.cat([f[0] for f in known], 1), torch.cat([f[1] for f in known])
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is all that may differ: both have the same base."""
+        return _base_of(self.cuts[0]) == _base_of(self.cuts[1]) and any(
+            isinstance(cut, AdaptedCut) for cut in self.cuts
+        )
+
+    @property
+    def baseless(self) -> bool:
+        """Whether only the updates are known, and no weights."""
+        return all(isinstance(c, AdaptedCut) and c.base is None for c in self.cuts)
+
+
+def _base_of(cut: Cut) -> Cut | None:
+    return cut.base if isinstance(cut, AdaptedCut) else cut
 
 
 @dataclass(frozen=True)
-class _Contents:
-    parts: dict[str, _Part]
+class Checkpoint:
+    """A checkpoint, from its headers alone.
+
+    Attributes:
+        path: as it was given.
+        cuts: name to where the matrix lies, in natural order.
+        skipped: name to tensor that is not measured.
+        notes: which files were read, where there was a choice.
+        files: that hold its tensors.
+        tied: name of the embedding that is the head as well, or nothing.
+    """
+
+    path: Path
+    cuts: dict[str, Cut]
     skipped: dict[str, Skipped]
+    notes: tuple[str, ...]
+    files: tuple[Path, ...]
+    tied: str = ""
 
 
-def list_matrices(path: str | Path) -> list[Matrix]:
+Source = str | Path | Checkpoint
+
+
+def open_checkpoint(
+    path: Source, base: Source | None = None, dequantise: bool = False
+) -> Checkpoint:
+    """A checkpoint, from its headers alone.
+
+    Args:
+        path: a directory, a file, or a checkpoint that is open already.
+        base: of an adapter: what it was trained on; None for what the adapter's config
+            names, and its updates alone where that is not here.
+        dequantise: make weights of codes, where the format is known.
+
+    Raises:
+        FileNotFoundError: no such path, or a shard of the index is missing.
+        ValueError: nothing that can be read, a truncated or damaged file, index and
+            shards that disagree, or a broken config.json.
+    """
+    if isinstance(path, Checkpoint):
+        return path
+    path = Path(path)
+    if place := adapters.adapter_in(path):
+        return _with_adapter(path, adapters.read_adapter(place), base, dequantise)
+    found = directories.holdings(path)
+    config = _config(found.place)
+    stored, notes = found.tensors, found.notes
+    if adapter := _unmerged(path, found.place, stored):
+        own = [_without_base_layer(t) for t in stored if "lora_" not in t.name]
+        whole = _contents(path, own, config, notes, dequantise)
+        return _with_adapter(path, adapter, whole, dequantise)
+    return _contents(path, stored, config, notes, dequantise)
+
+
+def _config(place: Path) -> dict[str, Any]:
+    """config.json beside the tensors, or {}."""
+    for file in (place / "config.json", place / "huggingface" / "config.json"):
+        if file.is_file():
+            return json_object(file)
+        if file.exists():
+            raise ValueError(f"{file} is no regular file, expected one; remove it")
+    return {}
+
+
+def _contents(
+    path: Path,
+    stored: list[Stored],
+    config: dict[str, Any],
+    notes: tuple[str, ...],
+    dequantise: bool,
+) -> Checkpoint:
+    """Every tensor of a checkpoint as matrices to measure or a reason not to."""
+    codes = quantised.reasons(stored, config)
+    if dequantise:
+        stored, codes, notes = quantised.dequantised(stored, codes, config, notes)
+    shapes = {tensor.name: tensor.shape for tensor in stored}
+    layout = layout_of(language_config(config), shapes)
+    cuts: dict[str, Cut] = {}
+    skipped: dict[str, Skipped] = {}
+    for tensor in stored:
+        name = tensor.name
+        reason = _flat(name) or codes.get(name)
+        outcome = reason or cuts_or_reason(tensor, layout)
+        if isinstance(outcome, str):
+            unreadable = bool(reason) or outcome == "no entries"
+            outcome = _explained(outcome)
+            skipped[name] = Skipped(
+                name, tensor.shape, tensor.dtype, outcome, unreadable
+            )
+            continue
+        for cut in outcome:
+            known = cuts.setdefault(cut.matrix.name, cut)
+            if known is not cut:
+                raise ValueError(
+                    f"{path} holds {cut.matrix.name} twice, in {known.tensor.name} and "
+                    f"in {name}, expected it once; remove one"
+                )
+    files = tuple(dict.fromkeys(f for t in stored for f in t.place.files()))
+    tied = _tie(cuts, skipped, config)
+    return Checkpoint(path, _sorted(cuts), _sorted(skipped), notes, files, tied)
+
+
+def _sorted(found: Mapping[str, Item]) -> dict[str, Item]:
+    return {name: found[name] for name in sorted(found, key=natural)}
+
+
+def _flat(name: str) -> str:
+    leaf = name.rpartition(".")[2]
+    if leaf.lstrip("_") in ("flat_param", "flat_params") or leaf.startswith("_flat"):
+        return "a flat parameter of FSDP, all weights of a module in one row"
+    return ""
+
+
+def _explained(reason: str) -> str:
+    if reason == "no entries":
+        return (
+            "no entries: as ZeRO-3 saves weights that were not gathered "
+            "(stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
+        )
+    return reason
+
+
+def _tie(
+    cuts: dict[str, Cut], skipped: dict[str, Skipped], config: dict[str, Any]
+) -> str:
+    """Take an equal head out of the matrices; the embedding that it is, or nothing."""
+
+    def of_role(role: str) -> list[Cut]:
+        found = [c for c in cuts.values() if c.matrix.role == role]
+        return [c for c in found if c.matrix.part == "language"]
+
+    embeds, heads = of_role("embed"), of_role("head")
+    if len(embeds) != 1:
+        return ""
+    embed = embeds[0].matrix.name
+    if not heads:
+        tie = language_config(config).get("tie_word_embeddings")
+        return embed if tie is True else ""
+    if len(heads) > 1 or not _equal(embeds[0], heads[0]):
+        return ""
+    head = heads[0].matrix
+    del cuts[head.name]
+    skipped[head.name] = Skipped(head.name, head.shape, head.dtype, TIED)
+    return embed
+
+
+def _equal(a: Cut, b: Cut) -> bool:
+    """Whether two matrices hold the same values, read a part at a time."""
+    if a.matrix.shape != b.matrix.shape or a.matrix.dtype != b.matrix.dtype:
+        return False
+    for start in range(0, a.matrix.shape[0], CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, a.matrix.shape[0]))
+        if not torch.equal(replace(a, rows=rows).read(), replace(b, rows=rows).read()):
+            return False
+    return True
+
+
+# --- adapters ----------------------------------------------------------------------
+
+
+def _with_adapter(
+    path: Path, adapter: Adapter, base: Source | None, dequantise: bool
+) -> Checkpoint:
+    """A base with an adapter merged, or the adapter's updates where there is none."""
+    base = base if base is not None else _known_base(adapter)
+    if base is None:
+        return _updates_alone(path, adapter)
+    whole = open_checkpoint(base, None, dequantise)
+    replaced = _contents(adapter.path, adapter.replaced, {}, (), False)
+    cuts, notes = adapters.merged(whole.cuts, adapter, replaced.cuts)
+    said = f"{adapter.path}: an adapter, merged into {whole.path} as PEFT merges it"
+    factors = [
+        *adapter.factors.values(),
+        *(f for s in adapter.stacks.values() for f in s),
+    ]
+    files = [f for factor in factors for f in factor.a.place.files()]
+    return replace(
+        whole,
+        path=path,
+        cuts=_sorted(cuts),
+        notes=(said, *notes),
+        files=tuple(dict.fromkeys([*whole.files, *files, *replaced.files])),
+    )
+
+
+def _known_base(adapter: Adapter) -> Path | None:
+    """The base that the adapter's config names, where it is a path on this machine."""
+    place = Path(adapter.base).expanduser() if adapter.base else None
+    return place if place is not None and place.exists() else None
+
+
+def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
+    cuts = _sorted(adapters.alone(adapter))
+    if not cuts:
+        raise ValueError(
+            f"{path} is an adapter whose update is not known without its base "
+            f"({adapter.base or 'not named'}), expected that; name it with --base"
+        )
+    files = [f for factor in adapter.factors.values() for f in factor.a.place.files()]
+    note = f"{path}: an adapter without its base, so its updates alone"
+    return Checkpoint(path, cuts, {}, (note,), tuple(dict.fromkeys(files)))
+
+
+def _unmerged(path: Path, place: Path, stored: list[Stored]) -> Adapter | None:
+    """The adapter that lies unmerged among whole weights, if there is one."""
+    mixed = [t for t in stored if ".lora_A." in t.name or ".lora_embedding_A" in t.name]
+    if not mixed:
+        return None
+    for folder in (place, place / "lora_adapter", place.parent / "lora_adapter"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            config = json_object(folder / ADAPTER_CONFIG)
+            factors = [t for t in stored if "lora_" in t.name]
+            return adapters.adapter_of(path, config, factors)
+    raise ValueError(
+        f"{path} holds an adapter that is not merged ({mixed[0].name}) and no "
+        f"{ADAPTER_CONFIG}, which says how much of it counts, expected both; copy "
+        "it beside the weights, or merge with PEFT's merge_and_unload"
+    )
+
+
+def _without_base_layer(tensor: Stored) -> Stored:
+    name = tensor.name.removeprefix(adapters.PREFIX).replace(".base_layer.", ".")
+    return replace(tensor, name=name)
+
+
+# --- lists -------------------------------------------------------------------------
+
+
+def list_matrices(path: Source) -> list[Matrix]:
     """Matrices of a checkpoint, from its headers alone.
 
     Args:
-        path: a directory with model.safetensors or with shards and their index, or
-            one .safetensors file.
+        path: as `open_checkpoint`.
 
     Returns:
         The matrices in natural order of their names (layer 2 before layer 10).
 
     Raises:
-        FileNotFoundError: no such path, or a shard of the index is missing.
-        ValueError: no safetensors in it, a truncated or damaged file, index and
-            shards that disagree, or a broken config.json.
+        FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-    return [part.matrix for part in _contents(path).parts.values()]
+    return [cut.matrix for cut in open_checkpoint(path).cuts.values()]
 
 
-def list_skipped(path: str | Path) -> list[Skipped]:
+def list_skipped(path: Source) -> list[Skipped]:
     """Tensors of a checkpoint that are not measured, each with the reason.
 
     Args:
-        path: as `list_matrices`.
+        path: as `open_checkpoint`.
 
     Returns:
         The other tensors in natural order of their names.
 
     Raises:
-        FileNotFoundError, ValueError: as `list_matrices`.
+        FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-    return list(_contents(path).skipped.values())
+    return list(open_checkpoint(path).skipped.values())
 
 
-def matrices_in_memory(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, tuple[Matrix, Tensor]]:
-    """The matrices of a model that is loaded, under the names its checkpoint has.
+def list_files(path: Source) -> list[Path]:
+    """The files of a checkpoint that hold its tensors.
 
     Args:
-        tensors: name to tensor, as of ``model.named_parameters()``.
-        config: of the model, as of ``model.config.to_dict()``: head counts of a fused
-            qkv_proj, the order of stacked experts.
-
-    Returns:
-        Name to (matrix, its (n_rows, n_cols) view of the tensor), in natural order;
-        what `list_skipped` would list is left out.
-
-    >>> found = matrices_in_memory({"layers.0.q_proj.weight": torch.eye(2)}, {})
-    >>> [(matrix.role, matrix.layer) for matrix, _ in found.values()]
-    [('q', 0)]
-    """
-    codes = {name: code for code, name in FLOAT_DTYPES.items()}
-    found: dict[str, tuple[Matrix, Tensor]] = {}
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        stored = _Stored(name, tuple(tensor.shape), codes.get(dtype, dtype), Path())
-        outcome = _parts_or_reason(stored, _language(dict(config)), tied=False)
-        if not isinstance(outcome, str):
-            found |= {p.matrix.name: (p.matrix, _cut(tensor, p)) for p in outcome}
-    return {name: found[name] for name in sorted(found, key=_natural)}
-
-
-def missing_names(before: str | Path, after: str | Path) -> tuple[list[str], list[str]]:
-    """Names that only one of two checkpoints has, tied heads left out.
-
-    Args:
-        before: as `list_matrices`.
-        after: as `list_matrices`.
-
-    Returns:
-        (only in before, only in after), matrices and skipped tensors alike.
+        path: as `open_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: as `list_matrices`.
+        FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-
-    def names(path: str | Path) -> dict[str, None]:
-        contents = _contents(path)
-        untied = [n for n, s in contents.skipped.items() if s.reason != TIED]
-        return dict.fromkeys([*contents.parts, *untied])
-
-    in_before, in_after = names(before), names(after)
-    return (
-        [name for name in in_before if name not in in_after],
-        [name for name in in_after if name not in in_before],
-    )
+    return sorted(open_checkpoint(path).files)
 
 
-def read_matrix(path: str | Path, name: str) -> Tensor:
+def read_matrix(path: Source, name: str) -> Tensor:
     """One matrix of a checkpoint, by the name that `list_matrices` gives it.
 
     Args:
-        path: as `list_matrices`.
+        path: as `open_checkpoint`.
         name: of a matrix.
 
     Returns:
         (n_rows, n_cols) in the stored dtype, in memory of its own.
 
     Raises:
-        FileNotFoundError, ValueError: as `list_matrices`; no matrix of that name.
+        FileNotFoundError, ValueError: as `open_checkpoint`; no matrix of that name.
     """
-    contents = _contents(path)
-    if name not in contents.parts:
-        why = contents.skipped.get(name)
+    found = open_checkpoint(path)
+    if name not in found.cuts:
+        why = found.skipped.get(name)
         reason = f"it is skipped: {why.reason}" if why else "no such tensor"
         raise ValueError(
-            f"{path} has no matrix {name!r} ({reason}), "
+            f"{found.path} has no matrix {name!r} ({reason}), "
             "expected a name of list_matrices(path)"
         )
-    return _read(contents.parts[name])
+    return found.cuts[name].read()
+
+
+def missing_names(before: Source, after: Source) -> tuple[list[str], list[str]]:
+    """Names that only one of two checkpoints has, tied heads left out.
+
+    Args:
+        before, after: as `open_checkpoint`.
+
+    Returns:
+        (only in before, only in after), matrices and skipped tensors alike.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`.
+    """
+    return pairing(open_checkpoint(before), open_checkpoint(after)).only
+
+
+# --- pairs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What of two checkpoints belongs together.
+
+    Attributes:
+        pairs: in natural order of the names before.
+        names: of before to that of after, where both have it, read or not.
+        only: names of before alone, and of after alone.
+        differing: matrices of equal names whose shapes do not fit.
+        unreadable: matrices of either side that the other holds in a form that cannot
+            be read.
+        measured: share of the weights of the fuller side that `pairs` cover.
+    """
+
+    pairs: list[StoredPair]
+    names: dict[str, str]
+    only: tuple[list[str], list[str]]
+    differing: list[tuple[Matrix, Matrix]]
+    unreadable: tuple[set[str], set[str]]
+    measured: float
+
+
+def pairing(
+    before: Checkpoint,
+    after: Checkpoint,
+    roles: Collection[str] | None = None,
+    parts: Collection[str] | None = None,
+) -> Pairing:
+    """Which matrices of two checkpoints belong together.
+
+    Args:
+        before, after: open.
+        roles: only these; None for all.
+        parts: of the model, only these; None for all.
+    """
+    sides = before, after
+    names = match(*({**_shapes(side, roles, parts)} for side in sides))
+    pairs, differing = [], []
+    for name, other in names.items():
+        cuts = before.cuts.get(name), after.cuts.get(other)
+        if cuts[0] is None or cuts[1] is None:
+            continue
+        if pair := _pair(cuts[0], cuts[1]):
+            pairs.append(pair)
+        else:
+            differing.append((cuts[0].matrix, cuts[1].matrix))
+    pairs += _tied_pairs(before, after, names, roles, parts)
+    found = {*names}, {*names.values()}
+    only = [
+        [n for n in _shapes(side, roles, parts) if n not in known]
+        for side, known in zip(sides, found, strict=True)
+    ]
+    paired = (
+        {p.cuts[0].matrix.name for p in pairs},
+        {p.cuts[1].matrix.name for p in pairs},
+    )
+    unreadable = _unread(before, after, paired[0]), _unread(after, before, paired[1])
+    only_left = only[0], only[1]
+    if any(pair.note in (TIED_BEFORE, TIED_AFTER) for pair in pairs):
+        only_left = tuple(  # type: ignore[assignment]
+            [n for n in side if n not in known]
+            for side, known in zip(only, paired, strict=True)
+        )
+    share = _share(sides, pairs, roles, parts)
+    return Pairing(pairs, names, only_left, differing, unreadable, share)
+
+
+def _wanted(
+    matrix: Matrix, roles: Collection[str] | None, parts: Collection[str] | None
+) -> bool:
+    return (roles is None or matrix.role in roles) and (
+        parts is None or matrix.part in parts
+    )
+
+
+def _shapes(
+    side: Checkpoint, roles: Collection[str] | None, parts: Collection[str] | None
+) -> dict[str, tuple[int, ...]]:
+    """Name to what must agree for two names of one form to be the same matrix."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, cut in side.cuts.items():
+        if _wanted(cut.matrix, roles, parts):
+            # Vocabularies are resized and padded: their rows may differ.
+            vocabulary = cut.matrix.role in ("embed", "head")
+            found[name] = cut.matrix.shape[1:] if vocabulary else cut.matrix.shape
+    if roles is None and parts is None:
+        found |= {
+            name: skip.shape
+            for name, skip in side.skipped.items()
+            if skip.reason != TIED and not skip.unreadable
+        }
+    return found
+
+
+def _pair(a: Cut, b: Cut, note: str = "") -> StoredPair | None:
+    """Two cuts as a pair, of their common rows if that is all; None if they differ."""
+    if a.matrix.shape != b.matrix.shape:
+        vocabulary = {a.matrix.role, b.matrix.role} <= {"embed", "head"}
+        if not vocabulary or a.matrix.shape[1] != b.matrix.shape[1]:
+            return None
+        n = min(a.matrix.shape[0], b.matrix.shape[0])
+        note = "; ".join(
+            filter(
+                None,
+                [
+                    note,
+                    f"the first {n} rows, of {a.matrix.shape[0]} before and "
+                    f"{b.matrix.shape[0]} after (another vocabulary)",
+                ],
+            )
+        )
+        a, b = first_rows(a, n), first_rows(b, n)
+    name = a.matrix.name
+    if name != b.matrix.name and normal_form(name) == normal_form(b.matrix.name):
+        name = unwrapped(name)
+    before, after = replace(a.matrix, name=name), replace(b.matrix, name=name)
+    return StoredPair(before, after, (a, b), note)
+
+
+def first_rows(cut: Cut, n: int) -> Cut:
+    """The first rows of a matrix."""
+    matrix = replace(cut.matrix, shape=(n, cut.matrix.shape[1]))
+    if isinstance(cut, AdaptedCut):
+        base = None if cut.base is None else first_rows(cut.base, n)
+        return replace(cut, matrix=matrix, base=base, of_rows=slice(0, n))
+    return replace(cut, matrix=matrix, rows=slice(0, n))
+
+
+def _tied_pairs(
+    before: Checkpoint,
+    after: Checkpoint,
+    names: dict[str, str],
+    roles: Collection[str] | None,
+    parts: Collection[str] | None,
+) -> list[StoredPair]:
+    """A head that one side has, and the embedding that it is on the other."""
+    found: list[StoredPair] = []
+    heads = [
+        [c for c in side.cuts.values() if c.matrix.role == "head"]
+        for side in (before, after)
+    ]
+    heads = [[c for c in h if _wanted(c.matrix, roles, parts)] for h in heads]
+    if len(heads[1]) == 1 and not heads[0] and before.tied:
+        embed = before.cuts[before.tied]
+        renamed = replace(embed.matrix, name=heads[1][0].matrix.name, role="head")
+        pair = _pair(replace(embed, matrix=renamed), heads[1][0], TIED_BEFORE)
+        found += [pair] if pair else []
+    if len(heads[0]) == 1 and not heads[1] and after.tied:
+        embed = after.cuts[after.tied]
+        renamed = replace(embed.matrix, name=heads[0][0].matrix.name, role="head")
+        pair = _pair(heads[0][0], replace(embed, matrix=renamed), TIED_AFTER)
+        found += [pair] if pair else []
+    return found
+
+
+def _unread(side: Checkpoint, other: Checkpoint, paired: set[str]) -> set[str]:
+    """Matrices of one side whose module the other has in a form that is not read."""
+    modules = {
+        normal_form(quantised.module_of(name) + ".weight")
+        for name, skip in other.skipped.items()
+        if skip.unreadable
+    }
+    modules |= {normal_form(name) for name, s in other.skipped.items() if s.unreadable}
+    stacks = {name.removesuffix(".weight") for name in modules}
+    found = set()
+    for name, cut in side.cuts.items():
+        forms = normal_form(name), normal_form(cut.tensor.name)
+        stack = forms[0].partition(".experts.")[0] + ".experts"
+        if name not in paired and (modules & {*forms} or stack in stacks):
+            found.add(name)
+    return found
+
+
+def _share(
+    sides: tuple[Checkpoint, Checkpoint],
+    pairs: list[StoredPair],
+    roles: Collection[str] | None,
+    parts: Collection[str] | None,
+) -> float:
+    """Of the weights of the fuller side, which share is measured."""
+    totals = []
+    parts = {pair.before.part for pair in pairs} if parts is None else parts
+    for side in sides:
+        total = sum(
+            cut.matrix.shape[0] * cut.matrix.shape[1]
+            for cut in side.cuts.values()
+            if _wanted(cut.matrix, roles, parts)
+        )
+        for name, skip in side.skipped.items():
+            role = role_of(quantised.module_of(name).split("."))
+            if skip.unreadable and (roles is None or role in roles):
+                total += _entries(name, skip)
+        totals.append(total)
+    measured = sum(p.before.shape[0] * p.before.shape[1] for p in pairs)
+    return measured / max(1, *totals)
+
+
+def _entries(name: str, skip: Skipped) -> int:
+    """Weights of a tensor that cannot be read: none of a scale's."""
+    if "scale" in name.rpartition(".")[2] or len(skip.shape) < 2:
+        return 0
+    n = 8 if skip.dtype in ("I32", "U32") else 1  # packed, mostly four bits each
+    for side in skip.shape:
+        n *= side
+    return n
+
+
+def list_pairs(
+    before: Source,
+    after: Source,
+    roles: Collection[str] | None = None,
+    missing: str = "raise",
+) -> list[StoredPair]:
+    """Matching matrices of two checkpoints, from their headers alone.
+
+    Args:
+        before: as `open_checkpoint`.
+        after: as `open_checkpoint`.
+        roles: only these roles, such as ("q", "k", "v", "o"); None for all.
+        missing: "raise" when a matrix is on one side only, or "skip" to go on with
+            the common ones (`missing_names` lists the rest).
+
+    Returns:
+        Pairs in natural order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`; shapes differ, matrices
+            are missing, no matrix is left, or an argument is unknown.
+    """
+    if missing not in ("raise", "skip"):
+        raise ValueError(f"missing = {missing!r}, expected 'raise' or 'skip'")
+    check_names("roles", roles, ALL_ROLES)
+    a, b = open_pair(before, after)
+    found = pairing(a, b, roles)
+    if missing == "raise":
+        for i, side, other in ((0, a, b), (1, b, a)):
+            absent = [name for name in found.only[i] if name in side.cuts]
+            skipped = [n for n in found.names if n in a.cuts and n not in b.cuts]
+            _refuse_missing(absent or (skipped if i == 0 else []), side, other)
+    if not found.pairs and not found.differing:
+        raise ValueError(diagnosis(a, b, found))
+    refuse_shapes(found.differing)
+    return found.pairs
 
 
 def iter_pairs(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     roles: Collection[str] | None = None,
     missing: str = "raise",
 ) -> Iterator[MatrixPair]:
@@ -320,438 +717,122 @@ def iter_pairs(
     )
 
 
-def list_pairs(
-    before: str | Path,
-    after: str | Path,
-    roles: Collection[str] | None = None,
-    missing: str = "raise",
-) -> list[StoredPair]:
-    """Matching matrices of two checkpoints, from their headers alone.
+def open_pair(
+    before: Source,
+    after: Source,
+    base: Source | None = None,
+    dequantise: bool = False,
+) -> tuple[Checkpoint, Checkpoint]:
+    """Two checkpoints; an adapter as the later one is merged into the earlier.
 
     Args:
-        before: as `list_matrices`.
-        after: as `list_matrices`.
-        roles: only these roles, such as ("q", "k", "v", "o"); None for all.
-        missing: "raise" when a matrix is on one side only, or "skip" to go on with
-            the common ones (`missing_names` lists the rest).
-
-    Returns:
-        Pairs in natural order of their names.
+        before, after: as `open_checkpoint`.
+        base: of adapters; None for the earlier checkpoint, or what they name.
+        dequantise: as `open_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: as `list_matrices`; shapes differ, matrices
-            are missing, no matrix is left, or an argument is unknown.
+        FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-    if missing not in ("raise", "skip"):
-        raise ValueError(f"missing = {missing!r}, expected 'raise' or 'skip'")
-    if isinstance(roles, str) or not set(roles or ()) <= ALL_ROLES:
-        raise ValueError(
-            f"roles = {roles!r}, expected a collection out of {sorted(ALL_ROLES)}"
-        )
-    in_before, in_after = _contents(before), _contents(after)
-    wanted = [
-        {n: p for n, p in side.parts.items() if roles is None or p.matrix.role in roles}
-        for side in (in_before, in_after)
-    ]
-    if missing == "raise":
-        _refuse_missing(wanted[0], wanted[1], in_after, before, after)
-        _refuse_missing(wanted[1], wanted[0], in_before, after, before)
-    pairs = [(wanted[0][n], wanted[1][n]) for n in wanted[0] if n in wanted[1]]
-    if not pairs:
-        raise ValueError(
-            f"{before} and {after} have no matrix in common"
-            + (f" with a role of {sorted(roles)}" if roles is not None else "")
-            + ", expected two checkpoints of one architecture; see list_matrices"
-        )
-    _refuse_shapes([(a.matrix, b.matrix) for a, b in pairs])
-    return [StoredPair(a.matrix, b.matrix, (a, b)) for a, b in pairs]
+    a = open_checkpoint(before, base, dequantise)
+    if base is None and not isinstance(after, Checkpoint) and not _is_adapter(before):
+        base = a
+    return a, open_checkpoint(after, base, dequantise)
 
 
-def list_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint that hold its tensors.
-
-    Args:
-        path: as `list_matrices`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `list_matrices`.
-    """
-    return sorted({tensor.file for tensor in _stored(Path(path))})
+def _is_adapter(source: Source) -> bool:
+    if isinstance(source, Checkpoint):
+        source = source.path
+    return adapters.adapter_in(Path(source)) is not None
 
 
-def _refuse_missing(
-    wanted: dict[str, _Part],
-    found: dict[str, _Part],
-    other: _Contents,
-    path: str | Path,
-    other_path: str | Path,
+def check_names(
+    what: str, names: Collection[str] | None, known: Collection[str]
 ) -> None:
-    absent = [name for name in wanted if name not in found]
+    """Refuse names that are not known.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if isinstance(names, str) or not set(names or ()) <= set(known):
+        raise ValueError(
+            f"{what} = {names!r}, expected a collection out of {sorted(known)}"
+        )
+
+
+def _refuse_missing(absent: list[str], side: Checkpoint, other: Checkpoint) -> None:
     if not absent:
         return
     why = other.skipped.get(absent[0])
     raise ValueError(
-        f"{len(absent)} matrices of {path} are not in {other_path}, first {absent[0]}"
+        f"{len(absent)} matrices of {side.path} are not in {other.path}, first "
+        f"{absent[0]}"
         + (f" (skipped there: {why.reason})" if why else "")
         + ", expected the same names; pass missing='skip' for the common ones"
     )
 
 
-def _refuse_shapes(pairs: list[tuple[Matrix, Matrix]]) -> None:
-    differing = [(a, b) for a, b in pairs if a.shape != b.shape]
+def refuse_shapes(differing: list[tuple[Matrix, Matrix]]) -> None:
+    """Refuse matrices of one name and two shapes.
+
+    Raises:
+        ValueError: there are some.
+    """
     if differing:
         a, b = differing[0]
         raise ValueError(
             f"{len(differing)} matrices differ in shape, first {a.name}: {a.shape} "
-            f"before and {b.shape} after, expected equal sizes; a vocabulary padded "
-            "differently must be cut to one size, or leave its role out with roles="
+            f"before and {b.shape} after, expected equal sizes: two checkpoints of one "
+            "architecture; leave their roles out with --roles"
         )
 
 
-def _contents(path: str | Path) -> _Contents:
-    """Every tensor of a checkpoint as parts to measure or a reason not to."""
-    config = _config(Path(path))
-    stored = _stored(Path(path))
-    has_embedding = any(_role(_modules(t.name)) == "embed" for t in stored)
-    tied = has_embedding and config.get("tie_word_embeddings") is True
-    parts: dict[str, _Part] = {}
-    skipped: dict[str, Skipped] = {}
-    for tensor in stored:
-        outcome = _parts_or_reason(tensor, config, tied)
-        if isinstance(outcome, str):
-            dtype = FLOAT_DTYPES.get(tensor.dtype, tensor.dtype)
-            skipped[tensor.name] = Skipped(tensor.name, tensor.shape, dtype, outcome)
-            continue
-        for part in outcome:
-            name = part.matrix.name
-            if name in parts:
-                raise ValueError(
-                    f"{path} holds {name} twice, in {parts[name].tensor} and in "
-                    f"{tensor.name}, expected it once; remove one"
-                )
-            parts[name] = part
-    return _Contents(
-        {name: parts[name] for name in sorted(parts, key=_natural)},
-        {name: skipped[name] for name in sorted(skipped, key=_natural)},
+# --- diagnosis ---------------------------------------------------------------------
+
+
+def diagnosis(before: Checkpoint, after: Checkpoint, found: Pairing) -> str:
+    """Why two checkpoints do not pair, and what would help, in one line."""
+    n = [len(side.cuts) for side in (before, after)]
+    said = (
+        f"{before.path} and {after.path} have "
+        + (f"{len(found.pairs)} matrices" if found.pairs else "no matrix")
+        + f" in common out of {n[0]} and {n[1]}, expected two checkpoints of one "
+        "architecture"
     )
+    for which, side, only in zip(
+        ("BEFORE", "AFTER"), (before, after), found.only, strict=True
+    ):
+        said += "; " + _side_of_diagnosis(which, side, only)
+    return f"{said}; {_remedy(before, after)}"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    pieces = re.split(r"(\d+)", name)
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in pieces]
+def _side_of_diagnosis(which: str, side: Checkpoint, only: list[str]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for skip in side.skipped.values():
+        if skip.unreadable:
+            reasons.setdefault(skip.reason, []).append(skip.name)
+    found = [f"{len(names)} skipped ({reason})" for reason, names in reasons.items()]
+    alone = [name for name in only if name in side.cuts]
+    if alone:
+        found.append(f"{len(alone)} there alone, first {', '.join(alone[:2])}")
+    return f"{which}: {', '.join(found) or 'nothing of its own'}"
 
 
-def _modules(name: str) -> list[str]:
-    return name.removesuffix(".weight").split(".")
-
-
-def _layer(name: str) -> int:
-    found = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def _role(modules: list[str]) -> str:
-    """Role by the last module's whole name, so qkv_proj is never taken for v_proj."""
-    role = ROLES.get(modules[-1], "other")
-    if "experts" in modules:
-        return EXPERT_ROLES.get(role, "expert_other")
-    if "router" in modules[-2:]:
-        return "router"
-    if role == "head" and _layer(".".join(modules)) >= 0:
-        return "other"
-    return role
-
-
-def _parts_or_reason(
-    tensor: _Stored, config: dict[str, Any], tied: bool
-) -> list[_Part] | str:
-    """The matrices of one stored tensor, or why it has none."""
-    modules, ndim = _modules(tensor.name), len(tensor.shape)
-    if tensor.dtype not in FLOAT_DTYPES:
-        return f"stored as {tensor.dtype}: quantised or not a weight, dequantise first"
-    if 0 in tensor.shape:
-        return "no entries"
-    if ndim < 2:
-        return "a scalar" if ndim == 0 else "one-dimensional: a norm or a bias"
-    if re.search(r"(_scale|_scale_inv|\.scales)$", ".".join(modules)):
-        return "a quantisation scale, not a weight"
-    stacked = _stack_position(modules)
-    if ndim == 3 and stacked is not None:
-        return _expert_parts(tensor, modules, stacked, config)
-    if ndim > 2:
-        return f"{ndim}-dimensional and not a stack of experts: not a matrix"
-    if stacked is not None and modules[stacked] == "experts":
+def _remedy(before: Checkpoint, after: Checkpoint) -> str:
+    skips = [
+        s for side in (before, after) for s in side.skipped.values() if s.unreadable
+    ]
+    if any("quantised" in s.reason for s in skips):
         return (
-            "two-dimensional under 'experts' without a number: biases or a flat stack"
+            "measure the checkpoint before it was quantised, or try --dequantise "
+            "(FP8 and MXFP4 with their scales, compressed-tensors)"
         )
-    if modules[-1] == "qkv_proj":
-        return _qkv_parts(tensor, modules, config)
-    if modules[-1] == "gate_up_proj":
-        return _gate_up_parts(tensor, modules)
-    if tied and _role(modules) == "head":
-        return TIED
-    return [_part(tensor, modules, slice(0, tensor.shape[0]))]
-
-
-def _part(tensor: _Stored, modules: list[str], rows: slice) -> _Part:
-    """Rows of a two-dimensional tensor, named as if stored apart."""
-    whole = _modules(tensor.name) == modules
-    name = tensor.name if whole else ".".join([*modules, "weight"])
-    n_rows = len(range(*rows.indices(tensor.shape[0])))
-    matrix = Matrix(
-        name=name,
-        role=_role(modules),
-        layer=_layer(name),
-        shape=(n_rows, tensor.shape[1]),
-        dtype=FLOAT_DTYPES[tensor.dtype],
-    )
-    return _Part(matrix, tensor.file, tensor.name, rows)
-
-
-def _qkv_parts(
-    tensor: _Stored, modules: list[str], config: dict[str, Any]
-) -> list[_Part] | str:
-    """q, k and v, stored one below the other with the config's head counts."""
-    if config.get("model_type") in QKV_BY_HEAD:
-        return f"fused qkv_proj, in an order of {config['model_type']}'s own"
-    n_heads = config.get("num_attention_heads")
-    width = config.get("hidden_size")
-    n_kv_heads = config.get("num_key_value_heads") or n_heads
-    if not isinstance(n_heads, int) or not isinstance(n_kv_heads, int) or n_heads < 1:
-        return "fused qkv_proj, and no config.json beside it says how many heads"
-    head_dim = config.get("head_dim") or (width or 0) // n_heads
-    n_q_rows, n_kv_rows = n_heads * head_dim, n_kv_heads * head_dim
-    if n_q_rows + 2 * n_kv_rows != tensor.shape[0]:
+    if any("flat parameter" in s.reason for s in skips):
+        return "save with StateDictType.FULL_STATE_DICT, or the trainer's own merge"
+    if any("no entries" in s.reason for s in skips):
+        return "gather the weights first, with python zero_to_fp32.py DIR OUT"
+    if any(name in ("wq", "wk") for c in after.cuts for name in c.split(".")):
         return (
-            f"fused qkv_proj of {tensor.shape[0]} rows, where config.json's heads "
-            f"need {n_q_rows} + 2 x {n_kv_rows}"
+            "wq and wk of Llama's own files have their rows in another order than "
+            "q_proj and k_proj: convert with transformers' script of the family"
         )
-    edges = [0, n_q_rows, n_q_rows + n_kv_rows, tensor.shape[0]]
-    return [
-        _part(tensor, [*modules[:-1], name], slice(edges[i], edges[i + 1]))
-        for i, name in enumerate(("q_proj", "k_proj", "v_proj"))
-    ]
-
-
-def _gate_up_parts(tensor: _Stored, modules: list[str]) -> list[_Part] | str:
-    """gate above up, halves of one tensor."""
-    n_rows = tensor.shape[0]
-    if n_rows % 2:
-        return f"fused gate_up_proj of {n_rows} rows, which do not halve"
-    return [
-        _part(tensor, [*modules[:-1], "gate_proj"], slice(0, n_rows // 2)),
-        _part(tensor, [*modules[:-1], "up_proj"], slice(n_rows // 2, n_rows)),
-    ]
-
-
-def _stack_position(modules: list[str]) -> int | None:
-    """Index of the module that holds a stack of experts, None where there is none."""
-    if "experts" in modules:
-        i = modules.index("experts")
-        numbered = i + 1 < len(modules) and modules[i + 1].isdecimal()
-        return None if numbered else i
-    if modules[-2:-1] == ["block_sparse_moe"] and modules[-1] in STACK_ALIASES:
-        return len(modules) - 2
-    return None
-
-
-def _expert_parts(
-    tensor: _Stored, modules: list[str], stacked: int, config: dict[str, Any]
-) -> list[_Part] | str:
-    """One matrix an expert, or two where gate and up are fused, as (out, in)."""
-    n_experts, n_first, n_second = tensor.shape
-    leaf = ".".join(modules[stacked + 1 :])
-    leaf = STACK_ALIASES.get(leaf, leaf)
-    in_out = _stored_in_out(leaf, n_first, n_second, config)
-    if leaf != "gate_up_proj":
-        # A plain stack needs no splitting, so an unknown order costs only the
-        # names of its two sides.
-        rows_of = {leaf: slice(None)}
-    elif in_out is None:
-        return (
-            "fused gate_up_proj of experts, and no config.json beside it has a "
-            f"hidden_size of {n_first} or {n_second} to tell its order"
-        )
-    else:
-        n_out = n_second if in_out else n_first
-        if n_out % 2:
-            return f"fused gate_up_proj of {n_out} outputs, which do not halve"
-        interleaved = config.get("model_type") in EXPERTS_INTERLEAVED
-        rows_of = {
-            "gate_proj": slice(0, None, 2) if interleaved else slice(0, n_out // 2),
-            "up_proj": slice(1, None, 2) if interleaved else slice(n_out // 2, n_out),
-        }
-    return [
-        _expert_part(tensor, modules[: stacked + 1], expert, name, rows, bool(in_out))
-        for expert in range(n_experts)
-        for name, rows in rows_of.items()
-    ]
-
-
-def _expert_part(
-    tensor: _Stored, stack: list[str], expert: int, leaf: str, rows: slice, in_out: bool
-) -> _Part:
-    n_out, n_in = tensor.shape[:0:-1] if in_out else tensor.shape[1:]
-    name = ".".join([*stack, str(expert), *([leaf] if leaf else []), "weight"])
-    role = EXPERT_ROLES.get(ROLES.get(leaf, "other"), "expert_other")
-    matrix = Matrix(
-        name=name,
-        role=role,
-        layer=_layer(name),
-        shape=(len(range(*rows.indices(n_out))), n_in),
-        dtype=FLOAT_DTYPES[tensor.dtype],
-    )
-    return _Part(matrix, tensor.file, tensor.name, rows, expert, in_out)
-
-
-def _stored_in_out(
-    leaf: str, n_first: int, n_second: int, config: dict[str, Any]
-) -> bool | None:
-    """Whether each expert is stored as (in, out); None where nothing tells."""
-    hidden = config.get("hidden_size")
-    n_in, n_out = n_second, n_first
-    if ROLES.get(leaf) == "down":
-        n_in, n_out = n_out, n_in  # hidden is the output of down, the input of others
-    if n_in == n_out == hidden:
-        return config.get("model_type") in EXPERTS_IN_OUT
-    if hidden not in (n_in, n_out):
-        return None
-    return n_out == hidden
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """config.json beside the tensors, the language model's part on top; or {}."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
-        return {}
-    return _language(_json_object(file))
-
-
-def _language(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with its language model's part on top."""
-    text = config.get("text_config")
-    if not isinstance(text, dict):
-        return config
-    tie = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    return {**config, **text, "tie_word_embeddings": tie}
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not JSON ({error}), expected an object; copy it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object, expected one; copy it again")
-    return value
-
-
-def _stored(path: Path) -> list[_Stored]:
-    """Every tensor of a checkpoint, from the headers of its files."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist, expected a checkpoint directory or a "
-            ".safetensors file; check the path"
-        )
-    if not path.is_dir():
-        if path.suffix != ".safetensors":
-            raise ValueError(
-                f"{path} is no .safetensors file, and nothing else is read; "
-                "convert it with save_pretrained"
-            )
-        return _header(path)
-    if (path / "model.safetensors").is_file():
-        return _header(path / "model.safetensors")
-    if (path / INDEX_NAME).is_file():
-        return _sharded(path)
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return _header(files[0])
-    if files:
-        raise ValueError(
-            f"{path} holds {len(files)} .safetensors files and no {INDEX_NAME}, "
-            "expected one file or an index; pass one of the files"
-        )
-    pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in path.glob(p))
-    raise ValueError(
-        f"{path} holds no .safetensors file"
-        + (f" but {pickled[0]}, and pickles are not read" if pickled else "")
-        + ", expected a checkpoint; save one with save_pretrained"
-    )
-
-
-def _sharded(path: Path) -> list[_Stored]:
-    """Tensors of the shards, checked against their index in both directions."""
-    index = path / INDEX_NAME
-    weight_map = _json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map, expected one; copy it again")
-    names_of = defaultdict(set)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(
-                f"{index} places {name} in {shard!r}, "
-                "expected the name of a file in the same directory"
-            )
-        names_of[shard].add(name)
-    absent = sorted(shard for shard in names_of if not (path / shard).is_file())
-    if absent:
-        raise FileNotFoundError(
-            f"{path} lacks {len(absent)} of {len(names_of)} shards of its index, first "
-            f"{absent[0]}; copy it again"
-        )
-    stray = sorted(
-        {f.name for f in path.glob("model-*-of-*.safetensors")} - {*names_of}
-    )
-    if stray:
-        raise ValueError(
-            f"{index} does not name the shard {stray[0]} beside it, "
-            "expected every shard; remove the file or copy the right index"
-        )
-    return [
-        t for shard in sorted(names_of) for t in _shard(path, shard, names_of[shard])
-    ]
-
-
-def _shard(path: Path, shard: str, expected: set[str]) -> list[_Stored]:
-    tensors = _header(path / shard)
-    differing = sorted(expected ^ {tensor.name for tensor in tensors})
-    if differing:
-        side = "lacks" if differing[0] in expected else "holds"
-        raise ValueError(
-            f"{path / shard} {side} {differing[0]}, against its index "
-            f"({len(differing)} tensors differ); copy the checkpoint again"
-        )
-    return tensors
-
-
-def _header(file: Path) -> list[_Stored]:
-    handle = open_safetensors(file)
-    with naming(file):
-        names = list(handle.keys())
-        slices = [handle.get_slice(name) for name in names]
-        return [
-            _Stored(name, tuple(s.get_shape()), s.get_dtype(), file)
-            for name, s in zip(names, slices, strict=True)
-        ]
-
-
-def _read(part: _Part) -> Tensor:
-    handle = open_safetensors(part.file)
-    with naming(part.file):
-        return owned(part.file, _cut(handle.get_slice(part.tensor), part))
-
-
-def _cut(tensor: Any, part: _Part) -> Tensor:
-    """A part of its tensor, or of the slice of a file that stands for it."""
-    w: Tensor
-    if part.expert is None:
-        w = tensor[part.rows]
-    elif part.transposed:
-        w = tensor[part.expert, :, part.rows].T
-    else:
-        w = tensor[part.expert, part.rows]
-    return w
+    return "give checkpoints of one model, or say with --roles which matrices count"

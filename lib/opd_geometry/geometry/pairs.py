@@ -22,15 +22,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, comparison, gram, spectra, unplaced
+from opd_geometry.geometry import bits, comparison, gram, low_rank, spectra, unplaced
 from opd_geometry.geometry.checkpoints import (
+    ALL_ROLES,
+    PARTS,
+    Checkpoint,
+    Pairing,
     Skipped,
+    Source,
     StoredPair,
-    list_files,
-    list_matrices,
-    list_pairs,
-    list_skipped,
-    missing_names,
+    check_names,
+    diagnosis,
+    open_checkpoint,
+    open_pair,
+    pairing,
+    refuse_shapes,
 )
 from opd_geometry.geometry.comparison import (
     ANGLES,
@@ -41,6 +47,8 @@ from opd_geometry.geometry.comparison import (
     reference,
 )
 from opd_geometry.geometry.nulls import is_stored_difference
+from opd_geometry.geometry.readings import of_language
+from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
 # Column -> name in `comparison`, which the book's own tables use.
@@ -83,7 +91,16 @@ GROUPS = {
     "spread": ("stable_rank", "hill_alpha"),
     "energy": comparison.ENERGY,
 }
-IDENTITY = ("matrix", "role", "layer", "rows", "cols", "dtype_before", "dtype_after")
+IDENTITY = (
+    "matrix",
+    "role",
+    "layer",
+    "part",
+    "rows",
+    "cols",
+    "dtype_before",
+    "dtype_after",
+)
 COLUMNS = (
     *IDENTITY,
     *METRICS,
@@ -95,6 +112,7 @@ COLUMNS = (
     "expected_from",
     "gap_at_k",
     "angle_error_deg",
+    "adapter_norm",
     "note",
 )
 TRAJECTORY_COLUMNS = (
@@ -102,6 +120,7 @@ TRAJECTORY_COLUMNS = (
     "matrix",
     "role",
     "layer",
+    "part",
     "stable_rank",
     "frobenius_norm",
     "hill_alpha",
@@ -110,6 +129,8 @@ TRAJECTORY_COLUMNS = (
     "note",
 )
 # An update that is zero turns nothing, exactly.
+# What the update alone has, known from an adapter's two factors.
+OF_UPDATE = ("stable_rank", "hill_alpha")
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
 # What one matrix may raise without harm to the others.
@@ -231,7 +252,8 @@ def _nulls(
 
 
 def _complete(row: dict[str, float]) -> dict[str, float]:
-    return {name: row.get(name, math.nan) for name in COLUMNS if name not in WORDS}
+    left_out = {*WORDS, "adapter_norm"}
+    return {name: row.get(name, math.nan) for name in COLUMNS if name not in left_out}
 
 
 def follow_tensors(
@@ -338,31 +360,73 @@ class PairTask:
             "matrix": before.name,
             "role": before.role,
             "layer": before.layer,
+            "part": before.part,
             "rows": before.shape[0],
             "cols": before.shape[1],
             "dtype_before": before.dtype,
             "dtype_after": after.dtype,
         }
-        w_before, w_after = self.pair.read()
-        seed = null_seed(self.seed, before.name, 0)
         try:
-            _refuse_damage({"before": w_before, "after": w_after})
-            energies = bool({*self.metrics} & {*comparison.ENERGY})
-            origin = reference(w_before, self.settings, energies)
-            values = measure_tensors(
-                origin, w_after, metrics=self.metrics, null=self.null, seed=seed
-            )
+            values, words, notes = self._values()
         except REFUSALS as error:
             blank = _complete({}) | {"expected_from": ""}
             return [row | blank | {"note": f"{REFUSED}{error}"}]
+        note = "; ".join(filter(None, [self.pair.note, *notes]))
+        return [row | values | {"expected_from": words, "note": note}]
+
+    def _values(self) -> tuple[dict[str, float], str, list[str]]:
+        """The metrics, where the expected ones come from, and what is to be noted.
+
+        What the update alone has is known better from an adapter's factors.
+        """
+        update = self.pair.update()
+        asked = [m for m in self.metrics if update is None or m not in OF_UPDATE]
+        of_update: dict[str, float] = {}
+        if update is not None:
+            found = _of_update(update, self.settings, self.shape)
+            wanted = {*self.metrics, "adapter_norm"}
+            of_update = {name: v for name, v in found.items() if name in wanted}
+            if self.pair.baseless:
+                norm = {"frobenius_norm": found["adapter_norm"]}
+                return _complete(norm | of_update) | of_update, "", []
+        if not asked:
+            return _complete(of_update) | of_update, "", []
+        values, words, notes = self._of_weights(asked)
+        return values | of_update, words, notes
+
+    def _of_weights(self, asked: list[str]) -> tuple[dict[str, float], str, list[str]]:
+        w_before, w_after = self.pair.read()
+        _refuse_damage({"before": w_before, "after": w_after})
+        energies = bool({*asked} & {*comparison.ENERGY})
+        origin = reference(w_before, self.settings, energies)
+        seed = null_seed(self.seed, self.name, 0)
+        values = measure_tensors(
+            origin, w_after, metrics=asked, null=self.null, seed=seed
+        )
         notes = [_warning(values)]
-        if self.null and {*self.metrics} & {*EXPECTED_METRICS}:
-            source = "density" if is_stored_difference(w_after) else "norm"
-            row["expected_from"] = source
-            notes += _remarks(origin, values)
-        else:
-            row["expected_from"] = ""
-        return [row | values | {"note": "; ".join(filter(None, notes))}]
+        if not (self.null and {*asked} & {*EXPECTED_METRICS}):
+            return values, "", notes
+        source = "density" if is_stored_difference(w_after) else "norm"
+        return values, source, notes + _remarks(origin, values)
+
+
+def _of_update(
+    update: tuple[Tensor, Tensor], settings: Settings, shape: tuple[int, int]
+) -> dict[str, float]:
+    """Norm, stable rank and Hill exponent of left @ right."""
+    left, right = update
+    _refuse_damage({"in the adapter's B": left, "in its A": right})
+    values, _ = low_rank.spectrum(left, right)
+    norm = float(torch.linalg.norm(values))
+    if norm == 0.0:
+        return {"adapter_norm": 0.0}
+    return {
+        "adapter_norm": norm,
+        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
+        "hill_alpha": comparison.defined(
+            spectra.hill_exponent, values, settings.hill_rank(shape)
+        ),
+    }
 
 
 def _refuse_damage(tensors: dict[str, Tensor]) -> None:
@@ -443,8 +507,31 @@ class TrajectoryTask:
     def rows(self) -> list[Row]:
         """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
         matrix = self.pairs[0].before
-        identity = {"matrix": matrix.name, "role": matrix.role, "layer": matrix.layer}
+        identity: Row = {
+            "matrix": matrix.name,
+            "role": matrix.role,
+            "layer": matrix.layer,
+            "part": matrix.part,
+        }
         pair_of = dict(zip(self.steps, self.pairs, strict=True))
+        try:
+            if all(pair.adapted for pair in self.pairs) and self.pairs[0].update():
+                found = self._of_adapters(pair_of)
+            else:
+                found = self._of_weights(pair_of)
+        except REFUSALS as error:
+            empty = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
+            return [
+                empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
+                for step in self.steps
+            ]
+        note = {"note": self.pair.note}
+        return [
+            {name: (identity | row | note)[name] for name in TRAJECTORY_COLUMNS}
+            for row in found
+        ]
+
+    def _of_weights(self, pair_of: dict[int, StoredPair]) -> list[Row]:
         w_before = self.pairs[0].read_before()
 
         def later(step: int) -> Tensor:
@@ -452,18 +539,34 @@ class TrajectoryTask:
             _refuse_damage({"before": w_before, f"at step {step}": w})
             return w
 
-        try:
-            found = follow_tensors(w_before, later, self.steps, self.k, self.settings)
-        except REFUSALS as error:
-            empty = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
-            return [
-                empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
-                for step in self.steps
-            ]
-        return [
-            {name: (identity | row | {"note": ""})[name] for name in TRAJECTORY_COLUMNS}
-            for row in found
-        ]
+        return follow_tensors(w_before, later, self.steps, self.k, self.settings)
+
+    def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
+        """As `follow_tensors`, from the factors of adapters: never the whole matrix."""
+        k = min(self.k, *self.shape)
+        end: Tensor | None = None
+        rows: list[Row] = []
+        for step in reversed(self.steps):
+            update = pair_of[step].update()
+            assert update is not None
+            values = _of_update(update, self.settings, self.shape)
+            subspace = low_rank.spectrum(*update, k)[1]
+            if step == self.steps[-1]:
+                end = subspace
+            similarity = math.nan
+            if subspace is not None and end is not None:
+                similarity = spectra.subspace_similarity(subspace, end)
+            rows.append(
+                {
+                    "step": step,
+                    "stable_rank": values.get("stable_rank", math.nan),
+                    "frobenius_norm": values["adapter_norm"],
+                    "hill_alpha": values.get("hill_alpha", math.nan),
+                    "similarity_to_end": similarity,
+                    "similarity_null": k / self.shape[1],
+                }
+            )
+        return rows[::-1]
 
 
 Task = PairTask | TrajectoryTask
@@ -482,6 +585,9 @@ class Plan:
         skipped: tensors that are not measured, with the reason.
         missing: names on one side only, with the checkpoint that lacks them.
         description: what is measured, to tell whether a partial table fits.
+        notes: which files were read, where there was a choice.
+        renamed: names of the first checkpoint to those of another, where they differ.
+        measured: share of the weights that the tasks cover.
     """
 
     tasks: Sequence[Task]
@@ -489,6 +595,9 @@ class Plan:
     skipped: list[Skipped]
     missing: list[tuple[str, str]]
     description: dict[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict, repr=False)
+    measured: float = 1.0
 
     @property
     def entries(self) -> int:
@@ -503,21 +612,27 @@ class Plan:
 
 
 def plan_pair(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     settings: Settings = DEFAULTS,
     metrics: Collection[str] = tuple(METRICS),
     roles: Collection[str] | None = None,
     null: bool = True,
     seed: int = 0,
+    parts: Collection[str] | None = None,
+    base: Source | None = None,
+    dequantise: bool = False,
 ) -> Plan:
     """Every matrix that two checkpoints have in common.
 
     Args:
-        before, after: directories or .safetensors files.
+        before, after: directories, files or adapters (`checkpoints.open_checkpoint`).
         settings, metrics, null: as `measure_tensors`.
         roles: only these; None for all.
         seed: of the nulls; every matrix has noise of its own.
+        parts: of the model, only these; None for all.
+        base: of adapters on both sides; None for what they name.
+        dequantise: make weights of codes, where the format is known.
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.list_pairs`, or the two have
@@ -525,29 +640,41 @@ def plan_pair(
     """
     if seed < 0:
         raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
-    pairs = list_pairs(before, after, roles, missing="skip")
-    missing = _missing(before, after, roles)
     asked = parse_metrics(metrics)
-    tasks = [PairTask(pair, settings, asked, null, seed) for pair in pairs]
+    sides = open_pair(before, after, base, dequantise)
+    found = _paired(*sides, roles, parts)
+    tasks = [PairTask(pair, settings, asked, null, seed) for pair in found.pairs]
     description = {
         "table": f"measure {FORMAT}",
-        "files": [_fingerprint(before), _fingerprint(after)],
+        "files": [_fingerprint(side) for side in sides],
         "settings": asdict(settings),
         "metrics": list(asked),
         "roles": sorted(roles) if roles is not None else None,
+        "parts": sorted(parts) if parts is not None else None,
         "null": null,
         "seed": seed,
+        "dequantise": dequantise,
     }
-    return Plan(tasks, COLUMNS, _skipped(before, after), missing, description)
+    return Plan(
+        tasks,
+        COLUMNS,
+        _skipped(*sides),
+        _missing(*sides, found),
+        description,
+        tuple(dict.fromkeys(note for side in sides for note in side.notes)),
+        _renamed(found),
+        found.measured,
+    )
 
 
 def plan_trajectory(
-    before: str | Path,
+    before: Source,
     checkpoints: Sequence[str | Path],
     k: int = 16,
     settings: Settings = DEFAULTS,
     roles: Collection[str] | None = None,
     steps: Sequence[int] | None = None,
+    parts: Collection[str] | None = None,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
 
@@ -557,7 +684,8 @@ def plan_trajectory(
         k: dimension of the subspaces.
         settings: its hill_k counts.
         roles: only these; None for all.
-        steps: of the checkpoints; None takes `step_of` their names.
+        steps: of the checkpoints; None takes `steps_of` their names.
+        parts: of the model, only these; None for all.
 
     Raises:
         FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
@@ -565,18 +693,21 @@ def plan_trajectory(
     """
     if k < 1:
         raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
-    numbers = [step_of(c) for c in checkpoints] if steps is None else list(steps)
+    numbers = steps_of(checkpoints) if steps is None else list(steps)
     if not numbers or len({*numbers}) < len(numbers):
         raise ValueError(
             f"steps {numbers}, expected one or more and no two alike; name each "
-            "checkpoint once"
+            "checkpoint once, or say the steps with --steps"
         )
     order = sorted(zip(numbers, checkpoints, strict=True), key=lambda pair: pair[0])
+    first = open_checkpoint(before)
+    opened = {step: open_pair(first, path)[1] for step, path in order}
+    found = {step: _paired(first, c, roles, parts) for step, c in opened.items()}
+    # By the name in the first checkpoint: a table may show another one.
     sides = {
-        step: {p.before.name: p for p in list_pairs(before, path, roles, "skip")}
-        for step, path in order
+        step: {pair.cuts[0].matrix.name: pair for pair in f.pairs}
+        for step, f in found.items()
     }
-    missing = [m for _, path in order for m in _missing(before, path, roles)]
     common = [
         name for name in sides[order[0][0]] if all(name in s for s in sides.values())
     ]
@@ -593,68 +724,82 @@ def plan_trajectory(
     ]
     description = {
         "table": f"trajectory {FORMAT}",
-        "files": [_fingerprint(path) for path in (before, *(p for _, p in order))],
+        "files": [_fingerprint(c) for c in (first, *opened.values())],
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
         "roles": sorted(roles) if roles is not None else None,
+        "parts": sorted(parts) if parts is not None else None,
     }
-    skipped = _skipped(before, *(path for _, path in order))
-    return Plan(tasks, TRAJECTORY_COLUMNS, skipped, missing, description)
+    missing = [m for step, c in opened.items() for m in _missing(first, c, found[step])]
+    notes = [note for c in (first, *opened.values()) for note in c.notes]
+    return Plan(
+        tasks,
+        TRAJECTORY_COLUMNS,
+        _skipped(first, *opened.values()),
+        missing,
+        description,
+        tuple(dict.fromkeys(notes)),
+        {k: v for f in found.values() for k, v in _renamed(f).items()},
+        min(f.measured for f in found.values()),
+    )
 
 
-def step_of(checkpoint: str | Path) -> int:
-    """Step that a checkpoint's name ends in.
+def _paired(
+    before: Checkpoint,
+    after: Checkpoint,
+    roles: Collection[str] | None,
+    parts: Collection[str] | None,
+) -> Pairing:
+    """What two checkpoints have in common; refused if that is little of either.
 
-    Raises:
-        ValueError: no number in the name.
-
-    >>> step_of("run/checkpoint-256"), step_of("out/global_step_64.safetensors")
-    (256, 64)
+    Weights that one side holds in a form that cannot be read do not count: what is
+    left is measured.
     """
-    name = str(checkpoint).rstrip("/").removesuffix(".safetensors")
-    found = re.search(r"(\d+)\D*$", name.rsplit("/", 1)[-1])
-    if not found:
-        raise ValueError(
-            f"{checkpoint} has no number in its name, expected one that ends in its "
-            "step, such as checkpoint-256; rename or link it"
+    check_names("roles", roles, ALL_ROLES)
+    check_names("parts", parts, PARTS)
+    found = pairing(before, after, roles, parts)
+    refuse_shapes(found.differing)
+    # A part that one side lacks (a text model of a multimodal one) does not count.
+    common = {pair.before.part for pair in found.pairs}
+    readable = [
+        len(found.pairs)
+        + sum(
+            name in side.cuts
+            and side.cuts[name].matrix.part in common
+            and name not in unread
+            for name in only
         )
-    return int(found[1])
+        for side, only, unread in zip(
+            (before, after), found.only, found.unreadable, strict=True
+        )
+    ]
+    if not found.pairs or len(found.pairs) < max(readable) / 2:
+        raise ValueError(diagnosis(before, after, found))
+    return found
 
 
 def _missing(
-    before: str | Path, after: str | Path, roles: Collection[str] | None
+    before: Checkpoint, after: Checkpoint, found: Pairing
 ) -> list[tuple[str, str]]:
-    """(name, checkpoint without it); refused if that is most of the model."""
-    matrices = [
-        {m.name for m in list_matrices(path) if roles is None or m.role in roles}
-        for path in (before, after)
-    ]
-    common = matrices[0] & matrices[1]
-    if len(common) < max(map(len, matrices)) / 2:
-        raise ValueError(
-            f"{before} and {after} have {len(common)} matrices in common out of "
-            f"{len(matrices[0])} and {len(matrices[1])}, expected two checkpoints of "
-            "one architecture"
-        )
-    if roles is not None:
-        only = [matrices[0] - common, matrices[1] - common]
-        names: tuple[Iterable[str], Iterable[str]] = (sorted(only[0]), sorted(only[1]))
-    else:
-        names = missing_names(before, after)
-    return [(name, str(after)) for name in names[0]] + [
-        (name, str(before)) for name in names[1]
+    """(name, checkpoint without it)."""
+    return [(name, str(after.path)) for name in found.only[0]] + [
+        (name, str(before.path)) for name in found.only[1]
     ]
 
 
-def _skipped(*paths: str | Path) -> list[Skipped]:
-    found = {skip.name: skip for path in paths for skip in list_skipped(path)}
+def _skipped(*checkpoints: Checkpoint) -> list[Skipped]:
+    found = {name: skip for c in checkpoints for name, skip in c.skipped.items()}
     return list(found.values())
 
 
-def _fingerprint(path: str | Path) -> list[list[Any]]:
+def _renamed(found: Pairing) -> dict[str, str]:
+    return {a: b for a, b in found.names.items() if a != b}
+
+
+def _fingerprint(checkpoint: Checkpoint) -> list[list[Any]]:
     """Files of a checkpoint with size and time: whether it is still the same one."""
-    files = list_files(path)
+    files = sorted(checkpoint.files)
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
@@ -819,11 +964,13 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     the plain mean over matrices that have it.
 
     Args:
-        table: of `measure_checkpoints`.
+        table: of `measure_checkpoints`. Of several parts of a model the language model
+            is summarised, if it is among them.
 
     Returns:
         role, matrices, parameters, then a column a metric and null that was measured.
     """
+    table = of_language(table)
     metrics = [
         name
         for name in COLUMNS

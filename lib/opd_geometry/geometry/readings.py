@@ -282,3 +282,11 @@ def what_stands_out(table: pd.DataFrame) -> str:
 
 def _limit(limit: float) -> str:
     return f" (±{100 * limit:.2g} %)" if limit == limit else ""
+
+
+def of_language(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the language model, or all where a table has none or knows no parts."""
+    if "part" not in table:
+        return table
+    language = table[table["part"].isna() | (table["part"] == "language")]
+    return language if len(language) else table

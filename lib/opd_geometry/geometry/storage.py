@@ -5,13 +5,14 @@ opened anew after `OPEN_BYTES` of reading: memory stays bounded by that and by t
 largest tensor, and a file of twenty thousand small tensors is parsed once.
 """
 
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,3 +94,167 @@ def owned(file: Path, w: Tensor) -> Tensor:
     copy: Tensor = w.clone(memory_format=torch.contiguous_format)
     count_read(file, copy.nbytes)
     return copy
+
+
+# --- tensors of files --------------------------------------------------------------
+
+Index = Any  # an int or a slice of the first axis, or a tuple that begins with one
+
+
+class Place(Protocol):
+    """Where the values of a tensor lie; indexing reads them, as of a tensor.
+
+    Small and picklable, so that it can be sent to another process.
+    """
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """Values in memory of their own."""
+        ...
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of its file describes it.
+
+    Attributes:
+        name: in its file.
+        shape: of the whole tensor.
+        dtype: as torch names it ("bfloat16"), or the file's own code where it has none.
+        place: where its values lie.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    place: Place
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A tensor of a safetensors file."""
+
+    file: Path
+    key: str
+
+    def __getitem__(self, index: Index) -> Tensor:
+        handle = open_safetensors(self.file)
+        with naming(self.file):
+            return owned(self.file, handle.get_slice(self.key)[index])
+
+    def files(self) -> tuple[Path, ...]:
+        """That file."""
+        return (self.file,)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor that lies in pieces, each at its offsets.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: as torch names it.
+        pieces: (offsets, shape of the piece, its place).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[tuple[tuple[int, ...], tuple[int, ...], Place], ...]
+
+    def __getitem__(self, index: Index) -> Tensor:
+        first, rest = (index[0], index[1:]) if isinstance(index, tuple) else (index, ())
+        if isinstance(first, slice):
+            low, high, step = first.indices(self.shape[0])
+            inner: Index = slice(0, max(0, high - low), step)
+        else:
+            low, high, inner = first, first + 1, 0
+        return self._rows(low, max(low, high))[(inner, *rest)]
+
+    def _rows(self, low: int, high: int) -> Tensor:
+        """Rows low to high, from the pieces that have some of them."""
+        whole = torch.empty(
+            (high - low, *self.shape[1:]), dtype=torch_dtype(self.dtype)
+        )
+        for offsets, shape, place in self.pieces:
+            start, stop = max(low, offsets[0]), min(high, offsets[0] + shape[0])
+            if start >= stop:
+                continue
+            target = (
+                slice(start - low, stop - low),
+                *(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True)),
+            )
+            whole[target] = place[start - offsets[0] : stop - offsets[0]]
+        return whole
+
+    def files(self) -> tuple[Path, ...]:
+        """Of all pieces."""
+        found = [file for _, _, place in self.pieces for file in place.files()]
+        return tuple(dict.fromkeys(found))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name, as "bfloat16"."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def uncovered(shape: Sequence[int], pieces: Sequence[tuple[Any, ...]]) -> str:
+    """What keeps pieces from making up a whole tensor; nothing if they do.
+
+    Args:
+        shape: of the whole tensor.
+        pieces: (offsets, shape, ...) each.
+    """
+    volume = 0
+    for offsets, size, *_ in pieces:
+        if len(offsets) != len(shape) or len(size) != len(shape):
+            return "a piece has another number of axes"
+        ends = [o + n for o, n in zip(offsets, size, strict=True)]
+        if any(o < 0 for o in offsets) or any(
+            e > n for e, n in zip(ends, shape, strict=True)
+        ):
+            return f"a piece reaches to {tuple(ends)} of {tuple(shape)}"
+        volume += math.prod(size)
+    if volume < math.prod(shape):
+        return f"pieces hold {volume} of {math.prod(shape)} values"
+    return "" if volume == math.prod(shape) else "pieces overlap"
+
+
+# Codes of safetensors -> dtypes whose matrices are measured.
+FLOAT_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+def header(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: a truncated or damaged file.
+    """
+    handle = open_safetensors(file)
+    with naming(file):
+        names = list(handle.keys())
+        slices = [handle.get_slice(name) for name in names]
+        return [
+            Stored(
+                name,
+                tuple(s.get_shape()),
+                FLOAT_DTYPES.get(s.get_dtype(), s.get_dtype()),
+                InFile(file, name),
+            )
+            for name, s in zip(names, slices, strict=True)
+        ]
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """The free text in the header of a safetensors file."""
+    handle = open_safetensors(file)
+    with naming(file):
+        return dict(handle.metadata() or {})

@@ -1,0 +1,412 @@
+"""LoRA adapters as PEFT saves them, merged into their base a matrix at a time.
+
+W' = W + s B A, with s = alpha / r, or alpha / sqrt(r) if rank-stabilised; DoRA then
+scales each row to its magnitude. What is stored of W' is rounded as PEFT rounds it when
+it merges. The update s B A itself is known better than that: as two thin factors.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_geometry.geometry.directories import ADAPTER_CONFIG, json_object
+from opd_geometry.geometry.layouts import Cut, Matrix, layer_of, part_of, role_of
+from opd_geometry.geometry.matching import normal_form
+from opd_geometry.geometry.storage import Stored, header
+from opd_geometry.geometry.training_formats import pickled
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
+    r"lora_magnitude_vector)(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?"
+)
+WHOLE = slice(None)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one module, as it is stored.
+
+    Attributes:
+        a, b: places of A (r, in) and B (out, r); of a stack of experts (r E, in) and
+            (out, r E).
+        scaling: s.
+        magnitude: place of DoRA's magnitudes, None without.
+        embedding: whether the module stores (in, out), as embeddings do.
+        experts: E, 0 for one matrix.
+        expert: of them, which.
+    """
+
+    a: Stored
+    b: Stored
+    scaling: float
+    magnitude: Stored | None = None
+    embedding: bool = False
+    experts: int = 0
+    expert: int = 0
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """(B, A) of the matrix (out, in), as stored and without the scaling."""
+        a, b = self.a.place[WHOLE], self.b.place[WHOLE]
+        if self.experts:
+            a = a.reshape(self.experts, -1, a.shape[-1])[self.expert]
+            b = b.reshape(b.shape[0], -1, self.experts)[:, :, self.expert]
+        return (a.T, b.T) if self.embedding else (b, a)
+
+
+@dataclass(frozen=True)
+class AdaptedCut(Cut):
+    """A matrix with an adapter merged into it.
+
+    Attributes:
+        base: the matrix without; None where only the update is known.
+        factors: of the update.
+        of_rows: which outputs of the module this matrix has, and in how many groups.
+        turned: whether the base stores (inputs, outputs).
+    """
+
+    base: Cut | None = None
+    factors: Factors | None = None
+    of_rows: slice = field(default_factory=lambda: WHOLE)
+    in_groups: int = 1
+
+    def read(self) -> Tensor:
+        """The merged matrix, rounded as PEFT rounds it; without a base the update."""
+        assert self.factors is not None
+        b, a = self.factors.read()
+        delta = (b.float() @ a.float()) * self.factors.scaling
+        if self.base is None:
+            return self._rows(delta).contiguous()
+        w = self.base.read()
+        if self.factors.experts:  # PEFT rounds the update of a stack by itself
+            return w.add_(self._rows(delta).to(w.dtype))
+        if self.factors.magnitude is None:
+            return w.add_(self._rows(delta))
+        magnitude = self._rows(self.factors.magnitude.place[WHOLE].float()[:, None])
+        merged = w + self._rows(delta)
+        norms = torch.linalg.norm(merged, dim=1).to(merged.dtype)
+        return ((magnitude[:, 0] / norms)[:, None] * merged).to(w.dtype)
+
+    def update(self) -> tuple[Tensor, Tensor] | None:
+        """s B A as (left, right) in float64; None where it is of full rank (DoRA)."""
+        if self.factors is None or self.factors.magnitude is not None:
+            return None
+        b, a = self.factors.read()
+        left = self._rows(b.double() * self.factors.scaling)
+        return left, a.double()
+
+    def _rows(self, w: Tensor) -> Tensor:
+        if self.in_groups > 1:
+            grouped = w.reshape(self.in_groups, -1, w.shape[-1])
+            return grouped[:, self.of_rows].reshape(-1, w.shape[-1])
+        return w[self.of_rows]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's directory.
+
+    Attributes:
+        path: of the directory.
+        config: adapter_config.json.
+        factors: module to its update, as far as one matrix goes.
+        stacks: module to the updates of its stacks, the innermost first.
+        replaced: tensors that stand in place of the base's.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    factors: dict[str, Factors]
+    stacks: dict[str, list[Factors]]
+    replaced: list[Stored]
+
+    @property
+    def base(self) -> str:
+        """Path or hub id of the model it was trained on, or nothing."""
+        found = self.config.get("base_model_name_or_path")
+        return found if isinstance(found, str) else ""
+
+
+def adapter_in(path: Path) -> Path | None:
+    """The directory of an adapter, if a path is one or its weights."""
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
+        return path if any((path / name).is_file() for name in WEIGHTS) else None
+    beside = path.parent / ADAPTER_CONFIG
+    return path.parent if path.name in WEIGHTS and beside.is_file() else None
+
+
+def read_adapter(path: Path) -> Adapter:
+    """An adapter, from the headers of its files.
+
+    Args:
+        path: a directory with adapter_config.json and adapter_model.
+
+    Raises:
+        ValueError: another method than LoRA, a config or tensors that do not fit.
+    """
+    config = json_object(path / ADAPTER_CONFIG)
+    place = next(path / name for name in WEIGHTS if (path / name).is_file())
+    tensors = header(place) if place.suffix == ".safetensors" else pickled(place)
+    return adapter_of(path, config, tensors)
+
+
+def adapter_of(path: Path, config: dict[str, Any], tensors: list[Stored]) -> Adapter:
+    """The adapter that tensors of PEFT's names make up."""
+    method = config.get("peft_type", "LORA")
+    if method != "LORA":
+        raise ValueError(
+            f"{path} is an adapter of the kind {method!r}, expected LORA; merge it "
+            "with PEFT's merge_and_unload and give the merged copy"
+        )
+    modules: dict[str, dict[str, Stored]] = defaultdict(dict)
+    replaced = []
+    for tensor in tensors:
+        name = tensor.name.removeprefix(PREFIX)
+        found = _FACTOR.fullmatch(name)
+        if found:
+            modules[found["module"]][found["kind"]] = tensor
+        elif "lora_" in name or "trainable_tokens" in name or "ia3" in name:
+            raise ValueError(
+                f"{path} holds {tensor.name}, which is not known here, expected "
+                "lora_A, lora_B or whole weights; merge it with PEFT's "
+                "merge_and_unload and give the merged copy"
+            )
+        elif not name.endswith(".base_layer.weight"):
+            name = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.)", "", name)
+            if ".original_module." not in name:
+                replaced.append(replace(tensor, name=name))
+    factors: dict[str, Factors] = {}
+    stacks: dict[str, list[Factors]] = defaultdict(list)
+    # Innermost first: each wrapper around a stack adds one base_layer to the path.
+    for module in sorted(modules, key=lambda m: -m.count("base_layer")):
+        outer = module.replace(".base_layer", "")
+        update = _factors(path, config, outer, modules[module])
+        if outer.rpartition(".")[2] == "experts":
+            stacks[outer].append(update)
+        else:
+            factors[outer] = update
+    if not factors and not stacks and not replaced:
+        raise ValueError(f"{path} is an adapter without tensors, expected some")
+    return Adapter(path, config, factors, dict(stacks), replaced)
+
+
+def _factors(
+    path: Path, config: dict[str, Any], module: str, found: Mapping[str, Stored]
+) -> Factors:
+    embedding = "lora_embedding_A" in found
+    a = found.get("lora_embedding_A" if embedding else "lora_A")
+    b = found.get("lora_embedding_B" if embedding else "lora_B")
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+        raise ValueError(
+            f"{path} has no pair of matrices A and B for {module}, expected both; "
+            "save the adapter again"
+        )
+    rank, scaling = _rank_and_scaling(path, config, module)
+    stack = module.rpartition(".")[2] == "experts"
+    experts = a.shape[0] // rank if stack else 0
+    if a.shape[0] != b.shape[1] or a.shape[0] != rank * (experts or 1):
+        raise ValueError(
+            f"{path} has A of {a.shape} and B of {b.shape} for {module}, where "
+            f"adapter_config.json says r = {rank}; expected one adapter's files"
+        )
+    magnitude = found.get("lora_magnitude_vector")
+    return Factors(a, b, scaling, magnitude, embedding, experts)
+
+
+def _rank_and_scaling(
+    path: Path, config: dict[str, Any], module: str
+) -> tuple[int, float]:
+    """R and s of a module, by the patterns of the config if one fits."""
+    rank = _pattern(path, config, "rank_pattern", module, config.get("r"))
+    alpha = _pattern(path, config, "alpha_pattern", module, config.get("lora_alpha"))
+    whole = type(rank) is int and 0 < rank < 2**20
+    if not whole or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG} has r = {rank!r} and lora_alpha = {alpha!r} for "
+            f"{module}, expected positive numbers; copy it again"
+        )
+    return rank, alpha / (rank**0.5 if config.get("use_rslora") is True else rank)
+
+
+def _pattern(
+    path: Path, config: dict[str, Any], name: str, module: str, default: Any
+) -> Any:
+    """The value of the first pattern that fits the end of a module's path."""
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG} has {name} = {patterns!r}, expected an object"
+        )
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern[:500]})$", module):
+                return value
+        except re.error as error:
+            raise ValueError(
+                f"{path / ADAPTER_CONFIG} has {pattern!r} in {name}, which is no "
+                f"pattern ({error}); copy it again"
+            ) from error
+    return default
+
+
+# --- merged into a base ------------------------------------------------------------
+
+
+def merged(
+    cuts: Mapping[str, Cut], adapter: Adapter, replaced: Mapping[str, Cut]
+) -> tuple[dict[str, Cut], list[str]]:
+    """The matrices of a base with an adapter merged into them.
+
+    Args:
+        cuts: of the base, by name.
+        adapter: to merge.
+        replaced: matrices that the adapter holds whole.
+
+    Returns:
+        The same names; and what a reader would want to know.
+
+    Raises:
+        ValueError: a module that the base has not, or of another shape.
+    """
+    factors = {normal_form(f"{m}.weight"): (m, f) for m, f in adapter.factors.items()}
+    stacks = {normal_form(f"{m}.x"): (m, f) for m, f in adapter.stacks.items()}
+    used: set[str] = set()
+    found: dict[str, Cut] = {}
+    for name, cut in cuts.items():
+        form = normal_form(cut.tensor.name)
+        if form in factors:
+            module, update = factors[form]
+            used.add(module)
+            found[name] = _adapted(cut, update, adapter)
+            continue
+        module, stack_update = _of_stack(cut, stacks)
+        if stack_update is not None:
+            used.add(module)
+        found[name] = stack_update or cut
+    notes = _tied_head(found, cuts, adapter, used)
+    lacking = sorted({*adapter.factors, *adapter.stacks} - used)
+    if lacking:
+        raise ValueError(
+            f"{adapter.path} adapts {len(lacking)} modules that the base has not, "
+            f"first {lacking[0]}, expected the adapter's own base"
+            + (f" ({adapter.base})" if adapter.base else "")
+        )
+    forms = {normal_form(name): name for name in found}
+    for name, cut in replaced.items():
+        known = forms.get(normal_form(name))
+        place = replace(cut.matrix, name=known) if known else cut.matrix
+        found[known or name] = replace(cut, matrix=place)
+    return found, notes
+
+
+def _tied_head(
+    found: dict[str, Cut], cuts: Mapping[str, Cut], adapter: Adapter, used: set[str]
+) -> list[str]:
+    """An adapter of a head that is the embedding moves the embedding."""
+    heads = [m for m in adapter.factors if m not in used and role_of([m]) == "head"]
+    heads += [m for m in adapter.factors if m.endswith(".lm_head") and m not in used]
+    embeds = [n for n, c in cuts.items() if c.matrix.role == "embed"]
+    if (
+        not heads
+        or len(embeds) != 1
+        or any(c.matrix.role == "head" for c in cuts.values())
+    ):
+        return []
+    name = embeds[0]
+    found[name] = _adapted(cuts[name], adapter.factors[heads[0]], adapter)
+    used.add(heads[0])
+    return [f"{adapter.path}: the update of {heads[0]} is merged into {name}, its tie"]
+
+
+def _adapted(cut: Cut, update: Factors, adapter: Adapter) -> Cut:
+    n_out, n_in = update.b.shape[0], update.a.shape[1]
+    if update.embedding:
+        n_out, n_in = n_in, n_out
+    stored = cut.tensor.shape[::-1] if cut.transposed else cut.tensor.shape
+    if (n_out, n_in) != tuple(stored):
+        raise ValueError(
+            f"{adapter.path} adapts {cut.tensor.name} by {(n_out, n_in)}, where the "
+            f"base has {tuple(stored)}, expected the adapter's own base"
+        )
+    return AdaptedCut(
+        cut.matrix,
+        cut.tensor,
+        cut.rows,
+        cut.expert,
+        cut.transposed,
+        cut.groups,
+        cut,
+        update,
+        cut.rows,
+        cut.groups,
+    )
+
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+
+
+def _of_stack(
+    cut: Cut, stacks: Mapping[str, tuple[str, list[Factors]]]
+) -> tuple[str, Cut | None]:
+    """An expert's matrix with the update of the stack that holds it, fused or not."""
+    parts = _EXPERT.fullmatch(normal_form(cut.matrix.name))
+    if not parts or f"{parts[1]}.x.weight" not in stacks:
+        return "", None
+    module, updates = stacks[f"{parts[1]}.x.weight"]
+    down = parts[3] == "down_proj"
+    n_out, n_in = cut.matrix.shape
+    fitting = [
+        u
+        for u in updates
+        if u.a.shape[1] == n_in and u.b.shape[0] == (n_out if down else 2 * n_out)
+    ]
+    if not fitting:
+        return module, None
+    # Both fit where 2 I = H: gate_up is wrapped first and lies inside of down.
+    update = fitting[-1] if down else fitting[0]
+    rows = WHOLE
+    if not down:
+        rows = slice(0, n_out) if parts[3] == "gate_proj" else slice(n_out, None)
+        if cut.rows.step == 2:
+            rows = cut.rows
+    expert = replace(update, expert=int(parts[2]))
+    return module, AdaptedCut(
+        cut.matrix,
+        cut.tensor,
+        cut.rows,
+        cut.expert,
+        cut.transposed,
+        cut.groups,
+        cut,
+        expert,
+        rows,
+    )
+
+
+def alone(adapter: Adapter) -> dict[str, Cut]:
+    """The updates of an adapter by themselves, where no base is at hand."""
+    found: dict[str, Cut] = {}
+    for module, update in adapter.factors.items():
+        if update.magnitude is not None:
+            continue
+        modules = module.split(".")
+        shape = (update.b.shape[0], update.a.shape[1])
+        shape = shape[::-1] if update.embedding else shape
+        name = f"{module}.weight"
+        matrix = Matrix(
+            name,
+            role_of(modules),
+            layer_of(name),
+            shape,
+            "float32",
+            part_of(modules, {}),
+        )
+        found[name] = AdaptedCut(matrix, update.a, WHOLE, factors=update)
+    return found

@@ -1,0 +1,701 @@
+"""How families of models name, turn, fuse and stack their weights.
+
+A tensor becomes matrices (outputs, inputs), named as if they had been stored apart:
+- Conv1D stores (inputs, outputs) and is turned;
+- fused q, k, v and fused gate, up are split in the order of their family;
+- a stack of experts (three dimensions) becomes one matrix an expert.
+Each matrix has a part of the model (language, vision, ...), and within that part a
+role and a layer. Orders that a family has to itself are in the tables below.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored
+
+# --- parts -------------------------------------------------------------------------
+
+PARTS = ("language", "vision", "audio", "talker", "mtp", "projector")
+# The first that has a component of the path, talkers before the towers inside them.
+PART_OF = (
+    ("talker", r"talker\w*|code2wav|token2wav|code_predictor|tts\w*|vocoder"),
+    (
+        "projector",
+        r"multi_?modal_projector|mm_projector|\w*_projector|projector|merger|"
+        r"deepstack_merger_list|aligner|connector|resampler|abstractor|"
+        r"embed_vision|embed_audio|vision_language_adapter|modality_projection|"
+        r"audio_projection|image_newline|mlp1",
+    ),
+    (
+        "vision",
+        r"visual|vision|vit|vpm|(vision|image|img|visual)_(tower|model|encoder|"
+        r"backbone|transformer|embed_tokens|processor|module)",
+    ),
+    (
+        "audio",
+        r"apm|(audio|speech|sound)_(tower|model|encoder|backbone|embed)|audio|speech",
+    ),
+    ("mtp", r"mtp\w*|nextn\w*|eagle\w*|medusa\w*"),
+)
+_PART_OF = tuple((part, re.compile(pattern)) for part, pattern in PART_OF)
+
+
+def part_of(modules: list[str], config: Mapping[str, Any]) -> str:
+    """Part of the model that a path lies in.
+
+    Args:
+        modules: the path's components.
+        config: of the language model: layers beyond its own predict further tokens.
+
+    >>> part_of("model.visual.merger.mlp.0".split("."), {})
+    'projector'
+    """
+    for part, pattern in _PART_OF:
+        if any(pattern.fullmatch(module) for module in modules):
+            return part
+    if "decoder" not in modules and "encoder" not in modules:
+        n_layers = count(config, "num_hidden_layers")
+        if n_layers and count(config, "num_nextn_predict_layers"):
+            return (
+                "mtp" if layer_of(".".join(modules) + ".") >= n_layers else "language"
+            )
+    return "language"
+
+
+# --- roles -------------------------------------------------------------------------
+
+ATTENTION_LEAVES = {
+    "q": "q_proj wq query query_proj q_lin q",
+    "k": "k_proj wk key key_proj k_lin k",
+    "v": "v_proj wv value value_proj v_lin v",
+    "o": "o_proj",
+}
+# These are o only below a module of attention: feed-forward parts use them too.
+OUTPUT_LEAVES = "wo out_proj dense c_proj out_lin linear_proj o"
+# w1, w3, w2 are the names of gate, up and down in Mixtral and in Llama's own files.
+MLP_LEAVES = {
+    "gate": "gate_proj w1 wi_0 c_fc_0",
+    "up": "up_proj w3 wi wi_1 c_fc c_fc_1 fc1 fc_in dense_h_to_4h linear_fc1",
+    "down": "down_proj w2 wo c_proj fc2 fc_out dense_4h_to_h linear_fc2",
+}
+OUTER_LEAVES = {
+    "embed": "embed_tokens tok_embeddings word_embeddings embed_in wte",
+    "head": "lm_head embed_out output output_layer",
+    "router": "gate router wg",
+}
+
+
+def _by_leaf(table: Mapping[str, str]) -> dict[str, str]:
+    return {leaf: role for role, leaves in table.items() for leaf in leaves.split()}
+
+
+_ATTENTION, _MLP, _OUTER = map(_by_leaf, (ATTENTION_LEAVES, MLP_LEAVES, OUTER_LEAVES))
+# Families that give a name another meaning.
+FAMILY_ROLES = {"qwen": {"w1": "up", "w2": "gate"}}
+
+EXPERT_ROLES = {"gate": "expert_gate", "up": "expert_up", "down": "expert_down"}
+ALL_ROLES = {
+    *_ATTENTION.values(),
+    *_MLP.values(),
+    *_OUTER.values(),
+    *EXPERT_ROLES.values(),
+    "expert_other",
+    "other",
+}
+
+
+def in_attention(modules: list[str]) -> bool:
+    """Whether a path leads through a module of attention."""
+    return any(re.search(r"attn|attention", m, re.IGNORECASE) for m in modules[:-1])
+
+
+def role_of(modules: list[str], model_type: object = None) -> str:
+    """Role by the last module's whole name and by where it lies.
+
+    So qkv_proj is never taken for v_proj, nor a gate of attention for one of an MLP.
+
+    >>> role_of(["mlp", "gate_proj"]), role_of(["self_attn", "gate_proj"])
+    ('gate', 'other')
+    """
+    leaf = modules[-1]
+    if "experts" in modules:
+        return EXPERT_ROLES.get(_mlp_role(leaf, model_type), "expert_other")
+    if in_attention(modules):
+        return "o" if leaf in OUTPUT_LEAVES.split() else _ATTENTION.get(leaf, "other")
+    outer = _OUTER.get(leaf, "other")
+    if "router" in modules[-2:] or outer == "router":
+        return "router"
+    if outer == "head":
+        return "head" if layer_of(".".join(modules)) < 0 else "other"
+    if modules == ["shared"]:  # T5's embedding
+        return "embed"
+    if leaf == "dense":
+        return {"intermediate": "up", "output": "down"}.get(modules[-2], "other")
+    found = _mlp_role(leaf, model_type)
+    return outer if found == "other" and outer != "other" else _plain(found, leaf)
+
+
+def _plain(found: str, leaf: str) -> str:
+    return _ATTENTION.get(leaf, "other") if found == "other" else found
+
+
+def _mlp_role(leaf: str, model_type: object) -> str:
+    own = FAMILY_ROLES.get(str(model_type), {})
+    return own.get(leaf) or _MLP.get(leaf, "other")
+
+
+def layer_of(name: str) -> int:
+    """Index of the block that a name lies in, -1 outside of the blocks."""
+    found = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d{1,6})\.", name)
+    return int(found[1]) if found else -1
+
+
+# --- configs -----------------------------------------------------------------------
+
+LANGUAGE_KEYS = (
+    "thinker_config",
+    "text_config",
+    "llm_config",
+    "language_config",
+    "language_model_config",
+    "decoder_config",
+)
+SYNONYMS = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": (
+        "num_kv_heads",
+        "n_head_kv",
+        "multi_query_group_num",
+        "kv_n_heads",
+    ),
+    "hidden_size": ("n_embd", "d_model", "dim"),
+    "head_dim": ("kv_channels", "d_kv"),
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
+}
+MOST = 2**24  # no model has more heads, layers or rows of a head
+
+
+def count(config: Mapping[str, Any], name: str) -> int | None:
+    """A positive size out of a config, under any of its names; None if it has none."""
+    for key in (name, *SYNONYMS.get(name, ())):
+        value = config.get(key)
+        if type(value) is int and 0 < value <= MOST:
+            return value
+    return None
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with its language model's part on top, wherever that lies."""
+    found = config
+    for _ in range(len(LANGUAGE_KEYS)):
+        inner = next(
+            (found[key] for key in LANGUAGE_KEYS if isinstance(found.get(key), dict)),
+            None,
+        )
+        if inner is None:
+            break
+        tie = found.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
+        outer = {k: v for k, v in found.items() if k not in LANGUAGE_KEYS}
+        found = {**outer, **inner, "tie_word_embeddings": tie}
+    attention = found.get("attn_config")  # MPT, DBRX
+    return {**found, **attention} if isinstance(attention, dict) else found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of a checkpoint beside one tensor's own name and shape.
+
+    Attributes:
+        config: of the language model.
+        shapes: of all tensors, to tell one order from another.
+        turned: whether Conv1D stores (inputs, outputs).
+    """
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    turned: bool = False
+
+    @property
+    def model_type(self) -> str:
+        """As config.json names the family, or nothing."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else ""
+
+
+def layout_of(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Layout:
+    """The layout of a checkpoint.
+
+    Args:
+        config: of the language model.
+        shapes: name to shape of every tensor.
+    """
+    turned = config.get("model_type") in CONV1D
+    if not config.get("model_type"):
+        fused = [s for n, s in shapes.items() if n.endswith(".c_attn.weight")]
+        turned = any(len(s) == 2 and s[1] == 3 * s[0] for s in fused)
+    return Layout(config, shapes, turned)
+
+
+# --- matrices ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of a checkpoint.
+
+    Attributes:
+        name: the tensor's name, or the part's own for a fused or stacked tensor.
+        role: q, k, v, o, gate, up, down, embed, head, router, expert_gate,
+            expert_up, expert_down, expert_other or other.
+        layer: index of the block, -1 outside of the blocks.
+        shape: (n_rows, n_cols), rows are outputs.
+        dtype: stored dtype, as torch names it, such as "bfloat16".
+        part: of the model: language, vision, audio, talker, mtp or projector.
+    """
+
+    name: str
+    role: str
+    layer: int
+    shape: tuple[int, int]
+    dtype: str
+    part: str = "language"
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes in its file."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return self.shape[0] * self.shape[1] * itemsize
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a matrix lies in its tensor.
+
+    Attributes:
+        matrix: what it is.
+        tensor: where it lies.
+        rows: of its outputs; of each group where they lie in groups.
+        expert: of a stack, which.
+        transposed: whether the tensor, or each expert of it, is (inputs, outputs).
+        groups: how many groups of outputs follow each other, each with some of these
+            rows (q, k and v head by head); 1 for rows that lie together.
+    """
+
+    matrix: Matrix
+    tensor: Stored
+    rows: slice
+    expert: int | None = None
+    transposed: bool = False
+    groups: int = 1
+
+    def of(self, tensor: Any) -> Tensor:
+        """This part of a tensor, or of a place that stands for it.
+
+        A view of a tensor, unless its rows lie in groups.
+        """
+        w: Tensor
+        before = () if self.expert is None else (self.expert,)
+        if self.groups > 1:
+            whole = tensor[(*before, slice(None))]
+            whole = whole.T if self.transposed else whole
+            grouped = whole.reshape(self.groups, -1, whole.shape[-1])
+            return grouped[:, self.rows].reshape(-1, whole.shape[-1])
+        if not self.transposed:
+            w = tensor[(*before, self.rows)]
+        else:
+            w = tensor[(*before, slice(None), self.rows)].T
+        return w
+
+    def read(self) -> Tensor:
+        """(n_rows, n_cols) in memory of its own."""
+        return self.of(self.tensor.place).contiguous()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One tensor that is not measured, and why.
+
+    Attributes:
+        name, shape, dtype: as its file describes it.
+        reason: in words.
+        unreadable: whether it holds weights that could not be read as they are
+            (quantised, empty, a slice): such tensors do not count as missing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+    unreadable: bool = False
+
+
+def modules_of(name: str) -> list[str]:
+    """Components of a tensor's path, less the last "weight"."""
+    return name.removesuffix(".weight").split(".")
+
+
+def cuts_or_reason(tensor: Stored, layout: Layout) -> list[Cut] | str:
+    """The matrices of one stored tensor, or why it has none."""
+    modules, ndim = modules_of(tensor.name), len(tensor.shape)
+    if 0 in tensor.shape:
+        return "no entries"
+    if ndim < 2:
+        return "a scalar" if ndim == 0 else "one-dimensional: a norm or a bias"
+    stacked = _stack_position(modules)
+    if ndim == 3 and stacked is not None:
+        return _expert_cuts(tensor, modules, stacked, layout)
+    if ndim > 2:
+        return f"{ndim}-dimensional and not a stack of experts: not a matrix"
+    if stacked is not None and modules[stacked] == "experts":
+        return (
+            "two-dimensional under 'experts' without a number: biases or a flat stack"
+        )
+    turned = layout.turned and modules[-1] in CONV1D_LEAVES
+    if modules[-1] in FUSED_QKV:
+        return _qkv_cuts(tensor, modules, layout, turned)
+    if halves := _fused_halves(tensor, modules, layout):
+        return _gate_up_cuts(tensor, modules, halves, layout)
+    return [_cut(tensor, modules, slice(None), layout, turned)]
+
+
+def _cut(
+    tensor: Stored,
+    modules: list[str],
+    rows: slice,
+    layout: Layout,
+    turned: bool = False,
+    groups: int = 1,
+) -> Cut:
+    """Rows of a two-dimensional tensor, named as if stored apart."""
+    whole = modules_of(tensor.name) == modules
+    name = tensor.name if whole else ".".join([*modules, "weight"])
+    n_out, n_in = tensor.shape[::-1] if turned else tensor.shape
+    n_rows = groups * len(range(*rows.indices(n_out // groups)))
+    matrix = Matrix(
+        name=name,
+        role=role_of(modules, layout.model_type),
+        layer=layer_of(name),
+        shape=(n_rows, n_in),
+        dtype=tensor.dtype,
+        part=part_of(modules, layout.config),
+    )
+    return Cut(matrix, tensor, rows, None, turned, groups)
+
+
+# --- fused q, k and v --------------------------------------------------------------
+
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "jais"}
+CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn", "c_fc2"}
+# One below the other: all rows of q, then of k, then of v.
+STACKED = "stacked"
+# Head by head: q, k and v of the first head, then of the second.
+BY_HEAD = "by head"
+# Group by group: the queries of a key-value head, then its key, then its value.
+BY_GROUP = "by group"
+OWN = "own"  # of a family, not known here: not split
+FUSED_QKV = {
+    "qkv_proj": STACKED,
+    "W_pack": STACKED,
+    "c_attn": STACKED,
+    "Wqkv": STACKED,
+    "wqkv": BY_GROUP,
+    "linear_qkv": BY_GROUP,
+    "query_key_value": None,
+}
+QKV_OF_FAMILY = {
+    "codegen": OWN,
+    "minimax": OWN,
+    "gpt_neox": BY_HEAD,
+    "gpt_neox_japanese": BY_HEAD,
+    "bloom": BY_HEAD,
+    "persimmon": BY_HEAD,
+    "fuyu": BY_HEAD,
+    "chatglm": STACKED,
+    "chatglm4v": STACKED,
+    "bailing_moe": STACKED,
+    "phi3small": BY_GROUP,
+}
+QKV_NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+def _qkv_order(leaf: str, layout: Layout) -> str:
+    config, family = layout.config, layout.model_type
+    if family in ("falcon", "RefinedWeb", "RefinedWebModel"):
+        if config.get("new_decoder_architecture") is True or family == "RefinedWeb":
+            return BY_GROUP
+        return STACKED if config.get("multi_query", True) else BY_HEAD
+    if family == "gpt_bigcode":
+        return STACKED if config.get("multi_query", True) else BY_HEAD
+    return QKV_OF_FAMILY.get(family) or FUSED_QKV[leaf] or OWN
+
+
+def _heads(layout: Layout, order: str) -> tuple[int, int, int] | None:
+    """(heads, key-value heads, rows of a head) as config.json has them."""
+    config, family = layout.config, layout.model_type
+    n_heads = count(config, "num_attention_heads")
+    if n_heads is None:
+        return None
+    n_kv = count(config, "num_key_value_heads") or n_heads
+    if order == BY_HEAD:
+        n_kv = n_heads
+    old_falcon = family in ("falcon", "RefinedWebModel") and order == STACKED
+    if old_falcon or (family == "gpt_bigcode" and order == STACKED):
+        n_kv = 1
+    width = count(config, "hidden_size") or 0
+    return n_heads, n_kv, count(config, "head_dim") or width // n_heads
+
+
+def _qkv_cuts(
+    tensor: Stored, modules: list[str], layout: Layout, turned: bool
+) -> list[Cut] | str:
+    """q, k and v of a tensor that holds all three, in the order of its family."""
+    leaf, n_rows = modules[-1], tensor.shape[1 if turned else 0]
+    n_cols = tensor.shape[0 if turned else 1]
+    order = _qkv_order(leaf, layout)
+    if order == OWN:
+        if leaf == "qkv_proj":
+            return f"fused qkv_proj, in an order of {layout.model_type}'s own"
+        return [_cut(tensor, modules, slice(None), layout, turned)]
+    heads = _heads(layout, order)
+    if heads:
+        n_heads, n_kv, head_dim = heads
+        if (n_heads + 2 * n_kv) * head_dim == n_rows and n_heads % n_kv == 0:
+            return _by_heads(tensor, modules, layout, turned, order, heads)
+    if leaf != "qkv_proj" and order == STACKED and n_rows == 3 * n_cols:
+        edges = [0, n_cols, 2 * n_cols, n_rows]
+        return _stacked(tensor, modules, layout, turned, edges)
+    if leaf != "qkv_proj":
+        return [_cut(tensor, modules, slice(None), layout, turned)]
+    if heads is None:
+        return f"fused {leaf}, and no config.json beside it says how many heads"
+    n_heads, n_kv, head_dim = heads
+    return (
+        f"fused {leaf} of {n_rows} rows, where config.json's heads "
+        f"need {n_heads * head_dim} + 2 x {n_kv * head_dim}"
+    )
+
+
+def _by_heads(
+    tensor: Stored,
+    modules: list[str],
+    layout: Layout,
+    turned: bool,
+    order: str,
+    heads: tuple[int, int, int],
+) -> list[Cut]:
+    n_heads, n_kv, head_dim = heads
+    n_q, n_k = n_heads * head_dim, n_kv * head_dim
+    if order == STACKED:
+        edges = [0, n_q, n_q + n_k, n_q + 2 * n_k]
+        return _stacked(tensor, modules, layout, turned, edges)
+    n_q //= n_kv  # within a group
+    edges = [0, n_q, n_q + head_dim, n_q + 2 * head_dim]
+    return _stacked(tensor, modules, layout, turned, edges, n_kv)
+
+
+def _stacked(
+    tensor: Stored,
+    modules: list[str],
+    layout: Layout,
+    turned: bool,
+    edges: list[int],
+    groups: int = 1,
+) -> list[Cut]:
+    return [
+        _cut(
+            tensor,
+            [*modules[:-1], name],
+            slice(edges[i], edges[i + 1]),
+            layout,
+            turned,
+            groups,
+        )
+        for i, name in enumerate(QKV_NAMES)
+    ]
+
+
+# --- fused gate and up -------------------------------------------------------------
+
+# Fused where they have twice the rows that the way back has columns.
+GATED = {"dense_h_to_4h": "dense_4h_to_h", "linear_fc1": "linear_fc2"}
+
+
+def _fused_halves(
+    tensor: Stored, modules: list[str], layout: Layout
+) -> tuple[str, str] | None:
+    """Names of the halves of a tensor that holds gate above up."""
+    if modules[-1] == "gate_up_proj":
+        return "gate_proj", "up_proj"
+    back = GATED.get(modules[-1])
+    if back is None or in_attention(modules):
+        return None
+    shape = layout.shapes.get(".".join([*modules[:-1], back, "weight"]))
+    fused = shape is not None and len(shape) == 2 and tensor.shape[0] == 2 * shape[1]
+    return ("gate_proj", "up_proj") if fused else None
+
+
+def _gate_up_cuts(
+    tensor: Stored, modules: list[str], names: tuple[str, str], layout: Layout
+) -> list[Cut] | str:
+    n_rows = tensor.shape[0]
+    if n_rows % 2:
+        return f"fused {modules[-1]} of {n_rows} rows, which do not halve"
+    halves = slice(0, n_rows // 2), slice(n_rows // 2, n_rows)
+    return [
+        _cut(tensor, [*modules[:-1], name], rows, layout)
+        for name, rows in zip(names, halves, strict=True)
+    ]
+
+
+# --- stacks of experts -------------------------------------------------------------
+
+EXPERTS_IN_OUT = {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe_text"}
+EXPERTS_INTERLEAVED = {"gpt_oss"}
+# Granite's stacks lie in block_sparse_moe itself, under names of their own.
+STACK_ALIASES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+
+
+def _stack_position(modules: list[str]) -> int | None:
+    """Index of the module that holds a stack of experts, None where there is none."""
+    if "experts" in modules:
+        i = modules.index("experts")
+        numbered = i + 1 < len(modules) and modules[i + 1].isdecimal()
+        return None if numbered else i
+    if modules[-2:-1] == ["block_sparse_moe"] and modules[-1] in STACK_ALIASES:
+        return len(modules) - 2
+    return None
+
+
+def _expert_cuts(
+    tensor: Stored, modules: list[str], stacked: int, layout: Layout
+) -> list[Cut] | str:
+    """One matrix an expert, or two where gate and up are fused, as (out, in)."""
+    n_experts, n_first, n_second = tensor.shape
+    leaf = ".".join(modules[stacked + 1 :])
+    leaf = STACK_ALIASES.get(leaf, leaf)
+    # As saved after MXFP4 was made into bf16, under the name of its codes.
+    leaf = leaf.removesuffix("_blocks")
+    in_out = _stored_in_out(leaf, n_first, n_second, layout)
+    if leaf != "gate_up_proj":
+        # A plain stack needs no splitting, so an unknown order costs only the
+        # names of its two sides.
+        rows_of = {leaf: slice(None)}
+    elif in_out is None:
+        return (
+            "fused gate_up_proj of experts, and no config.json beside it has a "
+            f"hidden_size of {n_first} or {n_second} to tell its order"
+        )
+    else:
+        n_out = n_second if in_out else n_first
+        if n_out % 2:
+            return f"fused gate_up_proj of {n_out} outputs, which do not halve"
+        interleaved = layout.model_type in EXPERTS_INTERLEAVED
+        rows_of = {
+            "gate_proj": slice(0, None, 2) if interleaved else slice(0, n_out // 2),
+            "up_proj": slice(1, None, 2) if interleaved else slice(n_out // 2, n_out),
+        }
+    return [
+        _expert_cut(tensor, modules[: stacked + 1], expert, name, rows, in_out, layout)
+        for expert in range(n_experts)
+        for name, rows in rows_of.items()
+    ]
+
+
+def _expert_cut(
+    tensor: Stored,
+    stack: list[str],
+    expert: int,
+    leaf: str,
+    rows: slice,
+    in_out: bool | None,
+    layout: Layout,
+) -> Cut:
+    n_out, n_in = tensor.shape[:0:-1] if in_out else tensor.shape[1:]
+    name = ".".join([*stack, str(expert), *([leaf] if leaf else []), "weight"])
+    matrix = Matrix(
+        name=name,
+        role=EXPERT_ROLES.get(_mlp_role(leaf, layout.model_type), "expert_other"),
+        layer=layer_of(name),
+        shape=(len(range(*rows.indices(n_out))), n_in),
+        dtype=tensor.dtype,
+        part=part_of(stack, layout.config),
+    )
+    return Cut(matrix, tensor, rows, expert, bool(in_out))
+
+
+def _stored_in_out(
+    leaf: str, n_first: int, n_second: int, layout: Layout
+) -> bool | None:
+    """Whether each expert is stored as (in, out); None where nothing tells."""
+    hidden = count(layout.config, "hidden_size")
+    n_in, n_out = n_second, n_first
+    if _MLP.get(leaf) == "down":
+        n_in, n_out = n_out, n_in  # hidden is the output of down, the input of others
+    if n_in == n_out == hidden:
+        return layout.model_type in EXPERTS_IN_OUT
+    if hidden not in (n_in, n_out):
+        return None
+    return n_out == hidden
+
+
+# --- in memory ---------------------------------------------------------------------
+
+
+class _Nowhere:
+    """The place of a tensor that is in memory already."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise TypeError("a tensor in memory has no file to be read from")
+
+    def files(self) -> tuple[Any, ...]:
+        """None."""
+        return ()
+
+
+def matrices_in_memory(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, tuple[Matrix, Tensor]]:
+    """The matrices of a model that is loaded, under the names its checkpoint has.
+
+    Args:
+        tensors: name to tensor, as of ``model.named_parameters()``.
+        config: of the model, as of ``model.config.to_dict()``: head counts of a fused
+            qkv_proj, the order of stacked experts.
+
+    Returns:
+        Name to (matrix, its (n_rows, n_cols) view of the tensor), in natural order;
+        what `list_skipped` would list is left out. Fused q, k and v that lie head by
+        head have no view of their own and stay one matrix, of role other.
+
+    >>> found = matrices_in_memory({"layers.0.q_proj.weight": torch.eye(2)}, {})
+    >>> [(matrix.role, matrix.layer) for matrix, _ in found.values()]
+    [('q', 0)]
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    layout = layout_of(language_config(dict(config)), shapes)
+    found: dict[str, tuple[Matrix, Tensor]] = {}
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in FLOAT_DTYPES.values():
+            continue
+        stored = Stored(name, shapes[name], dtype, _Nowhere())
+        cuts = cuts_or_reason(stored, layout)
+        if isinstance(cuts, str):
+            continue
+        if any(cut.groups > 1 for cut in cuts):
+            cuts = [_cut(stored, modules_of(name), slice(None), layout)]
+        found |= {cut.matrix.name: (cut.matrix, cut.of(tensor)) for cut in cuts}
+    return {name: found[name] for name in sorted(found, key=natural)}
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    pieces = re.split(r"(\d+)", name)
+    return [(int(p), "") if p.isdecimal() and len(p) < 20 else (-1, p) for p in pieces]

@@ -1,0 +1,165 @@
+"""Which matrix of one checkpoint is which of another, where their paths differ.
+
+Exact names come first. What is left is matched by a normal form of the path, which
+leaves off what wrappers put there and writes hub names as transformers 5 does; a match
+counts only where it is one to one and both have the same shape.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+# Put into the path by a wrapper, wherever it is.
+WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_ddp_module",
+    "original_module",
+    "base_layer",
+}
+# At the head of a path: what holds the language model or the whole model.
+ROOTS = {
+    "model",
+    "base_model",
+    "pretrained_model",
+    "thinker",
+    "language_model",
+    "text_model",
+    "transformer",
+    "gpt_neox",
+    "llm",
+    "app",
+    "dcp",
+    "actor",
+    "policy",
+    "student",
+    "state_dict",
+}
+# Hub names -> names of transformers 5.
+RENAMED = {
+    "block_sparse_moe": "mlp",
+    "feed_forward": "mlp",
+    "ffn": "mlp",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+    "tok_embeddings": "embed_tokens",
+    "unembed_tokens": "lm_head",
+}
+# Their queries and keys have the rows of each head in another order than transformers'
+# own (rotary embedding by pairs, not by halves), so these are never matched by path.
+ROTARY = {"wq", "wk"}
+
+
+def normal_form(name: str) -> str:
+    """A tensor's path without what wrappers add, under the names of transformers 5.
+
+    >>> normal_form("module.model.layers.0.block_sparse_moe.experts.1.w2.weight")
+    'layers.0.mlp.experts.1.down_proj.weight'
+    """
+    modules = [m for m in name.split(".") if m not in WRAPPERS]
+    while len(modules) > 2 and modules[0] in ROOTS:
+        modules = modules[1:]
+    if modules[:1] == ["output"]:  # Llama's own name of the head
+        modules = ["lm_head", *modules[1:]]
+    if "vision_tower" in modules[:1]:
+        modules = [m for m in modules if m != "vision_model"]
+    modules = [RENAMED.get(m, m) for m in modules]
+    path = re.sub(r"\.router\.layer\.", ".router.", ".".join(modules))
+    path = re.sub(r"(^|\.)mlp\.router\.", r"\1mlp.gate.", path)
+    path = re.sub(r"\.gate\.moe_statics\.", ".moe_statics.", path)
+    path = re.sub(r"\.mlp\.(\d+)\.", r".mlp.experts.\1.", path)  # Granite's stacks
+    modules = path.split(".")
+    if modules[-1] != "weight" and "experts" in modules:
+        modules = [*modules, "weight"]
+    return ".".join(modules)
+
+
+def unwrapped(name: str) -> str:
+    """A name less what wrappers and towers put in front, for a table to show.
+
+    >>> unwrapped("language_model.model.layers.0.q_proj.weight")
+    'model.layers.0.q_proj.weight'
+    """
+    modules = [m for m in name.split(".") if m not in WRAPPERS]
+    kept = [m for m in modules if m not in ROOTS - {"model", "transformer", "gpt_neox"}]
+    while kept[:2] == ["model", "model"]:
+        kept = kept[1:]
+    return ".".join(kept)
+
+
+def match(
+    before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Names of one checkpoint to those of another.
+
+    Args:
+        before, after: name to shape.
+
+    Returns:
+        Every name that both have, then those whose normal forms agree, one to one and
+        with equal shapes; in the order of ``before``.
+    """
+    found = {name: name for name in before if name in after}
+    if len(found) in (len(before), len(after)):
+        return found
+    # A form that an exact match has already is not free for another.
+    forms = [
+        _by_form(name for name in names if name not in found)
+        for names in (before, after)
+    ]
+    taken = {normal_form(name) for name in found}
+    for form, names in forms[0].items():
+        others = forms[1].get(form, [])
+        if form in taken or len(names) != 1 or len(others) != 1:
+            continue
+        if before[names[0]] == after[others[0]]:
+            found[names[0]] = others[0]
+    return {name: found[name] for name in before if name in found}
+
+
+def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    forms: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if not ROTARY & {*name.split(".")}:
+            forms[normal_form(name)].append(name)
+    return forms
+
+
+def renamings(pairs: Mapping[str, str]) -> list[str]:
+    """Pairs of names that differ, as few lines: what differs, and how often.
+
+    >>> renamings({"model.layers.0.q.weight": "m.layers.0.q.weight", "a": "a"})
+    ['model.layers.*.q.weight is m.layers.*.q.weight']
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], tuple[str, str]] = {}
+    for before, after in pairs.items():
+        if before == after:
+            continue
+        key = _differing(before, after)
+        counts[key] += 1
+        examples.setdefault(key, (_folded(before), _folded(after)))
+    return [
+        f"{examples[key][0]} is {examples[key][1]}"
+        + (f", and {n - 1} more alike" if n > 1 else "")
+        for key, n in counts.items()
+    ]
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+
+
+def _differing(before: str, after: str) -> tuple[str, str]:
+    """What is left of two names without the head and the tail that they share."""
+    a, b = before.split("."), after.split(".")
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    fold = [re.sub(r"\d+", "*", ".".join(x)) for x in (a, b)]
+    return fold[0], fold[1]

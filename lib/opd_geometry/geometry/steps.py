@@ -1,0 +1,119 @@
+"""Which training step a checkpoint is of, by its path."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+MARKED = tuple(
+    re.compile(rf"(?:{words})s?[-_=]?(\d+)", re.IGNORECASE)
+    for words in ("step|checkpoint|ckpt|iter|iteration", "epoch")
+)
+LARGEST = 10**12  # no run is longer
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """Step that a checkpoint's path tells.
+
+    The last number after step, checkpoint, iter or global_step in the deepest component
+    that has one; else the only number of the last component that has any.
+
+    Raises:
+        ValueError: no number in the path, several and none marked, or an absurd one.
+
+    >>> step_of("run/checkpoint-256"), step_of("stage1-step1000-tokens5B")
+    (256, 1000)
+    >>> step_of("global_step_50/actor/huggingface")
+    50
+    """
+    components = _components(checkpoint)
+    for pattern in MARKED:
+        for component in reversed(components):
+            if found := pattern.findall(component):
+                return _checked(int(found[-1]), checkpoint)
+    last = components[-1] if components else ""
+    numbers = re.findall(r"(?<![\d.])\d+(?![\d.])", last)
+    if len(numbers) != 1:
+        many = f"the numbers {', '.join(numbers)} and no word for a step"
+        raise ValueError(
+            f"{checkpoint} has {many if numbers else 'no number'} in its name, "
+            "expected its step, such as checkpoint-256; say the steps with --steps"
+        )
+    return _checked(int(numbers[0]), checkpoint)
+
+
+def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
+    """Steps of the checkpoints of one run.
+
+    As `step_of` each path; where that does not tell them apart, the number in the only
+    component in which the paths differ.
+
+    Raises:
+        ValueError: it stays open which step a checkpoint is of.
+
+    >>> steps_of(["run/100/hf", "run/200/hf"])
+    [100, 200]
+    """
+    try:
+        steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    except ValueError:
+        if len(checkpoints) < 2:
+            raise
+        steps = []
+    if steps and len({*steps}) == len(steps):
+        return steps
+    apart = _by_difference(checkpoints)
+    if apart:
+        return apart
+    for checkpoint in checkpoints:
+        step_of(checkpoint)  # says which one has none
+    return steps
+
+
+def given_steps(text: str, checkpoints: Sequence[str | Path]) -> list[int]:
+    """Steps that were said, in the order of the checkpoints.
+
+    Raises:
+        ValueError: no numbers, or not as many as there are checkpoints.
+
+    >>> given_steps("100,200", ["a", "b"])
+    [100, 200]
+    """
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != len(checkpoints) or not all(w.isdecimal() for w in words):
+        raise ValueError(
+            f"--steps {text} for {len(checkpoints)} checkpoints, expected as many "
+            "numbers with commas between, in the order of the checkpoints"
+        )
+    return [_checked(int(w), c) for w, c in zip(words, checkpoints, strict=True)]
+
+
+def _by_difference(checkpoints: Sequence[str | Path]) -> list[int]:
+    """The number in the one component that differs; nothing if there is no such one."""
+    paths = [_components(checkpoint) for checkpoint in checkpoints]
+    if len({len(path) for path in paths}) != 1:
+        return []
+    columns = [column for column in zip(*paths, strict=True) if len({*column}) > 1]
+    if len(columns) != 1:
+        return []
+    pieces = [re.split(r"(\d+)", name) for name in columns[0]]
+    if len({len(piece) for piece in pieces}) != 1:
+        return []
+    numbers = [n for n in zip(*pieces, strict=True) if len({*n}) > 1]
+    if len(numbers) != 1 or not all(n.isdecimal() for n in numbers[0]):
+        return []
+    found = [_checked(int(n), c) for n, c in zip(numbers[0], checkpoints, strict=True)]
+    return found if len({*found}) == len(found) else []
+
+
+def _components(checkpoint: str | Path) -> list[str]:
+    name = str(checkpoint).rstrip("/").removesuffix(".safetensors")
+    return [part for part in re.split(r"[/@]", name) if part not in ("", ".", "..")]
+
+
+def _checked(step: int, checkpoint: str | Path) -> int:
+    if step > LARGEST:
+        raise ValueError(
+            f"{checkpoint} has the step {step} in its name, expected at most "
+            f"{LARGEST}; say the steps with --steps"
+        )
+    return step
