@@ -195,9 +195,9 @@ def rounded_end(w_before: Tensor, deltas: Mapping[int, Tensor]) -> dict[int, Ten
         raise ValueError(
             "the last update is zero, expected one that moved; leave this matrix out"
         )
-    origin = start.bfloat16().double()
+    origin = bits.to_bfloat16(start).double()
     return {
-        step: (start + bits.norm(delta) / size * end).bfloat16().double() - origin
+        step: bits.to_bfloat16(start + bits.norm(delta) / size * end).double() - origin
         for step, delta in deltas.items()
     }
 
