@@ -456,7 +456,7 @@ def load(
     tables, rows = [], []
     for arm, seed in [(arm, seed) for arm in arms for seed in seeds]:
         own = build(profile, arm, seed, source == "scratch", student)
-        published = build(profile, arm, seed, student=student)
+        published = build(profile, arm, seed, False, student)
         local_first = source != "committed" and is_done(own)
         if published.key() in listed.index and not local_first:
             tables.append(committed_table(published))
