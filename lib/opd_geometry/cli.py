@@ -346,7 +346,12 @@ def checkpoints(profile: str, arms: str) -> None:
 
 @commands.command()
 @_profile
-def claims(profile: str) -> None:
+@click.option(
+    "--against",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="An earlier claims.csv: prints its verdicts beside the new ones, and why.",
+)
+def claims(profile: str, against: Path | None) -> None:
     """Judge every claim on the committed measurements.
 
     Writes data/claims.csv.
@@ -355,8 +360,14 @@ def claims(profile: str) -> None:
     Examples:
       opd-geometry claims
       opd-geometry claims --profile laptop
+      opd-geometry claims --against earlier.csv
     """
-    from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.analysis.claims import (
+        claims_table,
+        read_claims,
+        verdict_changes,
+        write_claims,
+    )
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.profiles import settings_of
     from opd_geometry.experiments.runs import data_directory
@@ -369,13 +380,15 @@ def claims(profile: str) -> None:
             f"{measure.provenance_path().parent}; train with opd-geometry run, then "
             "opd-geometry commit"
         )
+    earlier = None if against is None else read_claims(against)
     findings = claims_table(table, profile)
     _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
     path = write_claims(findings, data_directory() / "claims.csv")
-    print_table(
-        ["claim", "seeds", "verdict"],
-        [[str(f.id), str(f.n_seeds), str(f.verdict)] for f in findings.itertuples()],
-    )
+    shown = findings[["id", "n_seeds", "verdict"]]
+    if earlier is not None:
+        shown = verdict_changes(earlier, read_claims(path))
+    columns = ["claim", "seeds", "verdict"] if earlier is None else list(shown.columns)
+    print_table(columns, [[str(cell) for cell in row] for row in shown.to_numpy()])
     click.echo(f"Written to {path}")
 
 

@@ -5,9 +5,10 @@ page and every chapter's card are rendered from ``claims_table``.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -269,6 +270,56 @@ def write_claims(findings: pd.DataFrame, path: Path) -> Path:
     with clear_write_errors(path), replacing(path) as draft:
         rounded.to_csv(draft, index=False, lineterminator="\n")
     return path
+
+
+def read_claims(path: Path) -> pd.DataFrame:
+    """A claims table as ``write_claims`` stored it.
+
+    Raises:
+        ValueError: it cannot be read, or is no claims table.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: {said}; expected a claims.csv") from error
+    if not {"id", "verdict"} <= set(table):
+        raise ValueError(
+            f"{path} has columns {', '.join(map(str, table))}; expected those of "
+            "claims.csv, id and verdict among them"
+        )
+    return table
+
+
+def verdict_changes(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
+    """Old and new verdicts side by side, with what decides the new one.
+
+    Args:
+        before, now: claims tables, as ``write_claims`` stores them; the earlier one may
+            lack columns.
+
+    Returns:
+        One row a claim of either: claim, before, now, why (its effect and interval, or
+        the control that stands in its way).
+    """
+    old = before.set_index("id")["verdict"]
+    rows = [
+        (row["id"], old.get(row["id"], "–"), row["verdict"], _why(row))
+        for row in now.fillna("").to_dict("records")
+    ]
+    gone = [(key, old[key], "–", "") for key in old.index.difference(now["id"])]
+    return pd.DataFrame([*rows, *gone], columns=["claim", "before", "now", "why"])
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """What decides a verdict: a part, or a control."""
+    if row["verdict"] == "not measured":
+        return str(row["runs"]).partition("missing: ")[2]
+    if row["verdict"] == "explained by a control":
+        shown = (str(row[name]) for name in ("null", "matched"))
+        return "; ".join(text for text in shown if text.endswith(RULINGS[0]))
+    effect, low, high = (f"{float(row[name]):.3g}" for name in NUMBERS)
+    return f"{row['unit']}: {effect} [{low}, {high}], {row['n_seeds']} seeds"
 
 
 def claim_card(
