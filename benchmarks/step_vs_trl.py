@@ -268,9 +268,9 @@ def matrix_weights(config: ModelConfig) -> int:
     )
 
 
-def matmul_rate(size: int = 1024) -> float:
-    """GFLOP/s of a float32 product of two square matrices; the best of ten."""
-    a, best = torch.randn(size, size), float("inf")
+def matmul_rate(size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of a product of two square matrices; the best of ten."""
+    a, best = torch.randn(size, size).to(dtype), float("inf")
     for _ in range(10):
         start = time.perf_counter()
         a @ a

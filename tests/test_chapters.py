@@ -223,6 +223,8 @@ def test_tables_name_arms_and_metrics_as_figures_do() -> None:
     assert list(shown.index) == ["OPD"]
     assert shown.columns.name == "arm"  # in the corner, where a head would be empty
     assert chapters.rounded(frame.T).columns.name == "diagnostic"
+    pairs = pd.concat({"sft": frame}, names=["arm", "other"])
+    assert chapters.rounded(pairs).index.tolist() == [("SFT", "OPD")]
 
 
 def test_publishes_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:

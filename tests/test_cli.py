@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import pytest
 from children import Child
 
 from opd_geometry import cli, sources
-from opd_geometry.book import site
+from opd_geometry.book import explorer, own, site
 from opd_geometry.experiments import measure, profiles, runs, schedule
 from opd_geometry.experiments.listing import write_listing
 from opd_geometry.experiments.measure import committed_provenance
@@ -300,10 +301,19 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         out.mkdir(parents=True)
         return out / "index.html"
 
+    def add_claims(source: Path, claims_csv: Path) -> None:
+        (source / "data").mkdir()
+        shutil.copy(claims_csv, source / "data" / "claims.csv")
+
     monkeypatch.setattr(cli, "repository", lambda: root)
     monkeypatch.setattr(site, "execute_chapter", execute)
     monkeypatch.setattr(site, "build_site", build)
     monkeypatch.setattr(site, "check_site", lambda *_: [])
+    monkeypatch.setattr(site, "stage_chapter", shutil.copy)
+    monkeypatch.setattr(site, "add_claims", add_claims)
+    monkeypatch.setattr(site, "add_hero", lambda _: None)
+    monkeypatch.setattr(site, "add_page", lambda *_: None)
+    monkeypatch.setattr(explorer, "write_data", lambda _: None)
     monkeypatch.setattr(sources, "stale_chapters", lambda *_: [])
     return root
 
@@ -372,7 +382,7 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append((profile, sorted({run.arm for run in wanted}), jobs))
         return {}
 
-    def load(profile: str, arms: Any, seeds: Any, source: str) -> Any:
+    def load(profile: str, arms: Any, seeds: Any, source: str, *_: Any) -> Any:
         asked.append((profile, seeds, source))
         rows = provenance(
             seed=[0, 0, 0],
@@ -389,8 +399,11 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(schedule, "train_all", train)
     monkeypatch.setattr(measure, "load", load)
-    monkeypatch.setattr(claims, "claims_table", lambda table: table)
+    monkeypatch.setattr(claims, "claims_table", lambda table, *_: table)
     monkeypatch.setattr(claims, "write_claims", write)
+    monkeypatch.setattr(measure, "committed", lambda profile: pd.DataFrame())
+    monkeypatch.setattr(own, "against_published", lambda *_: pd.DataFrame())
+    monkeypatch.setattr(own, "page", lambda _: "# Yours")
     return asked
 
 
@@ -404,9 +417,9 @@ def test_book_is_the_readers_own(
     assert cli.main(call) == 0
     place = checkout / "_build" / "book"
     given = {"profile": "smoke", "seeds": "0", "source": "local", "jobs": 3}
-    own = {"01_a.ipynb": f"01_a {given}", "02_b.ipynb": f"02_b {given}"}
-    assert chapters_of(place / "chapters") == own
-    assert chapters_of(place / "source" / "book" / "chapters") == own
+    theirs = {"01_a.ipynb": f"01_a {given}", "02_b.ipynb": f"02_b {given}"}
+    assert chapters_of(place / "chapters") == theirs
+    assert chapters_of(place / "source" / "book" / "chapters") == theirs
     assert set(chapters_of(checkout / "book" / "chapters").values()) == {"published"}
     assert (place / "source" / "data" / "claims.csv").read_text() == "claim\n"
     assert not (data / "claims.csv").exists()

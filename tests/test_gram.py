@@ -113,6 +113,20 @@ def test_bottom_subspaces_are_those_of_the_svd(shape: tuple[int, int]) -> None:
         gram.decompose(w, 5, min(shape) + 1)
 
 
+@pytest.mark.parametrize("shape", [(300, 280), (280, 300), (30, 20), (20, 30)])
+@pytest.mark.parametrize("k", [1, 8, 20])
+def test_right_subspace_alone(shape: tuple[int, int], k: int) -> None:
+    w = gaussian(*shape)
+    _, _, vh = scipy.linalg.svd(w.numpy(), full_matrices=False)
+    found = gram.right_subspace(w, k)
+    assert found is not None
+    assert largest_angle_deg(found, torch.from_numpy(vh[:k].T.copy())) < 1e-3
+    low = gaussian(shape[0], 2) @ gaussian(2, shape[1])
+    assert gram.right_subspace(low, 2) is not None
+    assert gram.right_subspace(low, 5) is None
+    assert gram.right_subspace(torch.zeros(shape), 2) is None
+
+
 def test_a_narrow_gap_shows_in_the_bound() -> None:
     s = torch.linspace(3, 1, 280, dtype=torch.float64)
     s[20] = s[19] * (1 - 1e-9)

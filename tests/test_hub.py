@@ -85,3 +85,8 @@ def test_other_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="could not be fetched") as error:
         locate("owner/name")
     assert "\n" not in str(error.value)
+
+
+def test_a_home_of_nobody_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^~nobody-here/x does not exist"):
+        locate("~nobody-here/x")

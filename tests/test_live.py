@@ -1,6 +1,8 @@
 """Cheap diagnostics against the full SVD, planted answers, and what is kept."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_geometry.geometry import live, spectra, updates
+from opd_geometry.geometry.bits import to_bfloat16
 from opd_geometry.geometry.live import Start, leading_right, movement, watched
 
 
@@ -149,3 +152,31 @@ def test_layers_are_thinned_evenly() -> None:
 def test_sharded_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="spread over processes"):
         watched({"q_proj.weight": torch.empty(0)}, {})
+
+
+def test_float64_is_rounded_to_bf16_once() -> None:
+    """Against exact halves and a rounding of rationals; torch rounds twice."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2000, generator=generator, dtype=torch.float64)
+    short = drawn.float().bfloat16().double()
+    halves = short + 2.0 ** (torch.frexp(short).exponent - 9).double()
+    nudged = torch.cat([halves * (1 + s * 2.0**-45) for s in (-1, 0, 1)])
+    scales = 2.0 ** torch.randint(-130, 120, nudged.shape, generator=generator)
+    w = torch.cat([drawn, nudged, nudged * scales.double()])
+    found = to_bfloat16(w)
+    for value, rounded in zip(w.tolist(), found.double().tolist(), strict=True):
+        here = torch.tensor([value]).bfloat16().view(torch.int16).item()
+        near = [
+            torch.tensor([(here + i + 2**15) % 2**16 - 2**15], dtype=torch.int16)
+            .view(torch.bfloat16)
+            .item()
+            for i in (-1, 0, 1)
+        ]
+        assert abs(Fraction(rounded) - Fraction(value)) == min(
+            abs(Fraction(n) - Fraction(value)) for n in near if math.isfinite(n)
+        )
+    assert (found != w.bfloat16()).sum() > 100  # what torch gets wrong
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e300, -1e-300, math.nan])
+    for value in odd.double():
+        same = to_bfloat16(value), value.bfloat16()
+        assert torch.equal(*same) or same[0].isnan()

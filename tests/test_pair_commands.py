@@ -412,3 +412,24 @@ def test_two_commands_do_not_write_one_table(
             assert "is being written by another process" in said
             assert not out.exists()
     assert cli.main(["measure", *pair, "--out", str(out), "--resume"]) == 0
+
+
+def test_readmes_trajectory_works_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text("utf8").replace("\\\n", " ")
+    (line,) = (x for x in text.splitlines() if x.startswith("$ opd-geometry traj"))
+    monkeypatch.chdir(root)
+    words = [
+        place
+        for word in line.split()[2:]
+        for place in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+    ]
+    words[words.index("run.csv")] = str(tmp_path / "run.csv")
+    assert cli.main(words) == 0
+    assert set(tables.read_table(tmp_path / "run.csv")["step"]) == {1, 2}
+    size = sum(
+        f.stat().st_size for f in (root / "data/checkpoints/tiny-run").rglob("*")
+    )
+    assert size < 1_000_000

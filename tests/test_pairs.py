@@ -15,6 +15,7 @@ from opd_geometry.geometry import (
     checkpoints,
     comparison,
     forecast,
+    locking,
     pairs,
     spectra,
     steps,
@@ -251,6 +252,8 @@ def test_trajectory_before_anything_moved() -> None:
     assert math.isnan(rows[0]["stable_rank"])
     assert math.isnan(rows[0]["similarity_to_end"])
     assert rows[2]["similarity_to_end"] == pytest.approx(1)
+    assert rows[2]["increments_similarity_to_end"] == pytest.approx(1)
+    assert math.isnan(rows[0]["increments_similarity_to_end"])
     still = pairs.follow_tensors(w, {1: steps[3], 2: w}.__getitem__, [1, 2], k=4)
     assert math.isnan(still[0]["similarity_to_end"])
 
@@ -451,6 +454,19 @@ def test_trajectory_table(tmp_path: Path) -> None:
     tops = [spectra.top_right_subspace(delta, 4) for delta in deltas]
     assert row["similarity_to_end"] == pytest.approx(spectra.subspace_similarity(*tops))
     assert row["similarity_null"] == 4 / 40
+    w = model()[name]
+    updates = {n: model(n)[name].double() - w.double() for n in (1, 2, 3)}
+    stream = comparison.generator_of(comparison.null_seed(0, name, 0))
+    turned = locking.turned_increments(updates, stream)
+    shared = locking.similarities(turned, locking.top_right(turned[3], 4), 4)
+    assert row["increments_similarity_to_end"] == pytest.approx(shared[2], rel=1e-6)
+    of_weights = spectra.subspace_similarity(spectra.top_right_subspace(w, 4), tops[1])
+    assert row["similarity_of_weights"] == pytest.approx(of_weights, rel=1e-6)
+    assert set(table["note"]) == {""}
+    short = pairs.trajectory(origin, paths[:2], k=4)
+    assert short["increments_similarity_to_end"].isna().all()
+    (note,) = set(short["note"])
+    assert note.startswith("2 checkpoints, expected 3 or more for the null of turned")
     pd.testing.assert_frame_equal(pairs.trajectory(origin, paths, k=4, jobs=2), table)
 
 

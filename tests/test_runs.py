@@ -76,7 +76,8 @@ def variants(value: Any) -> Iterator[Any]:
     }
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            for other in variants(getattr(value, field.name)):
+            own = {"ratio_to": ["author"]}.get(field.name)
+            for other in own or variants(getattr(value, field.name)):
                 yield replace(value, **{field.name: other})
     elif isinstance(value, tuple):
         yield (*value, *value)

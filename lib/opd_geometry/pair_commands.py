@@ -334,12 +334,8 @@ def trajectory_command(
         _project([("Projected time:", left, ("stable_rank",), False)], jobs)
     table = _run(plan, out, jobs, resume, quiet)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
-    means = (
-        of_language(table)
-        .groupby("step")[[*metrics, "similarity_null"]]
-        .mean()
-        .reset_index()
-    )
+    nulls = ["similarity_null", "increments_similarity_to_end", "similarity_of_weights"]
+    means = of_language(table).groupby("step")[[*metrics, *nulls]].mean().reset_index()
     names = [str(name) for name in means]
     rows = [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()]
     say.table("", (names, rows))

@@ -19,12 +19,18 @@ import pandas as pd
 from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge
+from opd_geometry.analysis.evidence import arms_matching
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.book.board import VERDICT_MARKS
 from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
-from opd_geometry.experiments.profiles import PROFILES, build, parse_seeds
+from opd_geometry.experiments.profiles import (
+    PROFILES,
+    PUBLISHED_ARMS,
+    build,
+    parse_seeds,
+)
 from opd_geometry.experiments.runs import Run, is_done
 from opd_geometry.experiments.schedule import train_all
 from opd_geometry.training.models import ModelConfig
@@ -254,6 +260,50 @@ def load(
     )
 
 
+def load_there(
+    parameters: Parameters, arms: Iterable[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measurements of arms as far as they are there: nothing is trained for them.
+
+    Args:
+        parameters: of the chapter.
+        arms: which; of an arm that is there for some seeds, those are read.
+
+    Returns:
+        As ``load``.
+    """
+    asked: dict[tuple[int, ...], list[str]] = {}
+    for arm in arms:
+        gone = {run.seed for run in _absent(parameters, arm)}
+        there = tuple(seed for seed in parameters.seeds if seed not in gone)
+        if there:
+            asked.setdefault(there, []).append(arm)
+    found = [
+        load_measurements(
+            parameters.profile, names, seeds, parameters.source, parameters.student
+        )
+        for seeds, names in asked.items()
+    ]
+    if not found:
+        raise ValueError(
+            f"no run of profile {parameters.profile} and its arms is there: expected "
+            "one at least; train with opd-geometry run"
+        )
+    tables, provenance = zip(*found, strict=True)
+    return pd.concat(tables, ignore_index=True), pd.concat(provenance)
+
+
+def claim_arms(claim_ids: Iterable[str]) -> list[str]:
+    """Arms that claims are judged by, their controls included."""
+    known = pd.DataFrame({"arm": list(PUBLISHED_ARMS)})
+    patterns = [
+        pattern
+        for claim in map(claim_of, claim_ids)
+        for pattern in (*claim.arms, *claim.control_arms)
+    ]
+    return list(dict.fromkeys(arms_matching(known, patterns)))
+
+
 def _absent(parameters: Parameters, arm: str) -> list[Run]:
     """The asked runs of an arm that are neither committed nor finished here."""
     committed = set(committed_provenance()["run"])
@@ -291,7 +341,8 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     # The name of an index would take a row of its own; that of the columns stands in
     # the corner above it.
     kinds = {"arm": [*ARM_STYLES], "diagnostic": [*METRIC_LABELS]}
-    kind = [k for k, known in kinds.items() if frame.index.isin(known).any()]
+    outer = frame.index.get_level_values(0)
+    kind = [k for k, known in kinds.items() if outer.isin(known).any()]
     corner = str(frame.index.name or (kind[0] if kind else "row"))
     named = frame.map(shown).rename(index=label, columns=label)
     single = named.columns.nlevels == 1

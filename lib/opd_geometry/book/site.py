@@ -271,9 +271,11 @@ def stage_site(
     )
     (fresh / "book" / "chapters").mkdir()
     for chapter in chapters:
-        page = as_page(read_notebook(chapter))
-        nbformat.write(page, fresh / "book" / "chapters" / chapter.name)
+        stage_chapter(chapter, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
+    (fresh / "data").mkdir()
+    for table in root.glob("data/confinement.csv"):  # that a page shows as it is
+        shutil.copy(table, fresh / "data")
     config = read_config(root / "_config.yml")
     config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
     (fresh / "_config.yml").write_text(
@@ -353,6 +355,11 @@ def title_of(notebook: NotebookNode) -> str:
     """The first heading of a notebook."""
     text = "\n".join(cell.source for cell in notebook.cells)
     return text.partition("# ")[2].partition("\n")[0]
+
+
+def stage_chapter(chapter: Path, staged: Path) -> None:
+    """Write an executed chapter as its page is to show it, see ``as_page``."""
+    nbformat.write(as_page(read_notebook(chapter)), staged)
 
 
 def as_page(notebook: NotebookNode) -> NotebookNode:

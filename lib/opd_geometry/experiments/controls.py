@@ -166,7 +166,8 @@ Parts = tuple[Tensor, Tensor]  # spectrum, and right singular vectors as columns
 
 def decomposed(delta: Tensor) -> Parts:
     """Spectrum and right singular vectors of an update, once for every K."""
-    _, spectrum, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    matrix = spectra.finite_matrix(delta, "delta")
+    _, spectrum, vh = torch.linalg.svd(matrix, full_matrices=False)
     return spectrum, vh.T
 
 

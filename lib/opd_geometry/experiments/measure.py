@@ -24,7 +24,12 @@ from torch import Tensor
 
 from opd_geometry.experiments.activations import input_covariances
 from opd_geometry.experiments.choices import choices
-from opd_geometry.experiments.controls import clipped_frac, control_rows, similarities
+from opd_geometry.experiments.controls import (
+    clipped_frac,
+    control_rows,
+    displacement,
+    similarities,
+)
 from opd_geometry.experiments.listing import (
     DIGESTS,
     PROVENANCE,
@@ -43,6 +48,7 @@ from opd_geometry.experiments.runs import (
     ensure,
     history,
     is_done,
+    is_lean,
     one_thread,
     progress,
     run_directory,
@@ -66,6 +72,9 @@ COLUMNS = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "v
 TABLE = 7  # raised when the same checkpoints would give another table
 MAP_REGIONS = 16  # a side of the local maps
 SIMILARITY_RANKS = (1, 4, 8, 16)  # further K of Sim_K
+# Of a pretrained student, whose matrices are many and large, these layers are held
+# against every null and choice, all others against the Gaussian null at the end.
+THOROUGH_LAYERS = (5, 14)
 
 
 def measure_matrix(
@@ -75,6 +84,7 @@ def measure_matrix(
     seed: int,
     run: Run | None = None,
     inputs: Tensor | None = None,
+    thorough: bool = True,
 ) -> list[tuple[int, str, float]]:
     """Every diagnostic of one matrix over a run's checkpoints.
 
@@ -85,6 +95,8 @@ def measure_matrix(
         seed: of the Gaussian nulls.
         run: adds the controls of ``controls.control_rows``.
         inputs: covariance of the matrix's inputs, for them.
+        thorough: False leaves out whatever is no diagnostic of the update itself, its
+            Gaussian null at the end, or its displacement.
 
     Returns:
         (step, metric, value) rows.
@@ -99,15 +111,18 @@ def measure_matrix(
     rows = [(step, metric, value) for (step, metric), value in similarity.items()]
     for step, w_after in weights.items():
         values = compare(before, w_after)
-        values |= compare_null(before, w_after, null_seed(seed, name, step))
-        if step == end:
+        if thorough or step == end:
+            values |= compare_null(before, w_after, null_seed(seed, name, step))
+        if thorough and step == end:
             noise = null_weights(before, w_after, null_seed(seed, name, step))
             varied = choices(before.w_before, noise)
             values |= choices(before.w_before, w_after)
             values |= {f"null_{metric}": value for metric, value in varied.items()}
         rows += [(step, metric, value) for metric, value in values.items()]
-    if run is not None:
+    if run is not None and thorough:
         rows += control_rows(run, name, before, weights, rank, inputs)
+    elif run is not None:
+        rows += displacement(run, deltas)
     return rows
 
 
@@ -250,7 +265,10 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             there = {s: path for s, path in paths.items() if matrix.name in stored[s]}
             inputs = covariances.get(matrix.name)
-            values = measure_matrix(matrix.name, there, rank, run.seed, free, inputs)
+            all_of_it = not is_lean(run) or matrix.layer in THOROUGH_LAYERS
+            values = measure_matrix(
+                matrix.name, there, rank, run.seed, free, inputs, all_of_it
+            )
             rows += [
                 (step, matrix.name, matrix.role, matrix.layer, metric, value)
                 for step, metric, value in (size, *values)
@@ -438,7 +456,7 @@ def load(
     tables, rows = [], []
     for arm, seed in [(arm, seed) for arm in arms for seed in seeds]:
         own = build(profile, arm, seed, source == "scratch", student)
-        published = build(profile, arm, seed, student=student)
+        published = build(profile, arm, seed, False, student)
         local_first = source != "committed" and is_done(own)
         if published.key() in listed.index and not local_first:
             tables.append(committed_table(published))

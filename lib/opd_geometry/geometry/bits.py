@@ -38,6 +38,35 @@ def magnitudes_of(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray
     return magnitudes
 
 
+def to_bfloat16(w: Tensor) -> Tensor:
+    """Rounded to bf16, to the nearest and once.
+
+    torch takes float64 through float32, which rounds twice: 1 + 2^-8 + 2^-40 becomes
+    1 + 2^-8, a tie, and then 1. Rounded to odd on the way (away from what is exact, to
+    an odd last digit), the second rounding is the only one that counts.
+
+    Args:
+        w: any shape, any floating dtype.
+
+    Returns:
+        The same shape, bf16.
+
+    Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums (2008).
+
+    >>> w = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)
+    >>> to_bfloat16(w).item(), w.bfloat16().item()
+    (1.0078125, 1.0)
+    """
+    if w.dtype != torch.float64:
+        return w.to(torch.bfloat16)
+    short = w.float()
+    finite = torch.isfinite(short)
+    inexact = finite & (short.double() != w)
+    bits = short.view(torch.int32)
+    bits = bits - (inexact & (short.double().abs() > w.abs())).int()  # towards zero
+    return torch.where(inexact, bits | 1, bits).view(torch.float32).bfloat16()
+
+
 def count_nonfinite(w: Tensor) -> tuple[int, int]:
     """How many entries are NaN and how many infinite.
 

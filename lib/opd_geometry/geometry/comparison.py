@@ -319,7 +319,7 @@ def stored_spread(w_before: Tensor, w_after: Tensor, hill_k: int) -> dict[str, f
     Returns:
         `READOUT`, without what an update that bf16 does not show has not.
     """
-    stored = w_after.bfloat16().double().sub_(w_before.bfloat16())
+    stored = bits.to_bfloat16(w_after).double().sub_(bits.to_bfloat16(w_before))
     norm = bits.norm(stored)
     values = {"frobenius_norm_bf16": norm}
     if norm > 0.0:
@@ -439,7 +439,7 @@ def null_weights(
     norm = bits.difference_norm(before.w_before, w_after)
     if norm == 0.0:
         return w_after
-    generator = _generator(seed, "")
+    generator = generator_of(seed)
     shape = before.w_before.shape
     return nulls.gaussian_noise(shape, norm, generator).add_(before.w_before)
 
@@ -468,7 +468,7 @@ def compare_shuffled(
     delta = nulls.update_of(before.w_before, w_after)
     if w_after.dtype == torch.float32:
         delta = delta.float()  # is shuffled in half the time
-    moved = nulls.shuffled(delta, _generator(seed, "shuffled"))
+    moved = nulls.shuffled(delta, generator_of(seed, "shuffled"))
     del delta
     moved = moved.double().add_(before.w_before)
     values = compare(before, moved, metrics)
@@ -495,14 +495,19 @@ def compare_turned(
     if bits.difference_norm(before.w_before, w_after) == 0.0:
         return {}
     moved = nulls.turned(
-        difference(before.w_before, w_after), _generator(seed, "turned")
+        difference(before.w_before, w_after), generator_of(seed, "turned")
     ).add_(before.w_before)
     values = compare(before, moved, metrics)
     return {f"turned_{name}": value for name, value in values.items()}
 
 
-def _generator(seed: int | tuple[int, ...], what: str) -> torch.Generator:
-    """Of one null: others with the same seed have noise of their own."""
+def generator_of(seed: int | tuple[int, ...], what: str = "") -> torch.Generator:
+    """Of one null: others with the same seed have noise of their own.
+
+    Args:
+        seed: as in ``compare_null``.
+        what: the null's name; none for the Gaussian.
+    """
     seeds = (seed,) if isinstance(seed, int) else seed
     words = (*seeds, zlib.crc32(what.encode())) if what else seeds
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)

@@ -109,7 +109,8 @@ def _file(path: Path) -> Holdings:
 
 GGUF = (
     "make safetensors of a GGUF with transformers: AutoModelForCausalLM."
-    "from_pretrained(DIRECTORY, gguf_file=NAME).save_pretrained(OUT)"
+    "from_pretrained(DIRECTORY, gguf_file=NAME), then safetensors.torch.save_model("
+    "model, 'OUT.safetensors'), since its save_pretrained refuses such a model"
 )
 
 

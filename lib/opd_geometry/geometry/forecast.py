@@ -97,7 +97,7 @@ def projected_seconds(
     """
     asked = set(parse_metrics(metrics))
     turns = len(asked & {*ANGLES, "nss"}) > 0
-    whole = (2 + null) * turns
+    whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
     whole = max(whole, int("principal_overlap" in asked))
     spread = int(len(asked & {"stable_rank", "hill_alpha"}) > 0)
     seconds = 0.0
@@ -106,9 +106,9 @@ def projected_seconds(
         product, cube = short * short * long, short**3
         if isinstance(task, TrajectoryTask):
             n = len(task.steps)
-            seconds += n * (2 * speed.product * product + 2 * speed.values * cube)
+            seconds += n * (4 * speed.product * product + 3 * speed.values * cube)
             continue
-        seconds += short * long * (speed.cheap + (speed.noise + speed.cheap) * null)
+        seconds += short * long * (speed.cheap + (speed.noise + 3 * speed.cheap) * null)
         seconds += whole * (speed.product * product + speed.reduction * cube)
         seconds += spread * (speed.product * product / 1.6 + speed.values * cube)
     reading = speed.reading * sum(task.n_bytes for task in plan.tasks)

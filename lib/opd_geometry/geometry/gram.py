@@ -31,6 +31,7 @@ CHUNK_ENTRIES = 2**24  # converted to float64 at a time, 128 MiB
 BLOCK = 512  # columns of the Gram matrix at a time: only its upper half is computed
 EPS = torch.finfo(torch.float64).eps
 ROUNDING = 100 * EPS  # of eigenvalues, relative to s_1^2
+SUBSPACE_TOLERANCE = 1e-8  # of eigenvalues that are not checked against all
 NOTHING = 1e-30  # of a unit vector's entries
 INDEPENDENT = 1e-3  # largest cosine between vectors that are then orthonormalised
 
@@ -169,6 +170,50 @@ def leading_right(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor | None]:
     _, s, vh = svd(w)
     floor = float(s[0]) * max(w.shape) * EPS
     return s, vh[:k].T.contiguous() if int((s > floor).sum()) >= k else None
+
+
+def right_subspace(w: Tensor, k: int) -> Tensor | None:
+    """The top-k right subspace alone, without the check against all eigenvalues.
+
+    Args:
+        w: (n_rows, n_cols), any floating dtype.
+        k: from 1 to min(w.shape).
+
+    Returns:
+        (n_cols, k) float64 with orthonormal columns; None where the matrix is of a rank
+        below k, up to the rounding of squares.
+
+    Raises:
+        ValueError: not a finite floating-point matrix, or k out of range.
+    """
+    check_rank(k, w.shape)
+    rows = _Rows.of(w)
+    upper = _products(rows)
+    symmetric = upper.triu_() + upper.triu(1).T
+    values, vectors = _largest(symmetric, k)
+    if float(values[k - 1]) <= ROUNDING * float(values[0]):
+        return None
+    if not rows.transposed:
+        return vectors
+    return torch.linalg.qr(torch.cat([chunk @ vectors for chunk in rows.chunks()])).Q
+
+
+def _largest(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues, descending, with orthonormal vectors."""
+    n = len(symmetric)
+    if n > DIRECT_SIDE and k < n // 4:
+        start = np.random.default_rng(0).standard_normal(n)
+        try:
+            values, found = scipy.sparse.linalg.eigsh(
+                symmetric.numpy(), k, v0=start, tol=SUBSPACE_TOLERANCE
+            )
+            order = values.argsort()[::-1]
+            vectors = torch.linalg.qr(torch.from_numpy(found[:, order].copy())).Q
+            return torch.from_numpy(values[order].copy()), vectors
+        except scipy.sparse.linalg.ArpackError:
+            pass
+    squares, vectors = torch.linalg.eigh(symmetric)
+    return squares.flip(0), vectors.flip(1)[:, :k]
 
 
 def _eigenvalues(upper: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Checkpoints by name: a path, or a model of the Hugging Face hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         ValueError: no such path, and nothing of that name can be fetched.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # ~nobody stays as it is
     if path.exists():
         return path
     found = HUB_NAME.fullmatch(str(source))

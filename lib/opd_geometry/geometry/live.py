@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_geometry.geometry.bits import to_bfloat16
 from opd_geometry.geometry.checkpoints import (
     ALL_ROLES,
     Matrix,
@@ -70,7 +71,7 @@ def movement(w_before: Tensor, w: Tensor, k: int) -> Movement:
     check_same_shape(w_before, w, ("w_before", "w"))
     check_rank(k, w.shape)
     start = w_before.to(w.device)
-    same = torch.count_nonzero(start.bfloat16() == w.bfloat16())
+    same = torch.count_nonzero(to_bfloat16(start) == to_bfloat16(w))
     exact = min(w.shape) <= EXACT_SIDE
     dtype = torch.float64 if exact and w.device.type == "cpu" else torch.float32
     delta = w.to(dtype) - start.to(dtype)
@@ -174,7 +175,7 @@ class Start:
 def _kept(tensor: Tensor, device: str | torch.device) -> Tensor:
     """A copy, in bf16 where no entry is lost by that."""
     w = tensor.detach()
-    short = w.bfloat16()
+    short = to_bfloat16(w)
     lossless = w.dtype != torch.bfloat16 and torch.equal(short.to(w.dtype), w)
     return torch.empty_like(short if lossless else w, device=device).copy_(w)
 

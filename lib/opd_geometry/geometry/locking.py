@@ -136,15 +136,39 @@ def turned_increments(
     """
     steps = sorted(deltas)
     check_length(steps)
-    total = torch.zeros(deltas[steps[0]].shape, dtype=torch.float64)
-    before, turned = total, {}
-    for step in steps:
-        delta = finite_matrix(deltas[step], f"the update at step {step}")
-        increment = delta - before
+    sums = Increments(deltas[steps[0]].shape, generator)
+    return {
+        step: sums.add(
+            finite_matrix(deltas[step], f"the update at step {step}")
+        ).clone()
+        for step in steps
+    }
+
+
+class Increments:
+    """`turned_increments`, one checkpoint after the other, in two matrices of memory.
+
+    Args:
+        shape: (n_rows, n_cols).
+        generator: a CPU generator.
+    """
+
+    def __init__(self, shape: Sequence[int], generator: torch.Generator) -> None:
+        self._total = torch.zeros(*shape, dtype=torch.float64)
+        self._before = torch.zeros_like(self._total)
+        self._generator = generator
+
+    def add(self, delta: Tensor) -> Tensor:
+        """The turned sum up to this checkpoint; it changes with the next one.
+
+        Args:
+            delta: W_t - W_0, finite.
+        """
+        increment = delta.double() - self._before
+        self._before.copy_(delta)
         if bool(increment.any()):
-            total = total + nulls.turned(increment, generator)
-        turned[step], before = total, delta
-    return turned
+            self._total += nulls.turned(increment, self._generator)
+        return self._total
 
 
 def rounded_end(w_before: Tensor, deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -171,9 +195,9 @@ def rounded_end(w_before: Tensor, deltas: Mapping[int, Tensor]) -> dict[int, Ten
         raise ValueError(
             "the last update is zero, expected one that moved; leave this matrix out"
         )
-    origin = start.bfloat16().double()
+    origin = bits.to_bfloat16(start).double()
     return {
-        step: (start + bits.norm(delta) / size * end).bfloat16().double() - origin
+        step: bits.to_bfloat16(start + bits.norm(delta) / size * end).double() - origin
         for step, delta in deltas.items()
     }
 

@@ -500,7 +500,7 @@ def readout(w_before: Tensor, w_after: Tensor, hill_k: int) -> dict[str, float]:
         finite_matrix(w, name)
         for w, name in ((w_before, "w_before"), (w_after, "w_after"))
     )
-    stored = after.bfloat16().double() - before.bfloat16().double()
+    stored = bits.to_bfloat16(after).double() - bits.to_bfloat16(before).double()
     found = {}
     for suffix, delta in (("", after - before), ("_bf16", stored)):
         norm = bits.norm(delta)

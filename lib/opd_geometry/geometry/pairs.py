@@ -22,7 +22,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, comparison, gram, low_rank, spectra, unplaced
+from opd_geometry.geometry import (
+    bits,
+    comparison,
+    gram,
+    locking,
+    low_rank,
+    spectra,
+    unplaced,
+)
 from opd_geometry.geometry.checkpoints import (
     ALL_ROLES,
     PARTS,
@@ -126,6 +134,8 @@ TRAJECTORY_COLUMNS = (
     "hill_alpha",
     "similarity_to_end",
     "similarity_null",
+    "increments_similarity_to_end",
+    "similarity_of_weights",
     "note",
 )
 # An update that is zero turns nothing, exactly.
@@ -262,6 +272,7 @@ def follow_tensors(
     steps: Sequence[int],
     k: int = 16,
     settings: Settings = DEFAULTS,
+    seed: int | tuple[int, ...] = 0,
 ) -> list[Row]:
     """How the update of one matrix spreads and settles over a run.
 
@@ -270,15 +281,19 @@ def follow_tensors(
 
     Args:
         w_before: W_0 (n_rows, n_cols).
-        later: step -> W_t; asked for one at a time, for the last step first.
+        later: step -> W_t; asked for one at a time, in order.
         steps: ascending; the last is the end.
         k: K, cut to the smaller side of the matrix.
         settings: its hill_k counts.
+        seed: of the rotations.
 
     Returns:
         A row a step: step, stable_rank, frobenius_norm, hill_alpha,
-        similarity_to_end (0 to 1) and similarity_null = K / n_cols, that of random
-        subspaces; NaN where an update has no such subspace.
+        similarity_to_end (0 to 1); similarity_null = K / n_cols, that of random
+        subspaces; increments_similarity_to_end, that of the run's own increments, each
+        turned by itself (`locking.turned_increments`), of three steps or more;
+        similarity_of_weights, that of W_0's top-K right subspace with the end. NaN
+        where there is no such subspace.
 
     Raises:
         ValueError: shapes differ or a value is not finite.
@@ -286,31 +301,41 @@ def follow_tensors(
     Source: arXiv:2606.07082 Figures 4 and 5 (K = 16).
     """
     k = min(k, *w_before.shape)
-    end: Tensor | None = None
-    rows = []
-    for step in reversed(steps):
-        values, subspace = _spread_of(w_before, later(step), k, settings)
-        if step == steps[-1]:
-            end = subspace
-        similarity = math.nan
-        if subspace is not None and end is not None:
-            similarity = spectra.subspace_similarity(subspace, end)
-        rows.append(
-            {
-                "step": step,
-                **values,
-                "similarity_to_end": similarity,
-                "similarity_null": k / w_before.shape[1],
-            }
+    null = locking.Increments(w_before.shape, comparison.generator_of(seed))
+    rows, own, turned = [], [], []
+    for step in steps:
+        delta = comparison.difference(w_before, later(step))
+        values, subspace = _spread_of(delta, k, settings)
+        rows.append({"step": step, **values})
+        own.append(subspace)
+        if len(steps) >= locking.LEAST:
+            total = null.add(delta)
+            turned.append(
+                gram.right_subspace(total, k) if values["frobenius_norm"] else None
+            )
+        del delta
+    of_weights = gram.right_subspace(w_before, k)
+    for i, row in enumerate(rows):
+        row["similarity_to_end"] = _shared(own[i], own[-1])
+        row["similarity_null"] = k / w_before.shape[1]
+        row["increments_similarity_to_end"] = (
+            _shared(turned[i], turned[-1]) if turned else math.nan
         )
-    return rows[::-1]
+        row["similarity_of_weights"] = _shared(of_weights, own[-1])
+    return rows
+
+
+def _shared(a: Tensor | None, b: Tensor | None) -> float:
+    """Sim_K, NaN where there is no subspace."""
+    if a is None or b is None:
+        return math.nan
+    return spectra.subspace_similarity(a, b)
 
 
 def _spread_of(
-    w_before: Tensor, w_after: Tensor, k: int, settings: Settings
+    delta: Tensor, k: int, settings: Settings
 ) -> tuple[dict[str, float], Tensor | None]:
     """Norm, stable rank and Hill exponent of an update, and its top subspace."""
-    delta = comparison.difference(w_before, w_after)
     norm = bits.norm(delta)
     if norm == 0.0:
         nothing = {"stable_rank": math.nan, "hill_alpha": math.nan}
@@ -525,11 +550,15 @@ class TrajectoryTask:
                 empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
                 for step in self.steps
             ]
-        note = {"note": self.pair.note}
-        return [
-            {name: (identity | row | note)[name] for name in TRAJECTORY_COLUMNS}
-            for row in found
-        ]
+        notes = [self.pair.note]
+        if len(self.steps) < locking.LEAST:
+            notes.append(
+                f"{len(self.steps)} checkpoints, expected {locking.LEAST} or more for "
+                "the null of turned increments: it is empty"
+            )
+        blank = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
+        words = {"note": "; ".join(filter(None, notes))}
+        return [blank | identity | row | words for row in found]
 
     def _of_weights(self, pair_of: dict[int, StoredPair]) -> list[Row]:
         w_before = self.pairs[0].read_before()
@@ -539,7 +568,8 @@ class TrajectoryTask:
             _refuse_damage({"before": w_before, f"at step {step}": w})
             return w
 
-        return follow_tensors(w_before, later, self.steps, self.k, self.settings)
+        seed = null_seed(0, self.name, 0)
+        return follow_tensors(w_before, later, self.steps, self.k, self.settings, seed)
 
     def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
         """As `follow_tensors`, from the factors of adapters: never the whole matrix."""

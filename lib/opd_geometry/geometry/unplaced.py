@@ -27,7 +27,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry.bits import BITS, magnitudes_of
+from opd_geometry.geometry.bits import BITS, magnitudes_of, to_bfloat16
 from opd_geometry.geometry.spectra import finite_float64
 
 COUNTED_AT_A_TIME = 2**22  # entries
@@ -295,7 +295,7 @@ def magnitudes(w_before: Tensor, mask: Tensor | None = None) -> Magnitudes:
         found, largest = _count(chunk)
         if largest >= LARGEST:
             finite_float64(w_before, "w_before")  # these messages say what it is
-            finite_float64(w_before.bfloat16(), "w_before cast to bf16")
+            finite_float64(to_bfloat16(w_before), "w_before cast to bf16")
         if found.size > total.size:
             total = np.concatenate([total, np.zeros(found.size - total.size, np.int64)])
         total[: found.size] += found
@@ -392,7 +392,7 @@ def room(w_before: Tensor) -> tuple[Tensor, Tensor]:
     [0.5, 1.0]
     """
     w = finite_float64(w_before, "w_before").abs()
-    cast = finite_float64(w.bfloat16(), "w_before cast to bf16").float()
+    cast = finite_float64(to_bfloat16(w), "w_before cast to bf16").float()
     cells = cast.numpy().view(np.int32).astype(np.int64) >> 16
     low, high = (torch.as_tensor(end).reshape(w.shape) for end in _borders(cells))
     return (w - low).clamp_min(0.0), (high - w).clamp_min(0.0)

@@ -15,6 +15,7 @@ from opd_geometry.geometry.bits import (
     bits_of,
     chunks,
     magnitudes_of,
+    to_bfloat16,
 )
 from opd_geometry.geometry.spectra import (
     check_rank,
@@ -30,7 +31,7 @@ SIGN_16 = np.int16(-(2**15))
 
 def _bf16_bits(w: Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Bits of the bf16 cast of a finite chunk, and those without the sign."""
-    cast = w.to(torch.bfloat16)
+    cast = to_bfloat16(w)
     bits = bits_of(cast)
     magnitudes = magnitudes_of(bits)
     if int(magnitudes.max()) >= BITS[torch.bfloat16][1]:

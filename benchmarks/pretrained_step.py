@@ -1,0 +1,276 @@
+"""Time one OPD step on a model of 100 million parameters against two others.
+
+All three train the same model on the same prompts in one process, step by step in turn:
+ours, as the profile ``pretrained`` sets it; the recipe that it began as, rebuilt here;
+and TRL's GRPOTrainer. See README.md for what is and what is not compared.
+"""
+
+import copy
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+import click
+import torch
+from datasets import Dataset
+from step_vs_trl import Seconds, matmul_rate, now, since
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    logging,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from opd_geometry.experiments.profiles import PROFILES
+from opd_geometry.training import losses, tasks
+from opd_geometry.training.models import character_tokenizer, frame, load_model
+from opd_geometry.training.optimizer import (
+    Compute,
+    adamw,
+    bfloat16_copy,
+    set_learning_rate,
+)
+from opd_geometry.training.policy import (
+    PolicyConfig,
+    draw_prompts,
+    policy_steps,
+    step_generator,
+)
+from opd_geometry.training.rollout import encode_prompts, packed_logits, sample
+
+OURS = PROFILES["pretrained"].policy
+ROW_TOKENS = 700  # of the recipe's rows: shorter passes were slower
+WARM_UP = 1  # steps that are not counted
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--threads", default=1, help="Threads of all sides.")
+@click.option("--steps", default=3, help="Steps that are timed, after one to warm up.")
+@click.option("--model", help="A cut checkpoint; else random weights of that shape.")
+@click.option("--longest", default=10, help="Tokens a completion, at most.")
+def main(threads: int, steps: int, model: str | None, longest: int) -> None:
+    """Print median step seconds of the three, the ratios and the floor."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    student, tokenizer = load_model(model) if model else random_model()
+    config = PolicyConfig(
+        **{
+            **{name: getattr(OURS, name) for name in OURS.__dataclass_fields__},
+            "steps": steps + WARM_UP,
+            "max_new_tokens": longest,
+        }
+    )
+    loops = {
+        "ours": our_steps(config, student, tokenizer),
+        "recipe": recipe_steps(config, student, tokenizer),
+    }
+    seconds, tokens = race(config, loops, student, tokenizer)
+    report(seconds, tokens, student, config, threads)
+
+
+def random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Gemma 3 270M without most of its embedding, never trained."""
+    tokenizer = character_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=1024,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Gemma3ForCausalLM(config).eval(), tokenizer
+
+
+def our_steps(
+    config: PolicyConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, float]]:
+    """The library's loop on a copy of the student, which is its teacher, too."""
+    model = copy.deepcopy(student)
+    optimizer = adamw(model, config.optimizer)
+    teacher = bfloat16_copy(student)
+    return policy_steps(config, model, teacher, tokenizer, optimizer, seed=0)
+
+
+def recipe_steps(
+    config: PolicyConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, float]]:
+    """bf16 copy, float32 masters, fused AdamW; each prompt packed with each answer.
+
+    What is missing against ours: every completion has its prompt in front again, to
+    sample and to score, and a completion that has ended stays in the batch until a
+    tenth of it has.
+    """
+    model = copy.deepcopy(student)
+    optimizer = adamw(model, config.optimizer)
+    compute, teacher = Compute(model, "bf16-copy"), bfloat16_copy(student)
+    for step in range(config.steps):
+        set_learning_rate(optimizer, config.optimizer.learning_rate)
+        prompts = [p.prompt for p in draw_prompts(config, 0, step)]
+        repeated = [p for p in prompts for _ in range(config.group_size)]
+        ids, mask = encode_prompts(repeated, tokenizer)
+        rollout = sample(
+            compute.model,
+            ids,
+            mask,
+            group_size=1,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            generator=step_generator(0, step),
+        )
+        asked = mask.sum(1).tolist()
+        rows = [
+            torch.cat([ids[i, ids.shape[1] - n :], rollout.completions[i][live]])
+            for i, (n, live) in enumerate(zip(asked, rollout.mask, strict=True))
+        ]
+        lengths = torch.tensor([len(row) - 1 for row in rows])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        place = torch.arange(padded.shape[1] - 1)
+        written = place >= torch.tensor(asked)[:, None] - 1
+        written &= place < lengths[:, None]
+
+        with torch.no_grad():
+            theirs = scored(teacher, padded, lengths)
+        ours = scored(compute.model, padded, lengths)
+        gain = losses.opd_advantage(ours, theirs)
+        old = ours.detach()
+        loss = losses.policy_loss(ours, old, gain, None, written)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        compute.refresh()
+        optimizer.zero_grad()
+        yield {"tokens": float(rollout.mask.sum() / len(rows))}
+
+
+def scored(scorer: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Log-probability of every token but the first, (B, T - 1)."""
+    logits = packed_logits(scorer, ids[:, :-1], lengths, ROW_TOKENS)
+    return losses.token_log_probs(logits, ids[:, 1:])
+
+
+def race(
+    config: PolicyConfig,
+    loops: dict[str, Iterator[dict[str, float]]],
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[str, list[Seconds]], dict[str, list[float]]]:
+    """Train with TRL and, between its steps, with the loops: seconds and tokens."""
+    seconds: dict[str, list[Seconds]] = {"TRL": [], **{name: [] for name in loops}}
+    tokens: dict[str, list[float]] = {name: [] for name in seconds}
+    began = now()
+
+    class BetweenSteps(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            nonlocal began
+            began = now()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            seconds["TRL"].append(since(began))
+            for name, loop in loops.items():
+                start = now()
+                tokens[name].append(next(loop)["tokens"])
+                seconds[name].append(since(start))
+
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+        """What no group is without, so that TRL learns from each."""
+        tokens["TRL"].append(sum(map(len, completion_ids)) / len(completion_ids))
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    problems = [p for s in range(config.steps) for p in draw_prompts(config, 0, s)]
+    asked = Dataset.from_list([{"prompt": framed(p, tokenizer)} for p in problems])
+    batch = config.prompts_per_step * config.group_size
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = GRPOTrainer(
+            copy.deepcopy(student),
+            reward_funcs=reward,
+            args=GRPOConfig(
+                directory,
+                per_device_train_batch_size=batch,
+                num_generations=config.group_size,
+                max_completion_length=config.max_new_tokens,
+                max_steps=config.steps,
+                learning_rate=config.optimizer.learning_rate,
+                lr_scheduler_type="constant",
+                temperature=1.0,
+                beta=0.0,
+                loss_type="grpo",
+                shuffle_dataset=False,
+                gradient_checkpointing=False,
+                bf16=True,  # autocast, which is faster here than float32
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=asked,
+            processing_class=tokenizer,
+            callbacks=[BetweenSteps()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return seconds, tokens
+
+
+def framed(problem: tasks.Problem, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt as the library gives it to the model."""
+    return frame(problem.prompt, tokenizer)
+
+
+def report(
+    seconds: dict[str, list[Seconds]],
+    tokens: dict[str, list[float]],
+    student: PreTrainedModel,
+    config: PolicyConfig,
+    threads: int,
+) -> None:
+    """Print the table, the floor and the ratios."""
+    rate = matmul_rate(dtype=torch.bfloat16)
+    batch = config.prompts_per_step * config.group_size
+    weights = sum(p.numel() for p in student.parameters())
+    click.echo(
+        f"{weights / 1e6:.0f} million parameters, {config.prompts_per_step} prompts x "
+        f"{config.group_size} completions, {threads} thread(s); bf16 matrix products "
+        f"run at {rate:.0f} GFLOP/s"
+    )
+    click.echo("          seconds  CPU seconds  tokens")
+    wall, processor = {}, {}
+    for name, timed in seconds.items():
+        wall[name], processor[name] = map(
+            statistics.median, zip(*timed[WARM_UP:], strict=True)
+        )
+        length = statistics.mean(tokens[name][WARM_UP:])
+        click.echo(f"{name:8}{wall[name]:9.2f}{processor[name]:13.2f}{length:8.1f}")
+    prompt = 11 * config.prompts_per_step
+    # 2 N to write a token, 2 N for the teacher's score of it, 6 N to learn from it
+    work = 10 * weights * (prompt + batch * statistics.mean(tokens["ours"])) / 1e9
+    moved = 30 * weights / 1e9  # weights, gradients and moments, both ways
+    click.echo(
+        f"floor: {work:.0f} GFLOP, {work / rate:.2f} s at that rate, {moved:.1f} GB "
+        f"in the optimizer; ours takes {processor['ours'] * rate / work:.1f} times the "
+        "arithmetic"
+    )
+    for other in ("recipe", "TRL"):
+        click.echo(
+            f"{other} / ours: {wall[other] / wall['ours']:.2f} times the seconds, "
+            f"{processor[other] / processor['ours']:.2f} times the CPU seconds"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Where updates lie once distance is taken out.
+
+An update that went further shows in more entries, turned more and shifted more,
+whatever made it. So every diagnostic of every matrix and checkpoint is held against one
+number, the relative norm ||dW|| / ||W_0||: what share of its variance does one curve
+explain? What is left can be place, and is asked of the update itself: against its own
+permutation, against chance in the subspaces of W_0, in the learning rate's own unit.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from opd_geometry.analysis.evidence import (
+    LAYERS,
+    Levels,
+    Table,
+    last,
+    levels_of,
+    over_matrices,
+)
+from opd_geometry.analysis.verdicts import Values, interval
+from opd_geometry.experiments.controls import (
+    PRINTED_ALPHA,
+    PRINTED_DENSITIES,
+    clipped_frac,
+)
+
+DISTANCE = "relative_norm"
+# Metrics to whether their logarithm is taken.
+PLACE = {
+    "sparsity": False,
+    "low_magnitude_overlap": False,
+    "principal_overlap": False,
+    "angle_left_mean_deg": True,
+    "angle_right_mean_deg": True,
+    "angle_right_max_deg": True,
+    "nss": True,
+}
+SHAPE = {"stable_rank": True, "hill_alpha": True, "similarity_to_end": False}
+N_BINS = 60  # of the curve: equal numbers of points, so each bin holds hundreds
+DRAWS = 400  # of the bootstrap over runs
+KEYS = ["run", "arm", "seed", "step", "matrix"]
+OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
+SUBSPACES = (
+    "top_right",
+    "top_left",
+    "bottom_right",
+    "bottom_left",
+    "inputs",
+    "principal",
+    "low_magnitude",
+)
+
+
+def points(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A diagnostic beside the distance, a row a matrix and checkpoint of a run.
+
+    Args:
+        table: tidy.
+        metric: key of ``PLACE`` or ``SHAPE``; its logarithm where they say so.
+
+    Returns:
+        Columns run, arm, seed, x (natural logarithm of the relative norm), y; without
+        rows in which either is undefined. Similarities with the end are without the
+        end, where they are one by definition.
+    """
+    rows = table[table["role"].isin(LAYERS) & (table["step"] > 0)]
+    sides = [
+        rows[rows["metric"] == name].set_index(KEYS)["value"]
+        for name in (DISTANCE, metric)
+    ]
+    wide = pd.concat(sides, axis=1, keys=["x", "y"], join="inner").reset_index()
+    if metric.startswith("similarity"):
+        end = wide.groupby("run", observed=True)["step"].transform("max")
+        wide = wide[wide["step"] < end]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wide["x"] = np.log(wide["x"])
+        if (PLACE | SHAPE)[metric]:
+            wide["y"] = np.log(wide["y"])
+    wide = wide[np.isfinite(wide["x"]) & np.isfinite(wide["y"])]
+    return wide[["run", "arm", "seed", "x", "y"]].reset_index(drop=True)
+
+
+def explained(found: pd.DataFrame, weights: pd.Series | None = None) -> float:
+    """Share of a diagnostic's variance that one curve over distance explains.
+
+    1 - sum_b sum_{i in b} (y_i - mean_b)^2 / sum_i (y_i - mean)^2
+
+    over bins b of equal numbers of points along x.
+
+    Args:
+        found: of ``points``.
+        weights: how often each run counts; once each if None.
+
+    Returns:
+        From 0 to 1; about N_BINS / n for a diagnostic that has nothing to do with
+        distance, NaN for one that does not vary.
+
+    Source: the correlation ratio (K. Pearson, 1905).
+    """
+    sums = _sums(found)
+    if weights is not None:
+        runs = sums.index.get_level_values("run")
+        sums = sums.mul(weights.reindex(runs).to_numpy(), axis=0)
+    by_bin = sums.groupby(level="bin").sum()
+    by_bin = by_bin[by_bin["n"] > 0]
+    within = (by_bin["yy"] - by_bin["y"] ** 2 / by_bin["n"]).sum()
+    whole = by_bin.sum()
+    total = whole["yy"] - whole["y"] ** 2 / whole["n"]
+    return float(1 - within / total) if total > 0 else float("nan")
+
+
+def _sums(found: pd.DataFrame) -> pd.DataFrame:
+    """Count, sum and sum of squares of y by run and bin; y centred first."""
+    place = found["x"].rank(method="first") - 1
+    bins = (place * N_BINS // max(1, len(found))).astype(int).rename("bin")
+    y = found["y"] - found["y"].mean()
+    parts = pd.DataFrame({"n": 1.0, "y": y, "yy": y**2})
+    return parts.groupby([found["run"].astype(str), bins]).sum()
+
+
+def collapse(
+    table: pd.DataFrame, metrics: Iterable[str] = (*PLACE, *SHAPE), seed: int = 0
+) -> pd.DataFrame:
+    """How much of each diagnostic is distance, over all runs, matrices and checkpoints.
+
+    Args:
+        table: tidy.
+        metrics: which.
+        seed: of the bootstrap, which draws runs: matrices of one run are no sample.
+
+    Returns:
+        One row a metric: metric, n_points, n_runs, share, low, high (95 % over runs),
+        least, most (over the seeds taken alone).
+    """
+    generator, rows = np.random.default_rng(seed), []
+    for metric in metrics:
+        found = points(table, metric)
+        if found.empty:
+            continue
+        runs = found["run"].astype(str).unique()
+        draws = generator.multinomial(len(runs), [1 / len(runs)] * len(runs), DRAWS)
+        shares = _resampled(_sums(found), runs, draws)
+        alone = [explained(part) for _, part in found.groupby("seed")]
+        low, high = np.nanpercentile(shares, [2.5, 97.5])
+        numbers = (len(found), len(runs), explained(found), low, high)
+        rows.append((metric, *numbers, min(alone), max(alone)))
+    columns = ["metric", "n_points", "n_runs", "share", "low", "high", "least", "most"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _resampled(
+    sums: pd.DataFrame, runs: Sequence[str], draws: np.ndarray
+) -> np.ndarray:
+    """``explained`` for many weightings of the runs at once."""
+    wide = sums.unstack("bin", fill_value=0.0).reindex(runs)
+    n, y, yy = (draws @ wide[name].to_numpy() for name in ("n", "y", "yy"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        within = (yy - np.where(n > 0, y**2 / n, 0.0)).sum(axis=1)
+    total = yy.sum(axis=1) - y.sum(axis=1) ** 2 / n.sum(axis=1)
+    return 1 - within / total
+
+
+# --- real updates against their own permutations ----------------------------------
+
+
+def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
+    """Mask overlaps of real updates, of their permutations, and free of any grid.
+
+    Args:
+        table: tidy, with the metrics of ``controls.at_end``.
+        arms: which; those without them give no rows.
+
+    Returns:
+        One row an arm, mask and density (``own``, at masks of one half of the entries;
+        the paper's printed ones, at masks of 0.3): arm, mask, density, alpha, n_seeds,
+        own, shuffled, free, and difference (own minus shuffled) with low and high, its
+        95 % interval over seeds.
+    """
+    levels, rows = levels_of(table), []
+    places = [("own", "@d=own", 0.5)]
+    for printed in PRINTED_DENSITIES:
+        at = f"@d={printed},alpha={PRINTED_ALPHA}"
+        places.append((str(printed), at, PRINTED_ALPHA))
+    for arm in arms:
+        for mask in OVERLAPS:
+            for density, at, alpha in places:
+                own, shuffled, free = (
+                    _at_end(levels, arm, f"{prefix}{mask}{at}")
+                    for prefix in ("", "shuffled_", "free_")
+                )
+                if own.empty:
+                    continue
+                means = (own.mean(), shuffled.mean(), free.mean())
+                apart = interval(own - shuffled)
+                rows.append((arm, mask, density, alpha, len(own), *means, *apart))
+    columns = ["arm", "mask", "density", "alpha", "n_seeds", "own", "shuffled", "free"]
+    return pd.DataFrame(rows, columns=[*columns, "difference", "low", "high"])
+
+
+def energies(table: Table, arms: Iterable[str]) -> pd.DataFrame:
+    """Share of the squared update in subspaces and on masks, in units of chance.
+
+    Args:
+        table: tidy, with the metrics of ``controls.energies``.
+        arms: which; those without them give no rows.
+
+    Returns:
+        One row an arm and place: arm, place, n_seeds, share, chance, times (share over
+        chance, mean over matrices) with low and high, its 95 % interval over seeds.
+    """
+    levels, rows = levels_of(table), []
+    for arm in arms:
+        for place in SUBSPACES:
+            share, chance = (
+                _at_end(levels, arm, f"{prefix}energy_{place}")
+                for prefix in ("", "null_")
+            )
+            if not share.empty:
+                numbers = (len(share), share.mean(), chance.mean())
+                rows.append((arm, place, *numbers, *interval(share / chance)))
+    columns = ["arm", "place", "n_seeds", "share", "chance", "times", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def displacements(table: Table, arms: Iterable[str]) -> pd.DataFrame:
+    """How far arms moved in the learning rate's own unit, and how often clipped.
+
+    Args:
+        table: tidy, with the metrics ``displacement`` and ``clipped_frac`` or, for the
+            latter, the history's ``grad_norm``.
+        arms: which; those without a displacement give no rows.
+
+    Returns:
+        One row an arm: arm, n_seeds, displacement (root mean square change over
+        sqrt(sum lr^2): about 1 for Adam on noise) with low and high, its 95 % interval
+        over seeds, clipped (share of steps).
+    """
+    levels, rows = levels_of(table), []
+    for arm in arms:
+        moved = _at_end(levels, arm, "displacement")
+        clipped = last(levels.means(arm, "clipped_frac", ("model",), False))
+        if clipped.empty:  # measured before there was such a row: the default limit
+            norms = levels.means(arm, "grad_norm", ("model",), False)
+            by_seed = norms.groupby(level="seed")
+            clipped = by_seed.agg(lambda x: clipped_frac(x.to_numpy(), 1.0))
+        if not moved.empty:
+            rows.append((arm, len(moved), *interval(moved), clipped.mean()))
+    columns = ["arm", "n_seeds", "displacement", "low", "high", "clipped"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _at_end(levels: Levels, arm: str, metric: str) -> Values:
+    return last(over_matrices(levels, arm, metric, LAYERS)).dropna()

@@ -1,0 +1,193 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opd_geometry.analysis import collapse
+from opd_geometry.book import collapse_figures
+from opd_geometry.experiments.measure import COLUMNS
+
+MATRICES = [f"layers.{i}.{role}" for i in range(8) for role in ("q", "up")]
+STEPS = (10, 20, 40, 100)
+
+
+def planted(n_runs: int = 12, noise: float = 0.05) -> pd.DataFrame:
+    """Sparsity falls with distance, stable rank has nothing to do with it."""
+    rng, rows = np.random.default_rng(0), []
+    for index in range(n_runs):
+        arm, seed = ("sft", "opd", "rlvr")[index % 3], index // 3
+        for name in MATRICES:
+            for step in STEPS:
+                x = rng.normal(math.log(1e-2 * step / 100), 1.0)
+                z = rng.standard_normal(4)
+                values = {
+                    "relative_norm": math.exp(x),
+                    "sparsity": 1 / (1 + math.exp(x + 6)) + noise * z[0] * 0.2,
+                    "low_magnitude_overlap": 0.6 - 0.05 * x + noise * z[0],
+                    "angle_right_mean_deg": math.exp(x + noise * z[1]),
+                    "nss": math.exp(x / 2 + noise * z[1]),
+                    "stable_rank": math.exp(z[2]),
+                    "hill_alpha": math.exp(z[3]),
+                    "similarity_to_end": 1.0 if step == 100 else rng.uniform(),
+                }
+                role = name.rpartition(".")[2]
+                place = (f"{arm}{seed}", arm, seed, step, name, role, 0)
+                rows += [(*place, metric, value) for metric, value in values.items()]
+                if name == MATRICES[0]:  # no layer: must not be looked at
+                    rows.append((*place[:4], "head", "head", -1, "sparsity", 99.0))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def shares(table: pd.DataFrame) -> pd.DataFrame:
+    return collapse.collapse(table)
+
+
+def test_what_is_distance_collapses_and_what_is_not_does_not(
+    shares: pd.DataFrame,
+) -> None:
+    found = shares.set_index("metric")
+    assert found.loc["sparsity", "share"] > 0.9
+    for name in ("nss", "angle_right_mean_deg"):
+        assert found.loc[name, "share"] > 0.97
+    n_points = len(MATRICES) * len(STEPS) * 12
+    for name in ("stable_rank", "hill_alpha"):
+        # chance alone gives the bins' number over that of the points
+        assert found.loc[name, "share"] < 2 * collapse.N_BINS / n_points
+    assert (found["n_runs"] == 12).all()
+    assert found.loc["sparsity", "n_points"] == n_points
+    assert found.loc["similarity_to_end", "n_points"] == n_points * 3 / 4
+    for name in ("sparsity", "nss"):
+        row = found.loc[name]
+        assert row["low"] <= row["share"] <= row["high"]
+        assert row["least"] <= row["share"] + 0.05
+    assert "principal_overlap" not in found.index  # not in the table
+
+
+def test_the_share_is_that_of_an_analysis_of_variance(table: pd.DataFrame) -> None:
+    found = collapse.points(table, "low_magnitude_overlap")
+    order = found["x"].rank(method="first") - 1
+    bins = (order * collapse.N_BINS // len(found)).astype(int)
+    groups = [part["y"].to_numpy() for _, part in found.groupby(bins)]
+    within = sum(((g - g.mean()) ** 2).sum() for g in groups)
+    total = ((found["y"] - found["y"].mean()) ** 2).sum()
+    assert collapse.explained(found) == pytest.approx(1 - within / total)
+
+
+def test_a_common_shift_or_another_unit_changes_no_share(table: pd.DataFrame) -> None:
+    found = collapse.points(table, "nss")
+    moved = found.assign(y=1e4 + 3 * found["y"], x=found["x"] + 7)
+    assert collapse.explained(moved) == pytest.approx(collapse.explained(found))
+    constant = found.assign(y=2.0)
+    assert math.isnan(collapse.explained(constant))
+
+
+def test_weights_count_runs_as_often_as_they_say(table: pd.DataFrame) -> None:
+    found = collapse.points(table, "nss")
+    runs = found["run"].unique()
+    once = pd.Series(1.0, index=runs)
+    assert collapse.explained(found, once) == pytest.approx(collapse.explained(found))
+    draws = np.array([[2.0] + [1.0] * (len(runs) - 1)])
+    many = collapse._resampled(collapse._sums(found), list(runs), draws)
+    assert many[0] == pytest.approx(
+        collapse.explained(found, pd.Series(draws[0], index=runs))
+    )
+
+
+def test_undefined_values_are_left_out(table: pd.DataFrame) -> None:
+    spoilt = table.copy()
+    gone = (spoilt["metric"] == "nss") & (spoilt["matrix"] == MATRICES[0])
+    spoilt.loc[gone, "value"] = np.nan
+    spoilt.loc[gone & (spoilt["step"] == 10), "value"] = 0.0  # no logarithm
+    row = collapse.collapse(spoilt, ["nss"]).iloc[0]
+    assert row["n_points"] == (len(MATRICES) - 1) * len(STEPS) * 12
+    assert np.isfinite(row["share"])
+
+
+# --- real updates -----------------------------------------------------------------
+
+
+def at_end(values: dict[str, dict[str, float]], spread: float = 0.001) -> pd.DataFrame:
+    rng, rows = np.random.default_rng(1), []
+    for arm, metrics in values.items():
+        for seed in range(3):
+            shift = spread * rng.standard_normal()
+            for metric, value in metrics.items():
+                for name, role in (("a.q", "q"), ("a.up", "up")):
+                    place = (f"{arm}{seed}", arm, seed, 100, name, role, 0)
+                    rows.append((*place, metric, value + shift))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_an_update_with_a_place_parts_from_its_permutation() -> None:
+    mask, at = "low_magnitude_overlap", "@d=own"
+    table = at_end(
+        {
+            "opd": {
+                f"{mask}{at}": 0.61,
+                f"shuffled_{mask}{at}": 0.61,
+                f"free_{mask}{at}": 0.5,
+            },
+            "sft": {
+                f"{mask}{at}": 0.40,
+                f"shuffled_{mask}{at}": 0.55,
+                f"free_{mask}{at}": 0.2,
+            },
+        }
+    )
+    found = collapse.permuted(table, ["opd", "sft", "rlvr"]).set_index("arm")
+    assert list(found.index) == ["opd", "sft"]
+    assert found.loc["sft", "difference"] == pytest.approx(-0.15, abs=0.01)
+    assert found.loc["sft", "high"] < 0
+    assert abs(found.loc["opd", "difference"]) < 1e-9
+    assert (found["n_seeds"] == 3).all()
+    assert found.loc["sft", "free"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_energies_are_in_units_of_chance() -> None:
+    table = at_end(
+        {"opd": {"energy_top_right": 0.5, "null_energy_top_right": 0.125}}, 0
+    )
+    (row,) = collapse.energies(table, ["opd", "sft"]).itertuples()
+    assert (row.place, row.times, row.n_seeds) == ("top_right", 4.0, 3)
+
+
+def test_clipped_steps_are_counted_in_old_tables_too() -> None:
+    table = at_end({"opd": {"displacement": 2.0}, "sft": {"displacement": 1.0}})
+    rows = []
+    for seed in range(3):
+        for step, norm in enumerate((0.5, 3.0, 2.0, 0.1)):
+            rows.append(("opd", "opd", seed, step, "", "model", -1, "grad_norm", norm))
+        rows.append(("sft", "sft", seed, 100, "", "model", -1, "clipped_frac", 0.25))
+    table = pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)])
+    found = collapse.displacements(table, ["opd", "sft"]).set_index("arm")
+    assert found["clipped"].to_dict() == {"opd": 0.5, "sft": 0.25}
+    assert found.loc["opd", "displacement"] == pytest.approx(2.0, abs=0.01)
+
+
+def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
+    figure = collapse_figures.curves(table, shares)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0].endswith(f"{shares['share'].iloc[0]:.1%} is distance")
+    with pytest.raises(ValueError, match="no share of nss"):
+        collapse_figures.curves(table, shares[shares["metric"] != "nss"])
+    names = [
+        f"{p}{m}@d=own" for m in collapse.OVERLAPS for p in ("", "shuffled_", "free_")
+    ]
+    placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0)
+    (bars,) = (collapse_figures.permutations(collapse.permuted(placed, ["opd"])),)
+    assert len(bars.axes) == 2
+    table = at_end({"opd": {"energy_inputs": 0.5, "null_energy_inputs": 0.125}}, 0.01)
+    assert collapse_figures.energy_dots(collapse.energies(table, ["opd"])).axes
+    moved = pd.DataFrame(
+        [("opd", 3, 2.0, 1.9, 2.1, 0.97)],
+        columns=["arm", "n_seeds", "displacement", "low", "high", "clipped"],
+    )
+    figure = collapse_figures.displacement_dots(moved)
+    assert "97% of steps clipped" in [t.get_text() for t in figure.axes[0].texts]
