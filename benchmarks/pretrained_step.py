@@ -261,7 +261,7 @@ def report(
     work = 10 * weights * (prompt + batch * statistics.mean(tokens["ours"])) / 1e9
     moved = 30 * weights / 1e9  # weights, gradients and moments, both ways
     click.echo(
-        f"floor: {work:.0f} GFLOP, {work / rate:.2f} s at that rate, and {moved:.1f} GB "
+        f"floor: {work:.0f} GFLOP, {work / rate:.2f} s at that rate, {moved:.1f} GB "
         f"in the optimizer; ours takes {processor['ours'] * rate / work:.1f} times the "
         "arithmetic"
     )

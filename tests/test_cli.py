@@ -382,7 +382,7 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append((profile, sorted({run.arm for run in wanted}), jobs))
         return {}
 
-    def load(profile: str, arms: Any, seeds: Any, source: str) -> Any:
+    def load(profile: str, arms: Any, seeds: Any, source: str, *_: Any) -> Any:
         asked.append((profile, seeds, source))
         rows = provenance(
             seed=[0, 0, 0],

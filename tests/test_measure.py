@@ -33,13 +33,15 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Profile smoke, whose arms are the tiny runs."""
     known = {"sft": ANCHOR, "opd": OPD, "rlvr": RLVR, "opd-projected": PROJECTED}
 
-    def build(profile: str, arm: str, seed: int, from_scratch: bool = False) -> Run:
+    def build(
+        profile: str, arm: str, seed: int, from_scratch: bool = False, _: object = None
+    ) -> Run:
         assert profile == "smoke"
         return profiles.replace(known[arm], seed=seed + 100 * from_scratch)
 
     monkeypatch.setattr(measure, "build", build)
     settings = profiles.replace(profiles.PROFILES["smoke"], arms=tuple(known))
-    monkeypatch.setitem(measure.PROFILES, "smoke", settings)
+    monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
 
 
 def orthonormal(n: int, seed: int) -> Tensor:

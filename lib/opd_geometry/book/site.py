@@ -273,6 +273,9 @@ def stage_site(
     for chapter in chapters:
         stage_chapter(chapter, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
+    (fresh / "data").mkdir()
+    for table in root.glob("data/confinement.csv"):  # that a page shows as it is
+        shutil.copy(table, fresh / "data")
     config = read_config(root / "_config.yml")
     config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
     (fresh / "_config.yml").write_text(
