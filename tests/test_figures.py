@@ -438,7 +438,9 @@ def on_a_dark_page(colour: str) -> str:
     return to_hex(np.clip(turned, 0, 1))
 
 
-@pytest.mark.parametrize("colour", {*figures._COLOURS, figures.GREY, figures.TEXT})
+@pytest.mark.parametrize(
+    "colour", sorted({*figures._COLOURS, figures.GREY, figures.TEXT})
+)
 def test_colours_stand_out_on_both_pages(colour: str) -> None:
     assert contrast(colour, "#ffffff") >= 4.5
     assert contrast(on_a_dark_page(colour), "#121212") >= 4.5
