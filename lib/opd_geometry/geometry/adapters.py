@@ -60,6 +60,18 @@ class Factors:
             b = b.reshape(b.shape[0], -1, self.experts)[:, :, self.expert]
         return (a.T, b.T) if self.embedding else (b, a)
 
+    def product(self, b: Tensor, a: Tensor) -> Tensor:
+        """B A, of an embedding in the order of PEFT, to the last bit."""
+        return (a.T @ b.T).T if self.embedding else b @ a
+
+    @property
+    def rounds_first(self) -> bool:
+        """Whether PEFT rounds the update to the weights' dtype before it adds it.
+
+        So it does with embeddings and with stacks of experts, and not with others.
+        """
+        return self.embedding or self.experts > 0
+
 
 @dataclass(frozen=True)
 class AdaptedCut(Cut):
@@ -81,11 +93,11 @@ class AdaptedCut(Cut):
         """The merged matrix, rounded as PEFT rounds it; without a base the update."""
         assert self.factors is not None
         b, a = self.factors.read()
-        delta = (b.float() @ a.float()) * self.factors.scaling
+        delta = self.factors.product(b.float(), a.float()) * self.factors.scaling
         if self.base is None:
             return self._rows(delta).contiguous()
         w = self.base.read()
-        if self.factors.experts:  # PEFT rounds the update of a stack by itself
+        if self.factors.rounds_first:
             return w.add_(self._rows(delta).to(w.dtype))
         if self.factors.magnitude is None:
             return w.add_(self._rows(delta))

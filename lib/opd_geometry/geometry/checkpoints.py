@@ -558,11 +558,17 @@ def _pair(a: Cut, b: Cut, note: str = "") -> StoredPair | None:
             )
         )
         a, b = first_rows(a, n), first_rows(b, n)
+    note = "; ".join(filter(None, [note, *_made("before", a), *_made("after", b)]))
     name = a.matrix.name
     if name != b.matrix.name and normal_form(name) == normal_form(b.matrix.name):
         name = unwrapped(name)
     before, after = replace(a.matrix, name=name), replace(b.matrix, name=name)
     return StoredPair(before, after, (a, b), note)
+
+
+def _made(side: str, cut: Cut) -> list[str]:
+    said = getattr(cut.tensor.place, "note", "")
+    return [f"{side}: {said}"] if said else []
 
 
 def first_rows(cut: Cut, n: int) -> Cut:
@@ -683,7 +689,11 @@ def list_pairs(
     if missing == "raise":
         for i, side, other in ((0, a, b), (1, b, a)):
             absent = [name for name in found.only[i] if name in side.cuts]
-            skipped = [n for n in found.names if n in a.cuts and n not in b.cuts]
+            skipped = [
+                name
+                for name, other_name in found.names.items()
+                if name in a.cuts and other_name not in b.cuts
+            ]
             _refuse_missing(absent or (skipped if i == 0 else []), side, other)
     if not found.pairs and not found.differing:
         raise ValueError(diagnosis(a, b, found))

@@ -515,10 +515,11 @@ def describe(path: Path) -> tuple[str, str]:
             "gather them first with zero_to_fp32.py",
         )
     if steps:
+        stem = re.split(r"\d", steps[0])[0]
         return (
             f"{len(steps)} checkpoints ({steps[0]} to {steps[-1]})",
             f"give one, such as {path / steps[-1]}, or follow all of them: "
-            f"opd-geometry trajectory BEFORE {path}/{steps[0][:4]}* --out run.csv",
+            f"opd-geometry trajectory BEFORE {path}/{stem}* --out run.csv",
         )
     if gguf := like(r".*\.gguf"):
         return gguf[0], GGUF

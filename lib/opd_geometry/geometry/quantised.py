@@ -5,11 +5,19 @@ it is a matrix by itself. `dequantised` makes weights of those formats whose own
 libraries are here, where that is asked for.
 """
 
+import json
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored
+import torch
+from torch import Tensor
+
+from opd_geometry.geometry.storage import FLOAT_DTYPES, Index, Place, Stored
 
 # Codes of safetensors for what a packed or a small number is stored in.
 CODES = {"U8", "I8", "U16", "I16", "U32", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
@@ -108,11 +116,192 @@ def _marked_parameters(by_name: Mapping[str, Stored]) -> dict[str, str]:
     return marked
 
 
+# --- weights of codes --------------------------------------------------------------
+
+FP8 = {"F8_E4M3", "F8_E5M2"}
+WHOLE = slice(None)
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """A weight that is made of codes when it is read.
+
+    Attributes:
+        form: of the codes.
+        codes: local name (weight, weight_scale, ...) to where it lies.
+        block: rows and columns that share a scale; None where the scales' shape tells.
+        scheme: quantization_config as JSON, for compressed-tensors.
+    """
+
+    form: str
+    codes: tuple[tuple[str, Stored], ...]
+    block: tuple[int, int] | None = None
+    scheme: str = ""
+
+    @property
+    def note(self) -> str:
+        """What every row of it says."""
+        return f"dequantised from {self.form}"
+
+    def files(self) -> tuple[Path, ...]:
+        """Of codes and scales."""
+        found = [file for _, tensor in self.codes for file in tensor.place.files()]
+        return tuple(dict.fromkeys(found))
+
+    def __getitem__(self, index: Index) -> Tensor:
+        places = {name: tensor.place for name, tensor in self.codes}
+        if self.form == "MXFP4":
+            return self._expert(places, index)
+        found = {name: _whole(place) for name, place in places.items()}
+        if self.form == "FP8":
+            return _scaled(found["weight"], found["scale"], self.block)[index]
+        return _decompressed(found, self.scheme)[index]
+
+    def _expert(self, places: Mapping[str, Place], index: Index) -> Tensor:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        expert, rest = index[0], index[1:]
+        one = slice(expert, expert + 1)
+        whole: Tensor = convert_moe_packed_tensors(
+            places["blocks"][one], places["scales"][one]
+        )
+        return whole[(0, *rest)]
+
+
+def _whole(place: Place) -> Tensor:
+    try:
+        return place[WHOLE]
+    except (IndexError, TypeError, ValueError):  # a scalar has no first axis
+        return place[()]
+
+
+def _scaled(w: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """FP8 values times the scale of their block, float32."""
+    if scale.dtype == torch.uint8:  # exponents by themselves
+        scale = (scale.float() - 127).exp2()
+    scale = scale.float()
+    if scale.numel() == 1:
+        return w.float() * scale.reshape(())
+    scale = scale.reshape(scale.shape[0], -1)
+    rows, cols = block or [
+        -(-n // m) for n, m in zip(w.shape, scale.shape, strict=True)
+    ]
+    wide = scale.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+    return w.float() * wide[: w.shape[0], : w.shape[1]]
+
+
+def _decompressed(codes: dict[str, Tensor], scheme: str) -> Tensor:
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig
+    except ImportError as error:
+        raise ValueError(
+            "compressed-tensors codes need the library of that name, which is not "
+            "here; pip install compressed-tensors"
+        ) from error
+
+    said = json.loads(scheme)
+    config = QuantizationConfig.model_validate(said)
+    (group,) = config.config_groups.values()
+    form = getattr(group, "format", None) or said.get("format")
+    compressor = BaseCompressor.get_value_from_registry(form)
+    weight: Tensor = compressor.decompress(codes, group)["weight"]
+    return weight
+
+
 def dequantised(
     stored: list[Stored],
     codes: dict[str, str],
     config: Mapping[str, Any],
     notes: tuple[str, ...],
 ) -> tuple[list[Stored], dict[str, str], tuple[str, ...]]:
-    """Weights in place of codes, where the format is known."""
-    return stored, codes, notes
+    """Weights in place of codes, where the format is known.
+
+    FP8 with scales of blocks, rows or whole matrices; MXFP4 as gpt-oss has it, by
+    transformers; what compressed-tensors packs, by that library.
+
+    Returns:
+        The tensors, the reasons of what are still codes, and the notes with what was
+        done.
+    """
+    said = config.get("quantization_config")
+    said = said if isinstance(said, dict) else {}
+    by_module: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for tensor in stored:
+        if tensor.name in codes:
+            by_module[module_of(tensor.name)][tensor.name.rpartition(".")[2]] = tensor
+    made: list[Stored] = []
+    used: set[str] = set()
+    for module, found in by_module.items():
+        weights = _weights(module, found, said)
+        made += weights
+        if weights:
+            used |= {tensor.name for tensor in found.values()}
+    left = {name: reason for name, reason in codes.items() if name not in used}
+    kept = [tensor for tensor in stored if tensor.name not in used]
+    if made:
+        notes = (*notes, f"{len(made)} tensors are dequantised when they are read")
+    return kept + made, left, notes
+
+
+def _weights(
+    module: str, found: Mapping[str, Stored], said: Mapping[str, Any]
+) -> list[Stored]:
+    """The weights that the codes of one module make; none if that is not known."""
+    made = []
+    for leaf, blocks in found.items():
+        name = leaf.removesuffix("_blocks")
+        scales = found.get(f"{name}_scales")
+        if name != leaf and scales and len(blocks.shape) == 4:
+            n, rows, groups, packed = blocks.shape
+            place = Dequantised("MXFP4", (("blocks", blocks), ("scales", scales)))
+            shape = (n, groups * packed * 2, rows)
+            made.append(Stored(f"{module}.{name}", shape, "bfloat16", place))
+    if made:
+        return made
+    if said.get("quant_method") == "compressed-tensors":
+        return _compressed(module, found, said)
+    weight = found.get("weight")
+    scale = found.get("weight_scale_inv") or found.get("weight_scale")
+    if weight is None or scale is None or weight.dtype not in FP8:
+        return []
+    block = _block(weight.shape, scale.shape, said)
+    if block is None:
+        return []
+    place = Dequantised("FP8", (("weight", weight), ("scale", scale)), block)
+    return [Stored(f"{module}.weight", weight.shape, "float32", place)]
+
+
+def _block(
+    shape: tuple[int, ...], scales: tuple[int, ...], said: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None where it is not known."""
+    if len(shape) != 2 or math.prod(scales) == 1:
+        return (*shape,) if len(shape) == 2 else None
+    grid = (scales[0], math.prod(scales[1:]))
+    blocks = said.get("weight_block_size")
+    if isinstance(blocks, list) and len(blocks) == 2:
+        rows, cols = (b if type(b) is int and b > 0 else 1 for b in blocks)
+        fits = (-(-shape[0] // rows), -(-shape[1] // cols)) == grid
+        return (rows, cols) if fits else None
+    if shape[0] % grid[0] or shape[1] % grid[1]:
+        return None
+    return shape[0] // grid[0], shape[1] // grid[1]
+
+
+def _compressed(
+    module: str, found: Mapping[str, Stored], said: Mapping[str, Any]
+) -> list[Stored]:
+    groups = said.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        return []
+    packed = found.get("weight") or found.get("weight_packed")
+    scale = found.get("weight_scale")
+    if packed is None or scale is None or scale.dtype not in FLOAT_DTYPES.values():
+        return []
+    shape = packed.shape
+    if "weight_shape" in found:
+        sides = _whole(found["weight_shape"].place).tolist()
+        shape = (int(sides[0]), int(sides[1]))
+    place = Dequantised("compressed-tensors", (*found.items(),), None, json.dumps(said))
+    return [Stored(f"{module}.weight", shape, scale.dtype, place)]

@@ -5,7 +5,9 @@ nothing; an object that it does not know is named and refused. The metadata of D
 pickle as well, and is read with a list of the classes that torch itself writes there.
 """
 
+import importlib
 import io
+import logging
 import pickle
 import re
 import zipfile
@@ -62,7 +64,9 @@ def load_archive(file: Path) -> Any:
         ValueError: it holds more than tensors and plain containers, or is damaged.
     """
     # Registers the tensors of distributed training with the restricted loader.
-
+    importlib.import_module("torch.distributed.tensor")
+    # No processes are meant to be here: nothing is looked up among them.
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     return handle_of(file, _load)
 
 
