@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import nulls, spectra, updates
+from opd_geometry.geometry import bits, nulls, spectra, updates
 from opd_geometry.geometry.spectra import default_rank
 
 SHAPES = [(48, 48), (80, 48), (48, 300), (300, 301), (1, 7), (7, 1), (1, 1)]
@@ -126,7 +126,7 @@ def test_every_entry_of_a_uniform_rotation_is_as_it_should_be():
     assert abs(np.mean(np.linalg.det(drawn) > 0) - 0.5) < 0.06
 
 
-@pytest.mark.parametrize("n", [257, 320])  # a prime, and one with many factors
+@pytest.mark.parametrize("n", [65, 257])  # the first, and a prime
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rotations_by_transforms_look_uniform(n, axis):
     """Whatever is turned: a unit vector, a constant one, a wave, its own transform."""
@@ -349,7 +349,7 @@ def test_reading_bf16_makes_rank():
         assert values["stable_rank"] == pytest.approx(8.0)
     assert found[0.1]["stable_rank_bf16"] > 2.5 * found[0.9]["stable_rank_bf16"]
     after = w.double() + stretched
-    stored = after.bfloat16().double() - w.double()
+    stored = bits.to_bfloat16(after).double() - w.double()
     assert found[0.9]["stable_rank_bf16"] == pytest.approx(spectra.stable_rank(stored))
     assert found[0.9]["frobenius_norm_bf16"] == pytest.approx(
         spectra.frobenius_norm(stored)

@@ -203,7 +203,7 @@ def test_broken_checkpoints_are_one_line(
     assert "does not exist" in said(tmp_path / "none")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
-    assert "pickles are not read" in said(tmp_path / "pickled")
+    assert "pytorch_model.bin cannot be read" in said(tmp_path / "pickled")
     other = save(tmp_path / "other", {"w": noise(4, 4, seed=0)})
     assert "no matrix in common" in said(other)
 

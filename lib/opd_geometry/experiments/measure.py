@@ -30,6 +30,7 @@ from opd_geometry.experiments.controls import (
     displacement,
     similarities,
 )
+from opd_geometry.experiments.ends import committed_pairs, with_predictors
 from opd_geometry.experiments.listing import (
     DIGESTS,
     PROVENANCE,
@@ -414,7 +415,9 @@ def committed(profile: str) -> pd.DataFrame:
     tables = [committed_table(run) for run in committed_runs(profile)]
     if not tables:
         return pd.DataFrame(columns=COLUMNS)
-    return pd.concat(tables, ignore_index=True)
+    together = pd.concat(tables, ignore_index=True)
+    runs = together["run"].unique()
+    return with_predictors(together, committed_pairs(profile), runs)
 
 
 def provenance_of(run: Run) -> dict[str, object]:
@@ -465,7 +468,11 @@ def load(
         else:
             tables.append(measure_run(own, settings_of(profile).rank))
             rows.append({**provenance_of(own), "source": "this machine"})
-    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
+    together = pd.concat(tables, ignore_index=True)
+    kept = pd.DataFrame(rows)
+    # pairs are of committed runs: one that was trained anew has another end
+    known = kept.loc[kept["source"] == "committed", "run"]
+    return with_predictors(together, committed_pairs(profile), known), kept
 
 
 def commit(profile: str, runs: Iterable[Run]) -> tuple[Path, dict[Run, str]]:

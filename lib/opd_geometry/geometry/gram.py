@@ -212,8 +212,11 @@ def _largest(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
             return torch.from_numpy(values[order].copy()), vectors
         except scipy.sparse.linalg.ArpackError:
             pass
-    squares, vectors = torch.linalg.eigh(symmetric)
-    return squares.flip(0), vectors.flip(1)[:, :k]
+    squares, found = scipy.linalg.eigh(
+        symmetric.numpy(), subset_by_index=(n - k, n - 1), check_finite=False
+    )
+    vectors = torch.from_numpy(found[:, ::-1].copy())
+    return torch.from_numpy(squares[::-1].copy()), vectors
 
 
 def _eigenvalues(upper: Tensor) -> Tensor:

@@ -1,0 +1,247 @@
+"""Where two runs end: how far their updates share a direction, subspaces and entries.
+
+One row a pair of runs, matrix and metric:
+
+    run, arm, seed, other, other_arm, other_seed, matrix, role, layer, metric, value
+
+    cosine               of the two updates, as vectors
+    similarity_right     Sim_K of their top right subspaces, and the same at K = 16
+    similarity_left      of their top left ones
+    ..._bf16             of the updates as stored in bf16
+    jaccard              of their visible masks
+    null_cosine          0, the mean of two unrelated updates
+    null_similarity_...  K / n
+    independent_jaccard  p q / (p + q - p q): masks that share not even W_0
+    rounding_jaccard     two unrelated Gaussian updates of these norms on one W_0, in
+                         closed form: what rounding alone shares
+
+Runs from one anchor share W_0; from two anchors the masks are of two matrices, and what
+rounding shares is taken on the first one's.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opd_geometry.experiments.records import check_seal, sealing
+from opd_geometry.experiments.runs import Run, one_thread, sound_checkpoint
+from opd_geometry.files import clear_write_errors, data_directory, shelves
+from opd_geometry.geometry import bits, spectra, unplaced, updates
+from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
+
+WIDE_K = 16
+COLUMNS = ["run", "arm", "seed", "other", "other_arm", "other_seed"]
+COLUMNS += ["matrix", "role", "layer", "metric", "value"]
+
+
+@dataclass(frozen=True)
+class _End:
+    """One matrix at the end of a run."""
+
+    w_before: Tensor
+    delta: Tensor
+    left: Tensor
+    right: Tensor
+    stored: Tensor  # right, of what storage in bf16 leaves of the update
+    visible: Tensor
+
+
+def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
+    """The rows of all pairs; every run of them is finished.
+
+    Args:
+        pairs: of runs of models of one shape.
+        rank: K of the similarities.
+
+    Raises:
+        ValueError: the models of a pair are of different shapes.
+    """
+    pairs = list(pairs)
+    runs = {run.name: run for pair in pairs for run in pair}
+    if not runs:
+        return pd.DataFrame(columns=COLUMNS)
+    rows = []
+    with one_thread():
+        first = next(iter(runs.values()))
+        for matrix in list_matrices(sound_checkpoint(first, 0)):
+            ends = {name: _end(run, matrix.name) for name, run in runs.items()}
+            place = (matrix.name, matrix.role, matrix.layer)
+            for a, b in pairs:
+                whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
+                for metric, value in _shared(ends[a.name], ends[b.name], rank):
+                    rows.append((*whose, *place, metric, value))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _end(run: Run, name: str) -> _End | None:
+    """The matrix at the end of a run; None if it never moved."""
+    w_before, w_after = (
+        read_matrix(sound_checkpoint(run, step), name) for step in (0, None)
+    )
+    delta = w_after.double() - w_before.double()
+    if not delta.any():
+        return None
+    u, _, vh = torch.linalg.svd(delta, full_matrices=False)
+    visible = updates.visible_update(w_before, w_after)
+    k = min(WIDE_K, *delta.shape)
+    stored = w_after.bfloat16().double() - w_before.bfloat16().double()
+    *_, seen = torch.linalg.svd(stored, full_matrices=False)
+    right, there = (basis[:k].T.contiguous() for basis in (vh, seen))
+    return _End(w_before, delta, u[:, :k], right, there, visible)
+
+
+def _shared(a: _End | None, b: _End | None, rank: int) -> Iterator[tuple[str, float]]:
+    if a is None or b is None:
+        return
+    if a.delta.shape != b.delta.shape:
+        raise ValueError(
+            f"updates of shapes {tuple(a.delta.shape)} and {tuple(b.delta.shape)}: "
+            "expected two runs of models of one shape"
+        )
+    yield "cosine", float((a.delta * b.delta).sum() / (a.delta.norm() * b.delta.norm()))
+    for k, at in ((rank, ""), (WIDE_K, f"@K={WIDE_K}")):
+        for side in ("left", "right"):
+            ours, theirs = (getattr(end, side)[:, :k] for end in (a, b))
+            shared = spectra.subspace_similarity(ours, theirs)
+            yield f"similarity_{side}{at}", shared
+            yield f"null_similarity_{side}{at}", ours.shape[1] / len(ours)
+    stored = spectra.subspace_similarity(a.stored[:, :rank], b.stored[:, :rank])
+    yield "similarity_right_bf16", stored
+    yield from _masks(a, b)
+
+
+def _masks(a: _End, b: _End) -> Iterator[tuple[str, float]]:
+    """Agreement of the visible masks, beside independence and rounding."""
+    p, q = (float(end.visible.double().mean()) for end in (a, b))
+    union = float((a.visible | b.visible).double().mean())
+    if union == 0.0:
+        return
+    yield "jaccard", float((a.visible & b.visible).double().mean()) / union
+    yield "independent_jaccard", p * q / (p + q - p * q)
+    scales = [bits.norm(end.delta) / end.delta.numel() ** 0.5 for end in (a, b)]
+    found = unplaced.magnitudes(a.w_before)
+    yield "rounding_jaccard", unplaced.expected_jaccard(found, *scales)
+
+
+def same_anchor(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Pairs of runs of one seed: other arms from the same start."""
+    return [
+        (a, b) for a, b in combinations(runs, 2) if a.seed == b.seed and a.arm != b.arm
+    ]
+
+
+def other_seeds(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Pairs of runs of one arm: other seeds, and anchors of their own."""
+    return [
+        (a, b) for a, b in combinations(runs, 2) if a.seed != b.seed and a.arm == b.arm
+    ]
+
+
+# --- committed pairs --------------------------------------------------------------
+
+
+def pairs_path(profile: str, folder: Path | None = None) -> Path:
+    """Where the pairs of a profile lie; None: on the first shelf that has them."""
+    name = Path("measurements", "pairs", f"{profile}.parquet")
+    if folder is not None:
+        return folder / name
+    places = [shelf / name for shelf in shelves()]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def commit_pairs(profile: str, table: pd.DataFrame) -> Path:
+    """Store a table of pairs, with its digest beside it; whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    path = pairs_path(profile, data_directory())
+    words = ["run", "arm", "other", "other_arm", "matrix", "role", "metric"]
+    narrow = table.astype({**dict.fromkeys(words, "category"), "value": "float32"})
+    with clear_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with sealing(path) as draft:
+            narrow.to_parquet(draft, index=False, compression="zstd")
+    return path
+
+
+def committed_pairs(profile: str) -> pd.DataFrame:
+    """The committed pairs of a profile; empty when there are none.
+
+    Raises:
+        ValueError: the file is not as it was written.
+    """
+    path = pairs_path(profile)
+    if not path.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    try:
+        if not check_seal(path):
+            raise ValueError("its digest is missing")
+        return pd.read_parquet(path)[COLUMNS].astype({"value": float})
+    except Exception as error:  # pandas and pyarrow have many kinds of their own
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path} is damaged: {said}; take it from version control, or measure the "
+            "pairs again"
+        ) from error
+
+
+# Whose end stands for that of another arm, in ``similarity_of_arm``.
+OTHER_ARM = {"opd": "rlvr"}
+
+
+def predictor_rows(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Rows for the tidy table: how near a run's final subspace is to another run's.
+
+    ``similarity_of_arm``: that of ``OTHER_ARM`` from the same anchor;
+    ``similarity_of_seed``: the mean over the other seeds of the same arm.
+
+    Args:
+        pairs: of ``pair_table``.
+
+    Returns:
+        run, arm, seed, matrix, role, layer, metric, value; without a step, which is
+        that of the end of the run.
+    """
+    readouts = {"similarity_right": "", "similarity_right_bf16": "_bf16"}
+    sims = pairs[pairs["metric"].isin(readouts)]
+    sims = sims.assign(readout=sims["metric"].astype(str).map(readouts))
+    turned = sims.rename(
+        columns={"run": "other", "other": "run", "arm": "other_arm"}
+        | {"other_arm": "arm", "seed": "other_seed", "other_seed": "seed"}
+    )
+    both = pd.concat([sims, turned])[[*COLUMNS, "readout"]]
+    both = both.astype({"arm": str, "other_arm": str})
+    arm = both[both["other_arm"] == both["arm"].map(OTHER_ARM)]
+    seed = both[both["other_arm"] == both["arm"]]
+    keys = ["run", "arm", "seed", "matrix", "role", "layer", "readout"]
+    parts = []
+    for name, rows in (("similarity_of_arm", arm), ("similarity_of_seed", seed)):
+        means = rows.groupby(keys, observed=True)["value"].mean().reset_index()
+        parts.append(means.assign(metric=name + means.pop("readout").astype(str)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def with_predictors(
+    table: pd.DataFrame, pairs: pd.DataFrame, runs: Iterable[str]
+) -> pd.DataFrame:
+    """A tidy table, and how near its runs' ends are to those of other runs.
+
+    Args:
+        table: tidy.
+        pairs: of ``pair_table``.
+        runs: keys of those that the pairs are of; others get nothing added.
+    """
+    rows = predictor_rows(pairs) if len(pairs) else pairs
+    rows = rows[rows["run"].astype(str).isin([str(run) for run in runs])]
+    if rows.empty:
+        return table
+    ends = table.groupby("run", observed=True)["step"].max()
+    rows = rows.assign(step=rows["run"].astype(str).map(ends))
+    rows = rows.dropna(subset="step").astype({"step": int})
+    return pd.concat([table, rows[list(table.columns)]], ignore_index=True)
