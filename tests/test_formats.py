@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -564,3 +565,20 @@ def test_every_error_names_its_file(tmp_path: Path) -> None:
             said = str(error)
         assert not said or re.search(r"model\.safetensors", said)
         assert "\n" not in said
+
+
+def test_the_page_and_the_readme_are_of_the_committed_table() -> None:
+    root = HERE.parent
+    table = pd.read_csv(root / "data" / "formats.csv", keep_default_na=False)
+    page = (root / "book" / "formats.md").read_text()
+    for row in table.itertuples(index=False):
+        assert "| " + " | ".join(row) + " |" in page
+    assert page.count("\n| ") == len(table) + 1
+    said = (root / "README.md").read_text()
+    for layout in ("GGUF", "ZeRO", "torch_dist", "delta"):
+        rows = table[table["layout"].str.contains(layout)]
+        read = set(rows["read"]) or set(
+            table[table["line"].str.contains(layout)]["read"]
+        )
+        assert read == {"refused"}
+        assert layout in said

@@ -82,8 +82,10 @@ def holdings(path: Path) -> Holdings:
 
 
 def _file(path: Path) -> Holdings:
-    if path.name.endswith(".safetensors.index.json"):
-        return Holdings(_indexed(path, []), path.parent)
+    if ".safetensors.index" in path.name and path.suffix == ".json":
+        notes: list[str] = []
+        tensors = _indexed(path, notes)
+        return Holdings(tensors, path.parent, tuple(notes))
     if match := RANK_FILE.fullmatch(path.name):
         if match[1] != "1":
             raise ValueError(

@@ -1,0 +1,343 @@
+"""Which checkpoints are read, by who wrote them: data/formats.csv and book/formats.md.
+
+    python benchmarks/formats_table.py
+
+Every row is a checkpoint that the named library wrote here, tiny, opened beside its
+base; what is refused stands there with the line that a reader sees.
+"""
+
+import csv
+import json
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from opd_geometry.geometry import pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "data" / "formats.csv"
+PAGE = ROOT / "book" / "formats.md"
+FIELDS = ("written by", "layout", "library", "read", "line")
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def _model() -> torch.nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**TINY)).to(torch.bfloat16)
+
+
+def _moved() -> torch.nn.Module:
+    found = _model()
+    with torch.no_grad():
+        for w in found.parameters():
+            w.add_(0.01 * torch.randn_like(w))
+    return found
+
+
+# --- writers: each leaves a checkpoint in a folder ---------------------------------
+
+
+def _whole(folder: Path) -> Path:
+    _moved().save_pretrained(folder)
+    return folder
+
+
+def _shards(folder: Path) -> Path:
+    _moved().save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def _pickled(folder: Path) -> Path:
+    torch.save(_moved().state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def _planted(folder: Path) -> Path:
+    torch.save(_moved().state_dict() | {"x": Planted()}, folder / "pytorch_model.bin")
+    return folder
+
+
+class Planted:
+    """What a pickle may hold: calls something when it is read. Here print."""
+
+    def __reduce__(self) -> tuple:
+        return print, ("executed",)
+
+
+def _compiled(folder: Path) -> Path:
+    state = {f"module._orig_mod.{n}": w for n, w in _moved().state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def _adapter(**settings: object) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        from peft import LoraConfig, get_peft_model
+
+        modules = {"target_modules": ["q_proj", "down_proj"]} | settings
+        wrapped = get_peft_model(_model(), LoraConfig(r=4, lora_alpha=8, **modules))
+        with torch.no_grad():
+            for name, w in wrapped.named_parameters():
+                if "lora_B" in name:
+                    w.normal_(0, 0.02)
+        wrapped.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+def _other_adapter(folder: Path) -> Path:
+    from peft import VeraConfig, get_peft_model
+
+    config = VeraConfig(r=4, target_modules=["q_proj"], save_projection=True)
+    get_peft_model(_model(), config).save_pretrained(folder)
+    return folder
+
+
+def _quantised(folder: Path) -> Path:
+    state = _moved().state_dict()
+    found = {}
+    for name, w in state.items():
+        found[name] = w
+        if w.ndim == 2 and "layers" in name:
+            scale = w.float().abs().amax(1, keepdim=True) / 448
+            found[name] = (w.float() / scale).to(torch.float8_e4m3fn)
+            found[f"{name}_scale"] = scale
+    save_file(found, folder / "model.safetensors")
+    said = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
+    return folder
+
+
+def _packed(folder: Path) -> Path:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    found = {}
+    for name, w in _moved().state_dict().items():
+        if w.ndim != 2 or "layers" not in name:
+            found[name] = w
+            continue
+        scale = w.float().reshape(w.shape[0], -1, 32).abs().amax(-1) / 7
+        codes = w.float().reshape(*scale.shape, 32) / scale[..., None]
+        codes = codes.round().clamp(-8, 7).to(torch.int8).reshape(w.shape)
+        found[f"{name}_packed"] = pack_to_int32(codes, 4)
+        found[f"{name}_scale"] = scale.bfloat16()
+        found[f"{name}_shape"] = torch.tensor(w.shape)
+    save_file(found, folder / "model.safetensors")
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config = {"quantization_config": said | {"config_groups": groups}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _gguf(folder: Path) -> Path:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(folder / "model-bf16.gguf"), "qwen3")
+    for name, w in _moved().state_dict().items():
+        writer.add_tensor(name, w.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def _delta(folder: Path) -> Path:
+    save_file({"a.weight": torch.ones(4, 4)}, folder / "model-00001.safetensors")
+    described = {"delta_encoding": "xor", "base_version": "000001"}
+    index = {
+        "metadata": described,
+        "weight_map": {"a.weight": "model-00001.safetensors"},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _zero(folder: Path) -> Path:
+    (folder / "zero_to_fp32.py").write_text("")
+    (folder / "global_step2").mkdir()
+    return folder
+
+
+def _megatron(folder: Path) -> Path:
+    for name in ("common.pt", "__0_0.distcp", ".metadata"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def _run_folder(folder: Path) -> Path:
+    _moved().save_pretrained(folder / "checkpoint-10")
+    return folder
+
+
+# --- the table ---------------------------------------------------------------------
+
+TORCH, TRANSFORMERS, PEFT = "torch", "transformers", "peft"
+ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
+    (
+        "transformers, TRL, open-instruct",
+        "model.safetensors, bf16",
+        TRANSFORMERS,
+        _whole,
+        False,
+    ),
+    ("the same, large models", "shards and their index", TRANSFORMERS, _shards, False),
+    (
+        "torch.compile, DDP",
+        "paths with module. and _orig_mod.",
+        TRANSFORMERS,
+        _compiled,
+        False,
+    ),
+    (
+        "older trainers, zero_to_fp32.py",
+        "pytorch_model.bin",
+        TORCH,
+        _pickled,
+        False,
+    ),
+    ("anyone", "a pickle with more than tensors", TORCH, _planted, False),
+    ("PEFT, TRL, verl (lora_adapter)", "LoRA adapter", PEFT, _adapter(), False),
+    (
+        "PEFT",
+        "rank-stabilised LoRA with a rank a layer",
+        PEFT,
+        _adapter(use_rslora=True, rank_pattern={"down_proj": 2}),
+        False,
+    ),
+    ("PEFT", "DoRA", PEFT, _adapter(use_dora=True), False),
+    (
+        "PEFT",
+        "LoRA with whole embeddings (modules_to_save)",
+        PEFT,
+        _adapter(modules_to_save=["embed_tokens", "lm_head"]),
+        False,
+    ),
+    ("PEFT", "an adapter of another kind (VeRA)", PEFT, _other_adapter, False),
+    ("FP8 exports", "codes and scales", TORCH, _quantised, False),
+    ("FP8 exports", "the same, with --dequantise", TORCH, _quantised, True),
+    (
+        "llm-compressor",
+        "packed integers, with --dequantise",
+        "compressed-tensors",
+        _packed,
+        True,
+    ),
+    ("llama.cpp", "GGUF", "gguf", _gguf, False),
+    ("slime, with deltas", "weight_vN with differences of bytes", "", _delta, False),
+    ("DeepSpeed, OpenRLHF", "ZeRO shards that were not gathered", "", _zero, False),
+    (
+        "slime, verl and SkyRL with Megatron",
+        "torch_dist (.distcp, common.pt)",
+        "",
+        _megatron,
+        False,
+    ),
+    (
+        "any run's folder",
+        "weights in checkpoint-* alone",
+        TRANSFORMERS,
+        _run_folder,
+        False,
+    ),
+]
+TWO_PROCESSES = [
+    ("as verl and SkyRL", "model_world_size_2_rank_R.pt (FSDP2)", "global_step_3"),
+    ("as accelerate and TRL under FSDP2", "pytorch_model_fsdp_0 (DCP)", "checkpoint-3"),
+    ("as prime-rl and AReaL", "DCP with the optimizer in it", "step_4"),
+    ("as NeMo-RL", "safetensors slices with offsets (DCP)", "step_3"),
+]
+
+
+def outcome(before: Path, after: Path, dequantise: bool = False) -> tuple[str, str]:
+    """(read, partly or refused; the line)."""
+    folder = str(after)
+    try:
+        plan = pairs.plan_pair(before, after, dequantise=dequantise)
+    except (ValueError, OSError) as error:
+        return "refused", re.sub(r"(?<=\s)/\S*/", "", str(error).replace(folder, "DIR"))
+    if plan.measured < 0.5:
+        (reason,) = {s.reason for s in plan.skipped if s.unreadable}
+        return "in part", f"{reason}; measured are the other matrices"
+    notes = [n for n in plan.notes if n.startswith(folder)]
+    said = "; ".join(n.removeprefix(folder).strip(": ") for n in notes)
+    return "read", re.sub(r"(?<=\s)/\S*/", "", said)
+
+
+def rows() -> list[dict[str, str]]:
+    """Every checkpoint, written and opened."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        _model().save_pretrained(place / "base")
+        for i, (who, layout, library, write, dequantise) in enumerate(ONE_PROCESS):
+            folder = place / str(i)
+            folder.mkdir()
+            read, line = outcome(place / "base", write(folder), dequantise)
+            release = f"{library} {version(library)}" if library else "by hand"
+            found.append((who, layout, release, read, line))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        command = [sys.executable, str(ROOT / "tests" / "ranks.py"), str(place)]
+        children = [subprocess.Popen([*command, str(r), port]) for r in range(2)]
+        if [child.wait(300) for child in children] != [0, 0]:
+            raise SystemExit("a process of tests/ranks.py failed")
+        for who, layout, folder_name in TWO_PROCESSES:
+            read, line = outcome(place / "whole", place / folder_name)
+            found.append((who, layout, f"torch {version('torch')}", read, line))
+    return [dict(zip(FIELDS, row, strict=True)) for row in found]
+
+
+def page(table: list[dict[str, str]]) -> str:
+    """The table as a page of the book."""
+    head = " | ".join(FIELDS)
+    lines = [f"| {head} |", "|" + "---|" * len(FIELDS)]
+    lines += ["| " + " | ".join(row[f] for f in FIELDS) + " |" for row in table]
+    return INTRODUCTION + "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """# Which checkpoints are read
+
+What trainers and libraries leave, each written by the library itself at a tiny size and
+opened beside its base. `in part` measures what is not quantised and ends with an error
+code; what is refused stands here with its line, where DIR is the folder that was given.
+Nothing in a file is run: pickles go through torch's restricted loader of tensors.
+
+"""
+
+
+def main() -> None:
+    """Write the table and the page."""
+    table = rows()
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(table)
+    PAGE.write_text(page(table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
