@@ -190,4 +190,4 @@ def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
         columns=["arm", "n_seeds", "displacement", "low", "high", "clipped"],
     )
     figure = collapse_figures.displacement_dots(moved)
-    assert "97% of steps clipped" in [t.get_text() for t in figure.axes[0].texts]
+    assert "97.0% of steps clipped" in [t.get_text() for t in figure.axes[0].texts]

@@ -23,6 +23,7 @@ PAGES = sorted(ROOT.glob("book/*.md"))
 NAMES = ["01_localisation", "02_locking", "03_controls", "04_budgets"]
 NAMES += ["05_subspaces", "06_variants", "07_scale", "08_choices", "09_gates"]
 NAMES += ["10_contradictions", "11_beliefs", "12_your_checkpoints", "20_unplaced"]
+NAMES += ["21_collapse"]
 SECTIONS = [
     "The question",
     "The runs",

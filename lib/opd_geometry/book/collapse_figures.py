@@ -166,7 +166,8 @@ def energy_dots(found: pd.DataFrame) -> Figure:
             shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
             y = [places.index(name) + shift for name in rows["place"]]
             ax.hlines(y, rows["low"], rows["high"], color=look.colour, lw=1)
-            ax.plot(rows["times"], y, "o", color=look.colour, ms=4, label=look.label)
+            mark = "o" if look.dash == "-" else "D"
+            ax.plot(rows["times"], y, mark, color=look.colour, ms=4, label=look.label)
         ax.set_yticks(range(len(places)), [PLACE_LABELS[name] for name in places])
         ax.invert_yaxis()
         ax.set_xscale("log")
@@ -193,12 +194,12 @@ def displacement_dots(found: pd.DataFrame, arms: Sequence[str] | None = None) ->
     with styled():
         figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.33 * len(rows)))
         ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
-        ax.set_xlim(0, 1.35 * float(rows["displacement"].max()))
+        ax.set_xlim(0, 1.6 * float(rows["displacement"].max()))
         for y, (arm, row) in enumerate(rows.iterrows()):
             colour = ARM_STYLES[str(arm)].colour
             ax.plot([row["low"], row["high"]], [y, y], color=colour, lw=1.5)
             ax.plot(row["displacement"], y, "o", color=colour, ms=5)
-            said = f"{row['clipped']:.0%} of steps clipped"
+            said = f"{row['clipped']:.1%} of steps clipped"
             ax.text(
                 0.99,
                 y,
