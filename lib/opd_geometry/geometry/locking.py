@@ -121,6 +121,9 @@ def turned_increments(
 
     sum_{s <= t} P_s (D_s - D_{s-1}) Q_s^T, P and Q as of `nulls.turned`
 
+    The first one stays as it is: turned against it, all others lie as they would
+    against one that is turned, too.
+
     Args:
         deltas: step to W_t - W_0, of three checkpoints or more; a stored difference is
             turned with its rounding.
@@ -167,7 +170,10 @@ class Increments:
         increment = delta.double() - self._before
         self._before.copy_(delta)
         if bool(increment.any()):
-            self._total += nulls.turned(increment, self._generator)
+            first = not self._total.any()  # turning it would turn the whole sum
+            self._total += (
+                increment if first else nulls.turned(increment, self._generator)
+            )
         return self._total
 
 

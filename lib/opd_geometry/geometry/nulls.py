@@ -31,7 +31,7 @@ from opd_geometry.geometry.spectra import (
     finite_matrix,
 )
 
-UNIFORM_SIDE = 64  # up to it, rotations are uniform
+UNIFORM_SIDE = 256  # up to it, rotations are uniform
 ROUNDS = 3  # of permutation, signs and cosine transform beyond it
 
 
