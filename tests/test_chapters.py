@@ -310,6 +310,7 @@ def test_the_results_have_every_claim_with_its_controls() -> None:
     findings = claims_table(empty)
     findings.loc[0, ["effect", "low", "high", "n_seeds"]] = [0.123456, 0.1, 0.2, 5]
     findings.loc[0, ["verdict", "null", "matched"]] = ["reproduced", "a", "b"]
+    findings.loc[0, "n"] = "5 seeds"
     findings.loc[1, "effect"] = 2.0
     shown = chapters.results_table(findings)
     assert len(shown) == len(CLAIMS)
@@ -318,7 +319,11 @@ def test_the_results_have_every_claim_with_its_controls() -> None:
     again = "with RLVR at the paper's ratio: not measured"
     assert first["verdict"] == f"✓ reproduced; {again}"
     assert shown["verdict"][1] == "– not measured"  # does not name RLVR
-    assert (first["null"], first["matched control"], first["seeds"]) == ("a", "b", 5)
+    assert (first["null"], first["matched control"], first["n"]) == (
+        "a",
+        "b",
+        "5 seeds",
+    )
     assert shown["effect [95 %]"][1].startswith("2 (")  # no interval from one seed
     assert shown["effect [95 %]"][2] == "–"
     assert all(f"({claim.id})" in shown["claim"][i] for i, claim in enumerate(CLAIMS))

@@ -519,7 +519,7 @@ def test_forecast_grows_as_the_work_does(pair: tuple[Path, Path]) -> None:
         (["cheap"], True, 0),
         (["principal_overlap"], False, 1),
         (["nss"], False, 2),
-        (["all"], True, 3),
+        (["all"], True, 4),  # the pair twice, a Gaussian and a turned null
     ):
         found = forecast.projected_seconds(plan, speed, metrics, null)
         assert found == times * cubes

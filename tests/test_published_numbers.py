@@ -29,7 +29,8 @@ from opd_geometry.geometry import comparison
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 CHAPTERS = sorted(ROOT.glob("book/chapters/*.ipynb"))
-PAGES = sorted(ROOT.glob("book/*.md"))
+# the rows of formats are those of data/formats.csv, with versions and tensors
+PAGES = [p for p in sorted(ROOT.glob("book/*.md")) if p.stem != "formats"]
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 by_name = {"ids": lambda path: path.stem}
 
@@ -220,6 +221,10 @@ QUOTED: dict[str, set[float]] = {
     "06_variants": {0.055, 1.75, 14, 21},
     "07_scale": {14},  # billions of parameters
     # thousands of prompts, updates a round, and an answer worked out from the print
+    # steps at which those runs were locked and ended; millions of parameters
+    "confinement": {10, 40, 1e-8},
+    "reproduce": {270, 1024},
+    "12_your_checkpoints": {60},  # how many matrices the exercise samples
     "10_contradictions": {17, 37.5, 0.54, 0.64, 0.7},
 }
 

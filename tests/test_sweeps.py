@@ -111,20 +111,6 @@ def test_variants_stand_beside_the_margin_of_the_first() -> None:
     np.testing.assert_allclose(marks["|", 0], 0.8 * 1.25 * 1.01)
 
 
-def test_the_board_marks_what_speaks_against_a_claim() -> None:
-    parts = {
-        "one": pd.DataFrame(
-            {"kind": ["part", "part", "null"], "outcome": ["holds", "fails", "open"]}
-        ),
-        "two": pd.DataFrame({"kind": [], "outcome": []}),
-    }
-    verdicts = {"one": "not reproduced", "two": "not measured"}
-    (ax,) = contrast_figures.claims_board(parts, verdicts).axes
-    marks = [line.get_marker() for line in ax.lines if line.get_marker() in ("o", "X")]
-    assert marks == ["o", "X", "o"]
-    assert {text.get_text() for text in ax.texts} >= set(verdicts.values())
-
-
 def dots(ax: Axes, marker: str) -> list[tuple[float, float]]:
     """Where the single marks of a kind stand: across, and the row."""
     there = [line for line in ax.lines if line.get_marker() == marker]

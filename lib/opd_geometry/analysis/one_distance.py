@@ -397,7 +397,7 @@ def expected_shift(distance: float, shape: tuple[int, int]) -> float:
     Source: ours.
 
     >>> round(expected_shift(0.001, (100, 10_000)), 8)
-    1e-05
+    1.001e-05
     """
     return float(np.hypot(distance / max(shape) ** 0.5, distance**2 / 2))
 
