@@ -302,7 +302,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return out / "index.html"
 
     def add_claims(source: Path, claims_csv: Path) -> None:
-        (source / "data").mkdir()
+        (source / "data").mkdir(exist_ok=True)
         shutil.copy(claims_csv, source / "data" / "claims.csv")
 
     monkeypatch.setattr(cli, "repository", lambda: root)
