@@ -69,8 +69,7 @@ def findings() -> pd.DataFrame:
         arm = pd.DataFrame({"arm": [run.arm, "rlvr-paper"]})
         if run.arm in evidence.arms_matching(arm, [*patterns, "rlvr-paper"]):
             table = measure.committed_table(run)
-            varied = table["metric"].astype(str).str.contains("@")
-            tables.append(table[~varied & (table["role"] != "region")])
+            tables.append(table[table["role"] != "region"])
     table = pd.concat(tables, ignore_index=True)
     return claims.claims_table(table.astype({"metric": "category", "role": "category"}))
 
