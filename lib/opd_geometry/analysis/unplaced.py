@@ -25,7 +25,7 @@ from opd_geometry.analysis.origins import Origin
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.runs import data_directory
 from opd_geometry.files import clear_write_errors, replacing
-from opd_geometry.geometry import gram, spectra
+from opd_geometry.geometry import bits, gram, spectra
 from opd_geometry.geometry.comparison import MASK_ALPHA
 from opd_geometry.geometry.spectra import default_rank
 
@@ -304,14 +304,14 @@ def decay_table(origins: Sequence[Origin], draws: int = SOME) -> pd.DataFrame:
 
 
 def _both_readouts(origin: Origin, exact: Tensor) -> Iterator[dict[str, object]]:
-    w = origin.w.double()
-    for name, after in (("float32", exact), ("bf16", exact.bfloat16().double())):
+    w, stored = origin.w.double(), bits.to_bfloat16(exact)
+    for name, after in (("float32", exact), ("bf16", stored.double())):
         spectrum = gram.decompose(after, 1).spectrum
         yield {
             "readout": name,
             "nss": spectra.normalised_spectral_shift(origin.top.spectrum, spectrum),
             "distance": float((after - w).norm() / w.norm()),
-            "density": float((exact.bfloat16() != origin.w.bfloat16()).double().mean()),
+            "density": float((stored != origin.w.bfloat16()).double().mean()),
         }
 
 

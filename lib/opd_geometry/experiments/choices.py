@@ -47,9 +47,13 @@ def unchanged_share(
     Source: arXiv:2606.07082, Table 1 (bf16, eta = 1e-3, no absolute tolerance);
     arXiv:2606.13657 (absolute, 1e-5).
     """
-    before, after = w_before.to(dtype).double(), w_after.to(dtype).double()
+    before, after = (_stored(w, dtype).double() for w in (w_before, w_after))
     allowed = eta * torch.maximum(before.abs(), after.abs()) + tolerance
     return float(((after - before).abs() <= allowed).double().mean())
+
+
+def _stored(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return to_bfloat16(w) if dtype == torch.bfloat16 else w.to(dtype)
 
 
 def sparsities(w_before: Tensor, w_after: Tensor) -> dict[str, float]:

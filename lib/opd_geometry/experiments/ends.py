@@ -89,7 +89,7 @@ def _end(run: Run, name: str) -> _End | None:
     u, _, vh = torch.linalg.svd(delta, full_matrices=False)
     visible = updates.visible_update(w_before, w_after)
     k = min(WIDE_K, *delta.shape)
-    stored = w_after.bfloat16().double() - w_before.bfloat16().double()
+    stored = bits.stored_difference(w_before, w_after)
     *_, seen = torch.linalg.svd(stored, full_matrices=False)
     right, there = (basis[:k].T.contiguous() for basis in (vh, seen))
     return _End(w_before, delta, u[:, :k], right, there, visible)

@@ -319,7 +319,7 @@ def stored_spread(w_before: Tensor, w_after: Tensor, hill_k: int) -> dict[str, f
     Returns:
         `READOUT`, without what an update that bf16 does not show has not.
     """
-    stored = bits.to_bfloat16(w_after).double().sub_(bits.to_bfloat16(w_before))
+    stored = bits.stored_difference(w_before, w_after)
     norm = bits.norm(stored)
     values = {"frobenius_norm_bf16": norm}
     if norm > 0.0:
