@@ -113,6 +113,14 @@ def test_turned_directions_are_uniform(shape):
     assert abs(np.mean(signs)) < 0.2
 
 
+def test_rotations_are_those_that_the_committed_controls_drew():
+    found = nulls.turned(torch.eye(2, 3), generator(0))
+    expected = [[0.5382, -0.7847, -0.3076], [0.0240, -0.3506, 0.9362]]
+    torch.testing.assert_close(
+        found, torch.tensor(expected).double(), rtol=0, atol=1e-4
+    )
+
+
 def test_every_entry_of_a_uniform_rotation_is_as_it_should_be():
     n, stream = 4, generator(11)
     drawn = np.stack([nulls.turned(torch.eye(n), stream) for _ in range(1500)])

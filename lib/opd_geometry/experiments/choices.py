@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_geometry.geometry import spectra, updates
+from opd_geometry.geometry.bits import to_bfloat16
 from opd_geometry.geometry.comparison import (
     ANGLE_DIVISOR,
     ETA,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from opd_geometry.experiments.runs import Run, sound_checkpoint
-from opd_geometry.geometry import bits, locking, nulls, spectra, updates
+from opd_geometry.geometry import bits, gram, locking, nulls, spectra, updates
 from opd_geometry.geometry.checkpoints import read_matrix
 from opd_geometry.geometry.comparison import (
     ANGLES,
@@ -36,7 +36,7 @@ from opd_geometry.training.optimizer import learning_rate
 
 Row = tuple[int, str, float]
 RANK, HILL = "stable_rank", "hill_alpha"
-WIDE_K = 16  # of Sim_K, beside the profile's own K: the paper's
+WIDE_K = locking.WIDEST  # of Sim_K, beside the profile's own K: the paper's
 ENTRYWISE = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 SPECTRAL = (*ANGLES, "nss")
 PRINTED_ALPHA = 0.3  # share of the masks that the paper's printed overlaps are of
@@ -310,13 +310,16 @@ def energies(
     With ``null_`` in front what an unplaced update has there on average: k / n, or the
     mask's share of the entries.
     """
-    u, _, vh = torch.linalg.svd(before.w_before.double(), full_matrices=False)
     k = spectra.default_rank(delta.shape, ENERGY_DIVISOR)
-    for side, basis in (("left", u), ("right", vh.T)):
-        for end, part in (("top", basis[:, :k]), ("bottom", basis[:, -k:])):
+    found = gram.decompose(before.w_before, k, lowest=k)
+    for side, top, bottom in (
+        ("left", found.left, found.lowest_left),
+        ("right", found.right, found.lowest_right),
+    ):
+        for end, part in (("top", top), ("bottom", bottom)):
             name = f"energy_{end}_{side}"
             yield name, nulls.energy_share(delta, part, side)
-            yield f"null_{name}", k / basis.shape[0]
+            yield f"null_{name}", k / len(part)
     if inputs is not None:
         basis = nulls.covariance_basis(inputs, k)
         yield "energy_inputs", nulls.energy_share(delta, basis)

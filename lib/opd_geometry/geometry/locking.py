@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, nulls, spectra
+from opd_geometry.geometry import bits, gram, nulls, spectra
 from opd_geometry.geometry.spectra import finite_matrix
 
 LEAST = 3  # checkpoints: with two, the one before the end is the only increment
@@ -208,11 +208,12 @@ def scaled_end(deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 # --- decomposed ---------------------------------------------------------------------
 
-Parts = tuple[Tensor, Tensor]  # spectrum, and right singular vectors as columns
+WIDEST = 16  # K of the paper, and the widest that `decomposed` keeps
+Parts = tuple[Tensor, Tensor]  # spectrum, and leading right singular vectors as columns
 
 
 def decomposed(delta: Tensor) -> Parts:
-    """Spectrum and right singular vectors of an update, once for every K.
+    """Spectrum and leading right singular vectors of an update, once for every K.
 
     Args:
         delta: (n_rows, n_cols), any floating dtype.
@@ -220,8 +221,8 @@ def decomposed(delta: Tensor) -> Parts:
     Raises:
         ValueError: NaN or inf.
     """
-    _, spectrum, vh = spectra.svd(delta)
-    return spectrum, vh.T
+    found = gram.decompose(delta, min(WIDEST, *delta.shape))
+    return found.spectrum, found.right
 
 
 def top_right(parts: Parts, k: int) -> Tensor | None:
@@ -229,7 +230,7 @@ def top_right(parts: Parts, k: int) -> Tensor | None:
 
     Args:
         parts: of `decomposed`: an update, or W_0 itself.
-        k: from 1 to min(shape).
+        k: from 1 to `WIDEST`, or min(shape).
     """
     spectrum, vectors = parts
     floor = torch.finfo(torch.float64).eps * max(vectors.shape) * float(spectrum[0])
