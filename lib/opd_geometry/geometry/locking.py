@@ -6,7 +6,7 @@ null for it. These are, each a trajectory {step: W_t - W_0} to be measured as th
 own:
 
 - `walk`: the run's optimizer and learning rates on gradients that are pure noise;
-- `turned_increments`: what the run added between its checkpoints, each turned by a
+- `Increments`: what the run added between its checkpoints, each turned by a
   rotation of its own, so that sizes, spectra and their order stay and nothing returns;
 - `scaled_end`: only for what is read from bf16: the last update, scaled to the norm of
   each step, whose rank changes by rounding alone once it is stored.
@@ -141,12 +141,7 @@ def check_length(steps: Sequence[int]) -> None:
 def turned_increments(
     deltas: Mapping[int, Tensor], generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """A run's own increments, each turned by an independent rotation.
-
-    sum_{s <= t} P_s (D_s - D_{s-1}) Q_s^T, P and Q as of `nulls.turned`
-
-    It keeps how much was added when, and in how many directions, and takes away that
-    later increments go where earlier ones went.
+    """`Increments` of a whole trajectory.
 
     Args:
         deltas: step to W_t - W_0; a stored difference is turned with its rounding.
@@ -157,16 +152,44 @@ def turned_increments(
 
     Raises:
         ValueError: NaN or inf.
+    """
+    sums = Increments(deltas[min(deltas)].shape, generator)
+    return {
+        step: sums.add(finite_matrix(deltas[step], f"the update at step {step}"))
+        for step in sorted(deltas)
+    }
+
+
+class Increments:
+    """A run's own increments, each turned by an independent rotation, one by one.
+
+    sum_{s <= t} P_s (D_s - D_{s-1}) Q_s^T, P and Q as of `nulls.turned`
+
+    They keep how much was added when, and in how many directions; that later increments
+    go where earlier ones went is taken away.
+
+    Args:
+        shape: (n_rows, n_cols).
+        generator: a CPU generator.
 
     Source: ours.
     """
-    found: dict[int, Tensor] = {}
-    total = torch.zeros_like(deltas[min(deltas)], dtype=torch.float64)
-    for step, change in increments(deltas).items():
+
+    def __init__(self, shape: Sequence[int], generator: torch.Generator) -> None:
+        self._total = torch.zeros(*shape, dtype=torch.float64)
+        self._before = self._total
+        self._generator = generator
+
+    def add(self, delta: Tensor) -> Tensor:
+        """The turned sum up to this checkpoint.
+
+        Args:
+            delta: W_t - W_0, float64 and finite; not to be written to afterwards.
+        """
+        change, self._before = delta - self._before, delta
         if bool(change.any()):
-            total = total + nulls.turned(change, generator)
-        found[step] = total
-    return found
+            self._total = self._total + nulls.turned(change, self._generator)
+        return self._total
 
 
 def increments(deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -58,8 +58,12 @@ def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
 
 def _nonzero(delta: Tensor) -> tuple[Tensor, float]:
     """Values in float64 and their norm, which is not zero."""
-    values = finite_float64(delta, "delta")
+    if not delta.numel() or not delta.is_floating_point():
+        finite_float64(delta, "delta")
+    values = delta.detach().to("cpu", torch.float64)
     size = float(torch.linalg.vector_norm(values))
+    if not math.isfinite(size):
+        finite_float64(delta, "delta")
     if size == 0.0:
         raise ValueError(
             "delta is zero, expected a non-zero update: "
@@ -176,7 +180,9 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
     Source: ours; Stewart (1980) for the uniform rotation, Ailon and Chazelle (2006) for
         the transforms.
     """
-    values, size = _nonzero(finite_matrix(delta, "delta"))
+    if delta.ndim != 2:
+        finite_matrix(delta, "delta")
+    values, size = _nonzero(delta)
     del delta  # a caller may have kept none
     unit = (values / size).float()
     del values
