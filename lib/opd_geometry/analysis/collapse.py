@@ -43,6 +43,7 @@ N_BINS = 60  # of the curve: equal numbers of points, so each bin holds hundreds
 DRAWS = 400  # of the bootstrap over runs
 KEYS = ["run", "arm", "seed", "step", "matrix"]
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
+TURNED = ("Gaussian", "turned")  # nulls of the angles
 SPECTRAL = ("angle_left_mean_deg", "angle_right_mean_deg", "nss")
 SUBSPACES = (
     "top_right",
@@ -221,13 +222,13 @@ def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     levels, rows = levels_of(table), []
     for arm in arms:
         for metric in SPECTRAL:
-            for name, prefix in (("Gaussian", "null_"), ("turned", "turned_")):
-                own, null = (_at_end(levels, arm, f"{p}{metric}") for p in ("", prefix))
-                ratio = (own / null).dropna()
-                if ratio.empty:
-                    continue
-                numbers = (len(ratio), own[ratio.index].mean(), null.mean())
-                rows.append((arm, metric, name, *numbers, *interval(ratio)))
+            parts = [_at_end(levels, arm, p + metric) for p in ("", "null_", "turned_")]
+            # the turned null has fewer seeds than the others
+            known = pd.concat(parts, axis=1, keys=["own", *TURNED]).dropna()
+            for name in TURNED if len(known) else ():
+                means = known["own"].mean(), known[name].mean()
+                times = interval(known["own"] / known[name])
+                rows.append((arm, metric, name, len(known), *means, *times))
     columns = ["arm", "metric", "null", "n_seeds", "own", "of_null"]
     return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
 
@@ -266,9 +267,7 @@ def directions(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
 
 
 def by_world(
-    of: Callable[[Table, Iterable[str]], pd.DataFrame],
-    worlds: Mapping[str, Table],
-    arms: Sequence[str],
+    of: Callable[..., pd.DataFrame], worlds: Mapping[str, pd.DataFrame], arms: object
 ) -> pd.DataFrame:
     """One of this module's tables for several worlds, the first column their names.
 
@@ -277,14 +276,10 @@ def by_world(
         worlds: name to table; one without rows is left out.
         arms: as ``of`` takes them.
     """
-    there = {name: levels_of(t) for name, t in worlds.items() if _any(t)}
-    parts = [of(t, arms).assign(world=name) for name, t in there.items()]
+    there = {name: table for name, table in worlds.items() if len(table)}
+    parts = [of(table, arms).assign(world=name) for name, table in there.items()]
     together = pd.concat(parts, ignore_index=True)
     return together[["world", *together.columns.drop("world")]]
-
-
-def _any(table: Table) -> bool:
-    return not table.empty if isinstance(table, pd.DataFrame) else bool(table.seeds)
 
 
 def energies(table: Table, arms: Iterable[str]) -> pd.DataFrame:
