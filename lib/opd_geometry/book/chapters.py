@@ -519,6 +519,12 @@ def _here(finding: Finding) -> str:
     return _interval_text({**vars(finding), "unit": f"{finding.unit}; {seeds}"})
 
 
+def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:
+    """``verdict_table`` as it stands first in a chapter."""
+    told = "The claims judged here; a bracket is a 95 % interval over seeds"
+    return html(verdict_table(table, claim_ids), told)
+
+
 def claim_cards(
     claim_ids: Iterable[str],
     table: pd.DataFrame,
