@@ -191,6 +191,8 @@ SETTINGS = {
     evidence.ACCURACY_MARGIN,
     evidence.SPARSITY_MARGIN,
     evidence.COMPARABLE_FACTOR,
+    evidence.SAME_FACTOR,
+    evidence.KEPT,
     comparison.MASK_ALPHA,
     profiles.PAPER_BATCH,
     profiles.PAPER_STEPS,
