@@ -199,6 +199,35 @@ def test_every_profile_is_described() -> None:
 # --- what is shown -------------------------------------------------------------
 
 
+def test_n_counts_what_seeds_do_not_share() -> None:
+    published = Parameters("published", (0, 1, 2, 3, 4), "committed", 1)
+    said = "n = 5: data, sampling and anchor each; 3 bases"
+    assert chapters.n_text(published) == said
+    assert chapters.n_text(published, [0, 2]).endswith("one base")
+    assert chapters.seeds_text(published) == f"seeds 0, 1, 2, 3 and 4 ({said})"
+    assert chapters.n_text(Parameters("laptop", (3, 4), "local", 1)).endswith(
+        "one base"
+    )
+
+
+def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
+    rows = [
+        (f"{arm}{seed}", arm, seed, 100, "a.q", "q", 0, metric, 1.0 + i * seed / 100)
+        for i, arm in enumerate(("opd", "rlvr"))
+        for seed in range(3)
+        for metric in ("sparsity", "principal_overlap")
+    ]
+    table = pd.DataFrame(rows, columns=measure.COLUMNS)
+    said = chapters.limits_text(table, ["opd", "rlvr"], ["sparsity"])
+    assert said == (
+        "Detection limits: any two arms part, at n = 3, from 2.5 points (update "
+        "sparsity)."
+    )
+    said = chapters.limits_text(table, ["opd"], ["principal_overlap"])
+    assert "one seed parts no arms" not in said
+    assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
+
+
 def test_rounds_numbers_and_leaves_the_rest() -> None:
     frame = pd.DataFrame({"x": [0.123456, math.nan, 1234567.0], "n": [1, 2, 30]})
     shown = chapters.rounded(frame.assign(text="a"))

@@ -20,7 +20,14 @@ import pandas as pd
 from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge
-from opd_geometry.analysis.evidence import arms_matching
+from opd_geometry.analysis.evidence import arms_matching, levels_of
+from opd_geometry.analysis.power import (
+    AS_DIFFERENCES,
+    GAIN,
+    detection_limit,
+    difference_limit,
+    own_limits,
+)
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.book.board import VERDICT_MARKS
 from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
@@ -461,14 +468,87 @@ def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
     )
 
 
-def seeds_text(seeds: Iterable[int]) -> str:
-    """Seeds for a sentence.
+def seeds_text(seeds: Iterable[int] | Parameters) -> str:
+    """Seeds for a sentence; with the unit of n, if a chapter's parameters are given.
 
     >>> seeds_text([0, 1, 2]), seeds_text([3])
     ('seeds 0, 1 and 2', 'seed 3')
     """
+    if isinstance(seeds, Parameters):
+        return f"{seeds_text(seeds.seeds)} ({n_text(seeds)})"
     *others, last = [str(seed) for seed in seeds]
     return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
+
+
+def n_text(parameters: Parameters, seeds: Iterable[int] | None = None) -> str:
+    """What n counts: what the runs of different seeds do not share.
+
+    Args:
+        parameters: of the chapter.
+        seeds: those that were measured; the chapter's by default.
+
+    Returns:
+        Such as ``n = 5: data, sampling and anchor each; 3 bases``.
+    """
+    chosen = list(parameters.seeds if seeds is None else seeds)
+    student = parameters.student or None
+    anchors, bases = set(), set()
+    for seed in chosen:
+        run = build(parameters.profile, "opd", seed, student=student)
+        anchors.add(repr(run.start))
+        while isinstance(run.start, Run):
+            run = run.start
+            if run.arm == "base":
+                break
+        bases.add(run.key() if run.arm == "base" else repr(run.start))
+    each = "data, sampling and anchor each" if len(anchors) > 1 else "one anchor"
+    plural = f"{len(bases)} bases" if len(bases) > 1 else "one base"
+    return f"n = {len(chosen)}: {each}; {plural}"
+
+
+def limits_text(
+    table: pd.DataFrame, arms: Iterable[str], metrics: Iterable[str]
+) -> str:
+    """The detection limits of a figure's metrics, for the end of its caption.
+
+    Args:
+        table: tidy; n is the number of its seeds.
+        arms: whose ends the figure compares.
+        metrics: those drawn.
+
+    Returns:
+        What parts any two arms at this n, and the smallest place that one update would
+        show at the book's student.
+    """
+    arms, metrics = list(arms), list(metrics)
+    levels = levels_of(table, arms)
+    found = {name: difference_limit(levels, arms, name) for name in metrics}
+    known, placed = set(own_limits()["metric"]), []
+    parts = [
+        f"{_limit_text(name, limit)} ({METRIC_LABELS.get(name, name)})"
+        for name, (limit, _) in found.items()
+        if not math.isnan(limit)
+    ]
+    for name in metrics:
+        if name in known:
+            limit = detection_limit(name, [GAIN])
+            placed.append(f"{limit} ({METRIC_LABELS.get(name, name)})")
+    n = min((n for limit, n in found.values() if not math.isnan(limit)), default=0)
+    said = []
+    if parts:
+        said.append(f"any two arms part, at n = {n}, from {', '.join(parts)}")
+    elif len(arms) > 1:
+        said.append("one seed parts no arms")
+    if placed:
+        said.append(f"one update at the book's student shows {', '.join(placed)}")
+    return f"Detection limits: {'; '.join(said)}." if said else ""
+
+
+def _limit_text(metric: str, limit: float) -> str:
+    """A difference in points, a ratio in per cent."""
+    if any(word in metric for word in AS_DIFFERENCES):
+        return f"{100 * limit:.2g} points"
+    return f"{100 * math.expm1(limit):.2g}\N{NO-BREAK SPACE}%"
 
 
 def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame:
