@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from html import escape as html_text
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -414,15 +415,36 @@ def markdown(text: str) -> Any:
     return Markdown(text)
 
 
-def html(frame: pd.DataFrame) -> Any:
-    """A table for a page: without index, its cells wrapped, in the page's style."""
-    from IPython.display import HTML
+class Table:
+    """A table as a cell's output, with its caption: HTML on a page, else text."""
 
-    with pd.option_context("display.max_colwidth", None):
-        text = frame.to_html(index=False, border=0, classes="table", na_rep="–")
-    # The class that pandas adds would set the heads of the columns flush right.
-    text = text.replace('class="dataframe table"', 'class="table"')
-    return HTML(text.replace(' style="text-align: right;"', ""))
+    def __init__(self, frame: pd.DataFrame, caption: str, index: bool) -> None:
+        self.frame, self.caption, self.index = frame, caption, index
+
+    def __repr__(self) -> str:
+        text = self.frame.to_string(index=self.index, na_rep="–")
+        return f"{self.caption}\n{text}" if self.caption else text
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            text = self.frame.to_html(
+                index=self.index, border=0, classes="table", na_rep="–"
+            )
+        # The class that pandas adds would set the heads of the columns flush right.
+        text = text.replace('class="dataframe table"', 'class="table"')
+        text = text.replace(' style="text-align: right;"', "")
+        told = f"<caption>{html_text(self.caption)}</caption>"
+        return text.replace(">", f">{told}", 1) if self.caption else text
+
+
+def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
+    """``rounded``, with a caption that says what the rows are."""
+    return Table(rounded(frame, digits), caption, index=True)
+
+
+def html(frame: pd.DataFrame, caption: str = "") -> Table:
+    """A table for a page: without index, its cells wrapped, in the page's style."""
+    return Table(frame, caption, index=False)
 
 
 def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
@@ -560,48 +582,6 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def results_table(findings: pd.DataFrame) -> pd.DataFrame:
-    """All claims for the page of results: effect, interval, controls and verdicts.
-
-    Args:
-        findings: of ``claims.claims_table``.
-
-    Returns:
-        One row a claim, in words and short numbers.
-    """
-    rows = findings.to_dict("records")
-    return pd.DataFrame(
-        {
-            "claim": [
-                f"{row['statement']} The paper, {row['paper_item']}: "
-                f"{row['paper_value']} ({row['id']})"
-                for row in rows
-            ],
-            "effect [95 %]": [_interval_text(row) for row in rows],
-            "readout": findings["readout"],
-            "n": findings["n"],
-            "null": findings["null"],
-            "matched control": findings["matched"],
-            "verdict": [_verdict_text(row) for row in rows],
-        }
-    )
-
-
-def _verdict_text(row: Mapping[str, Any]) -> str:
-    """The verdict, that from bf16, and that with RLVR at the paper's ratio."""
-    verdict, told = (
-        row["verdict"],
-        [f"{VERDICT_MARKS[row['verdict']]} {row['verdict']}"],
-    )
-    for name, words in (
-        ("verdict_in_bf16", "read in bf16"),
-        ("verdict_at_papers_ratio", "with RLVR at the paper's ratio"),
-    ):
-        if again := row[name]:
-            told.append(f"{words}: {'the same' if again == verdict else again}")
-    return "; ".join(told)
-
-
 def _interval_text(row: Mapping[str, Any]) -> str:
     """``0.12 [0.1, 0.14] (unit)``, or a dash."""
     if math.isnan(row["effect"]):
@@ -617,6 +597,12 @@ def _here(finding: Finding) -> str:
         return "–"
     seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
     return _interval_text({**vars(finding), "unit": f"{finding.unit}; {seeds}"})
+
+
+def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:
+    """``verdict_table`` as it stands first in a chapter."""
+    told = "The claims judged here; a bracket is a 95 % interval over seeds"
+    return html(verdict_table(table, claim_ids), told)
 
 
 def claim_cards(
