@@ -34,6 +34,10 @@ FLIPPED = {"rlvr": 0, "rlvr-flip-30": 30, "rlvr-flip-45": 45, "rlvr-coin": 50}
 LOCK_MARKS = {"turned increments": "D", "walk": "^"}
 
 
+def _mark(arm: str) -> str:
+    return "o" if ARM_STYLES[arm].dash == "-" else "D"
+
+
 def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
     """Diagnostics in units of their sharpest nulls, a panel a world.
 
@@ -57,7 +61,7 @@ def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
                 shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
                 y = [metrics.index(metric) + shift for metric in rows["metric"]]
                 ax.hlines(y, rows["low"], rows["high"], color=look.colour, lw=1)
-                ax.plot(rows["times"], y, "o", color=look.colour, ms=4)
+                ax.plot(rows["times"], y, _mark(arm), color=look.colour, ms=4)
             ax.set_title(world)
             ax.set_xscale("log")
             ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
@@ -66,7 +70,8 @@ def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
         axes[0][0].invert_yaxis()
         figure.supxlabel("own over sharpest null", fontsize=10, color=TEXT)
         keys = [
-            Line2D([], [], color=ARM_STYLES[a].colour, marker="o", ls="") for a in arms
+            Line2D([], [], color=ARM_STYLES[a].colour, marker=_mark(a), ls="")
+            for a in arms
         ]
         names = [ARM_STYLES[arm].label for arm in arms]
         figure.legend(keys, names, loc="outside upper left", ncols=4, frameon=False)
@@ -93,7 +98,7 @@ def locking(worlds: Mapping[str, pd.DataFrame]) -> Figure:
                 y, look = arms.index(row["arm"]), ARM_STYLES[row["arm"]]
                 ends = [row[name] for name in (*LOCK_NULLS, "own")]
                 ax.plot([min(ends), max(ends)], [y, y], color=GREY, lw=1)
-                ax.plot(row["own"], y, "o", color=look.colour, ms=6)
+                ax.plot(row["own"], y, _mark(row["arm"]), color=look.colour, ms=6)
                 for name, mark in LOCK_MARKS.items():
                     ax.plot(row[name], y, mark, color=TEXT, mfc="none", ms=5)
             ax.set_title(world)
@@ -148,7 +153,7 @@ def flips(found: pd.DataFrame, metrics: Sequence[str], beside: Sequence[str]) ->
                         label=look.label,
                     )
             ax.set_title(LABELS[metric])
-            ax.set_xticks([0, 30, 45, 50], ["0", "30", "45", "50"])
+            ax.set_xticks([0, 25, 50], ["0", "25", "50"])
             ax.tick_params(labelsize=SMALL)
             place_labels(ax)
         for ax in list(axes.flat)[len(metrics) :]:
@@ -166,6 +171,7 @@ def foretold(worlds: Mapping[str, pd.DataFrame]) -> Figure:
     Returns:
         A panel a world, a dot an arm and seed; grey where all of the signal lasts.
     """
+    highest = 1.15 * max(float(t["displacement"].max()) for t in worlds.values())
     with styled():
         figure, axes = plt.subplots(
             1, len(worlds), figsize=(WIDTH, 3.4), sharey=True, squeeze=False
@@ -175,11 +181,10 @@ def foretold(worlds: Mapping[str, pd.DataFrame]) -> Figure:
             ax.plot(ends, ends, ":", color=GREY, lw=1.2)
             for arm, rows in table.groupby("arm", sort=False):
                 look = ARM_STYLES[str(arm)]
-                mark = "o" if look.dash == "-" else "D"
                 ax.plot(
                     rows["ceiling"],
                     rows["displacement"],
-                    mark,
+                    _mark(str(arm)),
                     color=look.colour,
                     ms=5,
                     label=look.label,
@@ -187,6 +192,7 @@ def foretold(worlds: Mapping[str, pd.DataFrame]) -> Figure:
             ax.set_title(world)
             ax.set_xscale("log")
             plain_log_ticks(ax.xaxis)
+            ax.set_ylim(0.8, highest)
         axes[0][0].set_ylabel("displacement at the end")
         figure.supxlabel(
             "what the signal at the start could have led to", fontsize=10, color=TEXT
