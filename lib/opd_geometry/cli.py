@@ -583,7 +583,7 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     \b
     Examples:
       opd-geometry chapters
-      opd-geometry chapters --profile laptop --seeds 0-2 02_locking
+      opd-geometry chapters --profile laptop --seeds 0-2 04_rank
     """
     from opd_geometry.book.site import execute_chapter, known_parameters
 
