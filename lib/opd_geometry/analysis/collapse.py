@@ -21,6 +21,7 @@ from opd_geometry.analysis.evidence import (
     over_matrices,
 )
 from opd_geometry.analysis.verdicts import Values, interval
+from opd_geometry.analysis.worlds import beside
 from opd_geometry.experiments.controls import (
     PRINTED_ALPHA,
     PRINTED_DENSITIES,
@@ -204,11 +205,11 @@ def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
+def turned(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Angles and spectral shift of real updates over those of their two nulls.
 
     The Gaussian has the update's norm; the turned one its singular values as well, in
-    random directions.
+    random directions. All are means over the same matrices and seeds.
 
     Args:
         table: tidy, with the metrics of ``controls.at_end``.
@@ -219,16 +220,20 @@ def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
         metric, null, n_seeds, own, of_null, times (own over null) with low and high,
         its 95 % interval over seeds.
     """
-    levels, rows = levels_of(table), []
-    for arm in arms:
-        for metric in SPECTRAL:
-            parts = [_at_end(levels, arm, p + metric) for p in ("", "null_", "turned_")]
-            # the turned null has fewer seeds than the others
-            known = pd.concat(parts, axis=1, keys=["own", *TURNED]).dropna()
-            for name in TURNED if len(known) else ():
-                means = known["own"].mean(), known[name].mean()
-                times = interval(known["own"] / known[name])
-                rows.append((arm, metric, name, len(known), *means, *times))
+    rows, keys = [], ["arm", "seed"]
+    for metric in SPECTRAL:
+        own, gaussian = (
+            beside(table, arms, p + metric, f"turned_{metric}").set_index(keys)
+            for p in ("", "null_")
+        )
+        nulls = {"Gaussian": gaussian["own"], "turned": own["null"]}
+        known = pd.DataFrame({"own": own["own"], **nulls}).dropna()
+        for arm in [a for a in arms if a in known.index]:
+            values = known.loc[arm]
+            for name in TURNED:
+                means = values["own"].mean(), values[name].mean()
+                times = interval(values["own"] / values[name])
+                rows.append((arm, metric, name, len(values), *means, *times))
     columns = ["arm", "metric", "null", "n_seeds", "own", "of_null"]
     return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
 
