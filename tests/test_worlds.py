@@ -8,10 +8,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from opd_geometry.analysis import signal, worlds
+from opd_geometry.analysis import collapse, signal, worlds
 from opd_geometry.book import world_figures
 from opd_geometry.experiments import measure, weights
-from opd_geometry.experiments.ends import COLUMNS as PAIR_COLUMNS
 
 ARMS = ("opd", "rlvr")
 
@@ -68,7 +67,6 @@ def test_what_is_not_there_gives_no_rows() -> None:
     bare = table()[lambda t: ~t["metric"].str.contains("_")]
     assert worlds.over_nulls(bare, ARMS).empty
     assert worlds.locking(bare, ARMS).empty
-    assert worlds.directions(pd.DataFrame(columns=PAIR_COLUMNS), ARMS).empty
 
 
 def test_properties_of_planted_weights() -> None:
@@ -101,17 +99,12 @@ def test_weights_are_committed_whole(
     assert both.loc["std"].to_dict() == {"x": 0.5, "y": 2.0}
 
 
-def test_directions_are_of_one_seed() -> None:
-    metrics = ["cosine", "similarity_right@K=16", "null_similarity_right@K=16"]
-    metrics += ["jaccard", "rounding_jaccard"]
-    rows = [
-        ("r", "opd", seed, "s", "rlvr", other, "m", "q", 0, metric, value)
-        for seed, other, value in ((0, 0, 0.8), (1, 1, 0.6), (0, 1, 0.0))
-        for metric in metrics
-    ]
-    found = worlds.directions(pd.DataFrame(rows, columns=PAIR_COLUMNS), ARMS)
-    assert found["cosine"].tolist() == pytest.approx([0.7])
-    assert found["n_seeds"].tolist() == [2]
+def test_angles_and_their_nulls_are_of_the_same_matrices() -> None:
+    rows = table()
+    gauss = rows[rows["metric"] == "turned_nss"].assign(metric="null_nss", value=4.0)
+    found = collapse.turned(pd.concat([rows, gauss]), ("opd",))
+    times = found[found["metric"] == "nss"].set_index("null")["times"]
+    assert times.to_dict() == {"Gaussian": 0.5, "turned": 2.0}
 
 
 def test_figures_hold_what_they_are_given() -> None:

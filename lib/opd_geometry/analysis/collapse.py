@@ -16,12 +16,12 @@ from opd_geometry.analysis.evidence import (
     LAYERS,
     Levels,
     Table,
+    beside,
     last,
     levels_of,
     over_matrices,
 )
 from opd_geometry.analysis.verdicts import Values, interval
-from opd_geometry.analysis.worlds import beside
 from opd_geometry.experiments.controls import (
     PRINTED_ALPHA,
     PRINTED_DENSITIES,
@@ -44,7 +44,7 @@ N_BINS = 60  # of the curve: equal numbers of points, so each bin holds hundreds
 DRAWS = 400  # of the bootstrap over runs
 KEYS = ["run", "arm", "seed", "step", "matrix"]
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
-TURNED = ("Gaussian", "turned")  # nulls of the angles
+TURNED = {"Gaussian": "null_", "turned": "turned_"}  # nulls of the angles
 SPECTRAL = ("angle_left_mean_deg", "angle_right_mean_deg", "nss")
 SUBSPACES = (
     "top_right",
@@ -205,11 +205,11 @@ def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def turned(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     """Angles and spectral shift of real updates over those of their two nulls.
 
     The Gaussian has the update's norm; the turned one its singular values as well, in
-    random directions. All are means over the same matrices and seeds.
+    random directions.
 
     Args:
         table: tidy, with the metrics of ``controls.at_end``.
@@ -220,20 +220,15 @@ def turned(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
         metric, null, n_seeds, own, of_null, times (own over null) with low and high,
         its 95 % interval over seeds.
     """
-    rows, keys = [], ["arm", "seed"]
-    for metric in SPECTRAL:
-        own, gaussian = (
-            beside(table, arms, p + metric, f"turned_{metric}").set_index(keys)
-            for p in ("", "null_")
-        )
-        nulls = {"Gaussian": gaussian["own"], "turned": own["null"]}
-        known = pd.DataFrame({"own": own["own"], **nulls}).dropna()
-        for arm in [a for a in arms if a in known.index]:
-            values = known.loc[arm]
-            for name in TURNED:
-                means = values["own"].mean(), values[name].mean()
-                times = interval(values["own"] / values[name])
-                rows.append((arm, metric, name, len(values), *means, *times))
+    levels, rows = levels_of(table), []
+    for arm in arms:
+        for metric in SPECTRAL:
+            names = {name: f"{prefix}{metric}" for name, prefix in TURNED.items()}
+            known = beside(levels, arm, [metric, *names.values()])
+            for name, null in names.items() if len(known) else ():
+                means = known[metric].mean(), known[null].mean()
+                times = interval(known[metric] / known[null])
+                rows.append((arm, metric, name, len(known), *means, *times))
     columns = ["arm", "metric", "null", "n_seeds", "own", "of_null"]
     return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
 
