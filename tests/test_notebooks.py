@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
 NAMES = ["01_unplaced", "02_collapse", "03_equal_norm", "04_rank"]
+NAMES += ["05_real_model"]
 NAMES += ["06_controls", "07_regimes", "08_exclusions", "09_your_checkpoints"]
 NAMES += ["10_choices", "11_bounds"]
 SECTIONS = [

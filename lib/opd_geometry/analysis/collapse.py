@@ -16,6 +16,7 @@ from opd_geometry.analysis.evidence import (
     LAYERS,
     Levels,
     Table,
+    beside,
     last,
     levels_of,
     over_matrices,
@@ -43,7 +44,7 @@ N_BINS = 60  # of the curve: equal numbers of points, so each bin holds hundreds
 DRAWS = 400  # of the bootstrap over runs
 KEYS = ["run", "arm", "seed", "step", "matrix"]
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
-TURNED = ("Gaussian", "turned")  # nulls of the angles
+TURNED = {"Gaussian": "null_", "turned": "turned_"}  # nulls of the angles
 SPECTRAL = ("angle_left_mean_deg", "angle_right_mean_deg", "nss")
 SUBSPACES = (
     "top_right",
@@ -222,12 +223,13 @@ def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     levels, rows = levels_of(table), []
     for arm in arms:
         for metric in SPECTRAL:
-            parts = [_at_end(levels, arm, p + metric) for p in ("", "null_", "turned_")]
-            # the turned null has fewer seeds than the others
-            known = pd.concat(parts, axis=1, keys=["own", *TURNED]).dropna()
-            for name in TURNED if len(known) else ():
-                means = known["own"].mean(), known[name].mean()
-                times = interval(known["own"] / known[name])
+            names = dict(
+                zip(TURNED, (f"null_{metric}", f"turned_{metric}"), strict=True)
+            )
+            known = beside(levels, arm, [metric, *names.values()])
+            for name, null in names.items() if len(known) else ():
+                means = known[metric].mean(), known[null].mean()
+                times = interval(known[metric] / known[null])
                 rows.append((arm, metric, name, len(known), *means, *times))
     columns = ["arm", "metric", "null", "n_seeds", "own", "of_null"]
     return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])

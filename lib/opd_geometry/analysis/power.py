@@ -16,7 +16,14 @@ from torch import Tensor
 
 from opd_geometry.analysis import origins as og
 from opd_geometry.analysis import printed as pr
-from opd_geometry.analysis.evidence import LAYERS, Table, last, levels_of, over_matrices
+from opd_geometry.analysis.evidence import (
+    LAYERS,
+    Table,
+    first,
+    last,
+    levels_of,
+    over_matrices,
+)
 from opd_geometry.analysis.origins import Origin
 from opd_geometry.analysis.verdicts import interval
 from opd_geometry.files import on_shelf
@@ -516,7 +523,8 @@ def difference_limit(
 ) -> tuple[float, int]:
     """The smallest difference between two arms' ends that their seeds would show.
 
-    Half of the 95 % interval of the difference, paired by seed; the widest pair's.
+    Half of the 95 % interval of the difference, paired by seed; the widest pair's. Of
+    similarities with the end, which are one there, at the first checkpoints.
 
     Args:
         table: tidy, or its levels.
@@ -529,7 +537,8 @@ def difference_limit(
         and the seeds of the pair that has fewest; NaN with fewer than two seeds.
     """
     levels, wanted = levels_of(table), (*roles, "model")
-    ends = [last(over_matrices(levels, arm, metric, wanted)) for arm in arms]
+    moment = first if metric.startswith("similarity_to_end") else last
+    ends = [moment(over_matrices(levels, arm, metric, wanted)) for arm in arms]
     ends = [values.dropna() for values in ends if len(values.dropna())]
     if not any(word in metric for word in AS_DIFFERENCES):
         ends = [np.log(values) for values in ends]

@@ -20,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge, levels_text
-from opd_geometry.analysis.evidence import arms_matching, levels_of
+from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
 from opd_geometry.analysis.power import (
     AS_DIFFERENCES,
     GAIN,
@@ -511,7 +511,10 @@ def n_text(parameters: Parameters, seeds: Iterable[int] | None = None) -> str:
 
 
 def limits_text(
-    table: pd.DataFrame, arms: Iterable[str], metrics: Iterable[str]
+    table: pd.DataFrame,
+    arms: Iterable[str],
+    metrics: Iterable[str],
+    roles: Iterable[str] = LAYERS,
 ) -> str:
     """The detection limits of a figure's metrics, for the end of its caption.
 
@@ -519,6 +522,7 @@ def limits_text(
         table: tidy; n is the number of its seeds.
         arms: whose ends the figure compares.
         metrics: those drawn.
+        roles: of the matrices averaged over.
 
     Returns:
         What parts any two arms at this n, and the smallest place that one update would
@@ -526,7 +530,8 @@ def limits_text(
     """
     arms, metrics = list(arms), list(metrics)
     levels = levels_of(table, arms)
-    found = {name: difference_limit(levels, arms, name) for name in metrics}
+    read = tuple(roles)
+    found = {name: difference_limit(levels, arms, name, read) for name in metrics}
     known, placed = set(own_limits()["metric"]), []
     parts = [
         f"{_limit_text(name, limit)} ({METRIC_LABELS.get(name, name)})"
