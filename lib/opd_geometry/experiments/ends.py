@@ -25,12 +25,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from opd_geometry.experiments.runs import Run, one_thread, sound_checkpoint
 from opd_geometry.experiments.shelf import commit_table, committed_table
-from opd_geometry.geometry import bits, spectra, unplaced, updates
+from opd_geometry.geometry import bits, gram, spectra, unplaced, updates
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 
 WIDE_K = 16
@@ -85,13 +84,11 @@ def _end(run: Run, name: str) -> _End | None:
     delta = w_after.double() - w_before.double()
     if not delta.any():
         return None
-    u, _, vh = torch.linalg.svd(delta, full_matrices=False)
     visible = updates.visible_update(w_before, w_after)
     k = min(WIDE_K, *delta.shape)
     stored = w_after.bfloat16().double() - w_before.bfloat16().double()
-    *_, seen = torch.linalg.svd(stored, full_matrices=False)
-    right, there = (basis[:k].T.contiguous() for basis in (vh, seen))
-    return _End(w_before, delta, u[:, :k], right, there, visible)
+    own, seen = (gram.decompose(update, k) for update in (delta, stored))
+    return _End(w_before, delta, own.left, own.right, seen.right, visible)
 
 
 def _shared(a: _End | None, b: _End | None, rank: int) -> Iterator[tuple[str, float]]:
