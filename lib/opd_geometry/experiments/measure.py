@@ -367,7 +367,6 @@ def _tidy(runs: Sequence[Run]) -> pd.DataFrame:
     places = {run.key(): _place_and_digest(run, digests) for run in runs}
     read = pa.concat_tables([_read(run, *places[run.key()]) for run in runs])
     table = read.unify_dictionaries().to_pandas()
-    table = table.astype({"seed": int, "step": int, "layer": int, "value": float})
     twice = table[_repeated(table)]
     if len(twice):
         with _damage(places[str(twice["run"].iloc[0])][0]):
@@ -385,17 +384,24 @@ def _read(run: Run, path: Path, digest: str) -> pa.Table:
         lacking = [name for name in COLUMNS if name not in table.column_names]
         if lacking:
             raise ValueError(f"it has no column {', '.join(lacking)}")
-        table = pa.table({n: _coded(table[n], n in WORDS) for n in COLUMNS})
+        table = pa.table({n: _coded(table[n], n) for n in COLUMNS})
         own = {"run": run.key(), "arm": run.arm, "seed": run.seed}
         if any(table[n].unique().to_pylist() != [v] for n, v in own.items()):
             raise ValueError(f"its rows are not those of run {run.name}")
     return table
 
 
-def _coded(column: pa.ChunkedArray, is_word: bool) -> pa.ChunkedArray:
-    """The column; words as codes of one kind, whatever wrote them."""
-    if not is_word:
-        return column
+def _coded(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A column in the type that all tables share; words as codes."""
+    if name not in WORDS:
+        kind = pa.float64() if name == "value" else pa.int64()
+        try:
+            numbers = column.cast(kind)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"its column {name} holds no {kind}: {error}") from error
+        if numbers.null_count and name != "value":
+            raise ValueError(f"its column {name} has holes")
+        return numbers
     codes = column.dictionary_encode().combine_chunks()
     words = codes.dictionary.cast(pa.string())
     return pa.chunked_array(
