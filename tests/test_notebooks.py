@@ -20,10 +20,9 @@ from opd_geometry.geometry import comparison
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
-NAMES = ["01_localisation", "02_locking", "03_controls", "04_budgets"]
-NAMES += ["05_subspaces", "06_variants", "07_scale", "08_choices", "09_gates"]
-NAMES += ["10_contradictions", "11_beliefs", "12_your_checkpoints", "20_unplaced"]
-NAMES += ["21_collapse"]
+NAMES = ["01_unplaced", "02_collapse", "03_equal_norm", "04_rank"]
+NAMES += ["06_controls", "07_regimes", "08_exclusions", "09_your_checkpoints"]
+NAMES += ["10_choices", "11_bounds"]
 SECTIONS = [
     "The question",
     "The runs",
@@ -127,6 +126,7 @@ def test_keeps_the_anatomy(path: Path) -> None:
 def test_figures_say_what_they_show_and_begin_with_the_finding(path: Path) -> None:
     cells = read(path).cells
     drawn = [i for i, c in enumerate(cells) if "image/png" in str(c.get("outputs"))]
+    assert drawn
     for cell, below in ((cells[i], cells[i + 1]) for i in drawn):
         assert (
             "image/png" in cell.outputs[-1].data

@@ -191,6 +191,8 @@ SETTINGS = {
     evidence.ACCURACY_MARGIN,
     evidence.SPARSITY_MARGIN,
     evidence.COMPARABLE_FACTOR,
+    evidence.SAME_FACTOR,
+    evidence.KEPT,
     comparison.MASK_ALPHA,
     profiles.PAPER_BATCH,
     profiles.PAPER_STEPS,
@@ -204,18 +206,17 @@ SETTINGS = {
 QUOTED: dict[str, set[float]] = {
     # a weight, in the worked update; a share of rewards; where a ratio is clipped
     "notation": {0.02, 0.45, 0.8, 1.28},
-    "01_localisation": {299, 5375},
-    "02_locking": {63, 299, 2024},  # the year of AIME
-    "03_controls": {0.91},  # 1 / 1.1, in an answer
-    # the widest gap of Table 1; ratios and billions of parameters; an answer
-    "06_variants": {0.055, 1.75, 14, 21},
-    "07_scale": {14},  # billions of parameters
+    "03_equal_norm": {299, 5375},
+    "04_rank": {63, 299},
+    "06_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
+    # the widest gap of Table 1; ratios and billions of parameters
+    "07_regimes": {0.055, 1.75, 14},
     # thousands of prompts, updates a round, and an answer worked out from the print
     # steps at which those runs were locked and ended; millions of parameters
     "confinement": {10, 40, 1e-8},
     "reproduce": {270, 1024},
-    "12_your_checkpoints": {60},  # how many matrices the exercise samples
-    "10_contradictions": {17, 37.5, 0.54, 0.64, 0.7},
+    "09_your_checkpoints": {60},  # how many matrices the exercise samples
+    "08_exclusions": {17, 37.5, 0.54, 0.64, 0.7},
 }
 
 
@@ -301,7 +302,7 @@ def test_a_typed_result_is_found(text: str) -> None:
         "Its 95 % interval over five seeds, in bf16 and float32, with 0.3 of the rate.",
         "12. Item\n\n```console\n$ run --steps 1234\n```\n[here](https://e.org/0.77)",
         "::::{grid} 1 1 13 13\n:gutter: 33\n:::",
-        "```{glue:} costs\n:doc: chapters/02_locking.ipynb\n```",
+        "```{glue:} costs\n:doc: chapters/04_rank.ipynb\n```",
         "$$\nx = 0.777\n$$",
     ],
 )

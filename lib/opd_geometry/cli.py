@@ -320,6 +320,72 @@ def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
 
 @commands.command()
 @_profile
+@_arms("all")
+@_seeds
+@_student
+def starts(profile: str, arms: str, seeds: str, student: str | None) -> int:
+    """Publish what runs start from: their weights, and the signal of their gradients.
+
+    Nothing is trained but what a run starts from. The weights of a start are read where
+    a run from it is finished; the gradients of 16 batches an arm and seed need no run.
+
+    \b
+    Examples:
+      opd-geometry starts --profile published --arms sft,opd,rlvr --seeds 0-2
+    """
+    import pandas as pd
+
+    from opd_geometry.experiments import signal, weights
+    from opd_geometry.experiments.runs import is_done
+
+    runs = _asked(profile, arms, seeds, "committed", student)
+    for run in runs:
+        signal.commit_signals(profile, signal.signal_table(run))
+        click.echo(f"signal of {run.name}")
+    origins = {run.start: run for run in runs[::-1] if is_done(run)}
+    if origins:
+        table = pd.concat(map(weights.weights_table, [*origins.values()][::-1]))
+        weights.commit_weights(profile, table)
+    return 0
+
+
+@commands.command()
+@_profile
+@_arms("all")
+@_seeds
+@_student
+def pairs(profile: str, arms: str, seeds: str, student: str | None) -> int:
+    """Publish where finished runs end relative to each other.
+
+    Pairs of arms from one anchor, and of one arm's seeds: cosine, shared subspaces and
+    masks of their final updates, beside what two unrelated updates share.
+
+    \b
+    Examples:
+      opd-geometry pairs --profile published --arms sft,opd,rlvr --seeds 0-2
+    """
+    from opd_geometry.experiments import ends
+    from opd_geometry.experiments.profiles import settings_of
+    from opd_geometry.experiments.runs import is_done
+
+    runs = [
+        run
+        for run in _asked(profile, arms, seeds, "committed", student)
+        if is_done(run)
+    ]
+    found = [*ends.same_anchor(runs), *ends.other_seeds(runs)]
+    if not found:
+        raise ValueError(
+            f"{len(runs)} finished runs and no pair of them: expected two arms of one "
+            "seed, or two seeds of one arm; train with opd-geometry run"
+        )
+    table = ends.pair_table(found, settings_of(profile).rank)
+    click.echo(f"{len(found)} pairs are now in {ends.commit_pairs(profile, table)}")
+    return 0
+
+
+@commands.command()
+@_profile
 @_arms("base,teacher")
 def checkpoints(profile: str, arms: str) -> None:
     """Publish the last checkpoints of finished runs, in bf16.
@@ -517,7 +583,7 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     \b
     Examples:
       opd-geometry chapters
-      opd-geometry chapters --profile laptop --seeds 0-2 02_locking
+      opd-geometry chapters --profile laptop --seeds 0-2 04_rank
     """
     from opd_geometry.book.site import execute_chapter, known_parameters
 
@@ -566,18 +632,18 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     if code := _train(profile, _own_runs(profile, seeds, origin, student), jobs):
         return code
     parameters = {"profile": profile, "seeds": seeds, "source": source, "jobs": jobs}
-    executed = []
+    executed, place = [], builds(root) / "book"
     for notebook in notebooks:
-        output = root / "_build" / "book" / "chapters" / notebook.name
+        output = place / "chapters" / notebook.name
         known = known_parameters(notebook, parameters)
         if student and "profile" in known:  # no notebook needs to name it
             known["student"] = student
         execute_chapter(notebook, output, known, root)
         executed.append(output)
-        click.echo(f"Executed {output.relative_to(root)}")
+        click.echo(f"Executed {output.relative_to(place.parents[1])}")
     numbers = parse_seeds(seeds)
     table, provenance = measure.load(profile, ARMS, numbers, source, student)
-    own = root / "_build" / "book" / "claims.csv"
+    own = place / "claims.csv"
     write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
     beside = ""
@@ -633,6 +699,13 @@ def repository() -> Path:
             "repository, installed with pip install -e ."
         )
     return root
+
+
+def builds(root: Path) -> Path:
+    """Where books are built: in the checkout, or beside the data if it is read-only."""
+    from opd_geometry.files import data_directory
+
+    return (root if os.access(root, os.W_OK) else data_directory()) / "_build"
 
 
 def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
@@ -705,7 +778,7 @@ def _build(
     from opd_geometry.book import site as pages_of
     from opd_geometry.book.explorer import write_data
 
-    place = root / "_build" / name
+    place = builds(root) / name
     source = pages_of.stage_site(root, place / "source", pages, banner)
     pages_of.add_claims(source, claims_csv)
     pages_of.add_hero(source)

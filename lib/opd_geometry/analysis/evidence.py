@@ -10,7 +10,7 @@ of the other readout are those with its suffix, and so are its nulls'.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -97,6 +97,7 @@ class Levels:
         self._arms_of: dict[str, set[str]] = {}
         self._levels: dict[object, pd.Series] = {}
         self._means: dict[object, pd.Series] = {}
+        self._places: dict[object, dict[str, pd.Series]] = {}
 
     def with_arm(self, arm: str, other: str) -> "Levels":
         """The same table with another arm in an arm's place."""
@@ -134,6 +135,20 @@ class Levels:
             self._means[what, own] = _NOTHING if found is None else found
         return self._means[what, own]
 
+    def matrices(self, arm: str, frac: float) -> dict[str, pd.Series]:
+        """Metrics to an arm's values by seed and matrix, at a fraction of training."""
+        key = ("matrices", arm, frac)
+        if key not in self._places:
+            rows = self.table[self.table["arm"] == self._alias.get(arm, arm)]
+            ends = rows.groupby("seed")["step"].max()
+            wanted = (frac * rows["seed"].map(ends)).round()
+            rows = rows[rows["role"].isin(LAYERS) & (rows["step"] == wanted)]
+            self._places[key] = {
+                str(metric): found.set_index(["seed", "matrix"])["value"]
+                for metric, found in rows.groupby("metric", observed=True)
+            }
+        return self._places[key]
+
     def _of_all_arms(
         self, metric: str, roles: tuple[str, ...], weighted: bool
     ) -> pd.Series:
@@ -158,6 +173,14 @@ _NOTHING = pd.Series(
     dtype=float,
     index=pd.MultiIndex.from_arrays(
         [np.array([], dtype=int)] * 2, names=["seed", "step"]
+    ),
+)
+
+
+_NO_PLACE = pd.Series(
+    dtype=float,
+    index=pd.MultiIndex.from_arrays(
+        [np.array([], dtype=int), np.array([], dtype=object)], names=["seed", "matrix"]
     ),
 )
 
@@ -217,6 +240,31 @@ def _at_turns(values: pd.Series, towards: int) -> Values:
     turns[:-1] = changes if towards == -1 else turns[:-1]
     index = pd.Index(seeds[turns], name="seed")
     return pd.Series(values.to_numpy()[turns], index)
+
+
+def beside(
+    table: Table, arm: str, metrics: Sequence[str], frac: float = 1.0
+) -> pd.DataFrame:
+    """Metrics as means over one set of matrices: those that have all of them.
+
+    Of a large model some nulls are taken on some of its layers alone, and a mean over
+    all matrices beside a null's over a few would compare matrices, not updates.
+
+    Args:
+        table: tidy, or its levels.
+        arm: which.
+        metrics: names, such as a diagnostic and its nulls.
+        frac: of training; the checkpoint at that step, 1 the last one.
+
+    Returns:
+        Index: the seeds that have all of them; a column a metric, and ``n_matrices``.
+    """
+    levels = levels_of(table, [arm])
+    places = levels.matrices(arm, frac)
+    columns = [places.get(metric, _NO_PLACE) for metric in metrics]
+    wide = pd.concat(columns, axis=1, keys=metrics).dropna()
+    by_seed = wide.groupby(level="seed")
+    return by_seed.mean().assign(n_matrices=by_seed.size())
 
 
 def distance(table: Table, arm: str, other: str, suffix: str = "") -> Values:

@@ -651,11 +651,12 @@ def _kept(model: str) -> Path:
     name = Path(model.partition("@")[0]).name
     for folder in (on_shelf(f"unplaced/{n}") for n in (name, f"{name}-{digest[:8]}")):
         files = [folder / f"{table}.csv" for table in TABLES]
-        if all(file.is_file() for file in files):
-            if pd.read_csv(files[-1])["sha256"].eq(digest).all():
-                return folder
-        elif not files[-1].is_file():  # it is written last
-            break
+        there = files[-1].is_file()  # it is written last
+        if there and not pd.read_csv(files[-1])["sha256"].eq(digest).all():
+            continue
+        if there and all(file.is_file() for file in files):
+            return folder
+        break
     return make(model, data_directory() / "unplaced" / folder.name)
 
 

@@ -22,15 +22,15 @@ VERDICT_MARKS = {
 }
 # What the paper's figures and tables are about: a part of the board, and its chapter.
 PARTS = {
-    "How much, and where": ("01_localisation", ("Table 1", "Figure 2", "Figure 3")),
-    "When, and in how many directions": (
-        "02_locking",
-        ("Figure 4", "Figure 5", "Figure 6", "Figures 6"),
+    "How much, and where": ("03_equal_norm", ("Table 1", "Figure 2", "Figure 3")),
+    "When, and in how many directions": ("04_rank", ("Figure 4", "Figure 5")),
+    "What it depends on": (
+        "06_controls",
+        ("Figure 6", "Figures 6", "Figure 7", "Figures 7"),
     ),
-    "What it depends on": ("03_controls", ("Figure 7", "Figures 7")),
 }
 ENDS = ("low", "high")
-CHAPTER_OF = {"sparsity-robust": "06_variants"}  # where it is not that of its part
+CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
 FILTER = """
 <fieldset class="board-filter" hidden>
 <legend>Show</legend>
