@@ -12,6 +12,7 @@ of every matrix, at step 0, is its number of entries: the weight of its sparsity
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
@@ -460,14 +461,27 @@ def committed_runs(profile: str) -> list[Run]:
     ]
 
 
-def committed(profile: str) -> pd.DataFrame:
-    """The table of a profile's committed runs, words as categories; or an empty one.
+def committed(profile: str, arms: Iterable[str] = ("*",)) -> pd.DataFrame:
+    """The table of a profile's committed runs, and how near their ends are to others'.
+
+    Args:
+        profile: of the runs.
+        arms: shell patterns; only the runs of these arms. The ends of all others are
+            still held against theirs.
+
+    Returns:
+        With ``COLUMNS``, words as categories; empty when there are none.
 
     Raises:
         ValueError: a file is damaged, or the list of runs has lost lines.
     """
     _refuse_unlisted()
-    runs = committed_runs(profile)
+    wanted = list(arms)
+    runs = [
+        run
+        for run in committed_runs(profile)
+        if any(fnmatchcase(run.arm, pattern) for pattern in wanted)
+    ]
     if not runs:
         return pd.DataFrame(columns=COLUMNS)
     keys = [run.key() for run in runs]
