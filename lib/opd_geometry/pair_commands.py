@@ -126,11 +126,10 @@ def _options(command: Command) -> Command:
 )
 @click.option(
     "--metrics",
-    default="all",
-    show_default=True,
     metavar="NAMES",
-    help="Columns or groups: all, cheap (no singular values), angles, overlaps, "
-    "norms, spread.",
+    help="Columns or groups: cheap (no singular values), middle (cheap, and what the "
+    "update alone has, iterated and with its error), all, angles, overlaps, norms, "
+    "spread, energy; default: all, and middle from a billion weights on.",
 )
 @click.option(
     "--base",
@@ -173,7 +172,7 @@ def measure_command(
     principal_rank: int | None,
     alpha: float,
     eta: float,
-    metrics: str,
+    metrics: str | None,
     null: bool,
     seed: int,
     part: str | None,
@@ -196,11 +195,12 @@ def measure_command(
       opd-geometry measure base trained --out qkvo.json --roles q,k,v,o --rank-k 64
       opd-geometry measure base trained --out table.csv --resume
       opd-geometry measure base trained --out some.csv --sample 60
+      opd-geometry measure base trained --out middle.csv --metrics middle --no-null
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
     from opd_geometry.geometry.pairs import (
-        METRICS,
+        MIDDLE,
         beside_expected,
         parse_metrics,
         plan_pair,
@@ -218,7 +218,11 @@ def measure_command(
 
     check_output(out, force, resume)
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
-    asked = parse_metrics(_names(metrics) or ())
+    asked = _names(metrics)
+    if asked is None and sample is not None:
+        asked = ["all"]  # a sample of them takes no longer than a tier of all
+    if asked is not None:
+        parse_metrics(asked)
     plan = plan_pair(
         locate(before),
         locate(after),
@@ -233,14 +237,16 @@ def measure_command(
     )
     say = _Voice(quiet, as_json)
     say.announce(plan)
+    if asked is None:
+        asked = [MIDDLE if plan.iterated else "all"]
     whole, design = plan, None
     if sample is not None:
         plan, design = sampled(plan, sample, seed)
-    forecasts = [("Projected time:", _left(plan, out, resume), asked, null)]
-    if design is not None:
-        forecasts.append(("All matrices would take", whole, asked, null))
-    if len(asked) < len(METRICS):
-        forecasts.append(("The full suite would take", whole, tuple(METRICS), True))
+    left = _left(plan, out, resume)
+    forecasts = [(f"Projected time ({', '.join(asked)}):", left, asked, null)]
+    for tier in ("cheap", MIDDLE, "all"):
+        if design is not None or [tier] != asked:
+            forecasts.append((f"All matrices, {tier}:", whole, [tier], null))
     if not quiet:
         _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume, quiet)
@@ -280,6 +286,13 @@ def measure_command(
     show_default=True,
     help="Dimension of the top right subspaces that are compared.",
 )
+@click.option(
+    "--iterate/--exact",
+    "iterated",
+    default=None,
+    help="Spectra by an iteration, with their errors, or exactly; default: iterated "
+    "from a billion weights on.",
+)
 def trajectory_command(
     before: str,
     checkpoints: tuple[str, ...],
@@ -292,6 +305,7 @@ def trajectory_command(
     quiet: bool,
     as_json: bool,
     k: int,
+    iterated: bool | None,
     part: str | None,
     steps: str | None,
 ) -> int:
@@ -326,12 +340,13 @@ def trajectory_command(
         _names(roles),
         numbers,
         _names(part),
+        iterated,
     )
     say = _Voice(quiet, as_json)
     say.announce(plan)
     left = _left(plan, out, resume)
     if not quiet:
-        _project([("Projected time:", left, ("stable_rank",), False)], jobs)
+        _project([("Projected time:", left, ["stable_rank"], False)], jobs)
     table = _run(plan, out, jobs, resume, quiet)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
     nulls = ["similarity_null", "increments_similarity_to_end", "similarity_of_weights"]
@@ -453,9 +468,7 @@ def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
     return plan.without(finished(out, plan.description)) if resume else plan
 
 
-def _project(
-    forecasts: list[tuple[str, "Plan", tuple[str, ...], bool]], jobs: int
-) -> None:
+def _project(forecasts: list[tuple[str, "Plan", list[str], bool]], jobs: int) -> None:
     """How long it will take, before it starts; nothing if nothing is left."""
     from opd_geometry.geometry.forecast import probe_speed, projected_seconds
 

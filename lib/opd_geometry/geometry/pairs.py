@@ -26,6 +26,7 @@ from opd_geometry.geometry import (
     bits,
     comparison,
     gram,
+    krylov,
     locking,
     low_rank,
     spectra,
@@ -71,6 +72,7 @@ METRICS = {
     "frobenius_norm": "frobenius_norm",
     "relative_norm": "relative_norm",
     "hill_alpha": "hill_alpha",
+    "top_share": "top_share",
     **{name: name for name in comparison.ENERGY},
 }
 NULL_METRICS = (
@@ -84,19 +86,24 @@ COLUMN_OF = {name: column for column, name in METRICS.items()}
 SHUFFLED_METRICS = tuple(COLUMN_OF[name] for name in comparison.SHUFFLED)
 TURNED_METRICS = comparison.TURNED
 EXPECTED_METRICS = tuple(COLUMN_OF[name] for name in comparison.EXPECTED)
+# What the update alone has, known from an adapter's two factors.
+OF_UPDATE = ("stable_rank", "hill_alpha", "top_share")
+CHEAP = (
+    "sparsity_bf16",
+    "update_density",
+    "low_magnitude_overlap",
+    "frobenius_norm",
+    "relative_norm",
+)
+MIDDLE = "middle"  # the tier whose spectra are iterated and come with errors
 GROUPS = {
     "all": tuple(METRICS),
-    "cheap": (
-        "sparsity_bf16",
-        "update_density",
-        "low_magnitude_overlap",
-        "frobenius_norm",
-        "relative_norm",
-    ),
+    "cheap": CHEAP,
+    MIDDLE: (*CHEAP, *OF_UPDATE),
     "angles": ANGLES,
     "overlaps": ("principal_overlap", "low_magnitude_overlap"),
     "norms": ("frobenius_norm", "relative_norm"),
-    "spread": ("stable_rank", "hill_alpha"),
+    "spread": OF_UPDATE,
     "energy": comparison.ENERGY,
 }
 IDENTITY = (
@@ -120,6 +127,7 @@ COLUMNS = (
     "expected_from",
     "gap_at_k",
     "angle_error_deg",
+    *(f"{name}_error" for name in OF_UPDATE),
     "adapter_norm",
     "note",
 )
@@ -136,18 +144,20 @@ TRAJECTORY_COLUMNS = (
     "similarity_null",
     "increments_similarity_to_end",
     "similarity_of_weights",
+    "stable_rank_error",
+    "hill_alpha_error",
+    "subspace_error_deg",
     "note",
 )
 # An update that is zero turns nothing, exactly.
-# What the update alone has, known from an adapter's two factors.
-OF_UPDATE = ("stable_rank", "hill_alpha")
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
 # What one matrix may raise without harm to the others.
 REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
-FORMAT = 2  # raised when the same checkpoints would give other rows
+LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
+FORMAT = 3  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -182,6 +192,7 @@ def measure_tensors(
     metrics: Collection[str] = tuple(METRICS),
     null: bool = True,
     seed: int | tuple[int, ...] = 0,
+    iterated: bool = False,
 ) -> dict[str, float]:
     """The diagnostics of one matrix, as the columns of `measure_checkpoints`.
 
@@ -197,6 +208,7 @@ def measure_tensors(
             (``turned_``), and what an unplaced update shows in closed form
             (``expected_``) at the distance of `comparison.compare_expected`.
         seed: of their noise.
+        iterated: `OF_UPDATE` by `krylov.spread`, about and with their errors.
 
     Returns:
         Column to value: the metrics, their nulls, gap_at_k = (s_k - s_{k+1}) / s_1 of
@@ -216,14 +228,29 @@ def measure_tensors(
     quality = comparison.ANGLE_QUALITY if turns else ()
     must = ["frobenius_norm", *(["density"] if null else [])]
     names = [*dict.fromkeys([*must, *asked.values(), *quality])]
-    found = comparison.compare(before, w_after, names)
-    row = {column: found[name] for column, name in asked.items()}
+    about = {*OF_UPDATE} & {*asked} if iterated else set()
+    exact = [name for name in names if name not in about]
+    found = comparison.compare(before, w_after, exact)
+    row = {column: found.get(name, math.nan) for column, name in asked.items()}
     row |= {name: found[name] for name in quality}
     if found["frobenius_norm"] == 0.0:
         return _complete(row | {k: v for k, v in UNMOVED.items() if k in row})
+    if about:
+        row |= _iterated(before, w_after, found["frobenius_norm"], about)
     if null:
         row |= _nulls(before, w_after, asked, seed, found["density"])
     return _complete(row)
+
+
+def _iterated(
+    before: Reference, w_after: Tensor, norm: float, wanted: Collection[str]
+) -> dict[str, float]:
+    """What the update alone has, each with its error."""
+    shape = before.w_before.shape
+    k, hill_k = min(comparison.TOP, *shape), before.settings.hill_rank(shape)
+    about = krylov.spread(before.w_before, w_after, norm, k, min(hill_k, *shape))
+    names = [name for n in wanted for name in (n, f"{n}_error")]
+    return {name: getattr(about, name) for name in names}
 
 
 def _nulls(
@@ -273,6 +300,7 @@ def follow_tensors(
     k: int = 16,
     settings: Settings = DEFAULTS,
     seed: int | tuple[int, ...] = 0,
+    iterated: bool = False,
 ) -> list[Row]:
     """How the update of one matrix spreads and settles over a run.
 
@@ -286,6 +314,7 @@ def follow_tensors(
         k: K, cut to the smaller side of the matrix.
         settings: its hill_k counts.
         seed: of the rotations.
+        iterated: spectra and subspaces by `krylov.spread`, about and with errors.
 
     Returns:
         A row a step: step, stable_rank, frobenius_norm, hill_alpha,
@@ -303,18 +332,21 @@ def follow_tensors(
     k = min(k, *w_before.shape)
     null = locking.Increments(w_before.shape, comparison.generator_of(seed))
     rows, own, turned = [], [], []
+    spread_of = _about if iterated else _spread_of
+
+    def top(w: Tensor) -> Tensor | None:
+        return spread_of(w, k, settings)[1] if iterated else gram.right_subspace(w, k)
+
     for step in steps:
         delta = comparison.difference(w_before, later(step))
-        values, subspace = _spread_of(delta, k, settings)
+        values, subspace = spread_of(delta, k, settings)
         rows.append({"step": step, **values})
         own.append(subspace)
         if len(steps) >= locking.LEAST:
             total = null.add(delta)
-            turned.append(
-                gram.right_subspace(total, k) if values["frobenius_norm"] else None
-            )
+            turned.append(top(total) if values["frobenius_norm"] else None)
         del delta
-    of_weights = gram.right_subspace(w_before, k)
+    of_weights = top(w_before)
     for i, row in enumerate(rows):
         row["similarity_to_end"] = _shared(own[i], own[-1])
         row["similarity_null"] = k / w_before.shape[1]
@@ -350,6 +382,21 @@ def _spread_of(
     }, subspace
 
 
+def _about(
+    delta: Tensor, k: int, settings: Settings
+) -> tuple[dict[str, float], Tensor | None]:
+    """As `_spread_of`, iterated."""
+    norm = bits.norm(delta)
+    if norm == 0.0:
+        return _spread_of(delta, k, settings)
+    nothing = delta.new_zeros(()).expand(delta.shape)
+    hill_k = min(settings.hill_rank(delta.shape), *delta.shape)
+    found = krylov.spread(nothing, delta, norm, k, hill_k)
+    values = ("stable_rank", "hill_alpha", "stable_rank_error", "hill_alpha_error")
+    named = {name: getattr(found, name) for name in (*values, "subspace_error_deg")}
+    return {"frobenius_norm": norm, **named}, found.right
+
+
 # --- matrices of checkpoints -----------------------------------------------------
 
 
@@ -362,6 +409,7 @@ class PairTask:
     metrics: tuple[str, ...]
     null: bool
     seed: int
+    iterated: bool = False
 
     @property
     def name(self) -> str:
@@ -426,7 +474,12 @@ class PairTask:
         origin = reference(w_before, self.settings, energies)
         seed = null_seed(self.seed, self.name, 0)
         values = measure_tensors(
-            origin, w_after, metrics=asked, null=self.null, seed=seed
+            origin,
+            w_after,
+            metrics=asked,
+            null=self.null,
+            seed=seed,
+            iterated=self.iterated,
         )
         notes = [_warning(values)]
         if not (self.null and {*asked} & {*EXPECTED_METRICS}):
@@ -438,20 +491,15 @@ class PairTask:
 def _of_update(
     update: tuple[Tensor, Tensor], settings: Settings, shape: tuple[int, int]
 ) -> dict[str, float]:
-    """Norm, stable rank and Hill exponent of left @ right."""
+    """Norm and `OF_UPDATE` of left @ right."""
     left, right = update
     _refuse_damage({"in the adapter's B": left, "in its A": right})
     values, _ = low_rank.spectrum(left, right)
     norm = float(torch.linalg.norm(values))
     if norm == 0.0:
         return {"adapter_norm": 0.0}
-    return {
-        "adapter_norm": norm,
-        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
-        "hill_alpha": comparison.defined(
-            spectra.hill_exponent, values, settings.hill_rank(shape)
-        ),
-    }
+    found = comparison.of_values(values, norm, settings.hill_rank(shape))
+    return {"adapter_norm": norm, **found}
 
 
 def _refuse_damage(tensors: dict[str, Tensor]) -> None:
@@ -507,6 +555,7 @@ class TrajectoryTask:
     pairs: tuple[StoredPair, ...]  # (W_0, W_t) in the order of steps
     k: int
     settings: Settings
+    iterated: bool = False
 
     @property
     def name(self) -> str:
@@ -569,7 +618,9 @@ class TrajectoryTask:
             return w
 
         seed = null_seed(0, self.name, 0)
-        return follow_tensors(w_before, later, self.steps, self.k, self.settings, seed)
+        return follow_tensors(
+            w_before, later, self.steps, self.k, self.settings, seed, self.iterated
+        )
 
     def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
         """As `follow_tensors`, from the factors of adapters: never the whole matrix."""
@@ -630,6 +681,11 @@ class Plan:
     measured: float = 1.0
 
     @property
+    def iterated(self) -> bool:
+        """Whether spectra are, with errors."""
+        return any(task.iterated for task in self.tasks)
+
+    @property
     def entries(self) -> int:
         """Weights to be read on either side."""
         shapes = [task.shape for task in self.tasks]
@@ -645,7 +701,7 @@ def plan_pair(
     before: Source,
     after: Source,
     settings: Settings = DEFAULTS,
-    metrics: Collection[str] = tuple(METRICS),
+    metrics: Collection[str] | None = tuple(METRICS),
     roles: Collection[str] | None = None,
     null: bool = True,
     seed: int = 0,
@@ -657,7 +713,8 @@ def plan_pair(
 
     Args:
         before, after: directories, files or adapters (`checkpoints.open_checkpoint`).
-        settings, metrics, null: as `measure_tensors`.
+        settings, metrics, null: as `measure_tensors`; the name ``middle`` iterates;
+            None is ``middle`` from `LARGE` entries on, and all below.
         roles: only these; None for all.
         seed: of the nulls; every matrix has noise of its own.
         parts: of the model, only these; None for all.
@@ -670,15 +727,20 @@ def plan_pair(
     """
     if seed < 0:
         raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
-    asked = parse_metrics(metrics)
     sides = open_pair(before, after, base, dequantise)
     found = _paired(*sides, roles, parts)
-    tasks = [PairTask(pair, settings, asked, null, seed) for pair in found.pairs]
+    if metrics is None:
+        metrics = [MIDDLE if _entries(found) >= LARGE else "all"]
+    asked, iterated = parse_metrics(metrics), MIDDLE in metrics
+    tasks = [
+        PairTask(pair, settings, asked, null, seed, iterated) for pair in found.pairs
+    ]
     description = {
         "table": f"measure {FORMAT}",
         "files": [_fingerprint(side) for side in sides],
         "settings": asdict(settings),
         "metrics": list(asked),
+        "iterated": iterated,
         "roles": sorted(roles) if roles is not None else None,
         "parts": sorted(parts) if parts is not None else None,
         "null": null,
@@ -705,6 +767,7 @@ def plan_trajectory(
     roles: Collection[str] | None = None,
     steps: Sequence[int] | None = None,
     parts: Collection[str] | None = None,
+    iterated: bool | None = False,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
 
@@ -716,6 +779,7 @@ def plan_trajectory(
         roles: only these; None for all.
         steps: of the checkpoints; None takes `steps_of` their names.
         parts: of the model, only these; None for all.
+        iterated: as `follow_tensors`; None: from `LARGE` entries on.
 
     Raises:
         FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
@@ -746,10 +810,11 @@ def plan_trajectory(
             f"{before} and all of {len(order)} checkpoints have no matrix in common, "
             "expected one architecture"
         )
+    if iterated is None:
+        iterated = _entries(found[order[0][0]]) >= LARGE
+    pairs = {name: tuple(side[name] for side in sides.values()) for name in common}
     tasks = [
-        TrajectoryTask(
-            tuple(sides), tuple(side[name] for side in sides.values()), k, settings
-        )
+        TrajectoryTask(tuple(sides), pairs[name], k, settings, iterated)
         for name in common
     ]
     description = {
@@ -758,6 +823,7 @@ def plan_trajectory(
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
+        "iterated": iterated,
         "roles": sorted(roles) if roles is not None else None,
         "parts": sorted(parts) if parts is not None else None,
     }
@@ -807,6 +873,10 @@ def _paired(
     if not found.pairs or len(found.pairs) < max(readable) / 2:
         raise ValueError(diagnosis(before, after, found))
     return found
+
+
+def _entries(found: Pairing) -> int:
+    return sum(math.prod(pair.before.shape) for pair in found.pairs)
 
 
 def _missing(
