@@ -125,7 +125,7 @@ def _call(
 
 def ensure_counting(run: Run, log: Path) -> Path:
     """``ensure``; every optimizer step adds a character to a log."""
-    loop = runs._loop
+    loop = runs.loop_of
 
     def counted(*arguments: Any) -> Any:
         for metrics in loop(*arguments):
@@ -133,7 +133,7 @@ def ensure_counting(run: Run, log: Path) -> Path:
                 file.write(".")
             yield metrics
 
-    runs._loop = counted
+    runs.loop_of = counted
     return runs.ensure(run)
 
 
@@ -237,7 +237,7 @@ def train_all(
 
 def train_all_but(killed: str, asked: list[Run], jobs: int) -> dict[Run, str]:
     """The same, where the system kills the worker of an arm after its first step."""
-    loop = runs._loop
+    loop = runs.loop_of
 
     def deadly(run: Run, *arguments: Any) -> Any:
         for metrics in loop(run, *arguments):
@@ -245,7 +245,7 @@ def train_all_but(killed: str, asked: list[Run], jobs: int) -> dict[Run, str]:
             if run.arm == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    runs._loop = deadly
+    runs.loop_of = deadly
     return train_all(asked, jobs)[0]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis import confinement
+from opd_geometry.analysis import confinement, evidence
 from opd_geometry.analysis.evidence import ALL_ACCURACIES
 from opd_geometry.book import contrast_figures
 from opd_geometry.experiments.measure import COLUMNS
@@ -35,6 +35,7 @@ def table() -> pd.DataFrame:
 
 
 def test_which_confinements_suffice(table: pd.DataFrame) -> None:
+    table.loc[table["arm"] == "opd-projected", "value"] += 0.015
     found = confinement.sufficiency(table, "opd", "trained task").set_index("arm")
     assert found["outcome"].to_dict() == {
         "opd-projected": "suffices",
@@ -42,17 +43,20 @@ def test_which_confinements_suffice(table: pd.DataFrame) -> None:
         "opd-projected-donor": "open",
         "stopped": "falls short",
     }
-    np.testing.assert_allclose(found.loc["opd-projected", "difference"], -0.02)
-    # 0.02 of the 0.201 that the free run gains after the branch are lost.
-    np.testing.assert_allclose(found.loc["opd-projected", "kept"], 1 - 0.02 / 0.201)
+    np.testing.assert_allclose(found.loc["opd-projected", "difference"], -0.005)
+    # 0.005 of the 0.201 that the free run gains after the branch are lost.
+    np.testing.assert_allclose(found.loc["opd-projected", "kept"], 1 - 0.005 / 0.201)
     np.testing.assert_allclose(found.loc["stopped", "kept"], 0.0, atol=1e-12)
+    claimed = evidence.kept_share(table, "opd", "opd-projected").mean()
+    np.testing.assert_allclose(found.loc["opd-projected", "kept"], claimed)
 
 
-def test_no_share_is_kept_of_what_was_never_gained(table: pd.DataFrame) -> None:
-    early = table["step"] == 20
-    table.loc[early, "value"] = 0.79
+def test_nothing_is_decided_where_nothing_was_gained(table: pd.DataFrame) -> None:
+    table.loc[table["step"] == 20, "value"] = 0.79
     found = confinement.sufficiency(table, "opd", "trained task")
     assert found["kept"].isna().all()
+    assert set(found["outcome"]) == {"without power"}
+    assert confinement.thesis(found).startswith("no test")
 
 
 def test_benchmarks_are_averaged(table: pd.DataFrame) -> None:
@@ -62,6 +66,24 @@ def test_benchmarks_are_averaged(table: pd.DataFrame) -> None:
     found = confinement.sufficiency(table, "opd", "all benchmarks").set_index("arm")
     np.testing.assert_allclose(found.loc["opd-projected", "difference"], -0.12)
     assert found.loc["stopped", "outcome"] == "open"  # measured on one task only
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        ({"": "suffices", "-update": "suffices"}, "holds"),
+        ({"": "suffices", "-update": "falls short"}, "refuted"),
+        ({"": "suffices", "-update": "suffices", "-donor": "suffices"}, "refuted"),
+        ({"": "suffices", "-update": "open"}, "open"),
+    ],
+)
+def test_the_thesis_needs_the_own_subspace_and_no_other(
+    outcomes: dict[str, str], said: str
+) -> None:
+    every = dict.fromkeys(confinement.FOREIGN, "falls short")
+    every |= {"stopped": "falls short"} | outcomes
+    rows = pd.DataFrame({"confined": list(every), "outcome": list(every.values())})
+    assert confinement.thesis(rows) == said
 
 
 # --- figures ---------------------------------------------------------------------
@@ -76,13 +98,14 @@ def test_dots_stand_at_what_is_lost(table: pd.DataFrame) -> None:
     }
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["own early subspace", "another arm's subspace", "random subspace"]
-    np.testing.assert_allclose([dots[0], dots[1], dots[2]], [-0.02, -0.051, -0.15])
+    kept = 1 + np.array([-0.02, -0.051, -0.15]) / 0.201
+    np.testing.assert_allclose([dots[0], dots[1], dots[2]], kept)
     faces = {
         float(line.get_ydata()[0]): str(line.get_markerfacecolor())
         for line in ax.lines
         if line.get_marker() == "o"
     }
-    assert [faces[row] == "none" for row in (0, 1, 2)] == [False, True, True]
+    assert [faces[row] == "none" for row in (0, 1, 2)] == [True, True, True]
 
 
 def test_ranks_lie_on_one_line(table: pd.DataFrame) -> None:

@@ -1,5 +1,6 @@
 """Confinement in transformers' own Trainer: is it there, and what is said if not?"""
 
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import trainer_ranks
+from children import Child
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -27,6 +30,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from opd_geometry.geometry.projection import leaked_energy
 from opd_geometry.geometry.spectra import subspace_similarity, top_right_subspace
@@ -289,7 +293,14 @@ class Masters(torch.optim.SGD):
                 p.data.copy_(self.state[p]["master"])
 
 
-class LayerWiseThing(torch.optim.AdamW): ...
+def layerwise(parameters: list[Any]) -> Any:
+    """As transformers makes its layer-wise ones: a step in backward, and a dummy."""
+    for p in parameters:
+        own = torch.optim.AdamW([p], 1e-3)
+        p.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    dummy = LayerWiseDummyOptimizer()
+    dummy.param_groups = [{"params": parameters, "lr": 1e-3}]
+    return dummy
 
 
 @pytest.mark.parametrize(
@@ -297,7 +308,7 @@ class LayerWiseThing(torch.optim.AdamW): ...
     [
         (lambda ps: TwoModes(ps, 1e-3), "TwoModes keeps a second copy of the weights"),
         (lambda ps: Masters(ps, 1e-1), "Masters keeps .* once more, as 'master'"),
-        (lambda ps: LayerWiseThing(ps, 1e-3), "steps layer by layer within backward"),
+        (layerwise, "DummyOptimizer steps layer by layer within backward"),
         (lambda ps: torch.optim.AdamW(ps[1:], 1e-3), "is not stepped by the trainer's"),
     ],
 )
@@ -377,6 +388,138 @@ def test_frozen_and_fresh_weights_are_reported(tmp_path: Path) -> None:
     assert f"trained, not looked at: {q.format(1)}" in told
     assert f"trained only since then, hence free: {q.format(1)}" in told
     assert made.state.global_step == STEPS
+
+
+class Lisa(TrainerCallback):
+    """Layerwise importance sampling: one layer is trained at a time, in turn."""
+
+    def __init__(self, model: Any, every: int) -> None:
+        self.layers, self.every = model.model.layers, every
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        active = state.global_step // self.every % len(self.layers)
+        for i, layer in enumerate(self.layers):
+            layer.requires_grad_(i == active)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_layers_that_take_turns_stay_confined_or_are_named(
+    every: int, tmp_path: Path
+) -> None:
+    """Fixed by name: who had moved by the lock is confined in later turns, too."""
+    model = qwen()
+    made, confined, at = confine(model, tmp_path, optimizer=torch.optim.AdamW)
+    confined.form = "update"
+    made.add_callback(Lisa(model, every))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        made.train()
+    (said,) = [str(w.message) for w in heard if "locked at step" in str(w.message)]
+    second = "model.layers.1.self_attn.q_proj.weight"
+    assert (second in confined.bases) == (every == 1)  # else it had no turn by then
+    assert ("of these free, should they be trained again" in said) == (every == 4)
+    assert "frozen since the start: model.layers." in said
+    moved = leaks(model, at, confined)
+    assert len(moved) == (14 if every == 1 else 7) + 2
+    assert max(moved.values()) < 1e-9
+
+
+def test_what_else_writes_weights_is_heard(tmp_path: Path) -> None:
+    model = qwen()
+    w = model.model.layers[0].self_attn.q_proj.weight
+
+    def write() -> None:
+        with torch.no_grad():
+            w.add_(torch.randn(w.shape, generator=torch.Generator().manual_seed(2)))
+
+    made, _, _ = confine(model, tmp_path, form="update")
+    made.callback_handler.callbacks.insert(0, Change(LOCK + 1, write))
+    with pytest.warns(UserWarning, match="something other than the optimizer's step"):
+        made.train()
+
+
+def test_weights_that_zero_3_has_partitioned_are_refused(tmp_path: Path) -> None:
+    """DeepSpeed leaves empty tensors, or whole ones for as long as they are gathered.
+
+    A stand-in: DeepSpeed itself needs an accelerator.
+    """
+    for gathered in (True, False):
+        model = qwen()
+        made, confined, _ = confine(model, tmp_path)
+        geometry = GeometryCallback(made, every=1, k=K)
+        made.add_callback(geometry)
+        for i, p in enumerate(model.parameters()):
+            p.ds_id, p.ds_shape = i, p.shape
+            if not gathered:
+                p.data = torch.empty(0)
+        with pytest.raises(ValueError, match=r"ZeRO-3.*; train with DDP") as error:
+            made.train()
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=r"ZeRO-3.*; measure the checkpoints"):
+            ProjectionCallback(made)
+        with pytest.raises(ValueError, match=r"ZeRO-3.*; measure the checkpoints"):
+            GeometryCallback(made)
+        with pytest.warns(UserWarning, match=r"not complete: .*ZeRO-3"):
+            geometry.on_train_begin(made.args, made.state, made.control)
+        assert confined.handle is None
+
+
+# --- several processes ---------------------------------------------------------------
+
+
+def in_two(folder: Path, work: Callable[..., Any]) -> list[Any]:
+    """What two processes return that can reach each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [Child(folder / f"data{r}", work, r, port, folder) for r in range(2)]
+    return [rank.result() for rank in ranks]
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """DDP: only the first keeps W_0, columns and bases are those of one process."""
+    first, second = in_two(tmp_path, trainer_ranks.confined_in_two)
+    made, geometry, confined = trainer_ranks.watched(
+        tmp_path / "one", per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        made.train()
+    alone = trainer_ranks.told(made, geometry, confined, heard)
+    assert [first[0]["kept"], second[0]["kept"]] == [[True, True], [False, False]]
+    assert [first[0]["keeps"], second[0]["keeps"]] == [[True, False], [False, False]]
+    assert first[0]["geometry"].keys() == alone["geometry"].keys()
+    assert not second[0]["geometry"]
+    for step, values in alone["geometry"].items():
+        assert first[0]["geometry"][step] == pytest.approx(values, rel=1e-3), step
+    assert first[0]["projection"] == pytest.approx(alone["projection"])
+    assert max(first[0]["leak"]) < 1e-9
+    assert [len(r[0]["heard"]) for r in (first, second)] == [1, 0]
+    assert first[0]["heard"] == alone["heard"]
+    for name, v in alone["bases"].items():
+        for rank in (first, second):
+            for run in rank:
+                assert (run["bases"][name] == first[0]["bases"][name]).all()
+        found = torch.tensor(first[0]["bases"][name])
+        assert subspace_similarity(torch.tensor(v), found) > 1 - 1e-5
+    for name, w in first[0]["weights"].items():  # the same everywhere, resumed or not
+        for run in (second[0], first[1], second[1]):
+            assert (run["weights"][name] == w).all()
+        assert w == pytest.approx(alone["weights"][name], abs=1e-5)
+    assert first[1]["lock_step"] == second[1]["lock_step"] == LOCK
+    assert first[1]["geometry"] == first[0]["geometry"]
+
+
+def test_weights_that_fsdp2_has_sharded_are_refused(tmp_path: Path) -> None:
+    for said, heard, steps in in_two(tmp_path, trainer_ranks.sharded_in_two):
+        assert said.startswith("model.embed_tokens.weight is spread over processes")
+        assert "\n" not in said
+        assert len(heard) <= 1  # once, by the first process; the training goes on
+        assert all("expected whole weights" in line for line in heard)
+        assert steps == STEPS
+
+
+# --- not finite, and other ends --------------------------------------------------
 
 
 def test_nan_is_called_nan_and_ends_no_training(tmp_path: Path) -> None:

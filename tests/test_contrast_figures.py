@@ -14,7 +14,7 @@ from test_figures import SHAPES, STEPS, colours_written, lines_named, planted
 from test_sweeps import dots
 
 from opd_geometry.analysis import matching
-from opd_geometry.analysis.evidence import ACCURACY_MARGIN, ALL_ACCURACIES
+from opd_geometry.analysis.evidence import ALL_ACCURACIES, KEPT
 from opd_geometry.book import contrast_figures as figures
 from opd_geometry.book.figures import (
     ARM_STYLES,
@@ -182,21 +182,23 @@ def test_what_a_confinement_costs_has_its_interval_and_its_outcome() -> None:
     styles = [CONFINED_STYLES[suffix] for suffix in ("", "-donor", "-random")]
     assert rows_of(ax) == [look.label for look in styles]
     # 0.02 better a place in the table; the last one's seeds differ by (0, 0, 0.03).
-    np.testing.assert_allclose(dots(ax, "o"), [(0.02, 0), (-0.06, 1), (-0.03, 2)])
+    gain = 0.8 / 3  # after a fifth
+    kept = [(1 + x / gain, y) for x, y in ((0.02, 0), (-0.06, 1), (-0.03, 2))]
+    np.testing.assert_allclose(dots(ax, "o"), kept)
     expected = [to_hex(look.colour) for look in styles]
     assert looks(ax) == list(zip(expected, [True, False, False], strict=True))
     ends, colours = strokes(ax)
-    low, high = -0.03 - 0.01 * 4.302653, -0.03 + 0.01 * 4.302653  # t of two degrees
-    intervals = [(0.02, 0, 0.02, 0), (-0.06, 1, -0.06, 1), (low, 2, high, 2)]
+    wide = 0.01 * 4.302653 / gain  # t of two degrees
+    halves = (0, 0, wide)
+    intervals = [(x - h, y, x + h, y) for (x, y), h in zip(kept, halves, strict=True)]
     np.testing.assert_allclose(ends, intervals, atol=1e-7)
     assert colours == expected
     (band,) = ax.patches
-    assert band.get_x() == -ACCURACY_MARGIN
-    np.testing.assert_allclose(band.get_width(), ACCURACY_MARGIN)
+    np.testing.assert_allclose([band.get_x(), band.get_width()], [KEPT, 1 - KEPT])
     whole, parted = (line for line in ax.lines if line.get_marker() != "o")
-    assert (list(whole.get_xdata()), whole.get_linestyle()) == ([0, 0], "-")
+    assert (list(whole.get_xdata()), whole.get_linestyle()) == ([1, 1], "-")
     assert to_hex(whole.get_color()) == COLOURS["opd"]
-    np.testing.assert_allclose(parted.get_xdata(), -0.8 / 3)  # after a fifth
+    assert list(parted.get_xdata()) == [0, 0]
     assert (parted.get_color(), parted.get_linestyle()) == (GREY, ":")
     assert not dots(free, "o")  # no confined run, no row
 
@@ -207,7 +209,8 @@ def test_costs_on_all_benchmarks_are_another_measure() -> None:
     table.loc[rest, "value"] -= 0.07
     for measure, cost in (("trained task", 0.02), ("all benchmarks", 0.02 - 0.06)):
         (ax,) = figures.subspace_dots(table, ["opd"], measure).axes
-        np.testing.assert_allclose(dots(ax, "o")[0], (cost, 0), atol=1e-12)
+        kept = 1 + cost / (0.8 / 3)
+        np.testing.assert_allclose(dots(ax, "o")[0], (kept, 0), atol=1e-12)
 
 
 def test_ranks_of_own_and_random_subspaces_are_two_lines() -> None:

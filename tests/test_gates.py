@@ -126,34 +126,42 @@ def test_wedin_informs_where_most_bounds_lie_below_a_right_angle(
 
 
 def test_tells_the_norm_or_more() -> None:
+    """Arms at 2, 2 and 3 / 4 of their nulls: the first two are told by norms alone."""
     sizes = {"opd": (0.1, 0.05), "rlvr": (0.2, 0.1), "sft": (0.15, 0.2)}
     held = gates.held_against(planted(sizes))
     found = gates.told_apart(held, ["opd", "rlvr", "sft"])
-    found = found[found["gate"] == SHIFT].set_index(["arm", "other"])
-    columns = ["measured", "bound", "null_measured", "null_bound", "tells"]
-    same, turned = ("opd", "rlvr"), ("rlvr", "sft")
-    assert found.loc[same, columns].to_list() == [*">>>>", "the norm"]
-    assert found.loc[turned, columns].to_list() == [*"<<>>", "beyond the norm"]
+    assert set(found["gate"]) == {ANGLE}  # the other bounds are the norm itself
+    found = found.set_index(["arm", "other"])
+    assert found.loc[("opd", "rlvr"), "tells"] == "the norm"
+    columns = ["measured", "bound", "tells"]
+    assert found.loc[("rlvr", "sft"), columns].to_list() == ["<", "<", gates.BEYOND]
 
 
-@pytest.mark.parametrize("rlvr", [(0.1, 0.2), (0.2, 0.1)])
-def test_an_order_that_seeds_do_not_decide_tells_nothing(
-    rlvr: tuple[float, float],
-) -> None:
-    held = gates.held_against(planted({"opd": (0.1, 0.1), "rlvr": rlvr}))
+def test_an_order_that_seeds_do_not_decide_tells_nothing() -> None:
+    table = planted({"opd": (0.1, 0.05), "rlvr": (0.1, 0.05)})
+    noisy = (table["arm"] == "opd") & (table["metric"] == "gap_share")
+    table.loc[noisy, "value"] *= 1.0 + 0.5 * (table["seed"] - 1)
+    held = gates.held_against(table)
     assert set(gates.told_apart(held, ["opd", "rlvr"])["tells"]) == {"undecided"}
 
 
-def test_bounds_tell_and_not_what_was_measured(held: pd.DataFrame) -> None:
-    """The angles are in the other order; the bounds, in that of their nulls."""
-    turned = held.assign(measured=1 / held["measured"])
-    found = gates.told_apart(turned, ["opd", "rlvr"]).set_index("gate")
-    columns = ["measured", "bound", "null_measured", "null_bound", "tells"]
-    assert found.loc[SHIFT, columns].to_list() == [*"<><>", "the norm"]
-    arm = turned["side"] == "arm"
-    turned["measured"] = turned["measured"].where(arm, held["measured"])
-    found = gates.told_apart(turned, ["opd", "rlvr"]).set_index("gate")
-    assert found.loc[SHIFT, columns].to_list() == [*"<>>>", "the norm"]
+def test_angles_may_go_against_the_bound() -> None:
+    """SFT's bound is four times its null's, OPD's twice; its angle is turned round."""
+    held = gates.held_against(planted({"opd": (0.1, 0.05), "sft": (0.2, 0.05)}))
+    found = gates.told_apart(held, ["opd", "sft"]).iloc[0]
+    assert (found["bound"], found["tells"]) == (">", gates.BEYOND)
+    arm = (held["arm"] == "sft") & (held["side"] == "arm")
+    turned = held.assign(measured=held["measured"].where(~arm, 0.01))
+    found = gates.told_apart(turned, ["opd", "sft"]).iloc[0]
+    assert (found["measured"], found["tells"]) == ("<", gates.AGAINST)
+
+
+def test_factors_are_arm_over_null(held: pd.DataFrame) -> None:
+    found = gates.factors(held, ["sft", "opd"]).set_index(["arm", "quantity"])
+    assert found.loc[("opd", "Wedin's bound"), "factor"] == pytest.approx(2.0)
+    assert found.loc[("sft", "Wedin's bound"), "factor"] == pytest.approx(4.0)
+    assert found.loc[("opd", SHIFT), "factor"] == pytest.approx(2.0)
+    assert found.loc[("opd", SHIFT), "low"] == pytest.approx(2.0)
 
 
 def test_small_gaps_go_with_large_angles(held: pd.DataFrame) -> None:
@@ -188,7 +196,8 @@ def test_the_summary_counts(held: pd.DataFrame) -> None:
     assert found.loc[SHIFT, ["used", "used by noise"]].to_list() == pytest.approx(
         [0.2, 0.2]
     )
-    assert found.loc[SHIFT, "pairs: the norm"] == 1
+    assert found.loc[ANGLE, "pairs: the norm"] == 1
+    assert np.isnan(found.loc[[SHIFT, DENSITY], "pairs: the norm"]).all()
     held.loc[held["matrix"] == "0", "used"] = 9.0  # one in four: a median stays
     found = gates.summary(held, told).set_index("bounds")
     assert found.loc[SHIFT, "used"] == pytest.approx(0.2)

@@ -1,24 +1,36 @@
 """Which subspaces suffice: confined runs against free and stopped ones."""
 
+import math
+
 import pandas as pd
 
 from opd_geometry.analysis.evidence import (
-    ACCURACY_MARGIN,
     ALL_ACCURACIES,
     CHAIN,
+    KEPT,
     accuracy,
     arms_matching,
+    gain,
+    kept_share,
 )
-from opd_geometry.analysis.verdicts import Part, Values, defined, interval, state
+from opd_geometry.analysis.verdicts import Part, defined, interval, state
 from opd_geometry.experiments.runs import BRANCH_FRAC
 
 WORDS = {"holds": "suffices", "fails": "falls short", "open": "open"}
+POWERLESS = "without power"  # the free run gains nothing that could be lost
 MEASURES = {"trained task": CHAIN, "all benchmarks": ALL_ACCURACIES}
 STOPPED = "stopped"  # the free run where the others are confined
+OWN = ("", "-update")  # what follows FAMILY-projected: gradient and update confined
+FOREIGN = ("-random", "-pretrained", "-donor")
 
 
-def differences(table: pd.DataFrame, family: str, measure: str) -> dict[str, Values]:
-    """Accuracy lost or gained against the free run, paired by seed.
+def sufficiency(table: pd.DataFrame, family: str, measure: str) -> pd.DataFrame:
+    """How much of what the free run learns each confinement leaves.
+
+    A confinement *suffices* when the 95 % interval of the share that it keeps of the
+    free run's gain after the branch lies above ``KEPT``, *falls short* when it lies
+    below, and is *open* otherwise: the rule of the claim ``sufficient-opd``, as is
+    that all are *without power* when that gain is not shown to exceed its margin.
 
     Args:
         table: tidy, with the free arm and confined twins of it.
@@ -26,46 +38,49 @@ def differences(table: pd.DataFrame, family: str, measure: str) -> dict[str, Val
         measure: a key of ``MEASURES``: which benchmarks are averaged.
 
     Returns:
-        Arm to one number a seed: its accuracy at the end minus the free run's; and
-        ``STOPPED``, the free run where the confinement begins minus its end.
+        One row an arm and one for ``STOPPED``: arm, confined (what follows
+        ``FAMILY-projected`` in its name), n_seeds, difference (accuracy minus the free
+        run's), low, high, kept (the share: 1 all of it, 0 as if stopped; NaN without
+        power), kept_low, kept_high, outcome.
+
+    Source: arXiv:2606.07082, Figures 6 and 8 (the rank-K projection; the other
+    subspaces and the rule are ours).
     """
     metrics = MEASURES[measure]
     free = accuracy(table, family, metrics)
-    twins = arms_matching(table, [f"{family}-projected*"])
-    scores = {arm: accuracy(table, arm, metrics) for arm in twins}
-    scores[STOPPED] = accuracy(table, family, metrics, BRANCH_FRAC)
-    return {arm: score - free for arm, score in scores.items()}
+    stopped = accuracy(table, family, metrics, BRANCH_FRAC)
+    learns = gain(table, family)
+    mean, low, _ = interval(learns.values)
+    powerless = not (mean if math.isnan(low) else low) > learns.lower  # one seed: mean
+    rows = []
+    for arm in [*arms_matching(table, [f"{family}-projected*"]), STOPPED]:
+        lost = (stopped if arm == STOPPED else accuracy(table, arm, metrics)) - free
+        kept = KEPT - KEPT * (free - stopped) / (free - stopped).mean()
+        if arm != STOPPED:
+            kept = kept_share(table, family, arm, metrics)
+        outcome = WORDS[state(Part(arm, kept, KEPT))]
+        shares = interval(kept * math.nan if powerless else kept)
+        confined = arm.removeprefix(f"{family}-projected")
+        numbers = (len(defined(lost)), *interval(lost), *shares)
+        rows.append((arm, confined, *numbers, POWERLESS if powerless else outcome))
+    columns = ["arm", "confined", "n_seeds", "difference", "low", "high", "kept"]
+    return pd.DataFrame(rows, columns=[*columns, "kept_low", "kept_high", "outcome"])
 
 
-def sufficiency(table: pd.DataFrame, family: str, measure: str) -> pd.DataFrame:
-    """Whether each confinement leaves what the free run learned.
+def thesis(found: pd.DataFrame) -> str:
+    """Whether a run's own early subspace suffices, and no other.
 
-    A confinement *suffices* when the 95 % interval of its difference from the free run
-    lies above -``ACCURACY_MARGIN``, *falls short* when it lies below, and is *open*
-    otherwise: the rule of the claim ``sufficient-opd``.
+    *Holds* if both forms of the own one suffice and every foreign one falls short,
+    *refuted* if an own one falls short or a foreign one suffices, else *open*.
 
     Args:
-        table, family, measure: as in ``differences``.
-
-    Returns:
-        One row an arm and one for ``STOPPED``: arm, confined (what follows
-        ``FAMILY-projected`` in its name), n_seeds, difference, low, high, outcome, and
-        kept, the share of what the free run gains after the branch (1: all of it, 0: as
-        if stopped; NaN where it gains less than the margin).
-
-    Source: arXiv:2606.07082, Figures 6 and 8 (the rank-K projection; the other
-    subspaces are ours).
+        found: of ``sufficiency``.
     """
-    found = differences(table, family, measure)
-    gain = -interval(found[STOPPED])[0]
-    rows = []
-    for arm, values in found.items():
-        mean, low, high = interval(values)
-        outcome = WORDS[state(Part(arm, values, -ACCURACY_MARGIN))]
-        kept = 1 + mean / gain if gain > ACCURACY_MARGIN else float("nan")
-        confined = arm.removeprefix(f"{family}-projected")
-        numbers = (len(defined(values)), mean, low, high)
-        rows.append((arm, confined, *numbers, outcome, kept))
-    columns = ["arm", "confined", "n_seeds", "difference", "low", "high"]
-    columns += ["outcome", "kept"]
-    return pd.DataFrame(rows, columns=columns)
+    outcome = found.set_index("confined")["outcome"]
+    if outcome[STOPPED] == POWERLESS:
+        return "no test, since there was nothing left to lose"
+    own, foreign = ([outcome.get(name) for name in names] for names in (OWN, FOREIGN))
+    if "falls short" in own or "suffices" in foreign:
+        return "refuted"
+    held = set(own) == {"suffices"} and set(foreign) == {"falls short"}
+    return "holds" if held else "open"

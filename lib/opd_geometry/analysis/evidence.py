@@ -232,12 +232,14 @@ def accuracy(
     return wide.mean(axis=1, skipna=False)
 
 
-def kept_share(table: Table, free: str, confined: str) -> Values:
+def kept_share(
+    table: Table, free: str, confined: str, metrics: tuple[str, ...] = CHAIN
+) -> Values:
     """Share of what the free run gains after the branch that a confined one gains.
 
     q + ((confined - stopped) - q (free - stopped)) / mean(free - stopped), q = KEPT
 
-    Sampled accuracies on chain; stopped is the free run at the branch. The mean over
+    Sampled accuracies; stopped is the free run at the branch. The mean over
     seeds is the ratio of the mean gains, and the interval's place beside q is that of
     the difference of the two gains, so that no seed is divided by its own noise.
 
@@ -245,9 +247,9 @@ def kept_share(table: Table, free: str, confined: str) -> Values:
         One number a seed: 1 all of the gain, 0 as if stopped; NaN without a gain.
     """
     scores = {
-        "free": accuracy(table, free, CHAIN),
-        "stopped": accuracy(table, free, CHAIN, BRANCH_FRAC),
-        "confined": accuracy(table, confined, CHAIN),
+        "free": accuracy(table, free, metrics),
+        "stopped": accuracy(table, free, metrics, BRANCH_FRAC),
+        "confined": accuracy(table, confined, metrics),
     }
     paired = pd.DataFrame(scores).dropna()
     gain = paired["free"] - paired["stopped"]

@@ -5,6 +5,10 @@ bound for each gate that can be asked: the largest principal angle against Wedin
 spectral shift against Mirsky's, the visible density against the share of entries that
 move by half a unit in the last place. Gate I bounds the norm by a curvature that nobody
 has measured, and is not here.
+
+Two of these bounds are the norm in other words: Mirsky's is it, over the spectrum of
+W_0, and the last is the density itself. Held against a null of the same norm they say
+nothing, so arms are compared by Wedin's alone, each arm over its null.
 """
 
 from collections.abc import Iterable
@@ -13,7 +17,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from opd_geometry.analysis.evidence import LAYERS
+from opd_geometry.analysis.evidence import LAYERS, SAME_FACTOR
 from opd_geometry.analysis.matching import order
 from opd_geometry.analysis.verdicts import Part, Values, interval, state
 
@@ -26,7 +30,8 @@ GATES = {
 }
 THEOREMS = (ANGLE, SHIFT)  # the third is a rule of thumb
 NUMBERS = {ANGLE: "II", SHIFT: "II", DENSITY: "III"}
-TOLD = NORM, BEYOND, OPEN = "the norm", "beyond the norm", "undecided"
+TOLD = ("the norm", "beyond the norm", "against the bound", "undecided")
+NORM, BEYOND, AGAINST, OPEN = TOLD
 SIDES = {"arm": "", "null": "null_"}
 SILENT_DEG = 90.0  # an angle that every update respects
 MAJORITY = 0.5
@@ -122,40 +127,76 @@ def informative(held: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def told_apart(held: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
-    """Whether a gate's bound orders two arms otherwise than their norms alone do.
+def over_null(held: pd.DataFrame, arm: str, quantity: str, gate: str = ANGLE) -> Values:
+    """Logarithm of an arm's quantity over its Gaussian null's, one number a seed.
 
-    Orders are of ``matching.order``, of logarithms of means over matrices, paired by
-    seed. The nulls have the arms' norms and nothing else of them. A gate tells a pair
-    apart *beyond the norm* when the arms' bounds are in the opposite order of the
-    nulls' bounds; it tells *the norm* when both have the same one; otherwise
-    *undecided*.
+    Of means over matrices.
+
+    Args:
+        held: of ``held_against``.
+        arm: whose.
+        quantity: ``measured``, or ``gap_share``: the sine that Wedin allows a small
+            update, and no cap where it allows every angle.
+        gate: of ``measured``.
+    """
+    own, null = (by_seed(held, arm, side, gate, quantity) for side in SIDES)
+    return np.log(own / null)
+
+
+def factors(held: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
+    """How far each arm lies beyond its null, and what Wedin's bound makes of it.
+
+    Args:
+        held: of ``held_against``.
+        arms: the rows.
+
+    Returns:
+        One row an arm and quantity (``Wedin's bound`` and the measured ones): arm,
+        quantity, factor, low, high (95 % interval over seeds, of logarithms).
+    """
+    asked = [("Wedin's bound", "gap_share", ANGLE)]
+    asked += [(gate, "measured", gate) for gate in GATES]
+    rows = []
+    for arm in arms:
+        for name, quantity, gate in asked:
+            ends = np.exp(interval(over_null(held, arm, quantity, gate)))
+            rows.append((arm, name, *map(float, ends)))
+    return pd.DataFrame(rows, columns=["arm", "quantity", "factor", "low", "high"])
+
+
+def told_apart(held: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
+    """Whether Wedin's bound tells two arms apart where their norms do not.
+
+    Each arm over its null, which has its norm and nothing else of it; orders are of
+    ``matching.order``, paired by seed. The bound tells a pair apart *beyond the norm*
+    when it orders them and the measured angles have the same order, and is *against*
+    them when they have the other one. It tells *the norm* alone when the two bounds
+    are the same within ``SAME_FACTOR``; otherwise *undecided*.
 
     Args:
         held: of ``held_against``.
         arms: all pairs of them.
 
     Returns:
-        One row a gate and pair: gate, arm, other, measured, bound, null_measured,
-        null_bound (orders of other against arm), tells.
+        One row a pair: gate, arm, other, measured, bound (orders of other against arm,
+        each over its null), tells.
     """
     rows = []
     there = [arm for arm in arms if arm in set(held["arm"])]
-    for gate in GATES:
-        for arm, other in combinations(there, 2):
-            signs = []
-            for side in SIDES:
-                for column in ("measured", "bound"):
-                    low, high = (
-                        by_seed(held, a, side, gate, column) for a in (arm, other)
-                    )
-                    signs.append(order(np.log(high / low)))
-            _, ours, _, null = signs
-            decided = "?" not in (ours, null)
-            tells = NORM if ours == null else BEYOND
-            rows.append((gate, arm, other, *signs, tells if decided else OPEN))
-    columns = ["gate", "arm", "other", "measured", "bound", "null_measured"]
-    return pd.DataFrame(rows, columns=[*columns, "null_bound", "tells"])
+    for arm, other in combinations(there, 2):
+        measured, bound = (
+            over_null(held, other, quantity) - over_null(held, arm, quantity)
+            for quantity in ("measured", "gap_share")
+        )
+        signs = order(measured), order(bound)
+        width = float(np.log(SAME_FACTOR))
+        _, low, high = interval(bound)
+        tells = NORM if -width < low and high < width else OPEN
+        if "?" not in signs:
+            tells = BEYOND if signs[0] == signs[1] else AGAINST
+        rows.append((ANGLE, arm, other, *signs, tells))
+    columns = ["gate", "arm", "other", "measured", "bound", "tells"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def steering(held: pd.DataFrame) -> pd.DataFrame:
@@ -197,7 +238,7 @@ def summary(held: pd.DataFrame, told: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row a gate and quantity: gate, bounds (the quantity), tests, breaches (NaN
         for a rule of thumb), used and used by noise (median shares of the bound), and
-        the number of pairs by what they tell.
+        the number of pairs by what they tell (NaN where the bound is the norm).
     """
     broken = violations(held)
     rows: list[dict[str, object]] = [{"gate": "I", "bounds": "norm of the update"}]
@@ -205,7 +246,7 @@ def summary(held: pd.DataFrame, told: pd.DataFrame) -> pd.DataFrame:
         of_gate = held[held["gate"] == gate]
         used = of_gate.groupby("side")["used"].median()
         tells = told[told["gate"] == gate]["tells"]
-        known = gate in THEOREMS
+        known, asked = gate in THEOREMS, gate in set(told["gate"])
         rows.append(
             {
                 "gate": number,
@@ -214,7 +255,10 @@ def summary(held: pd.DataFrame, told: pd.DataFrame) -> pd.DataFrame:
                 "breaches": (broken["gate"] == gate).sum() if known else np.nan,
                 "used": used.get("arm", np.nan),
                 "used by noise": used.get("null", np.nan),
-                **{f"pairs: {word}": (tells == word).sum() for word in TOLD},
+                **{
+                    f"pairs: {word}": (tells == word).sum() if asked else np.nan
+                    for word in TOLD
+                },
             }
         )
     return pd.DataFrame(rows)

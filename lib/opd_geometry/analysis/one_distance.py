@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.optimize
+import scipy.stats
 
 from opd_geometry.analysis import origins as og
 from opd_geometry.analysis import printed as pr
@@ -131,7 +133,8 @@ def two_means(origins: Sequence[Origin], by_arm: Mapping[str, float]) -> pd.Data
     Returns:
         arm, weighted (100 minus Table 1's sparsity, as share), plain, difference,
         ``one_scale`` (the difference if all matrices take steps of one size: Gaussian),
-        ``embeddings`` (their density if they alone made the difference).
+        ``embeddings`` (their density if they alone made the difference), ``mlp_gain``
+        (of ``gain_between``, which makes it without embeddings).
     """
     table = printed("table_1").set_index("arm")["value"]
     wholes = [origin.whole for origin in origins]
@@ -149,9 +152,50 @@ def two_means(origins: Sequence[Origin], by_arm: Mapping[str, float]) -> pd.Data
                 "difference": weighted - plain,
                 "one_scale": float(each @ sizes / sizes.sum() - each.mean()),
                 "embeddings": embedding_density(weighted, plain),
+                "mlp_gain": gain_between(origins, plain, weighted),
             }
         )
     return pd.DataFrame(rows)
+
+
+def gain_between(origins: Sequence[Origin], plain: float, weighted: float) -> float:
+    """How far MLP matrices must step, attention ones 1, to make two printed means.
+
+    Steps are Gaussian, of one size in each of the two kinds.
+
+    Args:
+        origins: matrices of unlike sizes.
+        plain: mean density over matrices.
+        weighted: mean density over entries.
+
+    Returns:
+        The ratio of the step sizes; NaN if none between 1/20 and 20 does.
+    """
+    wholes = [origin.whole for origin in origins]
+    sizes = np.array([whole.n for whole in wholes], float)
+    large = np.array([origin.role in ("gate", "up", "down") for origin in origins])
+
+    def each(log_gain: float) -> np.ndarray:
+        gains = np.exp(log_gain * large)
+
+        def densities(log_scale: float) -> np.ndarray:
+            scales = np.exp(log_scale) * gains
+            pairs = zip(wholes, scales, strict=True)
+            return np.array([closed.expected_density(w, s) for w, s in pairs])
+
+        middle = np.log(pr.one_scale(wholes, plain, "Gaussian"))
+        found = scipy.optimize.brentq(
+            lambda x: float(densities(x).mean()) - plain, middle - 4, middle + 4
+        )
+        return densities(found)
+
+    def gap(log_gain: float) -> float:
+        return float(each(log_gain) @ sizes / sizes.sum()) - weighted
+
+    ends = -np.log(20), np.log(20)
+    if gap(ends[0]) * gap(ends[1]) > 0:
+        return float("nan")
+    return float(np.exp(scipy.optimize.brentq(gap, *ends, xtol=1e-4)))
 
 
 # --- one distance? -------------------------------------------------------------------
@@ -348,6 +392,13 @@ def related_pairs(
         found.append(
             Pair("2609.39405", f"{task}: both densities", words, shown, *_ends(ratios))
         )
+        shared = _along(sets, densities)
+        shown = 1 - value[island, f"{task}: OPD against RL", "orthogonal_energy"] / 100
+        words = "energy of OPD's update along RL's"
+        found.append(
+            Pair("2609.39405", f"{task}: both densities", words, shown, *shared)
+        )
+    found += _offline_pairs(value)
     for role, shape in (
         ("q", (1536, 1536)),
         ("o", (1536, 1536)),
@@ -370,7 +421,61 @@ def related_pairs(
                 chance,
             )
         )
+    other = "thunderingluck/rlvr-geometry"
+    cells = int(value[other, "cells", "count"])
+    chance = scipy.stats.norm.sf(2) * 2
+    low, high = scipy.stats.binom.interval(0.95, cells, chance)
+    found.append(
+        Pair(
+            "rlvr-geometry",
+            f"{cells} cells: any distance",
+            "cells beyond two standard errors",
+            value[other, "cells beyond two standard errors", "count"],
+            float(low),
+            float(high),
+        )
+    )
     return found
+
+
+def _along(
+    sets: Sequence[Sequence[Origin]], densities: Sequence[float]
+) -> tuple[float, float]:
+    """Squared cosine of two stored unplaced updates on one start."""
+    shares = []
+    for origins in sets:
+        pooled = closed.pooled([origin.whole for origin in origins])
+        moved = []
+        for seed, density in enumerate(densities):
+            scale = closed.scale_at_density(pooled, density, og.LAWS["Gaussian"])
+            draw = pr.without_place(origins, "Gaussian", seed)
+            parts = [
+                (draw.after(i, scale).double() - origin.w.double()).ravel()
+                for i, origin in enumerate(origins)
+            ]
+            moved.append(np.concatenate(parts))
+        a, b = moved
+        shares.append(float((a @ b) ** 2 / ((a @ a) * (b @ b))))
+    return _ends(shares)
+
+
+def _offline_pairs(value: Mapping[tuple[str, str, str], float]) -> list[Pair]:
+    """Directions of offline objectives: two unplaced updates share none."""
+    work = "arXiv:2606.23740"
+    apart = value[work, "offline GRPO against SFT", "orthogonal_share"] / 100
+    alike = value[work, "SFT and its variants", "cosine"]
+    name = work.removeprefix("arXiv:")
+    return [
+        Pair(
+            name,
+            "offline GRPO against SFT: any distance",
+            "orthogonal share",
+            apart,
+            1.0,
+            1.0,
+        ),
+        Pair(name, "SFT and its variants: any distance", "cosine", alike, 0.0, 0.0),
+    ]
 
 
 def _ends(values: Iterable[float]) -> tuple[float, float]:

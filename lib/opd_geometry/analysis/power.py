@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_geometry.analysis import origins as og
 from opd_geometry.analysis import printed as pr
 from opd_geometry.analysis.origins import Origin
-from opd_geometry.experiments.runs import data_directory
+from opd_geometry.files import on_shelf
 from opd_geometry.geometry import comparison, gram
 from opd_geometry.geometry.spectra import default_rank
 
@@ -475,7 +475,7 @@ def detection_limit(metric: str) -> str:
     Raises:
         ValueError: a metric without a limit; the message lists those that have one.
     """
-    table = pd.read_csv(data_directory() / "unplaced" / "own_limits.csv")
+    table = pd.read_csv(on_shelf("unplaced/own_limits.csv"))
     known = sorted(table["metric"].unique())
     if metric not in known:
         raise ValueError(

@@ -23,16 +23,19 @@ from opd_geometry.analysis import printed as pr
 from opd_geometry.analysis.consistency import printed
 from opd_geometry.analysis.origins import Origin
 from opd_geometry.experiments import measure
-from opd_geometry.experiments.runs import data_directory
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.files import (
+    clear_write_errors,
+    data_directory,
+    on_shelf,
+    replacing,
+)
 from opd_geometry.geometry import gram, spectra
-from opd_geometry.geometry.comparison import MASK_ALPHA
+from opd_geometry.geometry.comparison import ANGLE_DIVISOR, MASK_ALPHA
 from opd_geometry.geometry.spectra import default_rank
 
 COMMITTED = "gemma3-270m-bf16"
 STUDENT = "laptop-sft-s0"  # OPD's start in the book's small world
 N_DRAWS = 20
-SOME = 4  # draws where the mean alone is wanted
 ONE_LAYER, THREE_LAYERS = "pretrained, one layer", "pretrained, three layers"
 ALL_LAYERS = "pretrained, all layers"
 ON, OFF = "on the grid", "off the grid"
@@ -42,6 +45,8 @@ TABLES = (
     "gaps",
     "decay",
     "placed",
+    "shapes",
+    "shared",
     "drawn",
     "means",
     "pairs",
@@ -271,7 +276,7 @@ def decayed(arm: str) -> float:
     return float(own["weight_decay"]) * float(rates.sum())
 
 
-def decay_table(origins: Sequence[Origin], draws: int = SOME) -> pd.DataFrame:
+def decay_table(origins: Sequence[Origin], draws: int = 1) -> pd.DataFrame:
     """The spectral shift of weight decay, of an unplaced update, and of both.
 
     Args:
@@ -360,6 +365,79 @@ def gaps_table(
     return pd.DataFrame(rows)
 
 
+# --- the update's shape, and gains that updates share --------------------------------
+
+SHAPES = (*pr.SPECTRAL, "stable_rank", "hill_alpha")
+SHARED_SDS = (0.0, 0.3, 0.5, 0.7, 1.0)
+
+
+def shapes_table(origins: Sequence[Origin], seed: int = 0) -> pd.DataFrame:
+    """What the spectrum of an update without place is, by the law of its entries.
+
+    Args:
+        origins: the matrices.
+        seed: of the entries.
+
+    Returns:
+        law, arm, readout (``float32``; ``bf16``: of the stored difference), metric of
+        ``SHAPES``, value (mean over matrices); angles and NSS of stored weights only.
+    """
+    rows: list[dict[str, object]] = []
+    densities = paper_densities()
+    for law in og.LAWS:
+        draw = pr.without_place(origins, law, seed)
+        turned = pd.DataFrame(pr.spectral_rows(draw, densities))
+        turned = turned[turned["metric"].isin(pr.SPECTRAL)].assign(readout="bf16")
+        scales = draw.scales(list(densities.values()))
+        found = turned.drop(columns="matrix").to_dict("records")
+        for place, origin in enumerate(origins):
+            exact = _rank_and_tail(draw.directions[place].double())
+            found += [
+                {"arm": a, "readout": "float32", **r} for a in densities for r in exact
+            ]
+            for arm, scale in zip(densities, scales[place], strict=True):
+                stored = draw.after(place, scale).double() - origin.w.double()
+                found += [
+                    {"arm": arm, "readout": "bf16", **r} for r in _rank_and_tail(stored)
+                ]
+        rows += [{"law": law, **row} for row in found]
+    keys = ["law", "arm", "readout", "metric"]
+    return pd.DataFrame(rows).groupby(keys, sort=False)["value"].mean().reset_index()
+
+
+def _rank_and_tail(delta: Tensor) -> list[dict[str, object]]:
+    """Stable rank and Hill exponent of an update."""
+    spectrum = gram.decompose(delta, 1).spectrum
+    rank = float(spectrum.square().sum() / spectrum[0] ** 2)
+    tail = spectra.hill_exponent(spectrum, default_rank(delta.shape, ANGLE_DIVISOR))
+    return [
+        {"metric": "stable_rank", "value": rank},
+        {"metric": "hill_alpha", "value": tail},
+    ]
+
+
+def shared_table(origins: Sequence[Origin], seed: int = 0) -> pd.DataFrame:
+    """Agreement of two updates whose rows, or columns, share their gains.
+
+    Each role at the density that its printed independence value implies.
+
+    Args:
+        origins: the matrices.
+        seed: of gains and updates.
+
+    Returns:
+        side, log_sd (standard deviation of the logarithm of the gains), role, value.
+    """
+    rows = []
+    for role, value in jaccards()["independence"].items():
+        own = [origin for origin in origins if origin.role == role]
+        density = pr.density_of_jaccard(value)
+        for side, log_sd in itertools.product(("rows", "columns"), SHARED_SDS):
+            found = pr.shared_gain(own, density, log_sd, seed, side)
+            rows.append({"side": side, "log_sd": log_sd, "role": role, "value": found})
+    return pd.DataFrame(rows)
+
+
 # --- this book's own diagnostics -----------------------------------------------------
 
 
@@ -383,7 +461,7 @@ def own_limits_table(draws: int = N_DRAWS, each: int = 1) -> pd.DataFrame:
     Returns:
         As ``power.limits``, with the column ``density``.
     """
-    student = data_directory() / "checkpoints" / STUDENT
+    student = on_shelf(f"checkpoints/{STUDENT}")
     origins, density = og.stored(student, alpha=MASK_ALPHA), own_density()
     table = pd.concat(
         [
@@ -439,6 +517,11 @@ def make(model: str, folder: Path | None = None, told: str = "") -> Path:
     made: dict[str, Callable[[], pd.DataFrame]] = {
         "expected": expected,
         "agreement": agreements,
+        "gaps": lambda: gaps_table(one),
+        "decay": lambda: decay_table(one),
+        "placed": lambda: placed_table(one),
+        "shapes": lambda: shapes_table(one),
+        "shared": lambda: shared_table(three),
         "drawn": lambda: pd.concat(
             [
                 drawn_table(one, N_DRAWS).assign(w0=ONE_LAYER),
@@ -464,14 +547,27 @@ def pairs_table(folder: Path) -> pd.DataFrame:
     """Every pair of numbers that another work prints, and whether one distance does.
 
     Args:
-        folder: with ``decay.csv``, for the spectra; all else is of synthetic weights.
+        folder: with ``decay.csv``, for the spectra, and ``agreement.csv``; all else is
+            of synthetic weights.
     """
     decay = pd.read_csv(folder / "decay.csv")
+    masks = pd.read_csv(folder / "agreement.csv")
     moved = decay[decay["update"]]
     shares = (moved["nss"] / moved["distance"]).groupby(moved["arm"])
     ends = {arm: (float(v.min()), float(v.max())) for arm, v in shares}
     sets = [og.synthetic(kind, 0, {"q": (512, 512)}) for kind in PAIR_WEIGHTS]
-    return od.pairs_table(od.related_pairs(sets, ends))
+    agree = masks.groupby(["w0", "grid", "law", "densities"])["value"].mean()
+    printed_agreement = jaccards().mean()
+    both = od.Pair(
+        "2511.08567",
+        f"five RLVR runs: agreement of {printed_agreement['independence']:.3f} if "
+        "independent",
+        "agreement of their masks",
+        float(printed_agreement["printed"]),
+        float(agree.min()),
+        float(agree.max()),
+    )
+    return od.pairs_table([both, *od.related_pairs(sets, ends)])
 
 
 def placed_table(
@@ -534,8 +630,8 @@ def load(model: str = COMMITTED) -> dict[str, pd.DataFrame]:
     """The tables of a model: kept ones, or measured now.
 
     Args:
-        model: a folder's name below ``data/unplaced``; else measured by ``make``, under
-            its own name, and kept.
+        model: a folder's name below ``data/unplaced``; else a checkpoint, of which the
+            tables are made and kept unless those of the same bytes are there.
 
     Returns:
         A table for each of ``TABLES``.
@@ -543,10 +639,24 @@ def load(model: str = COMMITTED) -> dict[str, pd.DataFrame]:
     Raises:
         ValueError: as ``origins.stored``.
     """
-    folder = data_directory() / "unplaced" / model
+    folder = on_shelf(f"unplaced/{model}")
     if "/" in model or not folder.is_dir():
-        folder = make(model)
+        folder = _kept(model)
     return {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
+
+
+def _kept(model: str) -> Path:
+    """The folder of a checkpoint's tables, made if it is not there or not whole."""
+    digest = og.sha256(model)
+    name = Path(model.partition("@")[0]).name
+    for folder in (on_shelf(f"unplaced/{n}") for n in (name, f"{name}-{digest[:8]}")):
+        files = [folder / f"{table}.csv" for table in TABLES]
+        if all(file.is_file() for file in files):
+            if pd.read_csv(files[-1])["sha256"].eq(digest).all():
+                return folder
+        elif not files[-1].is_file():  # it is written last
+            break
+    return make(model, data_directory() / "unplaced" / folder.name)
 
 
 # --- printed against unplaced --------------------------------------------------------
@@ -706,4 +816,4 @@ def refutations() -> pd.DataFrame:
         The rows of ``data/unplaced/refutations.csv``: attempt, objection, outcome,
         changed.
     """
-    return pd.read_csv(data_directory() / "unplaced" / "refutations.csv")
+    return pd.read_csv(on_shelf("unplaced/refutations.csv"))

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from opd_geometry.analysis.confinement import STOPPED, sufficiency
-from opd_geometry.analysis.evidence import ACCURACY_MARGIN, ALL_ACCURACIES
+from opd_geometry.analysis.confinement import POWERLESS, STOPPED, sufficiency
+from opd_geometry.analysis.evidence import ALL_ACCURACIES, KEPT
 from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM, NORM
 from opd_geometry.book.figures import (
     ARM_STYLES,
@@ -197,7 +197,7 @@ def _factor_ticks(ax: Axes) -> None:
 def subspace_dots(
     table: pd.DataFrame, families: Sequence[str], measure: str = "trained task"
 ) -> Figure:
-    """What each confinement costs (Figures 6 and 8 of the paper, with controls).
+    """What each confinement keeps (Figures 6 and 8 of the paper, with controls).
 
     Args:
         table: tidy, with free arms and their confined twins.
@@ -205,9 +205,10 @@ def subspace_dots(
         measure: a key of ``confinement.MEASURES``.
 
     Returns:
-        The figure: a row a subspace, a dot at the accuracy lost against the free run
-        with its 95 % interval. The band is the margin within which a subspace
-        suffices, the dotted line the free run stopped where the others are confined.
+        The figure: a row a subspace, a dot at the share that it keeps of what the free
+        run gains after the branch, with its 95 % interval. In the band a subspace
+        suffices; the dotted line is the free run stopped at the branch. A family
+        without power has no dots.
 
     Raises:
         ValueError: the table has none of the families.
@@ -228,14 +229,17 @@ def subspace_dots(
                 arm = f"{name}-projected{suffix}"
                 if arm in rows.index:
                     _draw_loss(ax, place, rows.loc[arm], CONFINED_STYLES[suffix].colour)
-            ax.axvspan(-ACCURACY_MARGIN, 0, color=GREY, alpha=0.15, lw=0)
-            ax.axvline(0, color=ARM_STYLES[name].colour, lw=1.2)
-            ax.axvline(rows.loc[STOPPED, "difference"], color=GREY, ls=":", lw=1.2)
+            ax.axvspan(KEPT, 1, color=GREY, alpha=0.15, lw=0)
+            ax.axvline(1, color=ARM_STYLES[name].colour, lw=1.2)
+            ax.axvline(0, color=GREY, ls=":", lw=1.2)
+            if rows.loc[STOPPED, "outcome"] == POWERLESS:
+                said = "nothing to lose:\n" + POWERLESS
+                ax.text(0.5, len(suffixes) / 2 - 0.5, said, ha="center", va="center")
             ax.set_title(ARM_STYLES[name].label, color=ARM_STYLES[name].colour)
         labels = [CONFINED_STYLES[suffix].label for suffix in suffixes]
         _name_rows(axes[0], labels)
         figure.supxlabel(
-            "accuracy minus the free run's ( ┊ stopped at the branch   ▒ margin )",
+            "share of the free run's gain ( ┊ stopped at the branch   ▒ suffices )",
             fontsize=SMALL,
             color=GREY,
         )
@@ -244,9 +248,9 @@ def subspace_dots(
 
 def _draw_loss(ax: Axes, place: int, row: pd.Series, colour: str) -> None:
     """A dot with its interval; open where the subspace falls short."""
-    ax.hlines(place, row["low"], row["high"], color=colour, lw=1.4)
+    ax.hlines(place, row["kept_low"], row["kept_high"], color=colour, lw=1.4)
     face = colour if row["outcome"] == "suffices" else "none"
-    ax.plot(row["difference"], place, "o", ms=5, mfc=face, mec=colour)
+    ax.plot(row["kept"], place, "o", ms=5, mfc=face, mec=colour)
 
 
 def rank_sweep(

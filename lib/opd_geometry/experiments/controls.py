@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from opd_geometry.experiments.runs import Run, sound_checkpoint
-from opd_geometry.geometry import bits, nulls, spectra, updates
+from opd_geometry.geometry import bits, gram, nulls, spectra, updates
 from opd_geometry.geometry.checkpoints import read_matrix
 from opd_geometry.geometry.comparison import (
     ANGLES,
@@ -165,10 +165,9 @@ Parts = tuple[Tensor, Tensor]  # spectrum, and right singular vectors as columns
 
 
 def decomposed(delta: Tensor) -> Parts:
-    """Spectrum and right singular vectors of an update, once for every K."""
-    matrix = spectra.finite_matrix(delta, "delta")
-    _, spectrum, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return spectrum, vh.T
+    """Spectrum and leading right singular vectors of an update, once for every K."""
+    found = gram.decompose(delta, min(WIDE_K, *delta.shape))
+    return found.spectrum, found.right
 
 
 def similarities(
@@ -384,13 +383,16 @@ def energies(
     With ``null_`` in front what an unplaced update has there on average: k / n, or the
     mask's share of the entries.
     """
-    u, _, vh = torch.linalg.svd(before.w_before.double(), full_matrices=False)
     k = spectra.default_rank(delta.shape, ENERGY_DIVISOR)
-    for side, basis in (("left", u), ("right", vh.T)):
-        for end, part in (("top", basis[:, :k]), ("bottom", basis[:, -k:])):
+    found = gram.decompose(before.w_before, k, lowest=k)
+    for side, top, bottom in (
+        ("left", found.left, found.lowest_left),
+        ("right", found.right, found.lowest_right),
+    ):
+        for end, part in (("top", top), ("bottom", bottom)):
             name = f"energy_{end}_{side}"
             yield name, nulls.energy_share(delta, part, side)
-            yield f"null_{name}", k / basis.shape[0]
+            yield f"null_{name}", k / len(part)
     if inputs is not None:
         basis = nulls.covariance_basis(inputs, k)
         yield "energy_inputs", nulls.energy_share(delta, basis)

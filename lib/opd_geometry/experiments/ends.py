@@ -25,13 +25,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from opd_geometry.experiments.records import check_seal, sealing
 from opd_geometry.experiments.runs import Run, one_thread, sound_checkpoint
-from opd_geometry.files import clear_write_errors, data_directory, shelves
-from opd_geometry.geometry import bits, spectra, unplaced, updates
+from opd_geometry.experiments.shelf import commit_table, committed_table
+from opd_geometry.geometry import bits, gram, spectra, unplaced, updates
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 
 WIDE_K = 16
@@ -86,13 +84,11 @@ def _end(run: Run, name: str) -> _End | None:
     delta = w_after.double() - w_before.double()
     if not delta.any():
         return None
-    u, _, vh = torch.linalg.svd(delta, full_matrices=False)
     visible = updates.visible_update(w_before, w_after)
     k = min(WIDE_K, *delta.shape)
     stored = w_after.bfloat16().double() - w_before.bfloat16().double()
-    *_, seen = torch.linalg.svd(stored, full_matrices=False)
-    right, there = (basis[:k].T.contiguous() for basis in (vh, seen))
-    return _End(w_before, delta, u[:, :k], right, there, visible)
+    own, seen = (gram.decompose(update, k) for update in (delta, stored))
+    return _End(w_before, delta, own.left, own.right, seen.right, visible)
 
 
 def _shared(a: _End | None, b: _End | None, rank: int) -> Iterator[tuple[str, float]]:
@@ -145,50 +141,14 @@ def other_seeds(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
 # --- committed pairs --------------------------------------------------------------
 
 
-def pairs_path(profile: str, folder: Path | None = None) -> Path:
-    """Where the pairs of a profile lie; None: on the first shelf that has them."""
-    name = Path("measurements", "pairs", f"{profile}.parquet")
-    if folder is not None:
-        return folder / name
-    places = [shelf / name for shelf in shelves()]
-    return next((place for place in places if place.exists()), places[0])
-
-
 def commit_pairs(profile: str, table: pd.DataFrame) -> Path:
-    """Store a table of pairs, with its digest beside it; whole or not at all.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    path = pairs_path(profile, data_directory())
-    words = ["run", "arm", "other", "other_arm", "matrix", "role", "metric"]
-    narrow = table.astype({**dict.fromkeys(words, "category"), "value": "float32"})
-    with clear_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with sealing(path) as draft:
-            narrow.to_parquet(draft, index=False, compression="zstd")
-    return path
+    """Store a table of pairs, with its digest beside it; see ``shelf``."""
+    return commit_table("pairs", profile, table)
 
 
 def committed_pairs(profile: str) -> pd.DataFrame:
-    """The committed pairs of a profile; empty when there are none.
-
-    Raises:
-        ValueError: the file is not as it was written.
-    """
-    path = pairs_path(profile)
-    if not path.exists():
-        return pd.DataFrame(columns=COLUMNS)
-    try:
-        if not check_seal(path):
-            raise ValueError("its digest is missing")
-        return pd.read_parquet(path)[COLUMNS].astype({"value": float})
-    except Exception as error:  # pandas and pyarrow have many kinds of their own
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{path} is damaged: {said}; take it from version control, or measure the "
-            "pairs again"
-        ) from error
+    """The committed pairs of a profile; empty when there are none."""
+    return committed_table("pairs", profile, COLUMNS)
 
 
 # Whose end stands for that of another arm, in ``similarity_of_arm``.

@@ -61,6 +61,7 @@ from opd_geometry.experiments.records import (
 )
 from opd_geometry.files import clear_write_errors, data_directory, on_shelf
 from opd_geometry.geometry import spectra
+from opd_geometry.geometry.checkpoints import Matrix, list_matrices
 from opd_geometry.geometry.projection import (
     project_gradients,
     project_updates,
@@ -402,14 +403,23 @@ def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     if isinstance(run.start, ModelConfig):
         return build_model(run.start, run.seed), character_tokenizer()
-    if isinstance(run.start, Student):
-        return load_model(prepare(run.start, students_directory()))
     model, tokenizer = load_model(_location(run.start))
+    if isinstance(run.start, Student):
+        return model, tokenizer
     return round_to_bfloat16(model), tokenizer
 
 
-def _location(source: Stored | Run) -> Path | str:
-    """Where a stored checkpoint or a finished run's last checkpoint lies."""
+def starting_matrices(run: Run) -> list[Matrix]:
+    """The matrices of the weights that a run starts from, once those are there."""
+    if isinstance(run.start, ModelConfig):
+        return list_matrices(sound_checkpoint(run, 0))
+    return list_matrices(_location(run.start))
+
+
+def _location(source: Student | Stored | Run) -> Path | str:
+    """Where a student, a stored checkpoint or a run's last checkpoint lies."""
+    if isinstance(source, Student):
+        return prepare(source, students_directory())
     if isinstance(source, Run):
         return sound_checkpoint(source)
     local = on_shelf(source.source)
@@ -470,7 +480,7 @@ def _train(run: Run, directory: Path) -> None:
         _confine(run, run.projection, model, optimizer)
     wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
     save_every = max(1, run.train.steps // (5 if is_lean(run) else 20))
-    for metrics in _loop(run, model, tokenizer, optimizer, state["step"]):
+    for metrics in loop_of(run, model, tokenizer, optimizer, state["step"]):
         step = state["step"] = state["step"] + 1
         state["history"] += _records(step, metrics)
         if step in wanted:
@@ -504,7 +514,7 @@ def _whole(run: Run) -> tuple[int, int, int]:
     return 0, run.branch_step(), run.train.steps
 
 
-def _loop(
+def loop_of(
     run: Run,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",

@@ -28,6 +28,7 @@ from opd_geometry.geometry.spectra import check_rank, check_same_shape
 ATTENTION_ROLES = ("q", "k", "v", "o")
 EXACT_SIDE = 512  # up to this smaller side, eigenvectors of the Gram matrix in float64
 ITERATIONS = 6  # of the subspace iteration beyond it
+SPREAD = "spread over processes (FSDP, ZeRO-3, tensor parallel) or in a packed format"
 RANK_FLOOR = 1e-6  # below it, relative to the largest, a singular value is rounding
 
 
@@ -192,6 +193,16 @@ def _check_holds(source: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> N
             )
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has all its entries here, as plain numbers.
+
+    Not so are DTensors and packed subclasses, and what DeepSpeed's ZeRO-3 has marked,
+    even where it is gathered just now.
+    """
+    plain = type(tensor.detach()) is Tensor and not hasattr(tensor, "ds_id")
+    return plain and tensor.numel() > 0
+
+
 def watched(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -220,10 +231,10 @@ def watched(
     if max_layers is not None and max_layers < 1:
         raise ValueError(f"max_layers = {max_layers}, expected 1 or more")
     for name, tensor in tensors.items():
-        if tensor.numel() == 0 or type(tensor).__name__ == "DTensor":
+        if not is_whole(tensor):
             raise ValueError(
-                f"{name} is spread over processes (FSDP, ZeRO-3), expected whole "
-                "weights; measure the checkpoints instead, with opd-geometry trajectory"
+                f"{name} is {SPREAD}, expected whole weights; measure the checkpoints "
+                "instead, with opd-geometry trajectory"
             )
     found = {
         name: pair

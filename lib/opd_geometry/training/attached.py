@@ -128,14 +128,20 @@ def origin_model(model: nn.Module, source: str | Path) -> nn.Module:
 
 
 class Once:
-    """Warnings that are given once each."""
+    """Warnings that are given once each, by the first process.
 
-    def __init__(self) -> None:
+    Args:
+        trainer: one of whose processes this is.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.said: set[str] = set()
 
     def __call__(self, subject: str, line: str) -> None:
         """Warn, unless something was said of this subject."""
-        if subject not in self.said:
+        first = self.trainer.args.process_index == 0
+        if first and subject not in self.said:
             self.said.add(subject)
             warnings.warn(line, stacklevel=3)
 

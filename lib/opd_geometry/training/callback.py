@@ -119,7 +119,7 @@ class GeometryCallback(TrainerCallback):
             check_moment(lock_at)
         self.trainer, self.every, self.k = trainer, every, k
         self.lock_at, self.detail = lock_at, detail
-        self.roles, self.max_layers, self.warn = roles, max_layers, Once()
+        self.roles, self.max_layers, self.warn = roles, max_layers, Once(trainer)
         self.names: set[str] | None = None  # of the matrices, once they are settled
         self.origin = Origin(trainer, self._matrices, w_before, keep_on)
         self.names = set(self._matrices(_inner(trainer.model)))
@@ -166,6 +166,9 @@ class GeometryCallback(TrainerCallback):
         return True
 
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._matrices(
+            _inner(self.trainer.model)
+        )  # still whole, now that it is wrapped
         if state.global_step == 0:
             self.origin.begin()
             self.lock_step = step_of(self.lock_at, state.max_steps)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from opd_geometry.geometry.checkpoints import Matrix
-from opd_geometry.geometry.live import movement
+from opd_geometry.geometry.live import SPREAD, is_whole, movement
 from opd_geometry.geometry.projection import (
     ProjectionHandle,
     leaked_energy,
@@ -107,7 +107,7 @@ class ProjectionCallback(TrainerCallback):
         if form not in FORMS:
             raise ValueError(f"form {form!r}, expected {' or '.join(FORMS)}")
         self.trainer, self.lock_at, self.k, self.form = trainer, lock_at, k, form
-        self.roles, self.warn = roles, Once()
+        self.roles, self.warn = roles, Once(trainer)
         _refuse_adapters(inner_model(trainer.model))
         self.names: list[str] = []
         self.turned: set[str] = set()
@@ -293,6 +293,9 @@ class ProjectionCallback(TrainerCallback):
         frozen = [name for name in self.names if name not in now]
         if frozen:
             parts.append(f"frozen since the start: {some(frozen)}")
+        later = [name for name in frozen if name not in self.bases]
+        if later:
+            parts.append(f"of these free, should they be trained again: {some(later)}")
         new = [n for n in confinable(model, self.roles) if n not in before]
         if new:
             parts.append(f"trained only since then, hence free: {some(new)}")
@@ -364,12 +367,18 @@ class ProjectionCallback(TrainerCallback):
                 f"{leak:.0%} of the update since the lock lies outside the subspace: "
                 f'form="gradient" does not hold here; give form="update"',
             )
-        elif self.form == "update" and short and leak > BY_ROUNDING:
+        elif self.form == "update" and leak > BY_ROUNDING:
+            cause = (
+                "by the rounding of weights in 16 bits; to confine them exactly train "
+                "float32 weights (dtype=torch.float32, bf16=True)"
+                if short
+                else "written by something other than the optimizer's step; expected "
+                "no other callback or hook that changes weights"
+            )
             self.warn(
                 "leak",
                 f"{leak:.1%} of the update since the lock lies outside the subspace, "
-                "by the rounding of weights in 16 bits; to confine them exactly train "
-                "float32 weights (dtype=torch.float32, bf16=True)",
+                + cause,
             )
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -501,10 +510,10 @@ def _refuse_parameter(
             f"the model has no parameter {name} any more, which was to be confined; "
             "add the callback to the trainer that has the model"
         )
-    if p.numel() == 0 or p.ndim < 2 or type(p).__name__ == "DTensor":
+    if p.ndim < 2 or not is_whole(p):  # FSDP 1 leaves flat views
         raise ValueError(
-            f"{name} is spread over processes (FSDP, ZeRO-3), expected whole weights; "
-            "train with DDP or on one device"
+            f"{name} is {SPREAD}, expected whole weights; train with DDP or on one "
+            "device"
         )
     if p.requires_grad and id(p) not in owned:
         raise ValueError(
