@@ -51,8 +51,10 @@ def test_stated_bounds_hold_against_an_svd(kind: str, shape: tuple[int, int]) ->
     rank, share = 1 / float(squares[0]), float(squares[:K].sum())
     assert abs(found.stable_rank - rank) <= found.stable_rank_error
     assert abs(found.top_share - share) <= found.top_share_error
-    assert found.stable_rank_error < 0.1 * rank and found.top_share_error < 0.03
-    assert found.right is not None and found.right.shape == (shape[1], K)
+    assert found.stable_rank_error < 0.1 * rank
+    assert found.top_share_error < 0.03
+    assert found.right is not None
+    assert found.right.shape == (shape[1], K)
     angles = spectra.principal_angles_deg(found.right, vh[:K].T)
     assert float(angles.max()) <= found.subspace_error_deg
 
@@ -77,7 +79,8 @@ def test_more_steps_come_nearer() -> None:
     w, after = torch.zeros(400, 400), update("noise", (400, 400), 0)
     exact = 1 / float((torch.linalg.svdvals(after)[0] / after.norm()) ** 2)
     errors = [about(w, after, steps).stable_rank - exact for steps in (2, 5, 12)]
-    assert errors[0] > 10 * errors[1] > 0 and abs(errors[2]) < 1e-3
+    assert errors[0] > 10 * errors[1] > 0
+    assert abs(errors[2]) < 1e-3
 
 
 def test_few_directions_are_exact_and_end_the_iteration() -> None:
@@ -88,7 +91,8 @@ def test_few_directions_are_exact_and_end_the_iteration() -> None:
     assert found.stable_rank == pytest.approx(float(s.square().sum() / s[0] ** 2), 1e-5)
     assert found.top_share == pytest.approx(1.0, abs=1e-5)
     # There are eight directions, so no sixteen, and no tail of 37 values.
-    assert found.right is None and math.isnan(found.hill_alpha)
+    assert found.right is None
+    assert math.isnan(found.hill_alpha)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e15])
@@ -111,7 +115,8 @@ def test_chunks_give_what_a_kept_update_gives(monkeypatch: pytest.MonkeyPatch) -
             again = about(w, after)
         assert again.stable_rank == pytest.approx(kept.stable_rank, 1e-6)
         assert again.hill_alpha == pytest.approx(kept.hill_alpha, 1e-4)
-        assert again.right is not None and kept.right is not None
+        assert again.right is not None
+        assert kept.right is not None
         assert spectra.subspace_similarity(again.right, kept.right) > 1 - 1e-6
 
 
@@ -127,7 +132,8 @@ def test_the_middle_tier_of_a_pair() -> None:
         assert abs(middle[name] - exact[name]) <= (4 if "hill" in name else 1) * error
         assert math.isnan(exact[f"{name}_error"])
     still = pairs.measure_tensors(w, w, metrics=["middle"], iterated=True)
-    assert still["frobenius_norm"] == 0.0 and math.isnan(still["stable_rank"])
+    assert still["frobenius_norm"] == 0.0
+    assert math.isnan(still["stable_rank"])
 
 
 def test_a_trajectory_iterated_and_exact() -> None:

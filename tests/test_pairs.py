@@ -101,7 +101,9 @@ def test_columns_are_the_metrics_of_comparison(shape: tuple[int, int]) -> None:
     assert found["angle_error_deg"] < 1e-6
     assert 0 < found["gap_at_k"] < 1
     kept = comparison.reference(before)
-    assert pairs.measure_tensors(kept, after, seed=(0, 7)) == pytest.approx(found)
+    assert pairs.measure_tensors(kept, after, seed=(0, 7)) == pytest.approx(
+        found, nan_ok=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -206,7 +206,7 @@ def measure_command(
         plan_pair,
         summarise,
     )
-    from opd_geometry.geometry.readings import of_language, sentences
+    from opd_geometry.geometry.readings import of_parts, sentences
     from opd_geometry.geometry.sampling import estimates, sampled
     from opd_geometry.geometry.tables import check_output, finish
 
@@ -218,7 +218,7 @@ def measure_command(
 
     check_output(out, force, resume)
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
-    asked = _names(metrics)
+    asked, parts = _names(metrics), _names(part)
     if asked is None and sample is not None:
         asked = ["all"]  # a sample of them takes no longer than a tier of all
     if asked is not None:
@@ -231,7 +231,7 @@ def measure_command(
         _names(roles),
         null,
         seed,
-        _names(part),
+        parts,
         locate(base) if base else None,
         dequantise,
     )
@@ -250,19 +250,23 @@ def measure_command(
     if not quiet:
         _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume, quiet)
-    said = sentences(of_language(table), lr, steps)
+    said = sentences(of_parts(table, parts), lr, steps)
     title = "Means over matrices; sparsity and density weighted by parameters."
     if design is None:
-        summary = summarise(table)
+        summary = summarise(table, parts)
         say.table(title, _summary_rows(summary))
     else:
         finish(out, table.merge(design, left_on="matrix", right_index=True))
-        summary = estimates(table, design).rename_axis("metric").reset_index()
+        summary = (
+            estimates(of_parts(table, parts), design)
+            .rename_axis("metric")
+            .reset_index()
+        )
         drawn = f"A sample of {len(table)} of {len(whole.tasks)} matrices by role and"
         say.table(
             f"{drawn} depth, with 95 % intervals. {title}", _interval_rows(summary)
         )
-    beside = beside_expected(table)
+    beside = beside_expected(of_parts(table, parts))
     if len(beside):
         say.table(*_expected_rows(beside))
     say.end(out, said, summary)
@@ -324,7 +328,7 @@ def trajectory_command(
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
     from opd_geometry.geometry.pairs import plan_trajectory
-    from opd_geometry.geometry.readings import of_language
+    from opd_geometry.geometry.readings import of_parts
     from opd_geometry.geometry.steps import given_steps, steps_of
     from opd_geometry.geometry.tables import check_output
 
@@ -350,7 +354,12 @@ def trajectory_command(
     table = _run(plan, out, jobs, resume, quiet)
     metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
     nulls = ["similarity_null", "increments_similarity_to_end", "similarity_of_weights"]
-    means = of_language(table).groupby("step")[[*metrics, *nulls]].mean().reset_index()
+    means = (
+        of_parts(table, _names(part))
+        .groupby("step")[[*metrics, *nulls]]
+        .mean()
+        .reset_index()
+    )
     names = [str(name) for name in means]
     rows = [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()]
     say.table("", (names, rows))
@@ -366,10 +375,19 @@ def trajectory_command(
     type=click.Path(path_type=Path),
     help="The page, such as report.html.",
 )
+@click.option(
+    "--part",
+    metavar="NAMES",
+    help="Only these parts of the model, such as vision; default: the language model.",
+)
 @click.option("--title", help="What the page calls the model; default: TABLE's name.")
 @click.option("--force", is_flag=True, help="Replace a page that is there.")
 def report_command(
-    tables: tuple[Path, ...], out: Path, title: str | None, force: bool
+    tables: tuple[Path, ...],
+    out: Path,
+    part: str | None,
+    title: str | None,
+    force: bool,
 ) -> None:
     """Draw measured checkpoints as one page that needs nothing beside it.
 
@@ -391,7 +409,7 @@ def report_command(
             bar.length = total
             bar.update(done - bar.pos)
 
-        page = write_report(tables, out, title, force, tell)
+        page = write_report(tables, out, title, force, tell, _names(part))
     click.echo(f"Open {visible(str(page))}")
 
 

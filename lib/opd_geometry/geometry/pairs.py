@@ -56,7 +56,7 @@ from opd_geometry.geometry.comparison import (
     reference,
 )
 from opd_geometry.geometry.nulls import is_stored_difference
-from opd_geometry.geometry.readings import of_language
+from opd_geometry.geometry.readings import of_parts
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
@@ -1057,20 +1057,22 @@ def trajectory(
 # --- summary ---------------------------------------------------------------------
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarise(
+    table: pd.DataFrame, parts: Collection[str] | None = None
+) -> pd.DataFrame:
     """A row a role and one over all, as in the paper's Table 1.
 
     Sparsity and density are weighted by the numbers of entries; every other metric is
     the plain mean over matrices that have it.
 
     Args:
-        table: of `measure_checkpoints`. Of several parts of a model the language model
-            is summarised, if it is among them.
+        table: of `measure_checkpoints`.
+        parts: of the model; None for the language model, if it is in the table.
 
     Returns:
         role, matrices, parameters, then a column a metric and null that was measured.
     """
-    table = of_language(table)
+    table = of_parts(table, parts)
     metrics = [
         name
         for name in COLUMNS
