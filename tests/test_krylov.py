@@ -99,7 +99,9 @@ def test_few_directions_are_exact_and_end_the_iteration() -> None:
 def test_scale_changes_nothing(scale: float) -> None:
     w = torch.zeros(300, 300, dtype=torch.float64)
     after = update("planted", (300, 300), 0)
+    given = after.clone()
     one, other = about(w, after), about(w, after * scale)
+    assert torch.equal(after, given)
     assert one.stable_rank == pytest.approx(other.stable_rank, 1e-5)
     assert one.hill_alpha == pytest.approx(other.hill_alpha, 1e-3)
 

@@ -65,6 +65,13 @@ def _options(command: Command) -> Command:
                 help="Processes, one thread and one matrix in memory each.",
             ),
             click.option(
+                "--device",
+                type=click.Choice(["cpu", "cuda"]),
+                default="cpu",
+                show_default=True,
+                help="Where matrices are decomposed; on a GPU in float64 as well.",
+            ),
+            click.option(
                 "--resume",
                 is_flag=True,
                 help="Go on from what an interrupted measurement has finished.",
@@ -161,6 +168,7 @@ def measure_command(
     roles: str | None,
     hill_k: int | None,
     jobs: int,
+    device: str,
     resume: bool,
     force: bool,
     quiet: bool,
@@ -234,7 +242,7 @@ def measure_command(
         parts,
         locate(base) if base else None,
         dequantise,
-    )
+    ).on(device)
     say = _Voice(quiet, as_json)
     say.announce(plan)
     if asked is None:
@@ -304,6 +312,7 @@ def trajectory_command(
     roles: str | None,
     hill_k: int | None,
     jobs: int,
+    device: str,
     resume: bool,
     force: bool,
     quiet: bool,
@@ -345,7 +354,7 @@ def trajectory_command(
         numbers,
         _names(part),
         iterated,
-    )
+    ).on(device)
     say = _Voice(quiet, as_json)
     say.announce(plan)
     left = _left(plan, out, resume)

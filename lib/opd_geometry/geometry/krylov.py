@@ -16,6 +16,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from opd_geometry.geometry.gram import chosen_device
 from opd_geometry.geometry.spectra import check_rank, check_same_shape
 
 WIDTH = 16  # vectors of a block, and probes of the quadrature
@@ -118,7 +119,7 @@ class _Update:
         whole = torch.from_numpy(np.empty(tuple(self.w_after.shape), np.float32))
         for part in self._parts(0):
             self._difference(part, whole[part])
-        return whole
+        return whole.to(chosen_device() or "cpu")
 
     def _parts(self, side: int) -> list[tuple[slice, ...]]:
         length = self.w_after.shape[side]
@@ -129,7 +130,7 @@ class _Update:
     def _difference(self, part: tuple[slice, ...], out: Tensor) -> Tensor:
         before, after = self.w_before[part], self.w_after[part]
         if torch.float64 in (before.dtype, after.dtype):
-            return out.copy_(after.double().sub_(before).div_(self.norm))
+            return out.copy_(torch.sub(after.double(), before).div_(self.norm))
         return out.copy_(after).sub_(before).div_(self.norm)
 
     def _chunks(self, side: int) -> Iterator[Tensor]:
@@ -140,22 +141,24 @@ class _Update:
             else:
                 shape = self.w_after[part].shape
                 chunk = self._difference(part, torch.empty(shape))
+                chunk = chunk.to(chosen_device() or "cpu")
             yield chunk if side == 0 else chunk.T
 
     def squared(self, x: Tensor) -> Tensor:
         """X M for rows X, M = D^T D or D D^T, whichever is smaller."""
+        x = x.to(chosen_device() or "cpu")
         out = torch.zeros_like(x)
         for chunk in self._chunks(int(self.w_after.shape[0] < self.w_after.shape[1])):
             out.addmm_(x @ chunk.T, chunk)
-        return out
+        return out.cpu()
 
     def right(self, vectors: Tensor) -> Tensor:
         """Right singular vectors from those of M."""
         if self.w_after.shape[0] >= self.w_after.shape[1]:
             return vectors
-        x = vectors.T.float()
+        x = vectors.T.float().to(chosen_device() or "cpu")
         images = torch.cat([x @ chunk.T for chunk in self._chunks(1)], dim=1)
-        return torch.linalg.qr(images.T.double()).Q
+        return torch.linalg.qr(images.T.cpu().double()).Q
 
 
 @dataclass(frozen=True)

@@ -410,6 +410,7 @@ class PairTask:
     null: bool
     seed: int
     iterated: bool = False
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -556,6 +557,7 @@ class TrajectoryTask:
     k: int
     settings: Settings
     iterated: bool = False
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -690,6 +692,21 @@ class Plan:
         """Weights to be read on either side."""
         shapes = [task.shape for task in self.tasks]
         return sum(rows * cols for rows, cols in shapes)
+
+    def on(self, device: str) -> "Plan":
+        """The same, decomposed on a device such as ``cuda``, if it is there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if device == "cpu":
+            return self
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {device}: torch {torch.__version__} sees no GPU, expected "
+                "one; leave --device out"
+            )
+        return replace(self, tasks=[replace(t, device=device) for t in self.tasks])
 
     def without(self, names: Collection[str]) -> "Plan":
         """The same, less the matrices of these names."""
@@ -971,7 +988,7 @@ def _measured(
 def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]]]:
     """Tasks with their rows, as they are finished."""
     if jobs == 1 or len(tasks) < 2:
-        yield from ((task, task.rows()) for task in tasks)
+        yield from ((task, _rows(task)) for task in tasks)
         return
     pool = ProcessPoolExecutor(
         min(jobs, len(tasks)),
@@ -993,7 +1010,8 @@ def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]
 
 
 def _rows(task: Task) -> list[Row]:
-    return task.rows()
+    with gram.on(task.device):
+        return task.rows()
 
 
 def _table(plan: Plan, rows: dict[str, list[Row]]) -> pd.DataFrame:
