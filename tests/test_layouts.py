@@ -604,3 +604,16 @@ def test_control_characters_of_a_name_are_spelt_out(tmp_path: Path) -> None:
     assert "\x1b" not in said.output + said.stderr
     assert "\x07" not in said.output + said.stderr
     assert list(checkpoints.open_checkpoint(path).cuts) == [name]
+
+
+def test_control_characters_of_a_path_are_spelt_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["measure", "no\x1b[31m\x00where", "b", "--out", "t.csv"]
+    assert cli.main(given) == 1
+    assert r"no\x1b[31m\x00where does not exist" in capsys.readouterr().err
+
+
+def test_steps_beyond_any_run_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at most 10000"):
+        steps.steps_of([f"run/step-{10**25}", "run/step-5"])

@@ -340,9 +340,8 @@ def _degrees(sine: float) -> float:
 def _decompose_gram(w: Tensor, k: int, lowest: int) -> Decomposition | None:
     """As `decompose`; None where squaring has lost what the answer needs."""
     rows = _Rows.of(w)
-    products = _products(rows)
-    device = _device.get()
-    reduced = (_Tridiagonal if device is None else _Diagonal).of(products)
+    kind = _Tridiagonal if _device.get() is None else _Diagonal
+    reduced = kind.of(_products(rows))
     squares = reduced.eigenvalues()
     largest = float(squares[-1])
     if largest <= 0.0:
