@@ -7,7 +7,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis.claims import claims_table
 from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.book import chapters
 from opd_geometry.book.chapters import ParameterError, Parameters, check_parameters
@@ -200,6 +199,35 @@ def test_every_profile_is_described() -> None:
 # --- what is shown -------------------------------------------------------------
 
 
+def test_n_counts_what_seeds_do_not_share() -> None:
+    published = Parameters("published", (0, 1, 2, 3, 4), "committed", 1)
+    said = "n = 5: data, sampling and anchor each; 3 bases"
+    assert chapters.n_text(published) == said
+    assert chapters.n_text(published, [0, 2]).endswith("one base")
+    assert chapters.seeds_text(published) == f"seeds 0, 1, 2, 3 and 4 ({said})"
+    assert chapters.n_text(Parameters("laptop", (3, 4), "local", 1)).endswith(
+        "one base"
+    )
+
+
+def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
+    rows = [
+        (f"{arm}{seed}", arm, seed, 100, "a.q", "q", 0, metric, 1.0 + i * seed / 100)
+        for i, arm in enumerate(("opd", "rlvr"))
+        for seed in range(3)
+        for metric in ("sparsity", "principal_overlap")
+    ]
+    table = pd.DataFrame(rows, columns=measure.COLUMNS)
+    said = chapters.limits_text(table, ["opd", "rlvr"], ["sparsity"])
+    assert said == (
+        "Detection limits: any two arms part, at n = 3, from 2.5 points (update "
+        "sparsity)."
+    )
+    said = chapters.limits_text(table, ["opd"], ["principal_overlap"])
+    assert "one seed parts no arms" not in said
+    assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
+
+
 def test_rounds_numbers_and_leaves_the_rest() -> None:
     frame = pd.DataFrame({"x": [0.123456, math.nan, 1234567.0], "n": [1, 2, 30]})
     shown = chapters.rounded(frame.assign(text="a"))
@@ -262,10 +290,21 @@ def test_a_table_of_claims_says_what_is_not_measured() -> None:
 
 
 def test_html_escapes_and_is_never_cut() -> None:
-    text = chapters.html(pd.DataFrame({"a": ["x < y " * 40]})).data
-    assert text.startswith('<table class="table">')
+    table = chapters.html(pd.DataFrame({"a": ["x < y " * 40]}), "a < b")
+    text = table._repr_html_()
+    assert text.startswith('<table class="table"><caption>a &lt; b</caption>')
     assert "x &lt; y " * 39 in text
     assert "..." not in text
+    assert repr(table).startswith("a < b\n")
+
+
+def test_a_table_names_its_rows_and_columns() -> None:
+    frame = pd.DataFrame({"nss": [0.123456]}, index=["opd"])
+    text = chapters.table(frame, "What is shown", 2)._repr_html_()
+    assert "<caption>What is shown</caption>" in text
+    assert "<th>OPD</th>" in text
+    assert "<td>0.12</td>" in text
+    assert "<th></th>" not in text
 
 
 # --- the chapter about two checkpoints ---------------------------------------------
@@ -303,30 +342,6 @@ def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> No
         chapters.check_pair({"before": "a", "after": "b", **change})
     with pytest.raises(chapters.ParameterError, match="no parameter after"):
         chapters.check_pair({"before": "a"})
-
-
-def test_the_results_have_every_claim_with_its_controls() -> None:
-    empty = pd.DataFrame(columns=measure.COLUMNS)
-    findings = claims_table(empty)
-    findings.loc[0, ["effect", "low", "high", "n_seeds"]] = [0.123456, 0.1, 0.2, 5]
-    findings.loc[0, ["verdict", "null", "matched"]] = ["reproduced", "a", "b"]
-    findings.loc[0, "n"] = "5 seeds"
-    findings.loc[1, "effect"] = 2.0
-    shown = chapters.results_table(findings)
-    assert len(shown) == len(CLAIMS)
-    first = shown.iloc[0].to_dict()
-    assert first["effect [95 %]"].startswith("0.123 [0.1, 0.2] (")
-    again = "with RLVR at the paper's ratio: not measured"
-    assert first["verdict"] == f"✓ reproduced; {again}"
-    assert shown["verdict"][1] == "– not measured"  # does not name RLVR
-    assert (first["null"], first["matched control"], first["n"]) == (
-        "a",
-        "b",
-        "5 seeds",
-    )
-    assert shown["effect [95 %]"][1].startswith("2 (")  # no interval from one seed
-    assert shown["effect [95 %]"][2] == "–"
-    assert all(f"({claim.id})" in shown["claim"][i] for i, claim in enumerate(CLAIMS))
 
 
 def test_differences_are_told_field_by_field() -> None:

@@ -48,6 +48,8 @@ def test_commands_are_known() -> None:
         "status",
         "plan",
         "commit",
+        "starts",
+        "pairs",
         "checkpoints",
         "claims",
         "audit",
@@ -65,7 +67,9 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "commit"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "status", "commit", "starts", "pairs"]
+)
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
@@ -119,6 +123,7 @@ def test_wrong_usage_is_one_line(
         (["checkpoints", "--profile", "smoke"], "base is not trained yet; run opd-g"),
         (["claims"], "no committed measurements of profile 'laptop'"),
         (["commit", "--profile", "smoke"], "no finished run of profile smoke"),
+        (["pairs", "--profile", "smoke"], "0 finished runs and no pair of them"),
         (
             ["audit", "--sample", "1"],
             "sample 1: expected none, there are no committed",

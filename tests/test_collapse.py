@@ -150,6 +150,39 @@ def test_an_update_with_a_place_parts_from_its_permutation() -> None:
     assert found.loc["sft", "free"] == pytest.approx(0.2, abs=0.01)
 
 
+def test_angles_are_held_against_both_nulls_and_worlds_apart() -> None:
+    metric = "angle_left_mean_deg"
+    of_opd = {metric: 1.8, f"null_{metric}": 1.0, f"turned_{metric}": 0.9}
+    small, large = at_end({"opd": of_opd}, 0), at_end({"opd": {metric: 1.8}}, 0)
+    found = collapse.by_world(collapse.turned, {"a": small, "b": large}, ["opd", "sft"])
+    assert set(found["world"]) == {"a"}  # the other one has no nulls
+    times = found.set_index("null")["times"]
+    assert times.to_dict() == pytest.approx({"Gaussian": 1.8, "turned": 2.0})
+
+
+def test_a_shared_direction_is_told_from_shared_rounding() -> None:
+    rows = []
+    for other, cosine, jaccard in (("rlvr", 0.9, 0.77), ("sft", 0.0, 0.66)):
+        for seed in range(3):
+            for metric, value in {
+                "cosine": cosine + 0.01 * seed,
+                "similarity_right": 0.5,
+                "null_similarity_right": 0.1,
+                "jaccard": jaccard,
+                "independent_jaccard": 0.6,
+                "rounding_jaccard": 0.66,
+            }.items():
+                pair = ("opd", other) if other == "sft" else (other, "opd")
+                rows.append((pair[0], seed, pair[1], seed, "q", metric, value))
+                rows.append((pair[0], seed, pair[1], seed, "head", metric, 9.0))
+    columns = ["arm", "seed", "other_arm", "other_seed", "role", "metric", "value"]
+    found = collapse.directions(pd.DataFrame(rows, columns=columns))
+    assert list(found["other"]) == ["rlvr", "sft"]
+    assert (found["n_pairs"] == 3).all()
+    assert list(found["cosine"]) == pytest.approx([0.91, 0.01])
+    assert list(found["beyond"]) == pytest.approx([0.11, 0.0])
+
+
 def test_energies_are_in_units_of_chance() -> None:
     table = at_end(
         {"opd": {"energy_top_right": 0.5, "null_energy_top_right": 0.125}}, 0
@@ -181,8 +214,14 @@ def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
         f"{p}{m}@d=own" for m in collapse.OVERLAPS for p in ("", "shuffled_", "free_")
     ]
     placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0)
-    (bars,) = (collapse_figures.permutations(collapse.permuted(placed, ["opd"])),)
-    assert len(bars.axes) == 2
+    worlds = {"small": placed, "large": placed, "none": placed.iloc[:0]}
+    found = collapse.by_world(collapse.permuted, worlds, ["opd"])
+    bars = collapse_figures.permutations(found)
+    assert len(bars.axes) == 2 * 2 * 2  # worlds, differences and shares, masks
+    names = [f"{p}{m}" for m in collapse.SPECTRAL for p in ("", "null_", "turned_")]
+    placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0.01)
+    found = collapse.by_world(collapse.turned, {"small": placed}, ["opd"])
+    assert len(collapse_figures.angles(found).axes) == 3
     table = at_end({"opd": {"energy_inputs": 0.5, "null_energy_inputs": 0.125}}, 0.01)
     assert collapse_figures.energy_dots(collapse.energies(table, ["opd"])).axes
     moved = pd.DataFrame(

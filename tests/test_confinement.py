@@ -108,18 +108,6 @@ def test_dots_stand_at_what_is_lost(table: pd.DataFrame) -> None:
     assert [faces[row] == "none" for row in (0, 1, 2)] == [True, True, True]
 
 
-def test_ranks_lie_on_one_line(table: pd.DataFrame) -> None:
-    wide = table[table["arm"] == "opd-projected"].assign(arm="opd-projected-wide")
-    wide = wide.assign(value=wide["value"] + 0.01)
-    both = pd.concat([table, wide])
-    ranks = {"": 2, "-wide": 4, "-random": 2}
-    (ax,) = contrast_figures.rank_sweep(both, ["opd"], ranks).axes
-    lines = {line.get_label(): line for line in ax.lines}
-    np.testing.assert_allclose(lines["own"].get_xdata(), [2, 4])
-    np.testing.assert_allclose(lines["own"].get_ydata(), [0.781, 0.791])
-    np.testing.assert_allclose(lines["stopped"].get_ydata(), [0.6, 0.6])
-
-
 def test_every_benchmark_has_a_row(table: pd.DataFrame) -> None:
     (ax,) = contrast_figures.benchmark_dots(table, ["opd"], ["", "-random"]).axes
     assert len(ax.get_yticklabels()) == len(ALL_ACCURACIES)

@@ -190,7 +190,7 @@ def test_seeds_that_say_the_opposite_are_told() -> None:
     np.testing.assert_allclose(nearest["spreads"].std(), 1.0)
     (axis,) = consistency_figures.one_seed(seeds).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == [
-        "norm-decoupled:  norm, opd over rlvr"
+        "norm decoupled:  norm, OPD over RLVR"
     ]
     red = [x for line in axis.get_lines()[2:3] for x in np.atleast_1d(line.get_xdata())]
     assert all(x < 0 for x in red)

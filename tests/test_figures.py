@@ -117,7 +117,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "depth": lambda table: figures.depth_profiles(
         table, MAIN, ("angle_left_mean_deg", "nss")
     ),
-    "maps": lambda table: figures.mask_maps(table, ("opd", "rlvr")),
     "bars": lambda table: figures.mask_bars(table, MAIN),
     "confined": figures.projected_training,
 }
@@ -272,19 +271,6 @@ def test_bars_end_at_the_means_and_ticks_stand_at_the_nulls() -> None:
         assert [bar.get_x() for bar in ax.patches] == (
             [0] * 4 if metric == "density" else [50] * 4
         )
-
-
-def test_maps_show_each_matrix_and_end_with_the_null() -> None:
-    table = planted()
-    figure = figures.mask_maps(table, ("opd", "rlvr"))
-    first, last = figure.axes[0], figure.axes[6]
-    shown = first.collections[0].get_array().reshape(2, 7)
-    level = 1 + 2 + 0.1 + np.array([[0.0], [0.2]]) + 1
-    level = level + np.array([[shape[0] / 1000 for shape in SHAPES.values()]])
-    np.testing.assert_allclose(shown, 100 * level / 20)
-    null = last.collections[0].get_array().reshape(2, 7)
-    np.testing.assert_allclose(null, 0.9 * shown)
-    assert last.get_ylabel().startswith(figures.NULL_LABEL)
 
 
 def test_regions_are_no_matrices() -> None:

@@ -158,13 +158,3 @@ def test_a_dot_stands_at_its_ratio(table: pd.DataFrame) -> None:
     np.testing.assert_allclose(drawn, sorted(found["ratio"]))
     (label,) = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert label == "reward\nOPD → RLVR"
-
-
-def test_lines_over_the_norm(table: pd.DataFrame) -> None:
-    figure = contrast_figures.against_norm(table, ["opd", "rlvr"], ["nss"])
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    means = [np.mean([step * (1 + 0.01 * s) for s in SEEDS]) for step in STEPS]
-    np.testing.assert_allclose(lines["OPD"].get_xdata(), means)
-    assert "Gaussian null" in lines
-    with pytest.raises(ValueError, match="none of the arms sft"):
-        contrast_figures.against_norm(table, ["sft"], ["nss"])

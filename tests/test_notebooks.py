@@ -5,6 +5,7 @@ nbval re-runs the notebooks and compares their outputs; here stands what it lets
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from opd_geometry.geometry import comparison
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
-NAMES = ["01_localisation", "02_locking", "03_controls", "04_budgets"]
-NAMES += ["05_subspaces", "06_variants", "07_scale", "08_choices", "09_gates"]
-NAMES += ["10_contradictions", "11_beliefs", "12_your_checkpoints", "20_unplaced"]
-NAMES += ["21_collapse"]
+NAMES = ["01_unplaced", "02_collapse", "03_equal_norm", "04_rank"]
+NAMES += ["05_real_model"]
+NAMES += ["06_controls", "07_regimes", "08_exclusions", "09_your_checkpoints"]
+NAMES += ["10_choices", "11_bounds"]
 SECTIONS = [
     "The question",
     "The runs",
@@ -127,6 +128,7 @@ def test_keeps_the_anatomy(path: Path) -> None:
 def test_figures_say_what_they_show_and_begin_with_the_finding(path: Path) -> None:
     cells = read(path).cells
     drawn = [i for i, c in enumerate(cells) if "image/png" in str(c.get("outputs"))]
+    assert drawn
     for cell, below in ((cells[i], cells[i + 1]) for i in drawn):
         assert (
             "image/png" in cell.outputs[-1].data
@@ -136,6 +138,20 @@ def test_figures_say_what_they_show_and_begin_with_the_finding(path: Path) -> No
         assert "caption" in tags(below)
         assert str(said(below)).strip().startswith("**")
         assert re.search("seeds|matrices", str(said(below)))
+
+
+# Of printed numbers, of a bound on what can be seen, of the time a table takes.
+WITHOUT_LIMIT = ("fig-feasible-shares", "fig-power", "fig-one-seed", "fig-own-cost")
+
+
+@each_notebook
+def test_captions_carry_the_detection_limit_of_what_they_show(path: Path) -> None:
+    cells = read(path).cells
+    for cell, below in pairwise(cells):
+        name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "")
+        if name and name not in WITHOUT_LIMIT:
+            text = below.source + str(said(below))
+            assert "{limits}" in text or "Detection limit" in text, name
 
 
 @each_notebook

@@ -1,15 +1,19 @@
 """What a place moves, from which strength on, and what a printed number leaves."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from opd_geometry.analysis import origins as og
 from opd_geometry.analysis import power as pw
 from opd_geometry.analysis import printed as pr
 from opd_geometry.analysis import unplaced as un
 from opd_geometry.book import unplaced_figures
+from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.experiments.runs import data_directory
 from opd_geometry.geometry.comparison import MASK_ALPHA
 
@@ -152,9 +156,92 @@ def test_committed_limits_are_those_of_the_committed_student() -> None:
 
 def test_every_diagnostic_of_the_book_has_a_limit_in_words() -> None:
     for metric in pw.OWN_METRICS:
-        assert pw.detection_limit(metric).startswith("would show")
+        assert pw.detection_limit(metric, [pw.GAIN]).startswith("a gain of 1.")
+        assert "of the energy" in pw.detection_limit(metric)
     with pytest.raises(ValueError, match="no detection limit of 'accuracy'"):
         pw.detection_limit("accuracy")
+
+
+def ends(values: dict[str, list[float]], metric: str) -> pd.DataFrame:
+    rows = [
+        (f"{arm}{seed}", arm, seed, 100, "a.q", "q", 0, metric, value)
+        for arm, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_a_difference_shows_from_half_its_interval() -> None:
+    gaps = [0.1, 0.2, 0.3]
+    values = {"sft": [0.5] * 3, "opd": [0.5 + x for x in gaps], "rlvr": [0.5] * 3}
+    half = stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
+    limit, n = pw.difference_limit(ends(values, "sparsity"), [*values], "sparsity")
+    assert (limit, n) == (pytest.approx(half), 3)
+    logs = {arm: list(np.exp(column)) for arm, column in values.items()}
+    limit, _ = pw.difference_limit(ends(logs, "nss"), [*values], "nss")
+    assert limit == pytest.approx(half)
+    one = ends({arm: column[:1] for arm, column in values.items()}, "sparsity")
+    assert np.isnan(pw.difference_limit(one, [*values], "sparsity")[0])
+    assert pw.difference_limit(one, ["sft"], "sparsity")[1] == 0
+
+
+def test_the_law_of_entries_sets_rank_and_tail(weights: list[og.Origin]) -> None:
+    found = un.shapes_table(weights)
+    assert set(found["law"]) == set(og.LAWS)
+    wide = found[found["readout"] == "float32"].pivot_table(
+        index="law", columns="metric", values="value"
+    )
+    assert wide["stable_rank"].idxmin() == "Student t, 3"
+    m, n = 128, 160  # between the two matrices
+    noise = m * n / (m**0.5 + n**0.5) ** 2
+    assert wide.loc["Gaussian", "stable_rank"] == pytest.approx(noise, rel=0.1)
+    nss = found[(found["metric"] == "nss") & (found["law"] == "Gaussian")]
+    assert nss.set_index("arm")["value"].is_monotonic_decreasing  # SFT, OPD, RLVR
+
+
+def test_a_model_is_measured_whole_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every table that ``load`` reads is made, and kept ones of other bytes stay."""
+    stub = pd.DataFrame({"a": [1]})
+    for name in vars(un).copy():
+        if name.endswith("_table"):
+            monkeypatch.setattr(un, name, lambda *_, **__: stub)
+    monkeypatch.setattr(un, "role_densities", dict)
+    monkeypatch.setattr(un.od, "two_means", lambda *_: stub)
+    monkeypatch.setattr(un, "data_directory", lambda: tmp_path)
+    monkeypatch.setattr(un, "on_shelf", lambda name: tmp_path / name)
+    source = data_directory() / "checkpoints" / un.STUDENT
+    assert set(un.load(str(source))) == set(un.TABLES)
+    folder = tmp_path / "unplaced" / un.STUDENT
+    monkeypatch.setattr(un, "make", lambda *_: pytest.fail("measured again"))
+    assert len(un.load(str(source))["provenance"]) == 2
+    made = []
+    monkeypatch.setattr(un, "make", lambda _, folder: made.append(folder) or folder)
+    (folder / "placed.csv").unlink()
+    with pytest.raises(FileNotFoundError):
+        un.load(str(source))  # not whole: made again, and the stub makes nothing
+    table = pd.read_csv(folder / "provenance.csv").assign(sha256="of another model")
+    table.to_csv(folder / "provenance.csv", index=False)
+    stub.to_csv(folder / "placed.csv")
+    with pytest.raises(FileNotFoundError):
+        un.load(str(source))
+    digest = og.sha256(source)[:8]
+    assert [f.name for f in made] == [un.STUDENT, f"{un.STUDENT}-{digest}"]
+
+
+def test_printed_orders_are_met_within_half_a_decade() -> None:
+    rows = [
+        (arm, "bf16", metric, value * factor)
+        for (arm, metric), (_, value) in un.paper_orders().items()
+        for factor in (0.5, 2.0)
+    ]
+    shapes = pd.DataFrame(rows, columns=["arm", "readout", "metric", "value"])
+    assert un.orders_table(shapes)["met"].all()
+    far = un.orders_table(shapes.assign(value=shapes["value"] * 10))
+    assert far["met"].eq(far["relation"] == ">").all()
+    near = un.orders_table(shapes.assign(value=shapes["value"] / 10))
+    assert near["met"].eq(near["relation"] == "<").all()
 
 
 # --- the chapter's tables and figures ----------------------------------------------

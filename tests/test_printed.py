@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
+from opd_geometry.analysis import consistency
 from opd_geometry.analysis import one_distance as od
 from opd_geometry.analysis import origins as og
 from opd_geometry.analysis import printed as pr
 from opd_geometry.analysis import unplaced as un
+from opd_geometry.geometry import unplaced as closed
 from opd_geometry.geometry import updates
 from opd_geometry.geometry.spectra import stable_rank
 
@@ -132,6 +134,34 @@ def test_shared_gains_raise_agreement_and_none_do_not(weights: list[og.Origin]) 
     )
     assert none < some < more
     assert pr.shared_gain(weights, 0.6, 1.0, 0, "columns") > none
+
+
+def test_a_gain_between_kinds_of_matrices_is_found_again() -> None:
+    shapes = {"q": (64, 64), "down": (64, 256)}
+    origins = og.synthetic("Gaussian", 0, shapes)
+    scale = 0.002
+    each = [
+        closed.expected_density(origin.whole, scale * gain)
+        for origin, gain in zip(origins, (1.0, 0.4), strict=True)
+    ]
+    weighted = (each[0] + 4 * each[1]) / 5
+    found = od.gain_between(origins, float(np.mean(each)), weighted)
+    assert found == pytest.approx(0.4, rel=1e-3)
+    assert np.isnan(od.gain_between(origins, 0.5, 0.999))
+
+
+def test_every_work_that_prints_two_numbers_is_asked() -> None:
+    table = consistency.printed("related")
+    sets = [og.synthetic("Gaussian", 0, {"q": (64, 64)})]
+    pairs = od.related_pairs(sets, {"rlvr": (0.0, 1.0), "sft": (0.0, 1.0)})
+    asked = {name for pair in pairs for name in pair.work.split(" and ")}
+    works = {item.removeprefix("arXiv:").split("/")[-1] for item in table["item"]}
+    assert works == asked
+    # what is printed is what stands in the table: nothing is typed twice
+    values = {float(v) for v in table["value"]}
+    for pair in pairs:
+        shown = (pair.value, 100 * pair.value, 100 - 100 * pair.value)
+        assert any(np.isclose(a, b) for a in shown for b in values), pair
 
 
 # --- arithmetic on printed numbers -------------------------------------------------

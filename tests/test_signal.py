@@ -122,3 +122,4 @@ def test_a_ceiling_counts_the_rates_of_its_steps() -> None:
     )
     moved = float(((rates * steps).sum(1) ** 2).mean() / rates.square().sum()) ** 0.5
     assert judged.ceiling(steady, rates.tolist()) == pytest.approx(moved, rel=0.01)
+    assert judged.ceiling(-0.01, rates.tolist()) == 1.0

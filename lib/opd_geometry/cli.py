@@ -320,6 +320,72 @@ def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
 
 @commands.command()
 @_profile
+@_arms("all")
+@_seeds
+@_student
+def starts(profile: str, arms: str, seeds: str, student: str | None) -> int:
+    """Publish what runs start from: their weights, and the signal of their gradients.
+
+    Nothing is trained but what a run starts from. The weights of a start are read where
+    a run from it is finished; the gradients of 16 batches an arm and seed need no run.
+
+    \b
+    Examples:
+      opd-geometry starts --profile published --arms sft,opd,rlvr --seeds 0-2
+    """
+    import pandas as pd
+
+    from opd_geometry.experiments import signal, weights
+    from opd_geometry.experiments.runs import is_done
+
+    runs = _asked(profile, arms, seeds, "committed", student)
+    for run in runs:
+        signal.commit_signals(profile, signal.signal_table(run))
+        click.echo(f"signal of {run.name}")
+    origins = {run.start: run for run in runs[::-1] if is_done(run)}
+    if origins:
+        table = pd.concat(map(weights.weights_table, [*origins.values()][::-1]))
+        weights.commit_weights(profile, table)
+    return 0
+
+
+@commands.command()
+@_profile
+@_arms("all")
+@_seeds
+@_student
+def pairs(profile: str, arms: str, seeds: str, student: str | None) -> int:
+    """Publish where finished runs end relative to each other.
+
+    Pairs of arms from one anchor, and of one arm's seeds: cosine, shared subspaces and
+    masks of their final updates, beside what two unrelated updates share.
+
+    \b
+    Examples:
+      opd-geometry pairs --profile published --arms sft,opd,rlvr --seeds 0-2
+    """
+    from opd_geometry.experiments import ends
+    from opd_geometry.experiments.profiles import settings_of
+    from opd_geometry.experiments.runs import is_done
+
+    runs = [
+        run
+        for run in _asked(profile, arms, seeds, "committed", student)
+        if is_done(run)
+    ]
+    found = [*ends.same_anchor(runs), *ends.other_seeds(runs)]
+    if not found:
+        raise ValueError(
+            f"{len(runs)} finished runs and no pair of them: expected two arms of one "
+            "seed, or two seeds of one arm; train with opd-geometry run"
+        )
+    table = ends.pair_table(found, settings_of(profile).rank)
+    click.echo(f"{len(found)} pairs are now in {ends.commit_pairs(profile, table)}")
+    return 0
+
+
+@commands.command()
+@_profile
 @_arms("base,teacher")
 def checkpoints(profile: str, arms: str) -> None:
     """Publish the last checkpoints of finished runs, in bf16.
@@ -517,7 +583,7 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     \b
     Examples:
       opd-geometry chapters
-      opd-geometry chapters --profile laptop --seeds 0-2 02_locking
+      opd-geometry chapters --profile laptop --seeds 0-2 04_rank
     """
     from opd_geometry.book.site import execute_chapter, known_parameters
 

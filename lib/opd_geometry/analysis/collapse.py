@@ -7,7 +7,7 @@ explain? What is left can be place, and is asked of the update itself: against i
 permutation, against chance in the subspaces of W_0, in the learning rate's own unit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from opd_geometry.analysis.evidence import (
     LAYERS,
     Levels,
     Table,
+    beside,
     last,
     levels_of,
     over_matrices,
@@ -43,6 +44,8 @@ N_BINS = 60  # of the curve: equal numbers of points, so each bin holds hundreds
 DRAWS = 400  # of the bootstrap over runs
 KEYS = ["run", "arm", "seed", "step", "matrix"]
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
+TURNED = {"Gaussian": "null_", "turned": "turned_"}  # nulls of the angles
+SPECTRAL = ("angle_left_mean_deg", "angle_right_mean_deg", "nss")
 SUBSPACES = (
     "top_right",
     "top_left",
@@ -176,8 +179,9 @@ def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     Returns:
         One row an arm, mask and density (``own``, at masks of one half of the entries;
         the paper's printed ones, at masks of 0.3): arm, mask, density, alpha, n_seeds,
-        own, shuffled, free, and difference (own minus shuffled) with low and high, its
-        95 % interval over seeds.
+        own, shuffled, free; difference (own minus shuffled) with low and high, its 95 %
+        interval over seeds; times (free over alpha: how often the largest entries lie
+        on the mask, chance 1) with times_low and times_high.
     """
     levels, rows = levels_of(table), []
     places = [("own", "@d=own", 0.5)]
@@ -194,10 +198,88 @@ def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
                 if own.empty:
                     continue
                 means = (own.mean(), shuffled.mean(), free.mean())
-                apart = interval(own - shuffled)
+                apart = (*interval(own - shuffled), *interval(free / alpha))
                 rows.append((arm, mask, density, alpha, len(own), *means, *apart))
     columns = ["arm", "mask", "density", "alpha", "n_seeds", "own", "shuffled", "free"]
-    return pd.DataFrame(rows, columns=[*columns, "difference", "low", "high"])
+    columns += ["difference", "low", "high", "times", "times_low", "times_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
+    """Angles and spectral shift of real updates over those of their two nulls.
+
+    The Gaussian has the update's norm; the turned one its singular values as well, in
+    random directions.
+
+    Args:
+        table: tidy, with the metrics of ``controls.at_end``.
+        arms: which; those without them give no rows.
+
+    Returns:
+        One row an arm, metric of ``SPECTRAL`` and null (``Gaussian``, ``turned``): arm,
+        metric, null, n_seeds, own, of_null, times (own over null) with low and high,
+        its 95 % interval over seeds.
+    """
+    levels, rows = levels_of(table), []
+    for arm in arms:
+        for metric in SPECTRAL:
+            names = {name: f"{prefix}{metric}" for name, prefix in TURNED.items()}
+            known = beside(levels, arm, [metric, *names.values()])
+            for name, null in names.items() if len(known) else ():
+                means = known[metric].mean(), known[null].mean()
+                times = interval(known[metric] / known[null])
+                rows.append((arm, metric, name, len(known), *means, *times))
+    columns = ["arm", "metric", "null", "n_seeds", "own", "of_null"]
+    return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
+
+
+def directions(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
+    """Who moves in an arm's direction, and what masks say of it.
+
+    Args:
+        pairs: of ``ends.committed_pairs``.
+        arm: one of each pair.
+
+    Returns:
+        One row another arm from the same anchor (the same arm: from another seed's),
+        by falling cosine: other, n_pairs, cosine with low and high (95 % interval over
+        pairs; null 0), subspace and its chance (Sim_K of the top right ones), jaccard,
+        rounding (that of unrelated updates of these norms), beyond (their difference)
+        with beyond_low, beyond_high.
+    """
+    rows = pairs[pairs["role"].isin(LAYERS)].astype({"arm": str, "other_arm": str})
+    ours = rows[(rows["arm"] == arm) | (rows["other_arm"] == arm)]
+    other = ours["other_arm"].where(ours["arm"] == arm, ours["arm"])
+    keys = [other.rename("other"), ours["seed"], ours["other_seed"], ours["metric"]]
+    wide = ours.groupby(keys, observed=True)["value"].mean().unstack()
+    found = []
+    for name, of_pair in wide.groupby(level="other"):
+        means = of_pair.mean()
+        names = ("similarity_right", "null_similarity_right")
+        masks = (means["jaccard"], means["rounding_jaccard"])
+        beyond = interval(of_pair["jaccard"] - of_pair["rounding_jaccard"])
+        numbers = (*interval(of_pair["cosine"]), *means[[*names]], *masks, *beyond)
+        found.append((name, len(of_pair), *numbers))
+    columns = ["other", "n_pairs", "cosine", "low", "high", "subspace", "chance"]
+    columns += ["jaccard", "rounding", "beyond", "beyond_low", "beyond_high"]
+    table = pd.DataFrame(found, columns=columns)
+    return table.sort_values("cosine", ascending=False, ignore_index=True)
+
+
+def by_world(
+    of: Callable[..., pd.DataFrame], worlds: Mapping[str, pd.DataFrame], arms: object
+) -> pd.DataFrame:
+    """One of this module's tables for several worlds, the first column their names.
+
+    Args:
+        of: such as ``permuted``.
+        worlds: name to table; one without rows is left out.
+        arms: as ``of`` takes them.
+    """
+    there = {name: table for name, table in worlds.items() if len(table)}
+    parts = [of(table, arms).assign(world=name) for name, table in there.items()]
+    together = pd.concat(parts, ignore_index=True)
+    return together[["world", *together.columns.drop("world")]]
 
 
 def energies(table: Table, arms: Iterable[str]) -> pd.DataFrame:

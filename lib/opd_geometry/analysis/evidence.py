@@ -10,7 +10,7 @@ of the other readout are those with its suffix, and so are its nulls'.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -131,6 +131,20 @@ class Levels:
             self._kept[key] = self._by_arm(metric, roles, weighted)
         return self._kept[key].get(self._alias.get(arm, arm), _NOTHING)
 
+    def matrices(self, arm: str, frac: float) -> dict[str, pd.Series]:
+        """Metrics to an arm's values by seed and matrix, at a fraction of training."""
+        key = ("matrices", arm, frac)
+        if key not in self._kept:
+            rows = self.table[self.table["arm"] == self._alias.get(arm, arm)]
+            ends = rows.groupby("seed")["step"].max()
+            wanted = (frac * rows["seed"].map(ends)).round()
+            rows = rows[rows["role"].isin(LAYERS) & (rows["step"] == wanted)]
+            self._kept[key] = {
+                str(metric): found.set_index(["seed", "matrix"])["value"]
+                for metric, found in rows.groupby("metric", observed=True)
+            }
+        return self._kept[key]
+
     def _by_arm(
         self, metric: str, roles: tuple[str, ...], weighted: bool
     ) -> dict[str, pd.Series]:
@@ -154,6 +168,14 @@ _NOTHING = pd.Series(
     dtype=float,
     index=pd.MultiIndex.from_arrays(
         [np.array([], dtype=int)] * 2, names=["seed", "step"]
+    ),
+)
+
+
+_NO_PLACE = pd.Series(
+    dtype=float,
+    index=pd.MultiIndex.from_arrays(
+        [np.array([], dtype=int), np.array([], dtype=object)], names=["seed", "matrix"]
     ),
 )
 
@@ -202,6 +224,31 @@ def first(values: pd.Series) -> Values:
 def last(values: pd.Series) -> Values:
     """At each seed's last checkpoint."""
     return values.groupby(level="seed").tail(1).droplevel("step")
+
+
+def beside(
+    table: Table, arm: str, metrics: Sequence[str], frac: float = 1.0
+) -> pd.DataFrame:
+    """Metrics as means over one set of matrices: those that have all of them.
+
+    Of a large model some nulls are taken on some of its layers alone, and a mean over
+    all matrices beside a null's over a few would compare matrices, not updates.
+
+    Args:
+        table: tidy, or its levels.
+        arm: which.
+        metrics: names, such as a diagnostic and its nulls.
+        frac: of training; the checkpoint at that step, 1 the last one.
+
+    Returns:
+        Index: the seeds that have all of them; a column a metric, and ``n_matrices``.
+    """
+    levels = levels_of(table, [arm])
+    places = levels.matrices(arm, frac)
+    columns = [places.get(metric, _NO_PLACE) for metric in metrics]
+    wide = pd.concat(columns, axis=1, keys=metrics).dropna()
+    by_seed = wide.groupby(level="seed")
+    return by_seed.mean().assign(n_matrices=by_seed.size())
 
 
 def distance(table: Table, arm: str, other: str, suffix: str = "") -> Values:

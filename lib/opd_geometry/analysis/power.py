@@ -4,6 +4,7 @@ Each family of updates has a strength and a neutral strength, at which it has no
 All are brought to one density, so that what moves is due to the place alone.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from opd_geometry.analysis import origins as og
 from opd_geometry.analysis import printed as pr
+from opd_geometry.analysis.evidence import (
+    LAYERS,
+    Table,
+    first,
+    last,
+    levels_of,
+    over_matrices,
+)
 from opd_geometry.analysis.origins import Origin
+from opd_geometry.analysis.verdicts import interval
 from opd_geometry.files import on_shelf
 from opd_geometry.geometry import comparison, gram
 from opd_geometry.geometry.spectra import default_rank
@@ -460,7 +470,7 @@ def draws_bands(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float
     return {key: (float(v.min()), float(v.max())) for key, v in none}
 
 
-def detection_limit(metric: str) -> str:
+def detection_limit(metric: str, units: Iterable[str] = (POWER, GAIN, SHARE)) -> str:
     """What a diagnostic of this book would show at its student, in words for a caption.
 
     From ``data/unplaced/own_limits.csv``: at OPD's density, over the draws of an update
@@ -468,6 +478,7 @@ def detection_limit(metric: str) -> str:
 
     Args:
         metric: one of ``OWN_METRICS``.
+        units: of strength.
 
     Returns:
         The family of each unit that it would show earliest.
@@ -475,7 +486,7 @@ def detection_limit(metric: str) -> str:
     Raises:
         ValueError: a metric without a limit; the message lists those that have one.
     """
-    table = pd.read_csv(on_shelf("unplaced/own_limits.csv"))
+    table = own_limits()
     known = sorted(table["metric"].unique())
     if metric not in known:
         raise ValueError(
@@ -483,11 +494,11 @@ def detection_limit(metric: str) -> str:
         )
     rows = table[(table["metric"] == metric) & table["above"].notna()]
     said = []
-    for unit, of_unit in rows.groupby("unit", sort=False):
+    for unit, of_unit in rows[rows["unit"].isin([*units])].groupby("unit", sort=False):
         first = of_unit.loc[of_unit["above"].idxmin()]
         words = FAMILIES[first["family"]].words
         said.append(
-            f"{first['above']:.0%} of the energy {words}".replace(
+            f"{first['above']:.1%} of the energy {words}".replace(
                 "%", "\N{NO-BREAK SPACE}%"
             )
             if unit == SHARE
@@ -495,8 +506,44 @@ def detection_limit(metric: str) -> str:
             if unit == GAIN
             else f"steps as |w| to the power of {first['above']:.2f}"
         )
-    return (
-        "would show " + ", or ".join(said)
-        if said
-        else "would show none of the places tried"
-    )
+    return " or ".join(said) or "none of the places tried"
+
+
+def own_limits() -> pd.DataFrame:
+    """The committed table of ``unplaced.own_limits_table``."""
+    return pd.read_csv(on_shelf("unplaced/own_limits.csv"))
+
+
+# Compared as differences; all other metrics as ratios.
+AS_DIFFERENCES = ("sparsity", "density", "overlap", "similarity", "accuracy", "leak")
+
+
+def difference_limit(
+    table: Table, arms: Iterable[str], metric: str, roles: tuple[str, ...] = LAYERS
+) -> tuple[float, int]:
+    """The smallest difference between two arms' ends that their seeds would show.
+
+    Half of the 95 % interval of the difference, paired by seed; the widest pair's. Of
+    similarities with the end, which are one there, at the first checkpoints.
+
+    Args:
+        table: tidy, or its levels.
+        arms: all pairs of them; those without such rows are left out.
+        metric: of matrices, or of the model.
+        roles: of the matrices averaged over.
+
+    Returns:
+        The limit (of the difference; of logarithms for what is compared as a ratio),
+        and the seeds of the pair that has fewest; NaN with fewer than two seeds.
+    """
+    levels, wanted = levels_of(table), (*roles, "model")
+    moment = first if metric.startswith("similarity_to_end") else last
+    ends = [moment(over_matrices(levels, arm, metric, wanted)) for arm in arms]
+    ends = [values.dropna() for values in ends if len(values.dropna())]
+    if not any(word in metric for word in AS_DIFFERENCES):
+        ends = [np.log(values) for values in ends]
+    gaps = [(b - a).dropna() for a, b in itertools.combinations(ends, 2)]
+    widths = [high - mean for mean, _, high in map(interval, gaps)]
+    if not widths or np.isnan(widths).all():
+        return float("nan"), min(map(len, gaps), default=0)
+    return float(np.nanmax(widths)), min(map(len, gaps))

@@ -57,18 +57,19 @@ def ceiling(signal: float, rates: Iterable[float]) -> float:
     sqrt(1 + signal ((sum lr)^2 / sum lr^2 - 1))
 
     Args:
-        signal: mean over entries, from 0 to 1; an estimate may lie a little below 0.
+        signal: mean over entries, from 0 to 1; an estimate of noise may lie below 0,
+            and counts as 0.
         rates: learning rate of every step.
 
     Returns:
-        Root mean square change over sqrt(sum lr^2), 0 or more.
+        Root mean square change over sqrt(sum lr^2), 1 or more.
 
     >>> ceiling(0.0, [1.0] * 9), ceiling(1.0, [1.0] * 9)
     (1.0, 3.0)
     """
     rates = np.array(list(rates))
     steps = rates.sum() ** 2 / np.square(rates).sum()
-    return float(np.sqrt(max(0.0, 1.0 + signal * (steps - 1.0))))
+    return float(np.sqrt(1.0 + max(0.0, signal) * (steps - 1.0)))
 
 
 def predictions(signals: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """What a setting changes: orders that turn, numbers that stay or approach others."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -9,11 +9,12 @@ import pandas as pd
 from opd_geometry.analysis.evidence import (
     COMPARABLE_FACTOR,
     LAYERS,
+    distance,
     last,
     over_matrices,
 )
 from opd_geometry.analysis.matching import AT_END, order, ratio
-from opd_geometry.analysis.verdicts import Values, equivalence, interval, state
+from opd_geometry.analysis.verdicts import Values, defined, equivalence, interval, state
 
 WEIGHTED = ("sparsity",)  # by the matrices' sizes, as the paper's Table 1
 
@@ -95,3 +96,26 @@ def approach(
         rows.append((metric, number, ours, theirs, *np.exp(interval(gained)), trend))
     columns = ["metric", "printed", "ours", "changed", "nearer", "low", "high", "trend"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def courses_apart(
+    table: pd.DataFrame, arms: Iterable[str], reference: str
+) -> pd.DataFrame:
+    """How far each arm's stable rank leaves another's over training, as a factor.
+
+    exp(mean over checkpoints of |ln(stable rank of arm / stable rank of reference)|)
+
+    Args:
+        table: tidy.
+        arms: which; those without rows are left out.
+        reference: the other arm.
+
+    Returns:
+        One row an arm: arm, factor, low, high (95 % interval over seeds), n_seeds.
+    """
+    there, rows = set(table["arm"]), []
+    for arm in arms:
+        if {arm, reference} <= there:
+            gaps = distance(table, arm, reference)
+            rows.append((arm, *np.exp(interval(gaps)), len(defined(gaps))))
+    return pd.DataFrame(rows, columns=["arm", "factor", "low", "high", "n_seeds"])

@@ -255,10 +255,10 @@ def excess_share(table: pd.DataFrame) -> pd.Series:
 # --- weight decay --------------------------------------------------------------------
 
 
-def decayed(arm: str) -> float:
-    """How much of the weights decoupled decay alone removes, by the printed settings.
+def paper_rates(arm: str) -> np.ndarray:
+    """The learning rate of every step, by the printed settings.
 
-    wd * sum_t lr_t; warm-up is linear from 0
+    Warm-up is linear from 0; then constant, or a cosine to the printed final rate.
 
     Args:
         arm: one of ``printed.ARMS``.
@@ -266,14 +266,51 @@ def decayed(arm: str) -> float:
     table = printed("settings")
     own = table[table["arm"] == arm].set_index("metric")["value"]
     steps, rate = int(float(own["steps"])), float(own["learning_rate"])
+    if own["schedule"] != "cosine":
+        return np.full(steps, rate)
     t = np.arange(1, steps + 1) / steps
-    rates = np.full(steps, rate)
-    if own["schedule"] == "cosine":
-        warm, final = float(own["warmup_frac"]), float(own["final_learning_rate"])
-        falling = (t - warm) / (1 - warm)
-        rates = final + (rate - final) * (1 + np.cos(np.pi * falling)) / 2
-        rates = np.where(t < warm, rate * t / warm, rates)
-    return float(own["weight_decay"]) * float(rates.sum())
+    warm, final = float(own["warmup_frac"]), float(own["final_learning_rate"])
+    falling = (t - warm) / (1 - warm)
+    rates = final + (rate - final) * (1 + np.cos(np.pi * falling)) / 2
+    return np.where(t < warm, rate * t / warm, rates)
+
+
+def decayed(arm: str) -> float:
+    """How much of the weights decoupled decay alone removes, by the printed settings.
+
+    wd * sum_t lr_t
+
+    Args:
+        arm: one of ``printed.ARMS``.
+    """
+    table = printed("settings")
+    own = table[table["arm"] == arm].set_index("metric")["value"]
+    return float(own["weight_decay"]) * float(paper_rates(arm).sum())
+
+
+def paper_displacements(decay: pd.DataFrame, size: float) -> pd.Series:
+    """How far the paper's arms went, in the unit of their learning rates.
+
+    distance * size / sqrt(sum lr^2)
+
+    The distance is that of an update without place at the density that the paper
+    prints, on the weights that the table is of: on larger weights it is longer.
+
+    Args:
+        decay: of ``decay_table``.
+        size: root mean square of those weights.
+
+    Returns:
+        Indexed by arm: root mean square change over sqrt(sum lr^2), about 1 for noise.
+    """
+    still = decay[(decay["decay"] == 0) & (decay["readout"] == "float32")]
+    found = {
+        str(row.arm): row.distance
+        * size
+        / np.sqrt(np.square(paper_rates(row.arm)).sum())
+        for row in still.itertuples()
+    }
+    return pd.Series(found)
 
 
 def decay_table(origins: Sequence[Origin], draws: int = 1) -> pd.DataFrame:
@@ -651,11 +688,12 @@ def _kept(model: str) -> Path:
     name = Path(model.partition("@")[0]).name
     for folder in (on_shelf(f"unplaced/{n}") for n in (name, f"{name}-{digest[:8]}")):
         files = [folder / f"{table}.csv" for table in TABLES]
-        if all(file.is_file() for file in files):
-            if pd.read_csv(files[-1])["sha256"].eq(digest).all():
-                return folder
-        elif not files[-1].is_file():  # it is written last
-            break
+        there = files[-1].is_file()  # it is written last
+        if there and not pd.read_csv(files[-1])["sha256"].eq(digest).all():
+            continue
+        if there and all(file.is_file() for file in files):
+            return folder
+        break
     return make(model, data_directory() / "unplaced" / folder.name)
 
 
@@ -782,6 +820,27 @@ def choices_table(expected: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 
 
 HALF_DECADE = 10**0.5
+
+
+def orders_table(shapes: pd.DataFrame) -> pd.DataFrame:
+    """Printed orders of magnitude beside the band of an update without place.
+
+    Args:
+        shapes: of ``shapes_table``.
+
+    Returns:
+        arm, metric, relation, printed, low, high (over the laws, as stored), met:
+        whether the band, widened by half a decade either way, has such a value.
+    """
+    groups = shapes[shapes["readout"] == "bf16"].groupby(["arm", "metric"])["value"]
+    rows = []
+    for key, (relation, value) in paper_orders().items():
+        low, high = (float(end) for end in groups.get_group(key).agg(["min", "max"]))
+        above, below = high * HALF_DECADE > value, low / HALF_DECADE < value
+        met = {">": above, "<": below}.get(relation, above and below)
+        rows.append((*key, relation, value, low, high, met))
+    columns = ["arm", "metric", "relation", "printed", "low", "high", "met"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def limit_bands(

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from html import escape as html_text
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +19,18 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.analysis.claims import Finding, claim_card, judge
-from opd_geometry.analysis.evidence import arms_matching
+from opd_geometry.analysis.claims import Finding, claim_card, judge, levels_text
+from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
+from opd_geometry.analysis.power import (
+    AS_DIFFERENCES,
+    GAIN,
+    detection_limit,
+    difference_limit,
+    own_limits,
+)
 from opd_geometry.analysis.statements import claim_of
-from opd_geometry.book.board import VERDICT_MARKS
-from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
+from opd_geometry.book.board import VERDICT_MARKS, effect_text, in_words
+from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import (
@@ -325,9 +333,11 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     """A table as it is shown: numbers of a few digits, arms and metrics by name."""
 
     def shown(value: object) -> object:
+        if isinstance(value, str):
+            return in_words(value)
         if not isinstance(value, float):
             return value
-        return "–" if math.isnan(value) else f"{value:.{digits}g}"
+        return "–" if math.isnan(value) else with_minus(f"{value:.{digits}g}")
 
     def label(name: object) -> object:
         metric = str(name).removeprefix("null_")
@@ -344,7 +354,9 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     outer = frame.index.get_level_values(0)
     kind = [k for k, known in kinds.items() if outer.isin(known).any()]
     corner = str(frame.index.name or (kind[0] if kind else "row"))
-    named = frame.map(shown).rename(index=label, columns=label)
+    named = frame.map(shown).rename(columns=label)
+    if frame.index.names[0] not in ("id", "claim"):  # a claim is called as an arm is
+        named = named.rename(index=label)
     single = named.columns.nlevels == 1
     named.index.names = [None] * named.index.nlevels
     named.columns.names = [corner] if single else [None] * named.columns.nlevels
@@ -407,15 +419,36 @@ def markdown(text: str) -> Any:
     return Markdown(text)
 
 
-def html(frame: pd.DataFrame) -> Any:
-    """A table for a page: without index, its cells wrapped, in the page's style."""
-    from IPython.display import HTML
+class Table:
+    """A table as a cell's output, with its caption: HTML on a page, else text."""
 
-    with pd.option_context("display.max_colwidth", None):
-        text = frame.to_html(index=False, border=0, classes="table", na_rep="–")
-    # The class that pandas adds would set the heads of the columns flush right.
-    text = text.replace('class="dataframe table"', 'class="table"')
-    return HTML(text.replace(' style="text-align: right;"', ""))
+    def __init__(self, frame: pd.DataFrame, caption: str, index: bool) -> None:
+        self.frame, self.caption, self.index = frame, caption, index
+
+    def __repr__(self) -> str:
+        text = self.frame.to_string(index=self.index, na_rep="–")
+        return f"{self.caption}\n{text}" if self.caption else text
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            text = self.frame.to_html(
+                index=self.index, border=0, classes="table", na_rep="–"
+            )
+        # The class that pandas adds would set the heads of the columns flush right.
+        text = text.replace('class="dataframe table"', 'class="table"')
+        text = text.replace(' style="text-align: right;"', "")
+        told = f"<caption>{html_text(self.caption)}</caption>"
+        return text.replace(">", f">{told}", 1) if self.caption else text
+
+
+def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
+    """``rounded``, with a caption that says what the rows are."""
+    return Table(rounded(frame, digits), caption, index=True)
+
+
+def html(frame: pd.DataFrame, caption: str = "") -> Table:
+    """A table for a page: without index, its cells wrapped, in the page's style."""
+    return Table(frame, caption, index=False)
 
 
 def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
@@ -439,14 +472,92 @@ def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
     )
 
 
-def seeds_text(seeds: Iterable[int]) -> str:
-    """Seeds for a sentence.
+def seeds_text(seeds: Iterable[int] | Parameters) -> str:
+    """Seeds for a sentence; with the unit of n, if a chapter's parameters are given.
 
     >>> seeds_text([0, 1, 2]), seeds_text([3])
     ('seeds 0, 1 and 2', 'seed 3')
     """
+    if isinstance(seeds, Parameters):
+        return f"{seeds_text(seeds.seeds)} ({n_text(seeds)})"
     *others, last = [str(seed) for seed in seeds]
     return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
+
+
+def n_text(parameters: Parameters, seeds: Iterable[int] | None = None) -> str:
+    """What n counts: what the runs of different seeds do not share.
+
+    Args:
+        parameters: of the chapter.
+        seeds: those that were measured; the chapter's by default.
+
+    Returns:
+        Such as ``n = 5: data, sampling and anchor each; 3 bases``.
+    """
+    chosen = list(parameters.seeds if seeds is None else seeds)
+    student = parameters.student or None
+    anchors, bases = set(), set()
+    for seed in chosen:
+        run = build(parameters.profile, "opd", seed, student=student)
+        anchors.add(repr(run.start))
+        while isinstance(run.start, Run):
+            run = run.start
+            if run.arm == "base":
+                break
+        bases.add(run.key() if run.arm == "base" else repr(run.start))
+    each = "data, sampling and anchor each" if len(anchors) > 1 else "one anchor"
+    plural = f"{len(bases)} bases" if len(bases) > 1 else "one base"
+    return f"n = {len(chosen)}: {each}; {plural}"
+
+
+def limits_text(
+    table: pd.DataFrame,
+    arms: Iterable[str],
+    metrics: Iterable[str],
+    roles: Iterable[str] = LAYERS,
+) -> str:
+    """The detection limits of a figure's metrics, for the end of its caption.
+
+    Args:
+        table: tidy; n is the number of its seeds.
+        arms: whose ends the figure compares.
+        metrics: those drawn.
+        roles: of the matrices averaged over.
+
+    Returns:
+        What parts any two arms at this n, and the smallest place that one update would
+        show at the book's student.
+    """
+    arms, metrics = list(arms), list(metrics)
+    levels = levels_of(table, arms)
+    read = tuple(roles)
+    found = {name: difference_limit(levels, arms, name, read) for name in metrics}
+    known, placed = set(own_limits()["metric"]), []
+    parts = [
+        f"{_limit_text(name, limit)} ({METRIC_LABELS.get(name, name)})"
+        for name, (limit, _) in found.items()
+        if not math.isnan(limit)
+    ]
+    for name in metrics:
+        if name in known:
+            limit = detection_limit(name, [GAIN])
+            placed.append(f"{limit} ({METRIC_LABELS.get(name, name)})")
+    n = min((n for limit, n in found.values() if not math.isnan(limit)), default=0)
+    said = []
+    if parts:
+        said.append(f"any two arms part, at n = {n}, from {', '.join(parts)}")
+    elif len(arms) > 1:
+        said.append("one seed parts no arms")
+    if placed:
+        said.append(f"one update at the book's student shows {', '.join(placed)}")
+    return f"Detection limits: {'; '.join(said)}." if said else ""
+
+
+def _limit_text(metric: str, limit: float) -> str:
+    """A difference in points, a ratio in per cent."""
+    if any(word in metric for word in AS_DIFFERENCES):
+        return f"{100 * limit:.2g} points"
+    return f"{100 * math.expm1(limit):.2g}\N{NO-BREAK SPACE}%"
 
 
 def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame:
@@ -457,86 +568,42 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         claim_ids: which claims.
 
     Returns:
-        One row a claim: claim, the paper, here, readout, null, matched control (of
-        either kind the one that stands most in the way), verdict.
+        One row a claim: claim, the paper, here (levels as the paper prints them, and
+        what decides), null, matched control (of either kind the one that stands most in
+        the way), verdict.
 
     Raises:
         ValueError: unknown claim.
     """
-    rows = []
+    rows, levels = [], levels_of(table)
     for claim in map(claim_of, claim_ids):
         finding = judge(claim, table)
         rows.append(
             {
                 "claim": f"{claim.statement} ({claim.id})",
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
-                "here": _here(finding),
-                "readout": finding.readout,
-                "null": finding.null,
-                "matched control": finding.matched,
+                "here": _here(finding, levels_text(claim, levels)),
+                "null": in_words(finding.null),
+                "matched control": in_words(finding.matched),
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )
     return pd.DataFrame(rows)
 
 
-def results_table(findings: pd.DataFrame) -> pd.DataFrame:
-    """All claims for the page of results: effect, interval, controls and verdicts.
-
-    Args:
-        findings: of ``claims.claims_table``.
-
-    Returns:
-        One row a claim, in words and short numbers.
-    """
-    rows = findings.to_dict("records")
-    return pd.DataFrame(
-        {
-            "claim": [
-                f"{row['statement']} The paper, {row['paper_item']}: "
-                f"{row['paper_value']} ({row['id']})"
-                for row in rows
-            ],
-            "effect [95 %]": [_interval_text(row) for row in rows],
-            "readout": findings["readout"],
-            "n": findings["n"],
-            "null": findings["null"],
-            "matched control": findings["matched"],
-            "verdict": [_verdict_text(row) for row in rows],
-        }
-    )
-
-
-def _verdict_text(row: Mapping[str, Any]) -> str:
-    """The verdict, that from bf16, and that with RLVR at the paper's ratio."""
-    verdict, told = (
-        row["verdict"],
-        [f"{VERDICT_MARKS[row['verdict']]} {row['verdict']}"],
-    )
-    for name, words in (
-        ("verdict_in_bf16", "read in bf16"),
-        ("verdict_at_papers_ratio", "with RLVR at the paper's ratio"),
-    ):
-        if again := row[name]:
-            told.append(f"{words}: {'the same' if again == verdict else again}")
-    return "; ".join(told)
-
-
-def _interval_text(row: Mapping[str, Any]) -> str:
-    """``0.12 [0.1, 0.14] (unit)``, or a dash."""
-    if math.isnan(row["effect"]):
-        return "–"
-    known = not math.isnan(row["low"])
-    between = f" [{row['low']:.3g}, {row['high']:.3g}]" if known else ""
-    return f"{row['effect']:.3g}{between} ({row['unit']})"
-
-
-def _here(finding: Finding) -> str:
-    """Effect, interval and seeds in a cell."""
+def _here(finding: Finding, levels: str) -> str:
+    """Levels, the effect that decides with its interval, and seeds in a cell."""
     if finding.verdict == "not measured":
         return "–"
     seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
-    return _interval_text({**vars(finding), "unit": f"{finding.unit}; {seeds}"})
+    told = f"{levels}; " if levels else ""
+    return in_words(f"{told}{effect_text(vars(finding))}; {seeds}")
+
+
+def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:
+    """``verdict_table`` as it stands first in a chapter."""
+    told = "The claims judged here; a bracket is a 95 % interval over seeds"
+    return html(verdict_table(table, claim_ids), told)
 
 
 def claim_cards(
@@ -557,7 +624,9 @@ def claim_cards(
     scale = f"student of {student}, teacher of {teacher}"
     profile = parameters.profile
     cards = [claim_card(key, table, provenance, scale, profile) for key in claim_ids]
-    return markdown("\n".join(cards))
+    lines = "\n".join(cards).split("\n")
+    told = [text if "The claim |" in text else in_words(text) for text in lines]
+    return markdown("\n".join(told))
 
 
 def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:

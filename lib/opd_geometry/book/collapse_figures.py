@@ -34,6 +34,10 @@ PANELS = (
     "stable_rank",
     "hill_alpha",
 )
+MASK_LABELS = {
+    "principal_overlap": "principal mask",
+    "low_magnitude_overlap": "small weights",
+}
 PLACE_LABELS = {
     "top_right": "top right of W₀",
     "top_left": "top left of W₀",
@@ -104,46 +108,111 @@ def _draw_curve(ax: Axes, found: pd.DataFrame, metric: str) -> None:
 
 
 def permutations(found: pd.DataFrame) -> Figure:
-    """Real updates against their own permutations.
+    """Real updates against their own permutations, and free of any grid.
 
     Args:
-        found: of ``collapse.permuted``.
+        found: of ``collapse.permuted``, by world.
 
     Returns:
-        Two panels, one a mask: at every density own minus shuffled with its 95 %
-        interval, a row an arm; grey the line of no place.
+        A row of panels a world; for each mask own minus shuffled, then how often the
+        largest entries of the update lie on it, at every density with 95 % intervals, a
+        row an arm; grey the line of no place.
     """
-    arms = list(dict.fromkeys(found["arm"]))
     densities = list(dict.fromkeys(found["density"]))
     markers = dict(zip(densities, "osD^", strict=False))
-    with styled():
-        size = (WIDTH, 1.1 + 0.42 * len(arms))
-        figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, sharex=True)
-        for ax, (mask, rows) in zip(
-            axes, found.groupby("mask", sort=False), strict=True
-        ):
-            ax.axvline(0.0, color=GREY, ls=":", lw=1.2)
-            for row in rows.itertuples():
-                shift = 0.18 * (densities.index(row.density) - (len(densities) - 1) / 2)
-                y, look = arms.index(row.arm) + shift, ARM_STYLES[row.arm]
-                ends = [[100 * row.low], [100 * row.high]]
-                ax.plot(ends, [[y], [y]], color=look.colour, lw=1)
-                ax.plot(
-                    100 * row.difference,
-                    y,
-                    markers[row.density],
-                    color=look.colour,
-                    markersize=4,
-                )
-            ax.set_title(METRIC_LABELS[mask])
-        axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
-        axes[0].invert_yaxis()
-        figure.supxlabel(
-            "own minus shuffled, percentage points", fontsize=10, color=TEXT
+    drawn = [
+        (mask, *what)
+        for what in (
+            ("difference", "low", "high", 0.0, 100.0, "own − shuffled,\npoints"),
+            ("times", "times_low", "times_high", 1.0, 1.0, "without grid,\nchance = 1"),
         )
+        for mask in dict.fromkeys(found["mask"])
+    ]
+    with styled():
+        figure, axes = _rows_of_arms(found, len(drawn))
+        for line, (world, rows) in zip(
+            axes, found.groupby("world", sort=False), strict=True
+        ):
+            arms = list(dict.fromkeys(rows["arm"]))
+            for ax, (mask, value, low, high, null, unit, words) in zip(
+                line, drawn, strict=True
+            ):
+                ax.axvline(null, color=GREY, ls=":", lw=1.2)
+                for _, row in rows[rows["mask"] == mask].iterrows():
+                    place = densities.index(row["density"]) - (len(densities) - 1) / 2
+                    y, look = (
+                        arms.index(row["arm"]) + 0.18 * place,
+                        ARM_STYLES[row["arm"]],
+                    )
+                    ends = [unit * row[low], unit * row[high]]
+                    ax.plot(ends, [y, y], color=look.colour, lw=1)
+                    mark = markers[row["density"]]
+                    ax.plot(unit * row[value], y, mark, color=look.colour, markersize=4)
+                ax.set_title(MASK_LABELS[mask], fontsize=SMALL)
+                ax.set_xlabel(words, fontsize=SMALL)
+            line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
         keys = [Line2D([], [], color=GREY, marker=m, ls="") for m in markers.values()]
         names = ["own density" if d == "own" else f"{float(d):.1%}" for d in markers]
         figure.legend(keys, names, loc="outside upper left", ncols=4, frameon=False)
+    return figure
+
+
+def _rows_of_arms(found: pd.DataFrame, n: int) -> tuple[Figure, np.ndarray]:
+    """A row of n panels a world, in each a row an arm."""
+    by_world = found.groupby("world", sort=False)["arm"].unique()
+    heights = [0.9 + 0.34 * len(arms) for arms in by_world]
+    figure, axes = plt.subplots(
+        len(by_world),
+        n,
+        figsize=(WIDTH, 0.5 + sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+    )
+    for line, arms in zip(axes, by_world, strict=True):
+        for ax in line:
+            ax.set_yticks(range(len(arms)), [ARM_STYLES[a].label for a in arms])
+            ax.set_ylim(len(arms) - 0.4, -0.6)
+            ax.tick_params(labelsize=SMALL, labelleft=ax is line[0])
+    return figure, axes
+
+
+def angles(found: pd.DataFrame) -> Figure:
+    """How far real updates turn and shift W_0, over their two nulls.
+
+    Args:
+        found: of ``collapse.turned``, by world.
+
+    Returns:
+        A row of panels a world, a panel a metric, a row an arm: its value over that of
+        a Gaussian of its norm (filled) and of its own singular values in random
+        directions (open), with 95 % intervals; grey the line of one.
+    """
+    with styled():
+        metrics = list(dict.fromkeys(found["metric"]))
+        figure, axes = _rows_of_arms(found, len(metrics))
+        for line, (world, rows) in zip(
+            axes, found.groupby("world", sort=False), strict=True
+        ):
+            arms = list(dict.fromkeys(rows["arm"]))
+            for ax, metric in zip(line, metrics, strict=True):
+                ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
+                for row in rows[rows["metric"] == metric].itertuples():
+                    colour, open_ = ARM_STYLES[row.arm].colour, row.null == "turned"
+                    y = arms.index(row.arm) + (0.14 if open_ else -0.14)
+                    ax.plot([row.low, row.high], [y, y], color=colour, lw=1)
+                    face = "none" if open_ else colour
+                    ax.plot(
+                        row.times, y, "D" if open_ else "o", mfc=face, mec=colour, ms=5
+                    )
+                ax.set_title(METRIC_LABELS[metric].removesuffix(" (deg)"))
+                ax.set_xlabel("times its null", fontsize=SMALL)
+            line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
+        keys = [
+            Line2D([], [], color=GREY, ls="", marker="o"),
+            Line2D([], [], color=GREY, ls="", marker="D", mfc="none"),
+        ]
+        names = ["over a Gaussian of its norm", "over its own singular values, turned"]
+        figure.legend(keys, names, loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opd_geometry.analysis.consistency import MASKS, closest, joint
+from opd_geometry.book.board import in_words
 from opd_geometry.book.figures import (
     ARM_STYLES,
     BLUE,
@@ -141,13 +142,21 @@ def one_seed(seeds: pd.DataFrame) -> Figure:
                 dots = of_claim.loc[there, "spreads"]
                 ax.plot(dots, [place] * len(dots), "o", color=colour, ms=5, alpha=0.8)
             ax.plot(order[claim], place, "|", color=GREY, ms=13, mew=1.6)
-            labels.append(f"{claim}:  {of_claim['part'].iloc[0]}")
+            part = in_words(str(of_claim["part"].iloc[0]))
+            labels.append(f"{str(claim).replace('-', ' ')}:  {part}")
         ax.set_yticks(range(len(labels)), labels, fontsize=SMALL)
         ax.set_ylim(len(labels) - 0.4, -0.6)
         near, far = min([-2.5, *rows["spreads"]]), max([3.0, *rows["spreads"]])
         ax.set_xlim(near - 0.4, far + 0.4)
         said: dict[str, Any] = {"va": "bottom", "fontsize": SMALL}
-        ax.text(-0.1, -0.75, "alone says the opposite ←", color=RED, ha="right", **said)
+        ax.text(
+            -0.1,
+            -0.75,
+            "a seed alone says the opposite ←",
+            color=RED,
+            ha="right",
+            **said,
+        )
         ax.text(0.1, -0.75, "→ agrees with all seeds", color=BLUE, ha="left", **said)
         ax.set_xlabel("distance from the bound, in standard deviations over seeds")
     return figure

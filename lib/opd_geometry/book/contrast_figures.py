@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from opd_geometry.analysis.confinement import POWERLESS, STOPPED, sufficiency
 from opd_geometry.analysis.evidence import ALL_ACCURACIES, KEPT
-from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM, NORM
+from opd_geometry.analysis.matching import AT_END, AT_EQUAL_NORM
 from opd_geometry.book.figures import (
     ARM_STYLES,
     CONFINED_STYLES,
@@ -27,13 +27,10 @@ from opd_geometry.book.figures import (
     ArmStyle,
     at_end,
     draw_curve,
-    over_matrices,
-    place_labels,
     plain_log_ticks,
     present,
     styled,
 )
-from opd_geometry.experiments.runs import BRANCH_FRAC
 
 SHARES = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 
@@ -59,64 +56,6 @@ def _name_columns(shown: np.ndarray, xlabel: str) -> None:
     for ax in shown[-2:]:
         ax.set_xlabel(xlabel)
         ax.tick_params(axis="x", labelbottom=True)
-
-
-def against_norm(
-    table: pd.DataFrame, arms: Sequence[str], metrics: Sequence[str]
-) -> Figure:
-    """Metrics over how far the update has gone, instead of over training.
-
-    Args:
-        table: tidy.
-        arms: a line each.
-        metrics: a panel each.
-
-    Returns:
-        The figure: a dot a checkpoint (mean over seeds), the norm on a logarithmic
-        axis, the arms' Gaussian updates as small grey dots. What lies on one line
-        depends on the norm alone.
-
-    Raises:
-        ValueError: the table has none of the arms.
-    """
-    arms = present(table, arms)
-    rows = -(-len(metrics) // 2)
-    with styled():
-        figure, axes = plt.subplots(
-            rows, 2, figsize=(WIDTH, 0.4 + 2.5 * rows), sharex=True, squeeze=False
-        )
-        for ax, metric in zip(axes.flat, metrics, strict=False):
-            _draw_against_norm(ax, table, arms, metric)
-        for ax in axes.flat[len(metrics) :]:
-            ax.set_axis_off()
-        _name_columns(axes.flat[: len(metrics)], "Frobenius norm of the update")
-        lines, names = axes[0][0].get_legend_handles_labels()
-        # Lines that lie on one another cannot be named where they end.
-        look: Any = {"fontsize": SMALL, "frameon": False, "handlelength": 4}
-        figure.legend(lines, names, loc="outside upper center", ncols=3, **look)
-    return figure
-
-
-def _draw_against_norm(
-    ax: Axes, table: pd.DataFrame, arms: Sequence[str], metric: str
-) -> None:
-    """One metric of the arms and of their Gaussian updates."""
-    for arm in arms:
-        of_arm = table[table["arm"] == arm]
-        look = ARM_STYLES[arm]
-        norm, values, null = (
-            over_matrices(of_arm, name).groupby("step")["value"].mean()
-            for name in (NORM, metric, f"null_{metric}")
-        )
-        path: Any = {"color": look.colour, "linestyle": look.dash, "label": look.label}
-        ax.plot(norm, values.reindex(norm.index), marker="o", markersize=3, **path)
-        label = NULL_LABEL if arm == arms[-1] else "_null"
-        ax.plot(norm, null.reindex(norm.index), ".", color=GREY, ms=3, label=label)
-    ax.set(title=METRIC_LABELS[metric], xscale="log")
-    plain_log_ticks(ax.xaxis)
-    if metric not in SHARES:
-        ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis)
 
 
 def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Figure:
@@ -253,71 +192,6 @@ def _draw_loss(ax: Axes, place: int, row: pd.Series, colour: str) -> None:
     ax.plot(row["kept"], place, "o", ms=5, mfc=face, mec=colour)
 
 
-def rank_sweep(
-    table: pd.DataFrame,
-    families: Sequence[str],
-    ranks: Mapping[str, int],
-    metric: str = "accuracy/chain",
-) -> Figure:
-    """Accuracy by the number of directions that a run is left with.
-
-    Args:
-        table: tidy.
-        families: the free arms, a panel each.
-        ranks: suffix of a confined arm to its K.
-        metric: a model metric.
-
-    Returns:
-        The figure: lines for the run's own early subspace and for random ones, bands
-        over seeds; a solid line at the free run, a dotted one where it stood at the
-        branch.
-
-    Raises:
-        ValueError: the table has none of the families.
-    """
-    families = present(table, families)
-    values = over_matrices(table, metric)
-    with styled():
-        figure, axes = _panels(len(families), 2.8)
-        for ax, name in zip(axes, families, strict=True):
-            for kind in ("", "-random"):
-                _draw_ranks(ax, values, name, kind, ranks)
-            of_free = values[values["arm"] == name]
-            for frac, dash in ((1.0, "-"), (BRANCH_FRAC, ":")):
-                level = of_free[np.isclose(of_free["frac"], frac)]["value"].mean()
-                colour = ARM_STYLES[name].colour if frac == 1.0 else GREY
-                words = "free" if frac == 1.0 else "stopped"
-                span: Any = {"color": colour, "linestyle": dash, "label": words}
-                ax.plot([min(ranks.values()), max(ranks.values())], [level] * 2, **span)
-            ax.set(xscale="log", title=ARM_STYLES[name].label, xlabel="rank K")
-            ax.set_xticks(sorted(set(ranks.values())))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xlim(min(ranks.values()) / 1.1, max(ranks.values()) * 1.1)
-        axes[0].set_ylabel(METRIC_LABELS.get(metric, metric))
-        for ax in axes:
-            ax.set_ylim(ax.get_ylim())
-            place_labels(ax)
-    return figure
-
-
-def _draw_ranks(
-    ax: Axes, values: pd.DataFrame, family: str, kind: str, ranks: Mapping[str, int]
-) -> None:
-    """One kind of subspace over its rank."""
-    of_kind = {
-        f"{family}-projected{suffix}": rank
-        for suffix, rank in ranks.items()
-        if suffix.startswith("-random") == (kind == "-random")
-    }
-    ends = values[(values["frac"] == 1.0) & values["arm"].isin(list(of_kind))]
-    ends = ends.assign(frac=ends["arm"].map(of_kind))
-    if len(ends):
-        look = CONFINED_STYLES[kind]
-        short = "random" if kind else "own"
-        draw_curve(ax, ends.sort_values("frac"), look._replace(label=short))
-
-
 def benchmark_dots(
     table: pd.DataFrame, families: Sequence[str], suffixes: Sequence[str]
 ) -> Figure:
@@ -417,6 +291,9 @@ def sweep(
             ax.set_axis_off()
         _name_columns(axes.flat[: len(metrics)], xlabel)
         axes[0][0].plot([], [], color=GREY, linestyle=":", label=NULL_LABEL)
+        if printed:
+            at_paper: Any = {"color": GREY, "lw": 0, "label": "the paper prints"}
+            axes[0][0].plot([], [], "<", **at_paper)
         lines, names = axes[0][0].get_legend_handles_labels()
         place: Any = {"loc": "outside upper center", "ncols": len(names)}
         figure.legend(lines, names, fontsize=SMALL, frameon=False, **place)

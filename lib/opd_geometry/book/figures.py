@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -32,8 +31,6 @@ GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
 RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
 OLIVE = "#5b6b00"
 _COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE, OLIVE]
-# Neutral in the middle on a light and on a dark page.
-_DIVERGING = LinearSegmentedColormap.from_list("aside", [BLUE, "#c8c8c8", RED])
 _SEQUENTIAL = "YlGnBu"
 
 
@@ -285,7 +282,8 @@ def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
     'OPD 2.5 → 3'
     """
     return "; ".join(
-        f"{ARM_STYLES[arm].label} {row['first']:{form}} → {row['last']:{form}}"
+        f"{ARM_STYLES[arm].label} "
+        + with_minus(f"{row['first']:{form}} → {row['last']:{form}}")
         for arm, row in course.iterrows()
     )
 
@@ -303,9 +301,18 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
     ranked = sorted(known.items(), key=lambda item: -item[1])
     return "; ".join(
         f"{ARM_STYLES[arm].label} "
-        + f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
+        + with_minus(f"{value:{form}}").replace("%", "\N{NO-BREAK SPACE}%")
         for arm, value in ranked
     )
+
+
+def with_minus(text: str) -> str:
+    """A number with a minus sign for its hyphen.
+
+    >>> with_minus("-1.5e-05")
+    '−1.5e−05'
+    """
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def with_null(metrics: Iterable[str]) -> list[str]:
@@ -649,49 +656,6 @@ def final_matrices(
 MASK_METRICS = ("density", "principal_overlap", "low_magnitude_overlap")
 
 
-def mask_maps(
-    table: pd.DataFrame,
-    arms: Sequence[str],
-    null_of: str = "opd",
-    roles: Sequence[str] = LAYER_ROLES,
-) -> Figure:
-    """Where visible changes lie, by role and layer (the maps of Figure 3).
-
-    Args:
-        table: tidy.
-        arms: the rows; a last row shows the null.
-        null_of: whose null is shown.
-        roles: the columns of a map.
-
-    Returns:
-        The figure: columns density, overlap with the principal and with the
-        low-magnitude mask, in per cent, means over seeds; the overlaps' colours are
-        neutral at the mask's own share.
-
-    Raises:
-        ValueError: the table has none of the arms.
-    """
-    arms = present(table, arms)
-    null_of = null_of if null_of in arms else arms[0]
-    rows = [(arm, "", ARM_STYLES[arm].label) for arm in arms]
-    rows.append((null_of, "null_", f"{NULL_LABEL}\nof {ARM_STYLES[null_of].label}"))
-    with styled():
-        size = WIDTH, _map_height(table) * len(rows)
-        figure, axes = plt.subplots(
-            len(rows), 3, figsize=size, sharex=True, sharey=True
-        )
-        for row, (arm, prefix, label) in zip(axes, rows, strict=True):
-            for ax, metric in zip(row, MASK_METRICS, strict=True):
-                _draw_map(ax, table, arm, f"{prefix}{metric}", roles)
-            colour = GREY if prefix else ARM_STYLES[arm].colour
-            row[0].set_ylabel(f"{label}\nlayer", color=colour)
-        for ax, metric in zip(axes[0], MASK_METRICS, strict=True):
-            ax.set_title(f"{METRIC_LABELS[metric]} (%)".replace(", ", ",\n"))
-        for ax in axes[-1]:
-            ax.set_xlabel("role of the matrix")
-    return figure
-
-
 def _map_height(table: pd.DataFrame) -> float:
     """Inches of a map: a line of it needs room for its number, or at least a tick."""
     return max(1.5, 0.1 * table["layer"].nunique())
@@ -708,30 +672,12 @@ def _by_role_and_layer(
     ).reindex(columns=list(roles))
 
 
-def _draw_map(
-    ax: Axes, table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
-) -> None:
-    """Role by layer, per cent, for one arm and metric."""
-    share = 100 * _by_role_and_layer(table, arm, metric, roles)
-    if share.isna().all(axis=None):
-        ax.set_axis_off()
-        return
-    form = ".0f" if len(share) <= ANNOTATED_LAYERS else None
-    limits = (30, 70) if "overlap" in metric else (0, 100)
-    draw_heat(ax, share, limits, form, _colours_of(metric))
-
-
-def _colours_of(metric: str) -> LinearSegmentedColormap | str:
-    """An overlap has a neutral middle, any other share has not."""
-    return _DIVERGING if "overlap" in metric else _SEQUENTIAL
-
-
 def draw_heat(
     ax: Axes,
     values: pd.DataFrame,
     limits: tuple[float, float],
     form: str | None = None,
-    colours: LinearSegmentedColormap | str = _SEQUENTIAL,
+    colours: str = _SEQUENTIAL,
 ) -> None:
     """A square a cell, the first row at the top; with a number in it or a colour bar.
 

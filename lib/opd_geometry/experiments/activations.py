@@ -4,6 +4,8 @@ A gradient of a linear map is a sum of outer products with its inputs, so an upd
 where the inputs have been, whatever the objective.
 """
 
+from collections.abc import Container
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,14 @@ TEXTS = 256
 STREAM = 77  # separates these texts from those that anything is trained on
 
 
-def input_covariances(run: Run) -> dict[str, Tensor]:
-    """X^T X of the inputs of every linear map of the model that a run starts from.
+def input_covariances(run: Run, names: Container[str]) -> dict[str, Tensor]:
+    """X^T X of the inputs of linear maps of the model that a run starts from.
 
     Args:
         run: its start is read, and the seed decides the texts: problems of the
             run's first task with careful answers, one at a time, so that nothing is
             padding.
+        names: of the weight matrices that are asked for.
 
     Returns:
         Name of a weight matrix to (n_cols, n_cols), float64; not centred.
@@ -41,7 +44,7 @@ def input_covariances(run: Run) -> dict[str, Tensor]:
         )
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and f"{name}.weight" in names:
             watch(f"{name}.weight")
     rng = np.random.default_rng([run.seed, STREAM])
     pairs = tasks.draw_demonstrations(

@@ -127,6 +127,10 @@ def measure_matrix(
     return rows
 
 
+def _is_thorough(run: Run, matrix: Matrix) -> bool:
+    return not is_lean(run) or matrix.layer in THOROUGH_LAYERS
+
+
 def leak_rows(
     run: Run, matrices: list[Matrix], paths: dict[int, Path]
 ) -> list[tuple[int, str, str, int, str, float]]:
@@ -260,15 +264,16 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
         rows += map_rows(matrices, paths[0], steps[-1], paths[steps[-1]], run.seed)
         rows += leak_rows(run, matrices, {step: paths[step] for step in steps})
         free = run if run.branch is None else None
-        covariances = {} if free is None else input_covariances(run)
+        watched = {matrix.name for matrix in matrices if _is_thorough(run, matrix)}
+        covariances = {} if free is None else input_covariances(run, watched)
         stored = {step: _names(path) for step, path in paths.items()}
         for matrix in matrices:
             size = (0, "parameters", float(matrix.shape[0] * matrix.shape[1]))
             there = {s: path for s, path in paths.items() if matrix.name in stored[s]}
             inputs = covariances.get(matrix.name)
-            all_of_it = not is_lean(run) or matrix.layer in THOROUGH_LAYERS
+            thorough = _is_thorough(run, matrix)
             values = measure_matrix(
-                matrix.name, there, rank, run.seed, free, inputs, all_of_it
+                matrix.name, there, rank, run.seed, free, inputs, thorough
             )
             rows += [
                 (step, matrix.name, matrix.role, matrix.layer, metric, value)

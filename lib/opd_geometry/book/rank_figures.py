@@ -1,0 +1,144 @@
+"""Figures of rank and locking: against nulls that move, and from arm to arm.
+
+In the book's one style (see ``figures``); tidy tables in, figures out.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from opd_geometry.book.figures import (
+    ARM_STYLES,
+    ATTENTION_ROLES,
+    GREY,
+    SMALL,
+    WIDTH,
+    over_matrices,
+    plain_log_ticks,
+    present,
+    styled,
+)
+
+
+def null_dots(
+    table: pd.DataFrame,
+    arms: Sequence[str],
+    panels: Mapping[str, tuple[str, Mapping[str, str]]],
+) -> Figure:
+    """What arms show, and what each null of them shows, in rows of one panel each.
+
+    Args:
+        table: tidy.
+        arms: a colour each.
+        panels: title to the moment (``first`` or ``last`` checkpoint) and the rows:
+            metric to its name in the figure; the first row is the arms' own.
+
+    Returns:
+        The figure: a dot an arm at its mean over attention matrices and seeds, a line
+        from the lowest to the highest seed; nulls are open. A row is left empty where
+        the table has no such null of an arm.
+
+    Raises:
+        ValueError: the table has none of the arms.
+    """
+    arms = present(table, arms)
+    heights = [len(rows) for _, rows in panels.values()]
+    with styled():
+        figure, axes = plt.subplots(
+            len(panels),
+            1,
+            figsize=(WIDTH, 0.8 * len(panels) + 0.32 * sum(heights)),
+            height_ratios=heights,
+            squeeze=False,
+        )
+        for ax, (title, (moment, rows)) in zip(axes.flat, panels.items(), strict=True):
+            for place, metric in enumerate(rows):
+                ends = moments(table, metric, moment)
+                for shift, arm in zip(
+                    np.linspace(-0.22, 0.22, len(arms)), arms, strict=True
+                ):
+                    seeds = ends[ends["arm"] == arm]["value"]
+                    if len(seeds):
+                        face = ARM_STYLES[arm].colour if place == 0 else "none"
+                        _draw_mean(ax, place + shift, seeds, arm, face)
+            ax.axhline(0.5, color=GREY, lw=0.6)
+            ax.set_yticks(range(len(rows)), list(rows.values()))
+            ax.set(title=title, ylim=(len(rows) - 0.5, -0.5), xscale="log")
+            plain_log_ticks(ax.xaxis)
+            ax.tick_params(axis="y", length=0)
+        keys = [
+            Line2D([], [], color=ARM_STYLES[arm].colour, marker="o", ms=5)
+            for arm in arms
+        ]
+        names = [ARM_STYLES[arm].label for arm in arms]
+        place_of: Any = {"loc": "outside upper right", "ncols": len(arms)}
+        figure.legend(keys, names, fontsize=SMALL, frameon=False, **place_of)
+    return figure
+
+
+def moments(table: pd.DataFrame, metric: str, moment: str) -> pd.DataFrame:
+    """A metric at each run's ``first`` or ``last`` checkpoint that has it.
+
+    Args:
+        table: tidy.
+        metric: averaged over the attention matrices.
+        moment: which checkpoint.
+
+    Returns:
+        One row a run: arm, seed, value.
+    """
+    values = over_matrices(table, metric, ATTENTION_ROLES).sort_values("step")
+    return values.groupby(["arm", "seed"], as_index=False).agg(value=("value", moment))
+
+
+def _draw_mean(ax: Axes, place: float, seeds: pd.Series, arm: str, face: str) -> None:
+    """A dot at the mean, a line over the seeds."""
+    colour = ARM_STYLES[arm].colour
+    ax.hlines(place, seeds.min(), seeds.max(), color=colour, lw=1.4)
+    ax.plot(seeds.mean(), place, "o", ms=5.5, mfc=face, mec=colour, mew=1.4)
+
+
+def course_dots(
+    apart: pd.DataFrame, groups: Mapping[str, Mapping[str, str]], margin: float
+) -> Figure:
+    """How far arms leave one arm's trajectory, a row an arm (for Figures 7 and 9).
+
+    Args:
+        apart: of ``sweeps.courses_apart``.
+        groups: name of a group to its arms, and their names in the figure.
+        margin: the factor within which a trajectory is kept.
+
+    Returns:
+        The figure: a dot at the mean factor with its 95 % interval; the band is the
+        margin.
+
+    Raises:
+        ValueError: none of the arms is there.
+    """
+    named = {arm: name for arms in groups.values() for arm, name in arms.items()}
+    rows = apart.set_index("arm")
+    there = present(apart, named)
+    with styled():
+        figure, ax = plt.subplots(figsize=(WIDTH, 1.0 + 0.3 * len(there)))
+        ax.axvspan(1, margin, color=GREY, alpha=0.18, lw=0)
+        ax.text(margin, -0.75, " margin", color=GREY, fontsize=SMALL, va="bottom")
+        for place, arm in enumerate(there):
+            row, colour = rows.loc[arm], ARM_STYLES[arm].colour
+            ax.hlines(place, row["low"], row["high"], color=colour, lw=1.6)
+            ax.plot(row["factor"], place, "o", ms=5.5, color=colour)
+        of_group = {arm: name for name, arms in groups.items() for arm in arms}
+        for place, (one, two) in enumerate(pairwise(there)):
+            if of_group[one] != of_group[two]:
+                ax.axhline(place + 0.5, color=GREY, lw=0.6)
+        ax.set_yticks(range(len(there)), [named[arm] for arm in there])
+        ax.set(ylim=(len(there) - 0.5, -0.8))
+        ax.set_xlabel("mean factor between the stable ranks; 1: one trajectory")
+        ax.tick_params(axis="y", length=0)
+    return figure

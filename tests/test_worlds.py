@@ -1,0 +1,127 @@
+"""Two worlds beside each other: the same matrices on both sides, and their figures."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from opd_geometry.analysis import collapse, signal, worlds
+from opd_geometry.book import world_figures
+from opd_geometry.experiments import measure, weights
+
+ARMS = ("opd", "rlvr")
+
+
+def row(
+    arm: str, seed: int, matrix: str, step: int, metric: str, value: float
+) -> dict[str, object]:
+    place = {"matrix": matrix, "role": "q", "layer": 0}
+    return {
+        "run": f"{arm}{seed}",
+        "arm": arm,
+        "seed": seed,
+        "step": step,
+        **place,
+        "metric": metric,
+        "value": value,
+    }
+
+
+def table() -> pd.DataFrame:
+    """Two matrices, of which one alone has nulls; the other would move the means."""
+    rows = []
+    for arm, times in (("opd", 2.0), ("rlvr", 3.0)):
+        for seed in (0, 1):
+            for metric, prefix in worlds.SHARPEST.items():
+                rows.append(row(arm, seed, "a", 10, metric, times))
+                rows.append(row(arm, seed, "a", 10, prefix + metric, 1.0))
+                rows.append(row(arm, seed, "b", 10, metric, 99.0))
+                rows.append(row(arm, seed, "a", 2, metric, 99.0))
+            for prefix in ("", *worlds.LOCK_NULLS.values()):
+                own = 0.8 if not prefix else 0.3
+                rows.append(row(arm, seed, "a", 2, prefix + worlds.LOCK, own))
+                rows.append(row(arm, seed, "a", 10, prefix + worlds.LOCK, 1.0))
+    return pd.DataFrame(rows, columns=measure.COLUMNS)
+
+
+def test_a_value_and_its_null_are_of_the_same_matrices_at_the_end() -> None:
+    found = worlds.over_nulls(table(), ARMS)
+    times = found.set_index(["arm", "metric"])["times"]
+    assert set(times["opd"]) == {2.0}
+    assert set(times["rlvr"]) == {3.0}
+    assert set(found["n_matrices"]) == {1}
+    assert set(found["n_seeds"]) == {2}
+
+
+def test_locks_are_read_after_a_fifth_of_training() -> None:
+    found = worlds.locking(table(), ("rlvr", "opd"))
+    assert found["arm"].tolist() == ["rlvr", "opd"]
+    assert found["own"].tolist() == [0.8, 0.8]
+    assert found["walk"].tolist() == [0.3, 0.3]
+
+
+def test_what_is_not_there_gives_no_rows() -> None:
+    bare = table()[lambda t: ~t["metric"].str.contains("_")]
+    assert worlds.over_nulls(bare, ARMS).empty
+    assert worlds.locking(bare, ARMS).empty
+
+
+def test_properties_of_planted_weights() -> None:
+    left, _ = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))
+    spectrum = torch.linspace(4, 1, 64, dtype=torch.float64)
+    found = weights.properties(left @ spectrum.diag())
+    assert found["peak"] == pytest.approx(4 / float(spectrum.median()))
+    squares = spectrum**2
+    assert found["stable_rank"] == pytest.approx(float(squares.sum() / 16))
+    assert found["top_energy"] == pytest.approx(
+        float(squares[:4].sum() / squares.sum())
+    )
+    step = 3 / 63 / 4
+    assert found["gap"] == pytest.approx(step)
+    gauss = weights.properties(torch.randn(256, 256).bfloat16().float())
+    assert gauss["kurtosis"] == pytest.approx(3, abs=0.1)
+    # |w| of a standard Gaussian has its median at 0.67, between 1/2 and 1
+    assert gauss["half_step"] == 2.0**-9
+    assert gauss["zeros"] == 0
+
+
+def test_weights_are_committed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path))
+    rows = pd.DataFrame([("a", 0, "m", "q", 0, "std", 0.5)], columns=weights.COLUMNS)
+    weights.commit_weights("smoke", rows)
+    assert weights.committed_weights("smoke")["value"].tolist() == [0.5]
+    both = worlds.weights_by_world({"x": rows, "y": rows.assign(value=2.0)})
+    assert both.loc["std"].to_dict() == {"x": 0.5, "y": 2.0}
+
+
+def test_angles_and_their_nulls_are_of_the_same_matrices() -> None:
+    rows = table()
+    gauss = rows[rows["metric"] == "turned_nss"].assign(metric="null_nss", value=4.0)
+    found = collapse.turned(pd.concat([rows, gauss]), ("opd",))
+    times = found[found["metric"] == "nss"].set_index("null")["times"]
+    assert times.to_dict() == {"Gaussian": 0.5, "turned": 2.0}
+
+
+def test_figures_hold_what_they_are_given() -> None:
+    tables = {"one": table(), "two": table()}
+    ratios = {name: worlds.over_nulls(t, ARMS) for name, t in tables.items()}
+    assert isinstance(world_figures.over_nulls(ratios), Figure)
+    locks = {name: worlds.locking(t, ARMS) for name, t in tables.items()}
+    ax = world_figures.locking(locks).axes[0]
+    drawn = sorted(float(line.get_xdata()[0]) for line in ax.lines)
+    assert drawn.count(0.8) == 2
+    arms = [*signal.FLIPS, "opd"]
+    found = pd.DataFrame({"arm": arms, "nss": [1.0, 2, 3, 4, 5], "seed": 0})
+    (panel,) = world_figures.flips(found, ["nss"], ["opd"]).axes
+    level = next(line for line in panel.lines if line.get_label() == "OPD")
+    assert set(level.get_ydata()) == {5.0}
+    told = pd.DataFrame(
+        {"arm": ["opd"], "seed": 0, "ceiling": 3.0, "displacement": 2.0}
+    )
+    figure = world_figures.foretold({"one": told})
+    assert np.isclose(figure.axes[0].lines[1].get_xdata()[0], 3.0)
