@@ -149,9 +149,32 @@ def test_trajectory_writes_its_table(
     expected = pairs.trajectory(pair[0], later, 4, roles=["k"]).drop(columns="note")
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
     said = capsys.readouterr().out.splitlines()
-    assert said[0].split()[:2] == ["step", "stable_rank"]
-    assert said[2].split()[0] == "2"
+    assert said[1].split() == ["step", "1", "2"]
+    assert {"stable_rank", "similarity_to_end_bf16"} < {
+        x.split()[0] for x in said[2:-2]
+    }
     assert cli.main([*arguments, "--roles", "k"]) == 1  # it is there now
+
+
+def test_trajectory_against_another_training(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [str(save(tmp_path / f"other-{n}", model(n))) for n in (5, 6)]
+    out = tmp_path / "t.csv"
+    command = ["trajectory", *pair, "--steps", "3", "--k", "4", "--out", str(out)]
+    held = [f"seed={others[0]}", f"stage={','.join(others)}", f"itself={pair[1]}"]
+    options = [word for text in held for word in ("--against", text)]
+    assert cli.main([*command, *options, "--lr", "1e-3", "--no-readout"]) == 0
+    table = tables.read_table(out)
+    assert table["similarity_to_itself"].to_numpy() == pytest.approx(1)
+    assert (table["similarity_to_stage"] < 0.99).all()
+    assert (table["displacement"] > 0).all()
+    assert "similarity_to_seed" in capsys.readouterr().out
+    for wrong in ("seed", "=x", "seed=", "a=,x"):
+        said = refusal(capsys, *command, "--force", "--against", wrong)
+        assert "NAME=START,END" in said, wrong
+    said = refusal(capsys, *command, "--force", "--against", f"seed={tmp_path / 'no'}")
+    assert str(tmp_path / "no") in said
 
 
 def test_two_files_are_a_pair(

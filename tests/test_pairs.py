@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_geometry.geometry import (
+    bits,
     checkpoints,
     comparison,
     forecast,
@@ -460,8 +461,16 @@ def test_trajectory_table(tmp_path: Path) -> None:
     updates = {n: model(n)[name].double() - w.double() for n in (1, 2, 3)}
     stream = comparison.generator_of(comparison.null_seed(0, name, 0))
     turned = locking.turned_increments(updates, stream)
-    shared = locking.similarities(turned, locking.top_right(turned[3], 4), 4)
-    assert row["increments_similarity_to_end"] == pytest.approx(shared[2], rel=1e-6)
+    parts = {n: locking.decomposed(delta) for n, delta in turned.items()}
+    shared = locking.similarities(parts, locking.top_right(parts[3], 4), 4)
+    assert row["increments_similarity_to_end"] == pytest.approx(shared[2], rel=1e-4)
+    seen = bits.stored_difference(w, model(2)[name])
+    assert row["stable_rank_bf16"] == pytest.approx(spectra.stable_rank(seen), rel=1e-4)
+    end = float(updates[3].norm())
+    scaled = w.double() + updates[3] * float(updates[2].norm()) / end
+    alone = spectra.stable_rank(bits.stored_difference(w, scaled))
+    assert row["rounding_stable_rank_bf16"] == pytest.approx(alone, rel=1e-3)
+    assert at_end["rounding_similarity_to_end_bf16"].to_numpy() == pytest.approx(1)
     of_weights = spectra.subspace_similarity(spectra.top_right_subspace(w, 4), tops[1])
     assert row["similarity_of_weights"] == pytest.approx(of_weights, rel=1e-6)
     assert set(table["note"]) == {""}
@@ -470,6 +479,40 @@ def test_trajectory_table(tmp_path: Path) -> None:
     (note,) = set(short["note"])
     assert note.startswith("2 checkpoints, expected 3 or more for the null of turned")
     pd.testing.assert_frame_equal(pairs.trajectory(origin, paths, k=4, jobs=2), table)
+
+
+def test_a_run_is_held_against_other_trainings(tmp_path: Path) -> None:
+    """The run's own end as another one is 1, its start's stage what it is."""
+    origin = save(tmp_path / "base", model())
+    paths = [save(tmp_path / f"step_{n}", model(n)) for n in (1, 2, 3)]
+    older = save(tmp_path / "older", model(7))
+    name = "model.layers.0.mlp.down_proj.weight"
+    plan = pairs.plan_trajectory(
+        origin,
+        paths,
+        4,
+        roles=["down"],
+        readout=False,
+        lr=1e-3,
+        against={"itself": (origin, paths[2]), "stage": (older, origin)},
+    )
+    table = pairs.run_plan(plan)
+    rows = table[table["matrix"] == name].set_index("step")
+    pd.testing.assert_series_equal(
+        rows["similarity_to_itself"], rows["similarity_to_end"], check_names=False
+    )
+    w, old, end = (model(*n)[name].double() for n in ((), (7,), (3,)))
+    tops = [spectra.top_right_subspace(d, 4) for d in (w - old, end - w)]
+    shared = spectra.subspace_similarity(*tops)
+    assert rows.loc[3, "similarity_to_stage"] == pytest.approx(shared, rel=1e-6)
+    unit = 1e-3 * 3**0.5
+    size = float((end - w).square().mean().sqrt())
+    assert rows.loc[3, "displacement"] == pytest.approx(size / unit)
+    assert rows["stable_rank_bf16"].isna().all()
+    for name in ("end", "weights of mine", "A", ""):
+        with pytest.raises(ValueError, match="another training is named") as error:
+            pairs.plan_trajectory(origin, paths, against={name: (older, origin)})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -434,12 +434,13 @@ def claims(profile: str, against: Path | None) -> None:
         verdict_changes,
         write_claims,
     )
+    from opd_geometry.analysis.statements import ARMS
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.profiles import settings_of
     from opd_geometry.experiments.runs import data_directory
 
     settings_of(profile)
-    table = measure.committed(profile)
+    table = measure.committed(profile, ARMS)
     if table.empty:
         raise ValueError(
             f"no committed measurements of profile {profile!r}: expected some below "

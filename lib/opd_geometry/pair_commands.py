@@ -305,6 +305,24 @@ def measure_command(
     help="Spectra by an iteration, with their errors, or exactly; default: iterated "
     "from a billion weights on.",
 )
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME=END",
+    help="Another arm's or seed's end from BEFORE, or NAME=START,END from elsewhere, "
+    "such as the preceding stage; adds Sim_K with its end. Repeatable.",
+)
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0.0, min_open=True),
+    help="Learning rate, to say how far the weights went in units of lr √step.",
+)
+@click.option(
+    "--readout/--no-readout",
+    default=True,
+    show_default=True,
+    help="Also what bf16 shows of the weights, and what rounding alone would.",
+)
 def trajectory_command(
     before: str,
     checkpoints: tuple[str, ...],
@@ -321,6 +339,9 @@ def trajectory_command(
     iterated: bool | None,
     part: str | None,
     steps: str | None,
+    against: tuple[str, ...],
+    lr: float | None,
+    readout: bool,
 ) -> int:
     """Follow the update of a run over its checkpoints, a row a matrix and step.
 
@@ -333,15 +354,18 @@ def trajectory_command(
       opd-geometry trajectory base run/checkpoint-* --out run.csv
       opd-geometry trajectory base run/checkpoint-* --k 16 --roles q,k,v,o --out run.csv
       opd-geometry trajectory base run/step_100 run/step_200 --out run.parquet --jobs 2
+      opd-geometry trajectory sft opd/step_* --out run.csv --lr 1e-6 \\
+        --against rlvr=rlvr/step_200 --against stage=base,sft
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
-    from opd_geometry.geometry.pairs import plan_trajectory
+    from opd_geometry.geometry.pairs import WORDS, plan_trajectory
     from opd_geometry.geometry.readings import of_parts
     from opd_geometry.geometry.steps import given_steps, steps_of
     from opd_geometry.geometry.tables import check_output
 
     check_output(out, force, resume)
+    held = _others(before, against)
     numbers = given_steps(steps, checkpoints) if steps else steps_of(checkpoints)
     for number, checkpoint in sorted(zip(numbers, checkpoints, strict=True)):
         _say(f"Step {number}: {checkpoint}")
@@ -353,7 +377,10 @@ def trajectory_command(
         _names(roles),
         numbers,
         _names(part),
-        iterated,
+        readout=readout,
+        against=held,
+        lr=lr,
+        iterated=iterated,
     ).on(device)
     say = _Voice(quiet, as_json)
     say.announce(plan)
@@ -361,17 +388,15 @@ def trajectory_command(
     if not quiet:
         _project([("Projected time:", left, ["stable_rank"], False)], jobs)
     table = _run(plan, out, jobs, resume, quiet)
-    metrics = ["stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end"]
-    nulls = ["similarity_null", "increments_similarity_to_end", "similarity_of_weights"]
+    numbers_of = [n for n in table.columns if n not in WORDS and table[n].notna().any()]
     means = (
-        of_parts(table, _names(part))
-        .groupby("step")[[*metrics, *nulls]]
-        .mean()
-        .reset_index()
+        of_parts(table, _names(part))[numbers_of].groupby("step").mean().reset_index()
     )
-    names = [str(name) for name in means]
-    rows = [[_number(str(n), v) for n, v in row.items()] for _, row in means.iterrows()]
-    say.table("", (names, rows))
+    turned = means.set_index("step").T  # more columns than fit beside one another
+    rows = [
+        [str(n), *(_number(str(n), v) for v in turned.loc[n])] for n in turned.index
+    ]
+    say.table("Means over matrices.", (["step", *map(str, turned)], rows))
     say.end(out, [], means)
     return _verdict(plan, table)
 
@@ -420,6 +445,23 @@ def report_command(
 
         page = write_report(tables, out, title, force, tell, _names(part))
     click.echo(f"Open {visible(str(page))}")
+
+
+def _others(before: str, against: tuple[str, ...]) -> dict[str, tuple[Path, Path]]:
+    """Name to start and end of each other training, as --against gives them."""
+    from opd_geometry.geometry.hub import locate
+
+    found = {}
+    for text in against:
+        name, given, places = text.partition("=")
+        start, given_start, end = places.rpartition(",")
+        if not (name and given and end) or (given_start and not start) or name in found:
+            raise ValueError(
+                f"--against {text!r}, expected NAME=END or NAME=START,END, each name "
+                "once, such as rlvr=run/step_200"
+            )
+        found[name] = (locate(start or before), locate(end))
+    return found
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -86,7 +86,7 @@ def _end(run: Run, name: str) -> _End | None:
         return None
     visible = updates.visible_update(w_before, w_after)
     k = min(WIDE_K, *delta.shape)
-    stored = w_after.bfloat16().double() - w_before.bfloat16().double()
+    stored = bits.stored_difference(w_before, w_after)
     own, seen = (gram.decompose(update, k) for update in (delta, stored))
     return _End(w_before, delta, own.left, own.right, seen.right, visible)
 

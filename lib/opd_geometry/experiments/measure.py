@@ -12,6 +12,7 @@ of every matrix, at step 0, is its number of entries: the weight of its sparsity
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
@@ -410,14 +411,27 @@ def committed_runs(profile: str) -> list[Run]:
     ]
 
 
-def committed(profile: str) -> pd.DataFrame:
-    """The table of a profile's committed runs; empty when there are none.
+def committed(profile: str, arms: Iterable[str] = ("*",)) -> pd.DataFrame:
+    """The table of a profile's committed runs, and how near their ends are to others'.
+
+    Args:
+        profile: of the runs.
+        arms: shell patterns; only the runs of these arms. The ends of all others are
+            still held against theirs.
+
+    Returns:
+        With ``COLUMNS``; empty when there are none.
 
     Raises:
         ValueError: a file is damaged, or the list of runs has lost lines.
     """
     _refuse_unlisted()
-    tables = [committed_table(run) for run in committed_runs(profile)]
+    wanted = list(arms)
+    tables = [
+        committed_table(run)
+        for run in committed_runs(profile)
+        if any(fnmatchcase(run.arm, pattern) for pattern in wanted)
+    ]
     if not tables:
         return pd.DataFrame(columns=COLUMNS)
     together = pd.concat(tables, ignore_index=True)

@@ -16,6 +16,8 @@ from torch import Tensor
 from opd_geometry.geometry import bits, gram, nulls, spectra, unplaced, updates
 from opd_geometry.geometry.defaults import (
     ANGLE_DIVISOR,
+    ANGLES,
+    ENERGY,
     ETA,
     HILL_DIVISOR,
     MASK_ALPHA,
@@ -24,12 +26,6 @@ from opd_geometry.geometry.defaults import (
 from opd_geometry.geometry.gram import Decomposition
 from opd_geometry.geometry.unplaced import Magnitudes
 
-ANGLES = (
-    "angle_left_mean_deg",
-    "angle_left_max_deg",
-    "angle_right_mean_deg",
-    "angle_right_max_deg",
-)
 METRICS = (
     "sparsity",
     "density",
@@ -47,18 +43,9 @@ METRICS = (
 NULL_METRICS = tuple(name for name in METRICS if "norm" not in name)
 # Whether the angles mean anything; asked for by name.
 ANGLE_QUALITY = ("gap_at_k", "angle_error_deg")
-# Where the squared update lies; asked for by name. Their null is chance.
-ENERGY = (
-    "energy_top_left",
-    "energy_top_right",
-    "energy_bottom_left",
-    "energy_bottom_right",
-    "energy_principal",
-    "energy_low_magnitude",
-)
-# The update as stored in bf16; the others asked for by name.
 TOP = 16  # directions of the update whose share is taken; the paper's K
 SHARE = ("top_share",)  # of the squared update in them; asked for by name
+# The update as stored in bf16; the others asked for by name, as ENERGY.
 READOUT = ("stable_rank_bf16", "frobenius_norm_bf16", "hill_alpha_bf16")
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
 SHUFFLED = ("sparsity", *OVERLAPS)  # entrywise
@@ -321,7 +308,7 @@ def stored_spread(w_before: Tensor, w_after: Tensor, hill_k: int) -> dict[str, f
     Returns:
         `READOUT`, without what an update that bf16 does not show has not.
     """
-    stored = bits.to_bfloat16(w_after).double().sub_(bits.to_bfloat16(w_before))
+    stored = bits.stored_difference(w_before, w_after)
     norm = bits.norm(stored)
     values = {"frobenius_norm_bf16": norm}
     if norm > 0.0:

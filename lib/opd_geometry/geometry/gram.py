@@ -34,6 +34,8 @@ BLOCK = 512  # columns of the Gram matrix at a time: only its upper half is comp
 EPS = torch.finfo(torch.float64).eps
 ROUNDING = 100 * EPS  # of eigenvalues, relative to s_1^2
 SUBSPACE_TOLERANCE = 1e-8  # of eigenvalues that are not checked against all
+ROUGH_TOLERANCE = 1e-6  # the same of a float32 Gram matrix
+STEEP = 1e-4  # of s_1^2: below it, float32 squares lose more than 1e-3 of a value
 NOTHING = 1e-30  # of a unit vector's entries
 INDEPENDENT = 1e-3  # largest cosine between vectors that are then orthonormalised
 
@@ -165,13 +167,17 @@ def leading_values(w: Tensor, top: int) -> Tensor:
     return torch.linalg.svdvals(finite_matrix(w, "w"))
 
 
-def leading_right(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor | None]:
+def leading_right(
+    w: Tensor, top: int, k: int, rough: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """The largest singular values and the top-k right subspace, k much below top.
 
     Args:
         w: (n_rows, n_cols), any floating dtype.
         top: how many values, from k to min(w.shape).
         k: dimension of the subspace, at least 1.
+        rough: in float32 where that keeps values to 1e-3 at worst: for nulls, and for
+            what was rounded anyway.
 
     Returns:
         Values as `leading_values`; (n_cols, k) float64 with orthonormal columns, None
@@ -184,6 +190,9 @@ def leading_right(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor | None]:
     """
     check_rank(top, w.shape, "top")
     check_rank(k, (top,))
+    found = _roughly(w, top, k) if rough else None
+    if found is not None:
+        return found
     if min(w.shape) > DIRECT_SIDE:
         rows = _Rows.of(w)
         products = _products(rows)
@@ -198,12 +207,34 @@ def leading_right(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor | None]:
     return s, vh[:k].T.contiguous() if int((s > floor).sum()) >= k else None
 
 
-def right_subspace(w: Tensor, k: int) -> Tensor | None:
+def _roughly(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
+    """As `leading_right` from a float32 Gram matrix; None where that loses too much.
+
+    The largest value is right to 1e-6 of itself, the smallest to 1e-3 at worst.
+    """
+    size = float(w.abs().max())
+    if not math.isfinite(size):
+        finite_matrix(w, "w")
+    size = size or 1.0
+    unit = (w / size).float()  # squares of what is tiny are zero
+    tall = unit if unit.shape[0] >= unit.shape[1] else unit.T
+    products = tall.T @ tall
+    squares, inner = _largest(products, k, ROUGH_TOLERANCE)
+    if top > k:
+        squares = torch.linalg.eigvalsh(products).flip(0)[:top]
+    if float(squares[top - 1]) <= STEEP * float(squares[0]):
+        return None
+    right = inner if tall is unit else torch.linalg.qr(tall @ inner).Q
+    return squares.double().sqrt() * size, right.double()
+
+
+def right_subspace(w: Tensor, k: int, rough: bool = False) -> Tensor | None:
     """The top-k right subspace alone, without the check against all eigenvalues.
 
     Args:
         w: (n_rows, n_cols), any floating dtype.
         k: from 1 to min(w.shape).
+        rough: as `leading_right`.
 
     Returns:
         (n_cols, k) float64 with orthonormal columns; None where the matrix is of a rank
@@ -213,6 +244,9 @@ def right_subspace(w: Tensor, k: int) -> Tensor | None:
         ValueError: not a finite floating-point matrix, or k out of range.
     """
     check_rank(k, w.shape)
+    found = _roughly(w, k, k) if rough else None
+    if found is not None:
+        return found[1]
     rows = _Rows.of(w)
     upper = _products(rows).cpu()
     symmetric = upper.triu_() + upper.triu(1).T
@@ -222,15 +256,16 @@ def right_subspace(w: Tensor, k: int) -> Tensor | None:
     return _as_right(rows, vectors)
 
 
-def _largest(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _largest(
+    symmetric: Tensor, k: int, tolerance: float = SUBSPACE_TOLERANCE
+) -> tuple[Tensor, Tensor]:
     """Largest eigenvalues, descending, with orthonormal vectors."""
     n = len(symmetric)
     if n > DIRECT_SIDE and k < n // 4:
-        start = np.random.default_rng(0).standard_normal(n)
+        dense = symmetric.numpy()
+        start = np.random.default_rng(0).standard_normal(n).astype(dense.dtype)
         try:
-            values, found = scipy.sparse.linalg.eigsh(
-                symmetric.numpy(), k, v0=start, tol=SUBSPACE_TOLERANCE
-            )
+            values, found = scipy.sparse.linalg.eigsh(dense, k, v0=start, tol=tolerance)
             order = values.argsort()[::-1]
             vectors = torch.linalg.qr(torch.from_numpy(found[:, order].copy())).Q
             return torch.from_numpy(values[order].copy()), vectors

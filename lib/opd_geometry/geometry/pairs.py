@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -147,6 +147,14 @@ TRAJECTORY_COLUMNS = (
     "stable_rank_error",
     "hill_alpha_error",
     "subspace_error_deg",
+    "stable_rank_bf16",
+    "frobenius_norm_bf16",
+    "hill_alpha_bf16",
+    "similarity_to_end_bf16",
+    "rounding_stable_rank_bf16",
+    "rounding_hill_alpha_bf16",
+    "rounding_similarity_to_end_bf16",
+    "displacement",
     "note",
 )
 # An update that is zero turns nothing, exactly.
@@ -157,7 +165,7 @@ REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
 LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
-FORMAT = 3  # raised when the same checkpoints would give other rows
+FORMAT = 4  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -300,6 +308,10 @@ def follow_tensors(
     k: int = 16,
     settings: Settings = DEFAULTS,
     seed: int | tuple[int, ...] = 0,
+    *,
+    readout: bool = True,
+    against: Mapping[str, Tensor] | None = None,
+    lr: float | None = None,
     iterated: bool = False,
 ) -> list[Row]:
     """How the update of one matrix spreads and settles over a run.
@@ -309,20 +321,28 @@ def follow_tensors(
 
     Args:
         w_before: W_0 (n_rows, n_cols).
-        later: step -> W_t; asked for one at a time, in order.
+        later: step -> W_t; asked for one at a time, the last first, then in order.
         steps: ascending; the last is the end.
         k: K, cut to the smaller side of the matrix.
         settings: its hill_k counts.
         seed: of the rotations.
+        readout: also what is read from weights stored in bf16, and what rounding alone
+            makes of it.
+        against: name to another update of the same shape: another arm's, another
+            seed's or the preceding stage's.
+        lr: learning rate, for the displacement.
         iterated: spectra and subspaces by `krylov.spread`, about and with errors.
 
     Returns:
-        A row a step: step, stable_rank, frobenius_norm, hill_alpha,
-        similarity_to_end (0 to 1); similarity_null = K / n_cols, that of random
-        subspaces; increments_similarity_to_end, that of the run's own increments, each
-        turned by itself (`locking.turned_increments`), of three steps or more;
-        similarity_of_weights, that of W_0's top-K right subspace with the end. NaN
-        where there is no such subspace.
+        A row a step of `TRAJECTORY_COLUMNS`: step, stable_rank, frobenius_norm,
+        hill_alpha, similarity_to_end (0 to 1), each also with ``_bf16`` behind it, of
+        bf16(W_t) - bf16(W_0), and with ``rounding_`` before that, of the last update
+        scaled to the step's norm (`locking.scaled_end`); similarity_null = K / n_cols,
+        that of random subspaces; increments_similarity_to_end, that of the run's own
+        increments, each turned by itself (`locking.Increments`), of three steps or
+        more; similarity_of_weights, that of W_0's top-K right subspace with the end;
+        similarity_to_NAME, that of each step with another update; displacement in
+        units of lr sqrt(step). NaN where there is no such value.
 
     Raises:
         ValueError: shapes differ or a value is not finite.
@@ -330,31 +350,71 @@ def follow_tensors(
     Source: arXiv:2606.07082 Figures 4 and 5 (K = 16).
     """
     k = min(k, *w_before.shape)
+    end = comparison.difference(w_before, later(steps[-1]))
     null = locking.Increments(w_before.shape, comparison.generator_of(seed))
-    rows, own, turned = [], [], []
     spread_of = _about if iterated else _spread_of
 
-    def top(w: Tensor) -> Tensor | None:
-        return spread_of(w, k, settings)[1] if iterated else gram.right_subspace(w, k)
+    def top(w: Tensor, rough: bool = False) -> Tensor | None:
+        if iterated:
+            return _about(w, k, settings)[1]
+        return gram.right_subspace(w, k, rough)
 
+    others = {n: top(other) for n, other in (against or {}).items()}
+    rows: list[Row] = []
+    paths: dict[str, list[Tensor | None]] = {}
     for step in steps:
-        delta = comparison.difference(w_before, later(step))
+        w = later(step)
+        delta = comparison.difference(w_before, w)
         values, subspace = spread_of(delta, k, settings)
-        rows.append({"step": step, **values})
-        own.append(subspace)
+        moved = values["frobenius_norm"] > 0.0
+        found = {"similarity_to_end": subspace}
         if len(steps) >= locking.LEAST:
-            total = null.add(delta)
-            turned.append(top(total) if values["frobenius_norm"] else None)
-        del delta
-    of_weights = top(w_before)
+            turned = top(null.add(delta), True) if moved else None
+            found["increments_similarity_to_end"] = turned
+        if readout:
+            stored = _stored_path(w_before, w, delta, end, (k, settings), spread_of)
+            for name, (spread, basis) in stored.items():
+                values |= {name.format(n): v for n, v in spread.items()}
+                found[name.format("similarity_to_end")] = basis
+        if lr is not None:
+            values["displacement"] = locking.displacement(delta, lr, step)
+        for name, other in others.items():
+            values[f"similarity_to_{name}"] = _shared(subspace, other)
+        rows.append({"step": step, **values})
+        for name, basis in found.items():
+            paths.setdefault(name, []).append(basis)
+    of_weights = _shared(top(w_before), paths["similarity_to_end"][-1])
     for i, row in enumerate(rows):
-        row["similarity_to_end"] = _shared(own[i], own[-1])
+        row |= {name: _shared(path[i], path[-1]) for name, path in paths.items()}
         row["similarity_null"] = k / w_before.shape[1]
-        row["increments_similarity_to_end"] = (
-            _shared(turned[i], turned[-1]) if turned else math.nan
-        )
-        row["similarity_of_weights"] = _shared(of_weights, own[-1])
+        row["similarity_of_weights"] = of_weights
     return rows
+
+
+Spread = tuple[dict[str, float], Tensor | None]  # values, and the top right subspace
+
+
+def _stored_path(
+    w_before: Tensor,
+    w: Tensor,
+    delta: Tensor,
+    end: Tensor,
+    how: tuple[int, Settings],
+    spread_of: Callable[..., Spread],
+) -> dict[str, Spread]:
+    """What bf16 shows of an update, and of the last one at the same norm.
+
+    Returns:
+        Form of a column's name to the spread.
+    """
+    found = {"{}_bf16": spread_of(bits.stored_difference(w_before, w), *how, True)}
+    last = bits.norm(end)
+    if last > 0.0:
+        # In float32, as an optimizer keeps its weights.
+        scaled = w_before.float() + (end * (bits.norm(delta) / last)).float()
+        stored = bits.stored_difference(w_before, scaled)
+        found["rounding_{}_bf16"] = spread_of(stored, *how, True)
+    return found
 
 
 def _shared(a: Tensor | None, b: Tensor | None) -> float:
@@ -365,8 +425,8 @@ def _shared(a: Tensor | None, b: Tensor | None) -> float:
 
 
 def _spread_of(
-    delta: Tensor, k: int, settings: Settings
-) -> tuple[dict[str, float], Tensor | None]:
+    delta: Tensor, k: int, settings: Settings, rough: bool = False
+) -> Spread:
     """Norm, stable rank and Hill exponent of an update, and its top subspace."""
     norm = bits.norm(delta)
     if norm == 0.0:
@@ -374,7 +434,7 @@ def _spread_of(
         return {"frobenius_norm": 0.0, **nothing}, None
     hill_k = settings.hill_rank(delta.shape)
     top = max(min(hill_k, *delta.shape), k)
-    values, subspace = gram.leading_right(delta, top, k)
+    values, subspace = gram.leading_right(delta, top, k, rough)
     return {
         "frobenius_norm": norm,
         "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
@@ -382,10 +442,8 @@ def _spread_of(
     }, subspace
 
 
-def _about(
-    delta: Tensor, k: int, settings: Settings
-) -> tuple[dict[str, float], Tensor | None]:
-    """As `_spread_of`, iterated."""
+def _about(delta: Tensor, k: int, settings: Settings, rough: bool = False) -> Spread:
+    """As `_spread_of`, iterated, which is rough already."""
     norm = bits.norm(delta)
     if norm == 0.0:
         return _spread_of(delta, k, settings)
@@ -556,6 +614,9 @@ class TrajectoryTask:
     pairs: tuple[StoredPair, ...]  # (W_0, W_t) in the order of steps
     k: int
     settings: Settings
+    readout: bool = True
+    against: tuple[tuple[str, StoredPair], ...] = ()  # name, other update
+    lr: float | None = None
     iterated: bool = False
     device: str | None = None
 
@@ -578,7 +639,10 @@ class TrajectoryTask:
     def n_bytes(self) -> int:
         """To be read."""
         later = sum(pair.after.n_bytes for pair in self.pairs)
-        return self.pairs[0].before.n_bytes + later
+        others = sum(
+            pair.before.n_bytes + pair.after.n_bytes for _, pair in self.against
+        )
+        return self.pairs[0].before.n_bytes + later + others
 
     def rows(self) -> list[Row]:
         """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
@@ -619,9 +683,17 @@ class TrajectoryTask:
             _refuse_damage({"before": w_before, f"at step {step}": w})
             return w
 
-        seed = null_seed(0, self.name, 0)
         return follow_tensors(
-            w_before, later, self.steps, self.k, self.settings, seed, self.iterated
+            w_before,
+            later,
+            self.steps,
+            self.k,
+            self.settings,
+            null_seed(0, self.name, 0),
+            readout=self.readout,
+            against={name: _update_of(name, pair) for name, pair in self.against},
+            lr=self.lr,
+            iterated=self.iterated,
         )
 
     def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
@@ -650,6 +722,13 @@ class TrajectoryTask:
                 }
             )
         return rows[::-1]
+
+
+def _update_of(name: str, pair: StoredPair) -> Tensor:
+    """Another update of a matrix, to hold a run's against."""
+    before, after = pair.read()
+    _refuse_damage({f"before {name}": before, f"after {name}": after})
+    return comparison.difference(before, after)
 
 
 Task = PairTask | TrajectoryTask
@@ -784,6 +863,10 @@ def plan_trajectory(
     roles: Collection[str] | None = None,
     steps: Sequence[int] | None = None,
     parts: Collection[str] | None = None,
+    *,
+    readout: bool = True,
+    against: Mapping[str, tuple[Source, Source]] | None = None,
+    lr: float | None = None,
     iterated: bool | None = False,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
@@ -796,11 +879,15 @@ def plan_trajectory(
         roles: only these; None for all.
         steps: of the checkpoints; None takes `steps_of` their names.
         parts: of the model, only these; None for all.
+        readout: as `follow_tensors`.
+        against: name to start and end of another training, whose matrices have the same
+            names; adds a column similarity_to_NAME.
+        lr: learning rate; adds the displacement.
         iterated: as `follow_tensors`; None: from `LARGE` entries on.
 
     Raises:
         FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
-            of one step.
+            of one step; a name of another training that cannot be a column's.
     """
     if k < 1:
         raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
@@ -829,14 +916,28 @@ def plan_trajectory(
         )
     if iterated is None:
         iterated = _entries(found[order[0][0]]) >= LARGE
-    pairs = {name: tuple(side[name] for side in sides.values()) for name in common}
+    others, read = _others(against or {}, roles, parts)
     tasks = [
-        TrajectoryTask(tuple(sides), pairs[name], k, settings, iterated)
+        TrajectoryTask(
+            tuple(sides),
+            tuple(side[name] for side in sides.values()),
+            k,
+            settings,
+            readout,
+            tuple(
+                (other, there[name]) for other, there in others.items() if name in there
+            ),
+            lr,
+            iterated,
+        )
         for name in common
     ]
     description = {
         "table": f"trajectory {FORMAT}",
-        "files": [_fingerprint(c) for c in (first, *opened.values())],
+        "files": [_fingerprint(c) for c in (first, *opened.values(), *read)],
+        "readout": readout,
+        "against": [*others],
+        "lr": lr,
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
@@ -848,7 +949,7 @@ def plan_trajectory(
     notes = [note for c in (first, *opened.values()) for note in c.notes]
     return Plan(
         tasks,
-        TRAJECTORY_COLUMNS,
+        (*TRAJECTORY_COLUMNS[:-1], *(f"similarity_to_{n}" for n in others), "note"),
         _skipped(first, *opened.values()),
         missing,
         description,
@@ -856,6 +957,30 @@ def plan_trajectory(
         {k: v for f in found.values() for k, v in _renamed(f).items()},
         min(f.measured for f in found.values()),
     )
+
+
+def _others(
+    against: Mapping[str, tuple[Source, Source]],
+    roles: Collection[str] | None,
+    parts: Collection[str] | None,
+) -> tuple[dict[str, dict[str, StoredPair]], list[Checkpoint]]:
+    """Name to the pairs of another training by matrix; and what was opened for them."""
+    found: dict[str, dict[str, StoredPair]] = {}
+    read: list[Checkpoint] = []
+    for name, sources in against.items():
+        if (
+            not re.fullmatch("[a-z0-9_]+", name)
+            or f"similarity_to_{name}" in TRAJECTORY_COLUMNS
+        ):
+            raise ValueError(
+                f"another training is named {name!r}, expected lower-case letters, "
+                "digits and _, and not end: a column will be similarity_to_NAME"
+            )
+        sides = open_pair(*sources)
+        pairs = _paired(*sides, roles, parts).pairs
+        found[name] = {pair.cuts[0].matrix.name: pair for pair in pairs}
+        read += sides
+    return found, read
 
 
 def _paired(
