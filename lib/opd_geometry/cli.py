@@ -18,7 +18,7 @@ from opd_geometry.pair_commands import (
     report_command,
     trajectory_command,
 )
-from opd_geometry.printing import duration, print_table
+from opd_geometry.printing import duration, print_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"opd-geometry: {' '.join(message.split())}", err=True)
+    click.echo(f"opd-geometry: {visible(' '.join(message.split()))}", err=True)
     return code
 
 
