@@ -15,7 +15,8 @@ const found = readdirSync(root, {recursive: true})
   .filter(name => name.endsWith(".html") && /^book\//.test(name)).sort();
 const report = process.argv.slice(3).map(name => relative(root, resolve(name)));
 const browser = await chromium.launch({executablePath, args: ["--no-sandbox"]});
-console.log("page,width,scheme,violations,rules,hidden_px,smallest_text_px,height_px,kib");
+console.log("page,width,scheme,violations,rules,page_hidden_px,widest_hidden_px," +
+  "smallest_text_px,height_px,kib");
 let bad = 0;
 for (const width of [1280, 390])
   for (const colorScheme of ["light", "dark"]) {
@@ -29,13 +30,16 @@ for (const width of [1280, 390])
         const pictures = [...document.querySelectorAll(".cell_output img")];
         const sizes = pictures.map(p => 2 * points * p.clientWidth / p.naturalWidth);
         const body = document.documentElement;
-        return [body.scrollWidth - innerWidth, Math.min(...sizes, 99), body.scrollHeight];
+        const parts = [...document.querySelectorAll("table")].map(t => t.parentElement);
+        const hidden = parts.map(p => p.scrollWidth - p.clientWidth);
+        return [body.scrollWidth - innerWidth, Math.min(...sizes, 99), body.scrollHeight,
+          Math.max(0, ...hidden)];
       }, SMALLEST);
       const rules = violations.map(v => `${v.id} ${v.nodes.length}`).join("; ");
       const kib = Math.round(statSync(join(root, name)).size / 1024);
       const text = seen[1] === 99 ? "" : seen[1].toFixed(1);
-      console.log([name, width, colorScheme, violations.length, rules, seen[0], text,
-        seen[2], kib].join(","));
+      console.log([name, width, colorScheme, violations.length, rules, seen[0], seen[3],
+        text, seen[2], kib].join(","));
       bad += violations.length;
       await page.close();
     }

@@ -18,6 +18,7 @@ def findings() -> pd.DataFrame:
     found = claims_table(pd.DataFrame(columns=measure.COLUMNS))
     found.loc[0, ["effect", "low", "high"]] = [-0.05591, -0.066, -0.0458]
     found.loc[0, "n_seeds"] = 5
+    found.loc[0, "ours"] = "1.2 / 25.2 / 19.6 % (sft / opd / rlvr)"
     found.loc[0, ["null", "matched"]] = ["null opd: -0.2, ruled out", "a < b"]
     found.loc[0, ["unit", "verdict"]] = [
         "share of entries: rlvr minus opd",
@@ -53,6 +54,8 @@ def test_a_tile_has_the_same_unit_as_the_paper(findings: pd.DataFrame) -> None:
     text = tile.get_text(" ")
     assert "−5.59 [−6.6, −4.58] points (RLVR minus OPD)" in text
     assert "null OPD: −0.2, ruled out" in text
+    assert "The paper 8.1 / 51.6 / 77.2 % (SFT / OPD / RLVR) (Table 1)" in text
+    assert "Here 1.2 / 25.2 / 19.6 % (SFT / OPD / RLVR)" in text
     assert "a < b" in text
 
 

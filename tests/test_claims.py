@@ -37,7 +37,8 @@ IDS = [
 TEXTS = ["paper_item", "statement", "paper_value", "quantity", "unit", "rule"]
 # Of data/claims.csv.
 PUBLISHED = ["id", "paper_item", "statement", "paper_value", "readout", "n_seeds", "n"]
-PUBLISHED += ["effect", "unit", "low", "high", "null", "matched", "nulls", "controls"]
+PUBLISHED += ["effect", "unit", "low", "high", "ours", "ours_null", "ours_control"]
+PUBLISHED += ["null", "matched", "nulls", "controls"]
 PUBLISHED += ["verdict", "verdict_in_bf16", "verdict_at_papers_ratio", "rule", "runs"]
 TWO_READOUTS = {"rank-band", "norm-decoupled", "hill-mild", "early-lock"}
 TWO_READOUTS |= {"sparse-tokens", "off-policy", "mixing"}
@@ -1169,3 +1170,37 @@ def test_no_verdict_is_typed_in_a_statement():
     for claim in CLAIMS:
         texts = (claim.statement, claim.paper_value, claim.quantity, claim.null)
         assert not any("reproduced" in text for text in texts)
+
+
+# --- levels as the paper prints them -----------------------------------------------
+
+
+def planted_levels(metric: str, by_arm: dict[str, float]) -> pd.DataFrame:
+    """Two seeds, two checkpoints, one matrix; the first checkpoint has half."""
+    rows = [
+        (f"{arm}-{seed}", arm, seed, step, "0.q", "q", 0, metric, value * share)
+        for arm, value in by_arm.items()
+        for seed in (0, 1)
+        for step, share in ((5, 0.5), (10, 1.0 + 0.1 * seed))
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_levels_stand_in_the_papers_unit_and_order():
+    table = planted_levels("density", {"rlvr": 0.2, "sft": 0.6, "opd": 0.4})
+    claim = claim_of("density-order")
+    assert claims.levels_text(claim, table) == "63.0 / 42.0 / 21.0 % (sft / opd / rlvr)"
+    assert claims.levels_text(claim, table, "null_") == ""
+    assert claims.levels_text(claim, table[table["arm"] != "sft"]) == ""
+
+
+def test_levels_of_a_course_are_its_lowest_and_highest_mean():
+    table = planted_levels("stable_rank", {"sft": 2.0, "opd": 4.0, "rlvr": 8.0})
+    text = claims.levels_text(claim_of("rank-band"), table)
+    assert text == "sft 1 to 2.1, opd 2 to 4.2, rlvr 4 to 8.4"
+
+
+def test_levels_of_the_first_checkpoint():
+    table = planted_levels("similarity_to_end", {"sft": 0.2, "opd": 0.6, "rlvr": 1.0})
+    text = claims.levels_text(claim_of("early-lock"), table)
+    assert text == "0.1 / 0.3 / 0.5 (sft / opd / rlvr)"

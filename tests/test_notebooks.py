@@ -5,6 +5,7 @@ nbval re-runs the notebooks and compares their outputs; here stands what it lets
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_figures_say_what_they_show_and_begin_with_the_finding(path: Path) -> No
         assert "caption" in tags(below)
         assert str(said(below)).strip().startswith("**")
         assert re.search("seeds|matrices", str(said(below)))
+
+
+# Of printed numbers, of a bound on what can be seen, of the time a table takes.
+WITHOUT_LIMIT = ("fig-feasible-shares", "fig-power", "fig-one-seed", "fig-own-cost")
+
+
+@each_notebook
+def test_captions_carry_the_detection_limit_of_what_they_show(path: Path) -> None:
+    cells = read(path).cells
+    for cell, below in pairwise(cells):
+        name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "")
+        if name and name not in WITHOUT_LIMIT:
+            text = below.source + str(said(below))
+            assert "{limits}" in text or "Detection limit" in text, name
 
 
 @each_notebook

@@ -230,6 +230,20 @@ def test_a_model_is_measured_whole_and_once(
     assert [f.name for f in made] == [un.STUDENT, f"{un.STUDENT}-{digest}"]
 
 
+def test_printed_orders_are_met_within_half_a_decade() -> None:
+    rows = [
+        (arm, "bf16", metric, value * factor)
+        for (arm, metric), (_, value) in un.paper_orders().items()
+        for factor in (0.5, 2.0)
+    ]
+    shapes = pd.DataFrame(rows, columns=["arm", "readout", "metric", "value"])
+    assert un.orders_table(shapes)["met"].all()
+    far = un.orders_table(shapes.assign(value=shapes["value"] * 10))
+    assert far["met"].eq(far["relation"] == ">").all()
+    near = un.orders_table(shapes.assign(value=shapes["value"] / 10))
+    assert near["met"].eq(near["relation"] == "<").all()
+
+
 # --- the chapter's tables and figures ----------------------------------------------
 
 

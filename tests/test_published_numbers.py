@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 
 from opd_geometry.analysis import claims, evidence
 from opd_geometry.analysis import verdicts as rules
-from opd_geometry.book import chapters
+from opd_geometry.book import board, chapters
 from opd_geometry.experiments import measure, profiles
 from opd_geometry.geometry import comparison
 
@@ -97,23 +97,16 @@ def claim_in(row: dict[str, str]) -> str:
 def expected(row: dict[str, str], finding: dict[str, Any]) -> dict[str, str]:
     """The row as the finding would have it, its numbers to the printed digits."""
     measured = finding["verdict"] != "not measured"
-    numbers = [f"{finding[name]:.3g}" for name in claims.NUMBERS]
-    shown = numbers[0] if numbers[1] == "nan" else "{} [{}, {}]".format(*numbers)
+    levels = f"{finding['ours']}; " if finding["ours"] else ""
+    shown = levels + board.effect_text(finding)
     seeds = f"{finding['n_seeds']} seed{'' if finding['n_seeds'] == 1 else 's'}"
-    printed, verdict = finding["paper_value"], finding["verdict"]
-    of_results = f"The paper, {finding['paper_item']}: {printed} "
+    verdict = finding["verdict"]
     marked = f"{chapters.VERDICT_MARKS[verdict]} {verdict}"
-    if "effect [95 %]" in row and (again := finding["verdict_at_papers_ratio"]):
-        told = "the same" if again == verdict else again
-        marked += f"; with RLVR at the paper's ratio: {told}"
     known = {
-        "claim": f"{finding['statement']} "
-        f"{of_results if 'effect [95 %]' in row else ''}({finding['id']})",
-        "here": f"{shown} ({finding['unit']}; {seeds})" if measured else "–",
-        "effect [95 %]": f"{shown} ({finding['unit']})" if measured else "–",
-        "seeds": str(finding["n_seeds"]),
-        "null": finding["null"],
-        "matched control": finding["matched"],
+        "claim": f"{finding['statement']} ({finding['id']})",
+        "here": board.in_words(f"{shown}; {seeds}") if measured else "–",
+        "null": board.in_words(finding["null"]),
+        "matched control": board.in_words(finding["matched"]),
         "verdict": marked,
     }
     return {name: known[name] for name in row if name in known}
@@ -126,7 +119,6 @@ def test_tables_of_verdicts_are_those_of_the_measurements(
     for row in tables_of(stem):
         wanted = expected(row, by_id[claim_in(row)])
         assert len(wanted) >= 3
-        row["verdict"] = re.sub(r"; read in bf16: [^;]*", "", row["verdict"])
         assert {name: row[name] for name in wanted} == wanted
 
 
@@ -143,7 +135,9 @@ def test_cards_and_verdicts_are_those_of_the_measurements(
     for card in GLUED[stem].get("cards", {}).get("markdown", "").split("\n\n"):
         if card.strip():
             (name,) = re.findall(r"^\| The claim .*`([\w-]+)`\) \|$", card, re.M)
-            *ours, runs = claims.claim_card(name, findings).strip().splitlines()
+            lines = claims.claim_card(name, findings).strip().splitlines()
+            told = [x if "The claim |" in x else board.in_words(x) for x in lines]
+            *ours, runs = told
             theirs = card.strip().splitlines()[: len(ours) + 1]
             scale, _, of_chapter = theirs.pop().partition("; ")
             assert scale.startswith("| Runs | student of ")
@@ -204,8 +198,9 @@ SETTINGS = {
 }
 # Budgets that the paper's text prints, and arithmetic done on the page, by page.
 QUOTED: dict[str, set[float]] = {
-    # a weight, in the worked update; a share of rewards; where a ratio is clipped
-    "notation": {0.02, 0.45, 0.8, 1.28},
+    # a weight, in the worked update; a share of rewards, and where a ratio is clipped
+    "index": {0.02},
+    "notation": {0.45, 0.8, 1.28},
     "03_equal_norm": {299, 5375},
     "04_rank": {63, 299},
     "06_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME

@@ -1,7 +1,7 @@
 // Wide parts are reached and scrolled by the keyboard; a figure opens in full.
 const mark = () => {
   const places = ".cell_output .text_html, .cell_output pre, .highlight pre, " +
-    "div.math, .pst-scrollable-table-container";
+    "div.math, .pst-scrollable-table-container, .picture";
   let n = 0;
   for (const place of document.querySelectorAll(places)) {
     const scrolls = place.scrollWidth > place.clientWidth + 1;
@@ -13,13 +13,16 @@ const mark = () => {
     } else place.removeAttribute("tabindex");
   }
 };
-// A figure opens in full, where a small screen shows it small.
+// A figure opens in full; on a small screen it scrolls, so that its words can be read.
 const open = () => {
   for (const picture of document.querySelectorAll(".cell_output img, figure img")) {
     if (picture.closest("a")) continue;
     const link = document.createElement("a");
     link.href = picture.src;
-    picture.replaceWith(link);
+    const frame = document.createElement("div");
+    frame.className = "picture";
+    picture.replaceWith(frame);
+    frame.append(link);
     link.append(picture);
   }
 };

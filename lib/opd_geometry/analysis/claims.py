@@ -17,9 +17,18 @@ from opd_geometry.analysis.evidence import (
     Levels,
     Table,
     arms_matching,
+    first,
+    last,
     levels_of,
+    over_matrices,
 )
-from opd_geometry.analysis.statements import CLAIMS, RATIO, Claim, claim_of
+from opd_geometry.analysis.statements import (
+    CLAIMS,
+    RATIO,
+    THREE_ARMS,
+    Claim,
+    claim_of,
+)
 from opd_geometry.analysis.verdicts import (
     RULINGS,
     Control,
@@ -155,10 +164,12 @@ def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
 
     Returns:
         One row a claim: id, paper_item, statement, paper_value, readout, n_seeds, n
-        (with its unit), effect, unit, low, high, null, matched, nulls, controls,
-        verdict, verdict_in_bf16, verdict_at_papers_ratio, rule, runs. The verdict in
-        bf16 is empty for a claim with one readout, the one at the paper's ratio (that
-        of ``at_papers_ratio``) for a claim that does not name RLVR.
+        (with its unit), effect, unit, low, high; ours, ours_null, ours_control (of
+        ``levels_text``: the arms, their Gaussian updates, and the matched SFT in OPD's
+        place); null, matched, nulls, controls, verdict, verdict_in_bf16,
+        verdict_at_papers_ratio, rule, runs. The verdict in bf16 is empty for a claim
+        with one readout, the one at the paper's ratio (that of ``at_papers_ratio``) for
+        a claim that does not name RLVR.
 
     Raises:
         ValueError: as ``judge``.
@@ -172,7 +183,12 @@ def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
     for claim in CLAIMS:
         beside = [judge(claim, levels, readout) for readout in claim.readouts[1:]]
         ratio = [judge(claim, other)] if "rlvr" in claim.arms else []
-        rows.append(_row(claim, judge(claim, levels), profile, beside, ratio))
+        told = (
+            levels_text(claim, levels),
+            levels_text(claim, levels, "null_"),
+            levels_text(claim, levels.with_arm("opd", "sft-matched")),
+        )
+        rows.append(_row(claim, judge(claim, levels), profile, beside, ratio, told))
     return pd.DataFrame(rows)
 
 
@@ -182,6 +198,7 @@ def _row(
     profile: str,
     beside: Sequence[Finding] = (),
     ratio: Sequence[Finding] = (),
+    told: Sequence[str] = ("", "", ""),
 ) -> dict[str, object]:
     return {
         "id": claim.id,
@@ -195,6 +212,9 @@ def _row(
         "unit": finding.unit,
         "low": finding.low,
         "high": finding.high,
+        "ours": told[0],
+        "ours_null": told[1],
+        "ours_control": told[2],
         "null": finding.null,
         "matched": finding.matched,
         "nulls": finding.nulls,
@@ -205,6 +225,49 @@ def _row(
         "rule": claim.rule,
         "runs": finding.runs,
     }
+
+
+def levels_text(claim: Claim, table: Table, prefix: str = "") -> str:
+    """Levels beside a claim's printed numbers, means over seeds, in their unit.
+
+    Args:
+        claim: whose ``shown`` says which.
+        table: tidy, or its levels.
+        prefix: ``null_`` for the arms' Gaussian updates.
+
+    Returns:
+        Such as ``1.2 / 25.2 / 19.6 % (sft / opd / rlvr)``; empty where the claim has no
+        levels or an arm is missing.
+    """
+    shown, levels = claim.shown, levels_of(table)
+    if shown is None:
+        return ""
+    arms = arms_matching(levels, shown.arms)
+    paths = [
+        over_matrices(levels, arm, prefix + shown.metric, shown.roles, shown.weighted)
+        for arm in arms
+    ]
+    if len(arms) < len(shown.arms) or any(path.dropna().empty for path in paths):
+        return ""
+    scale, form = (100, ".1f") if shown.unit == "%" else (1, ".3g")
+    if shown.moment == "course":
+        courses = [path.groupby(level="step").mean() for path in paths]
+        ends = [(c.min(), c.max()) for c in courses]
+        said = (
+            f"{a} {x:{form}} to {y:{form}}"
+            for a, (x, y) in zip(arms, ends, strict=True)
+        )
+        return ", ".join(said)
+    moment = first if shown.moment == "first" else last
+    means = [scale * moment(path).mean() for path in paths]
+    unit = f" {shown.unit}" if shown.unit else ""
+    if len(arms) > len(THREE_ARMS):  # variants of the first one
+        return (
+            f"{min(means[1:]):{form}} to {max(means[1:]):{form}}{unit} in "
+            f"{len(arms) - 1} variants, {means[0]:{form}}{unit} in the main run"
+        )
+    numbers = " / ".join(f"{mean:{form}}" for mean in means)
+    return f"{numbers}{unit} ({' / '.join(arms)})"
 
 
 def parts_table(
@@ -361,7 +424,9 @@ def claim_card(
     ]
     if provenance is not None:
         lines.append(("Cost", _cost_text(claim, provenance)))
-    return "| | |\n|---|---|\n" + "".join(f"| {a} | {b} |\n" for a, b in lines)
+    return "| field | content |\n|---|---|\n" + "".join(
+        f"| {a} | {b} |\n" for a, b in lines
+    )
 
 
 # --- what is there, and what is missing ------------------------------------------

@@ -223,9 +223,7 @@ def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     levels, rows = levels_of(table), []
     for arm in arms:
         for metric in SPECTRAL:
-            names = dict(
-                zip(TURNED, (f"null_{metric}", f"turned_{metric}"), strict=True)
-            )
+            names = {name: f"{prefix}{metric}" for name, prefix in TURNED.items()}
             known = beside(levels, arm, [metric, *names.values()])
             for name, null in names.items() if len(known) else ():
                 means = known[metric].mean(), known[null].mean()

@@ -64,6 +64,27 @@ KEPT_RULE = (
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Levels that are told beside a claim's printed numbers, in their unit.
+
+    Attributes:
+        metric: of matrices.
+        arms: in the order in which the paper's numbers stand.
+        unit: ``%`` for shares, else words after the number.
+        roles: of the matrices averaged over.
+        weighted: by the matrices' sizes.
+        moment: ``last``, ``first``, or ``course``: the lowest to the highest mean.
+    """
+
+    metric: str
+    arms: tuple[str, ...] = ("sft", "opd", "rlvr")
+    unit: str = ""
+    roles: tuple[str, ...] = ev.LAYERS
+    weighted: bool = False
+    moment: str = "last"
+
+
+@dataclass(frozen=True)
 class Claim:
     """One claim of the paper, and how it is judged.
 
@@ -81,6 +102,7 @@ class Claim:
         control_arms: arms without which a claim that holds stays inconclusive.
         readouts: what the weights are read from, keys of ``evidence.READOUTS``; the
             first decides, the others are judged beside it.
+        shown: levels in the unit of the paper's numbers, where it prints or draws any.
     """
 
     id: str
@@ -97,6 +119,7 @@ class Claim:
     evidence: Callable[..., Evidence]
     control_arms: tuple[str, ...] = ev.MATCHED_ARMS
     readouts: tuple[str, ...] = ("float32",)
+    shown: Shown | None = None
 
 
 def _with_projected(*arms: str) -> tuple[str, ...]:
@@ -119,6 +142,7 @@ CLAIMS = (
         arms=THREE_ARMS,
         metrics=("sparsity", "parameters"),
         readouts=("bf16",),
+        shown=Shown("sparsity", unit="%", weighted=True),
         evidence=ev.final_order(
             "sparsity", rising=THREE_ARMS, nulls=ev.ENTRYWISE, weighted=True
         ),
@@ -141,6 +165,7 @@ CLAIMS = (
         arms=("opd", *ev.VARIANT_ARMS),
         metrics=("sparsity", "parameters"),
         readouts=("bf16",),
+        shown=Shown("sparsity", ("opd", *ev.VARIANT_ARMS), "%", weighted=True),
         evidence=ev.robust_sparsity,
     ),
     Claim(
@@ -157,6 +182,7 @@ CLAIMS = (
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("angle_left_max_deg", "angle_right_max_deg"),
+        shown=Shown("angle_left_mean_deg", unit="degrees"),
         evidence=ev.final_order(
             "angle_left_max_deg",
             "angle_right_max_deg",
@@ -179,6 +205,7 @@ CLAIMS = (
         matched=MATCHED,
         arms=THREE_ARMS,
         metrics=("nss",),
+        shown=Shown("nss"),
         evidence=ev.final_order("nss", rising=FALLING, nulls=ev.SPECTRAL, log=True),
     ),
     Claim(
@@ -196,6 +223,7 @@ CLAIMS = (
         arms=THREE_ARMS,
         metrics=("density",),
         readouts=("bf16",),
+        shown=Shown("density", unit="%"),
         evidence=ev.final_order("density", rising=FALLING, nulls=ev.ENTRYWISE),
     ),
     Claim(
@@ -214,6 +242,7 @@ CLAIMS = (
         arms=THREE_ARMS,
         metrics=("principal_overlap",),
         readouts=("bf16",),
+        shown=Shown("principal_overlap", unit="%"),
         evidence=ev.principal_depleted,
     ),
     Claim(
@@ -231,6 +260,7 @@ CLAIMS = (
         arms=THREE_ARMS,
         metrics=("low_magnitude_overlap",),
         readouts=("bf16",),
+        shown=Shown("low_magnitude_overlap", unit="%"),
         evidence=ev.final_order(
             "low_magnitude_overlap", rising=THREE_ARMS, nulls=ev.ENTRYWISE
         ),
@@ -251,6 +281,7 @@ CLAIMS = (
         metrics=("stable_rank",),
         control_arms=(ev.COIN, *ev.MATCHED_ARMS),
         readouts=BOTH,
+        shown=Shown("stable_rank", roles=ev.ATTENTION, moment="course"),
         evidence=ev.regimes("stable_rank", ev.RANK_BAND, sft_growth=1.0),
     ),
     Claim(
@@ -270,6 +301,7 @@ CLAIMS = (
         matched="None: the two arms share anchor, learning rate, steps and batch.",
         arms=("opd", "rlvr"),
         metrics=("frobenius_norm", "stable_rank"),
+        shown=Shown("frobenius_norm", ("opd", "rlvr"), roles=ev.ATTENTION),
         evidence=ev.norm_decoupled,
         control_arms=(),
         readouts=BOTH,
@@ -292,6 +324,7 @@ CLAIMS = (
         metrics=("hill_alpha", "stable_rank"),
         control_arms=(ev.COIN, *ev.MATCHED_ARMS),
         readouts=BOTH,
+        shown=Shown("hill_alpha", roles=ev.ATTENTION, moment="course"),
         evidence=ev.regimes("hill_alpha", ev.HILL_BAND, sft_growth=ev.HILL_BAND),
     ),
     Claim(
@@ -318,6 +351,7 @@ CLAIMS = (
         metrics=("similarity_to_end",),
         control_arms=(ev.COIN, *ev.MATCHED_ARMS),
         readouts=BOTH,
+        shown=Shown("similarity_to_end", roles=ev.ATTENTION, moment="first"),
         evidence=ev.early_lock,
     ),
     Claim(

@@ -822,6 +822,27 @@ def choices_table(expected: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 HALF_DECADE = 10**0.5
 
 
+def orders_table(shapes: pd.DataFrame) -> pd.DataFrame:
+    """Printed orders of magnitude beside the band of an update without place.
+
+    Args:
+        shapes: of ``shapes_table``.
+
+    Returns:
+        arm, metric, relation, printed, low, high (over the laws, as stored), met:
+        whether the band, widened by half a decade either way, has such a value.
+    """
+    groups = shapes[shapes["readout"] == "bf16"].groupby(["arm", "metric"])["value"]
+    rows = []
+    for key, (relation, value) in paper_orders().items():
+        low, high = (float(end) for end in groups.get_group(key).agg(["min", "max"]))
+        above, below = high * HALF_DECADE > value, low / HALF_DECADE < value
+        met = {">": above, "<": below}.get(relation, above and below)
+        rows.append((*key, relation, value, low, high, met))
+    columns = ["arm", "metric", "relation", "printed", "low", "high", "met"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def limit_bands(
     choices: Mapping[tuple[str, str], tuple[float, float]],
     placed: pd.DataFrame,

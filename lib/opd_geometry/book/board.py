@@ -30,6 +30,7 @@ PARTS = {
     ),
 }
 ENDS = ("low", "high")
+REGIME = "the book's small world, OPD and RLVR at one budget"
 CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
 FILTER = """
 <fieldset class="board-filter" hidden>
@@ -147,19 +148,21 @@ def _tile(row: dict[str, Any], brief: bool) -> str:
 
 def facts(row: Mapping[str, Any]) -> dict[str, str]:
     """What stands on a tile below its claim: heading to text, empty ones left out."""
-    ratio = str(row.get("verdict_at_papers_ratio", ""))
-    bf16 = str(row.get("verdict_in_bf16", ""))
     seeds = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
     known = {
         "The paper": f"{row['paper_value']} ({row['paper_item']})",
-        "Here": effect_text(row),
-        "n": str(row.get("n", "")) or seeds,
-        "Null": str(row["null"]),
-        "Control": str(row["matched"]),
-        "Read from": str(row.get("readout", "")),
-        "In bf16": bf16,
-        "RLVR at the paper's ratio": ratio,
+        "Here": row.get("ours", ""),
+        "Gaussian null": row.get("ours_null", ""),
+        "SFT, matched, for OPD": row.get("ours_control", ""),
+        "What decides": effect_text(row),
+        "A null": row["null"],
+        "A control": row["matched"],
+        "Regime": f"{REGIME}; {row.get('n', '') or seeds}",
+        "Read from": row.get("readout", ""),
+        "Read from bf16": row.get("verdict_in_bf16", ""),
+        "RLVR at the paper's ratio": row.get("verdict_at_papers_ratio", ""),
     }
+    known = {name: str(text) for name, text in known.items()}
     return {name: text for name, text in known.items() if text}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.analysis.claims import Finding, claim_card, judge
+from opd_geometry.analysis.claims import Finding, claim_card, judge, levels_text
 from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
 from opd_geometry.analysis.power import (
     AS_DIFFERENCES,
@@ -29,8 +29,8 @@ from opd_geometry.analysis.power import (
     own_limits,
 )
 from opd_geometry.analysis.statements import claim_of
-from opd_geometry.book.board import VERDICT_MARKS
-from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS
+from opd_geometry.book.board import VERDICT_MARKS, effect_text, in_words
+from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import (
@@ -333,9 +333,11 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     """A table as it is shown: numbers of a few digits, arms and metrics by name."""
 
     def shown(value: object) -> object:
+        if isinstance(value, str):
+            return in_words(value)
         if not isinstance(value, float):
             return value
-        return "–" if math.isnan(value) else f"{value:.{digits}g}"
+        return "–" if math.isnan(value) else with_minus(f"{value:.{digits}g}")
 
     def label(name: object) -> object:
         metric = str(name).removeprefix("null_")
@@ -352,7 +354,9 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     outer = frame.index.get_level_values(0)
     kind = [k for k, known in kinds.items() if outer.isin(known).any()]
     corner = str(frame.index.name or (kind[0] if kind else "row"))
-    named = frame.map(shown).rename(index=label, columns=label)
+    named = frame.map(shown).rename(columns=label)
+    if frame.index.names[0] not in ("id", "claim"):  # a claim is called as an arm is
+        named = named.rename(index=label)
     single = named.columns.nlevels == 1
     named.index.names = [None] * named.index.nlevels
     named.columns.names = [corner] if single else [None] * named.columns.nlevels
@@ -564,44 +568,36 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         claim_ids: which claims.
 
     Returns:
-        One row a claim: claim, the paper, here, readout, null, matched control (of
-        either kind the one that stands most in the way), verdict.
+        One row a claim: claim, the paper, here (levels as the paper prints them, and
+        what decides), null, matched control (of either kind the one that stands most in
+        the way), verdict.
 
     Raises:
         ValueError: unknown claim.
     """
-    rows = []
+    rows, levels = [], levels_of(table)
     for claim in map(claim_of, claim_ids):
         finding = judge(claim, table)
         rows.append(
             {
                 "claim": f"{claim.statement} ({claim.id})",
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
-                "here": _here(finding),
-                "readout": finding.readout,
-                "null": finding.null,
-                "matched control": finding.matched,
+                "here": _here(finding, levels_text(claim, levels)),
+                "null": in_words(finding.null),
+                "matched control": in_words(finding.matched),
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )
     return pd.DataFrame(rows)
 
 
-def _interval_text(row: Mapping[str, Any]) -> str:
-    """``0.12 [0.1, 0.14] (unit)``, or a dash."""
-    if math.isnan(row["effect"]):
-        return "–"
-    known = not math.isnan(row["low"])
-    between = f" [{row['low']:.3g}, {row['high']:.3g}]" if known else ""
-    return f"{row['effect']:.3g}{between} ({row['unit']})"
-
-
-def _here(finding: Finding) -> str:
-    """Effect, interval and seeds in a cell."""
+def _here(finding: Finding, levels: str) -> str:
+    """Levels, the effect that decides with its interval, and seeds in a cell."""
     if finding.verdict == "not measured":
         return "–"
     seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
-    return _interval_text({**vars(finding), "unit": f"{finding.unit}; {seeds}"})
+    told = f"{levels}; " if levels else ""
+    return in_words(f"{told}{effect_text(vars(finding))}; {seeds}")
 
 
 def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:
@@ -628,7 +624,9 @@ def claim_cards(
     scale = f"student of {student}, teacher of {teacher}"
     profile = parameters.profile
     cards = [claim_card(key, table, provenance, scale, profile) for key in claim_ids]
-    return markdown("\n".join(cards))
+    lines = "\n".join(cards).split("\n")
+    told = [text if "The claim |" in text else in_words(text) for text in lines]
+    return markdown("\n".join(told))
 
 
 def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:

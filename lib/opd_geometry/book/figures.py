@@ -282,7 +282,8 @@ def course_text(course: pd.DataFrame, form: str = ".3g") -> str:
     'OPD 2.5 → 3'
     """
     return "; ".join(
-        f"{ARM_STYLES[arm].label} {row['first']:{form}} → {row['last']:{form}}"
+        f"{ARM_STYLES[arm].label} "
+        + with_minus(f"{row['first']:{form}} → {row['last']:{form}}")
         for arm, row in course.iterrows()
     )
 
@@ -300,9 +301,18 @@ def ranking(values: Mapping[str, float], form: str = ".3g") -> str:
     ranked = sorted(known.items(), key=lambda item: -item[1])
     return "; ".join(
         f"{ARM_STYLES[arm].label} "
-        + f"{value:{form}}".replace("%", "\N{NO-BREAK SPACE}%")
+        + with_minus(f"{value:{form}}").replace("%", "\N{NO-BREAK SPACE}%")
         for arm, value in ranked
     )
+
+
+def with_minus(text: str) -> str:
+    """A number with a minus sign for its hyphen.
+
+    >>> with_minus("-1.5e-05")
+    '−1.5e−05'
+    """
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def with_null(metrics: Iterable[str]) -> list[str]:

@@ -387,13 +387,43 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
         options["figure"]["caption"] = texts[0]
     first = [cell for cell in kept if "lead" in _tags(cell)]
     rest = [cell for cell in kept if "lead" not in _tags(cell)]
+    for cell in first:  # a page begins with what came out, not with a bar of code
+        if cell.cell_type == "code":
+            cell.metadata["tags"] = ["lead", "remove-input"]
     for cell in rest:
         if "parameters" in _tags(cell):  # after what came out, and folded
             cell.metadata["tags"] = ["parameters", "hide-input"]
-        elif "chapters.check_" in cell.source and cell.cell_type == "code":
+        elif cell.cell_type == "code" and (
+            "chapters.check_" in cell.source or not _shows(cell)
+        ):
             cell.metadata["tags"] = ["remove-cell"]
     notebook.cells = [*rest[:1], *first, *rest[1:]]
+    _caption_tables(notebook)
     return notebook
+
+
+def _shows(cell: NotebookNode) -> bool:
+    """Whether a reader sees an output of it: what is only published is for pages."""
+    kept = "application/papermill.record/"
+    return any(
+        not all(kind.startswith(kept) for kind in output.get("data", {"text": ""}))
+        for output in cell.outputs
+    )
+
+
+def _caption_tables(notebook: NotebookNode) -> None:
+    """A table without a caption has the title of its section for one."""
+    section = title_of(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"^##? (.+)$", cell.source, re.MULTILINE)
+            section = found[-1] if found else section
+        for output in cell.get("outputs", []):
+            text = output.get("data", {}).get("text/html", "")
+            if "<table" in text and "<caption" not in text:
+                caption = f"<caption>{html.escape(section)}</caption>"
+                whole = re.sub(r"(<table[^>]*>)", rf"\1{caption}", text)
+                output["data"]["text/html"] = whole
 
 
 def read_config(path: Path) -> dict[str, Any]:
