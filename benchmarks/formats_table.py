@@ -152,11 +152,13 @@ def _packed(folder: Path) -> Path:
 
 
 def _gguf(folder: Path) -> Path:
-    from gguf import GGUFWriter
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
     writer = GGUFWriter(str(folder / "model-bf16.gguf"), "qwen3")
+    names = get_tensor_name_map(MODEL_ARCH.QWEN3, 8)
     for name, w in _moved().state_dict().items():
-        writer.add_tensor(name, w.float().numpy())
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(known, w.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,7 @@
 """The callbacks in TRL's trainers: what they log, confine, remember, leave alone."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from trl import (
     SFTTrainer,
 )
 
-from opd_geometry.geometry import projection, spectra, updates
+from opd_geometry.geometry import bits, projection, spectra, unplaced, updates
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.training import callback
 from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
@@ -92,7 +93,7 @@ def logged(trainer: Any) -> dict[int, dict[str, float]]:
 def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, float]:
     """The same values by the library's full SVDs, from checkpoints."""
     values: dict[str, list[float]] = {}
-    unchanged = entries = 0.0
+    unchanged = expected = entries = 0.0
     for m in list_matrices(after):
         if m.role not in ("q", "k", "v", "o"):
             continue
@@ -102,6 +103,9 @@ def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, 
             "stable_rank": spectra.stable_rank(delta),
             "frobenius_norm": spectra.frobenius_norm(delta),
         }
+        seen = bits.stored_difference(w_before, w_after)
+        row["frobenius_norm_bf16"] = spectra.frobenius_norm(seen)
+        row["stable_rank_bf16"] = spectra.stable_rank(seen) if seen.any() else math.nan
         if locked is not None:
             earlier = read_matrix(locked, m.name).double() - w_before.double()
             row["similarity_to_locked"] = spectra.subspace_similarity(
@@ -111,9 +115,14 @@ def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, 
         for key, value in row.items():
             values.setdefault(key, []).append(value)
         unchanged += updates.update_sparsity(w_before, w_after) * delta.numel()
+        scale = float(delta.square().mean().sqrt())
+        chances = unplaced.change_probability(w_before, scale)
+        expected += float((1.0 - chances).sum())
         entries += delta.numel()
-    means = {key: sum(column) / len(column) for key, column in values.items()}
-    return means | {"sparsity": unchanged / entries}
+    known = {key: [v for v in column if v == v] for key, column in values.items()}
+    means = {key: sum(column) / len(column) for key, column in known.items() if column}
+    shares = {"sparsity": unchanged / entries, "expected_sparsity": expected / entries}
+    return means | shares
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +138,8 @@ def test_logs_what_the_saved_checkpoints_say(kind: str, tmp_path: Path) -> None:
         told = offline(tmp_path / "start", place, tmp_path / "checkpoint-2")
         for name, value in told.items():
             if step > 2 or name != "similarity_to_locked":
-                assert row[f"geometry/{name}"] == pytest.approx(value, rel=1e-5)
+                rel = 1e-3 if name == "expected_sparsity" else 1e-5  # counted by cells
+                assert row[f"geometry/{name}"] == pytest.approx(value, rel=rel), name
     assert "geometry/similarity_to_previous" not in rows[2]
     assert rows[4]["geometry/similarity_to_previous"] == pytest.approx(
         rows[4]["geometry/similarity_to_locked"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd_geometry.experiments import activations, controls
 from opd_geometry.experiments.runs import Run
-from opd_geometry.geometry import spectra
+from opd_geometry.geometry import locking, spectra
 from opd_geometry.geometry.comparison import Reference, reference
 from opd_geometry.training.models import build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, learning_rate
@@ -71,14 +71,14 @@ def test_a_planted_lock_is_not_that_of_its_nulls(before: Reference) -> None:
 
 def test_nulls_move_as_far_as_the_run_from_checkpoint_to_checkpoint() -> None:
     deltas = {s: 0.1 * math.sqrt(s) * noise(s) for s in STEPS}
-    sizes = {s: float(d.norm()) for s, d in controls.increments(deltas).items()}
+    sizes = {s: float(d.norm()) for s, d in locking.increments(deltas).items()}
     generator = torch.Generator().manual_seed(0)
     for null in (
-        controls.increments_turned(deltas, generator),
+        locking.turned_increments(deltas, generator),
         controls.walk(RUN, deltas, generator),
     ):
         assert list(null) == list(STEPS)
-        found = controls.increments(null)
+        found = locking.increments(null)
         for step, change in found.items():
             assert float(change.norm()) == pytest.approx(sizes[step], rel=1e-5)
         first, last = found[4].flatten(), found[40].flatten()
@@ -88,8 +88,8 @@ def test_nulls_move_as_far_as_the_run_from_checkpoint_to_checkpoint() -> None:
 def test_turned_increments_keep_their_spectra() -> None:
     deltas = {4: low_rank(5), 8: low_rank(5) + low_rank(7, 0.02)}
     generator = torch.Generator().manual_seed(0)
-    null = controls.increments(controls.increments_turned(deltas, generator))
-    for step, own in controls.increments(deltas).items():
+    null = locking.increments(locking.turned_increments(deltas, generator))
+    for step, own in locking.increments(deltas).items():
         ours, theirs = (torch.linalg.svdvals(d) for d in (own, null[step]))
         assert torch.allclose(ours, theirs, atol=1e-6)
     assert float((null[4] - deltas[4]).norm()) > 0.5 * float(deltas[4].norm())
@@ -97,13 +97,16 @@ def test_turned_increments_keep_their_spectra() -> None:
 
 def test_a_run_that_pauses_has_a_null_that_pauses() -> None:
     deltas = {4: low_rank(5), 8: low_rank(5)}
-    null = controls.increments_turned(deltas, torch.Generator().manual_seed(0))
+    null = locking.turned_increments(deltas, torch.Generator().manual_seed(0))
     assert torch.equal(null[4], null[8])
 
 
 def test_the_walk_is_torchs_adam_on_the_same_noise() -> None:
     generator = torch.Generator().manual_seed(3)
-    moves = list(controls.adam_steps(CONFIG, 12, torch.Size((6, 5)), generator))
+    rates = [learning_rate(CONFIG, step, 12) for step in range(12)]
+    moves = list(
+        locking.moves((6, 5), rates, generator, betas=CONFIG.betas, eps=CONFIG.eps)
+    )
     generator = torch.Generator().manual_seed(3)
     weight = torch.nn.Parameter(torch.zeros(6, 5))
     adam = torch.optim.AdamW(
@@ -142,6 +145,17 @@ def test_rounding_alone_adds_rank_where_little_is_seen(before: Reference) -> Non
         own = spectra.stable_rank(controls.stored(before, delta))
         assert found[step, "rounding_stable_rank_bf16"] == pytest.approx(own, rel=0.02)
     assert found[40, "frobenius_norm_bf16"] > 0.02  # a stored norm contains rounding
+
+
+def test_what_is_stored_is_rounded_once() -> None:
+    """1 + 2^-8 is half way to the next bf16 number; what lies above it rounds up."""
+    before = reference(torch.ones(2, 2))
+    delta = torch.tensor([[2**-8, 2**-8 + 2**-40], [2**-8 - 2**-40, 2**-7]]).double()
+    delta[0, 1], delta[1, 0] = 2**-8 + 2**-40, 2**-8 - 2**-40  # in float64
+    twice = (before.w_before.double() + delta).float().bfloat16().double() - 1
+    found = controls.stored(before, delta)
+    assert found.tolist() == [[0.0, 2**-7], [0.0, 2**-7]]
+    assert twice.tolist() != found.tolist()
 
 
 def test_predictors_know_a_planted_end(before: Reference) -> None:

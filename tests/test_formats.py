@@ -306,6 +306,8 @@ def test_two_adapters_differ_by_their_updates(tmp_path: Path) -> None:
         ({"r": 3}, "says r = 3"),
         ({"r": -4}, "r = -4"),
         ({"lora_alpha": "16"}, "lora_alpha = '16'"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
         ({"rank_pattern": [1]}, "rank_pattern = .*expected an object"),
         ({"rank_pattern": {"(": 2}}, "no pattern"),
     ],

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_geometry.geometry import live, spectra, updates
-from opd_geometry.geometry.bits import to_bfloat16
+from opd_geometry.geometry.bits import stored_difference, to_bfloat16
 from opd_geometry.geometry.live import Start, leading_right, movement, watched
 
 
@@ -35,6 +35,14 @@ def test_movement_equals_the_full_diagnostics(shape: tuple[int, int]) -> None:
     assert moved.stable_rank == pytest.approx(spectra.stable_rank(delta), rel=1e-6)
     assert moved.frobenius_norm == pytest.approx(float(delta.norm()), rel=1e-9)
     assert moved.sparsity == updates.update_sparsity(w_before, w)
+    seen = stored_difference(w_before, w)
+    assert not moved.stored
+    assert moved.frobenius_norm_bf16 == pytest.approx(float(seen.norm()), rel=1e-9)
+    assert moved.stable_rank_bf16 == pytest.approx(spectra.stable_rank(seen), rel=1e-6)
+    both = movement(to_bfloat16(w_before), to_bfloat16(w).float(), k)
+    assert both.stored
+    assert both.stable_rank == both.stable_rank_bf16
+    assert both.stable_rank == pytest.approx(spectra.stable_rank(seen), rel=1e-6)
     assert moved.right is not None
     exact = spectra.top_right_subspace(delta, k)
     assert spectra.subspace_similarity(moved.right, exact) == pytest.approx(1, abs=1e-9)
@@ -48,6 +56,7 @@ def test_iteration_beyond_the_exact_side(
     delta = decaying(*shape)
     state = torch.random.get_rng_state()
     s, right = leading_right(delta, 8)
+    assert live.largest_value(delta) == pytest.approx(1.0, rel=1e-5)
     assert torch.equal(torch.random.get_rng_state(), state)
     expected = 0.8 ** torch.arange(8)
     torch.testing.assert_close(s, expected.float(), rtol=1e-5, atol=0)
@@ -71,6 +80,10 @@ def test_what_has_no_value_is_nan_and_no_error() -> None:
     assert still.sparsity == 1.0
     assert still.stable_rank != still.stable_rank
     assert still.right is None
+    assert still.frobenius_norm_bf16 == 0.0
+    unseen = movement(w, w + 1e-6, 2)
+    assert unseen.frobenius_norm_bf16 == 0.0
+    assert unseen.stable_rank_bf16 != unseen.stable_rank_bf16
     thin = movement(w, w + torch.eye(6, 1), 2)  # one direction only
     assert thin.stable_rank == pytest.approx(1.0)
     assert thin.right is None

@@ -58,8 +58,9 @@ def test_measure_writes_the_table_and_a_summary(
     assert "7 matrices" in told
     name = "model.layers.*.input_layernorm.weight (2)"
     assert f"Skipped 2, one-dimensional: a norm or a bias: {name}" in told
-    assert "Projected time: about" in told
-    assert "full suite" not in told
+    assert "Projected time (all): about" in told
+    for tier in ("cheap", "middle"):  # the third is what is done
+        assert f"All matrices, {tier}: about" in told
     assert "7/7 " in told
 
 
@@ -127,7 +128,7 @@ def test_options_reach_the_measurement(
     for name in pairs.METRICS:
         pd.testing.assert_series_equal(found[name], expected[name], check_dtype=False)
     assert found["null_nss"].equals(expected["null_nss"])
-    assert "The full suite would take about" in capsys.readouterr().err
+    assert "All matrices, all: about" in capsys.readouterr().err
     bare = tmp_path / "bare.json"
     assert cli.main(["measure", *pair, "--out", str(bare), "--no-null"]) == 0
     records = json.loads(bare.read_text())
@@ -148,9 +149,32 @@ def test_trajectory_writes_its_table(
     expected = pairs.trajectory(pair[0], later, 4, roles=["k"]).drop(columns="note")
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
     said = capsys.readouterr().out.splitlines()
-    assert said[0].split()[:2] == ["step", "stable_rank"]
-    assert said[2].split()[0] == "2"
+    assert said[1].split() == ["step", "1", "2"]
+    assert {"stable_rank", "similarity_to_end_bf16"} < {
+        x.split()[0] for x in said[2:-2]
+    }
     assert cli.main([*arguments, "--roles", "k"]) == 1  # it is there now
+
+
+def test_trajectory_against_another_training(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [str(save(tmp_path / f"other-{n}", model(n))) for n in (5, 6)]
+    out = tmp_path / "t.csv"
+    command = ["trajectory", *pair, "--steps", "3", "--k", "4", "--out", str(out)]
+    held = [f"seed={others[0]}", f"stage={','.join(others)}", f"itself={pair[1]}"]
+    options = [word for text in held for word in ("--against", text)]
+    assert cli.main([*command, *options, "--lr", "1e-3", "--no-readout"]) == 0
+    table = tables.read_table(out)
+    assert table["similarity_to_itself"].to_numpy() == pytest.approx(1)
+    assert (table["similarity_to_stage"] < 0.99).all()
+    assert (table["displacement"] > 0).all()
+    assert "similarity_to_seed" in capsys.readouterr().out
+    for wrong in ("seed", "=x", "seed=", "a=,x"):
+        said = refusal(capsys, *command, "--force", "--against", wrong)
+        assert "NAME=START,END" in said, wrong
+    said = refusal(capsys, *command, "--force", "--against", f"seed={tmp_path / 'no'}")
+    assert str(tmp_path / "no") in said
 
 
 def test_two_files_are_a_pair(
@@ -339,7 +363,7 @@ def test_forecast_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a second a byte and nothing else, the forecast is the bytes to be read."""
-    speed = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    speed = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     monkeypatch.setattr(forecast, "probe_speed", lambda plan: speed)
     plan = pairs.plan_pair(*pair, metrics=["nss"])
     whole = sum(task.n_bytes for task in plan.tasks)
@@ -356,8 +380,8 @@ def test_forecast_of_what_is_left(
         return [
             f"{what} about {duration(seconds)} on this machine"
             for what, seconds in (
-                ("Projected time:", projected),
-                ("The full suite would take", whole),
+                ("Projected time (nss):", projected),
+                *((f"All matrices, {t}:", whole) for t in ("cheap", "middle", "all")),
             )
         ]
 

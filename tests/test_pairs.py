@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_geometry.geometry import (
+    bits,
     checkpoints,
     comparison,
     forecast,
@@ -101,7 +102,9 @@ def test_columns_are_the_metrics_of_comparison(shape: tuple[int, int]) -> None:
     assert found["angle_error_deg"] < 1e-6
     assert 0 < found["gap_at_k"] < 1
     kept = comparison.reference(before)
-    assert pairs.measure_tensors(kept, after, seed=(0, 7)) == pytest.approx(found)
+    assert pairs.measure_tensors(kept, after, seed=(0, 7)) == pytest.approx(
+        found, nan_ok=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -458,8 +461,16 @@ def test_trajectory_table(tmp_path: Path) -> None:
     updates = {n: model(n)[name].double() - w.double() for n in (1, 2, 3)}
     stream = comparison.generator_of(comparison.null_seed(0, name, 0))
     turned = locking.turned_increments(updates, stream)
-    shared = locking.similarities(turned, locking.top_right(turned[3], 4), 4)
-    assert row["increments_similarity_to_end"] == pytest.approx(shared[2], rel=1e-6)
+    parts = {n: locking.decomposed(delta) for n, delta in turned.items()}
+    shared = locking.similarities(parts, locking.top_right(parts[3], 4), 4)
+    assert row["increments_similarity_to_end"] == pytest.approx(shared[2], rel=1e-4)
+    seen = bits.stored_difference(w, model(2)[name])
+    assert row["stable_rank_bf16"] == pytest.approx(spectra.stable_rank(seen), rel=1e-4)
+    end = float(updates[3].norm())
+    scaled = w.double() + updates[3] * float(updates[2].norm()) / end
+    alone = spectra.stable_rank(bits.stored_difference(w, scaled))
+    assert row["rounding_stable_rank_bf16"] == pytest.approx(alone, rel=1e-3)
+    assert at_end["rounding_similarity_to_end_bf16"].to_numpy() == pytest.approx(1)
     of_weights = spectra.subspace_similarity(spectra.top_right_subspace(w, 4), tops[1])
     assert row["similarity_of_weights"] == pytest.approx(of_weights, rel=1e-6)
     assert set(table["note"]) == {""}
@@ -468,6 +479,40 @@ def test_trajectory_table(tmp_path: Path) -> None:
     (note,) = set(short["note"])
     assert note.startswith("2 checkpoints, expected 3 or more for the null of turned")
     pd.testing.assert_frame_equal(pairs.trajectory(origin, paths, k=4, jobs=2), table)
+
+
+def test_a_run_is_held_against_other_trainings(tmp_path: Path) -> None:
+    """The run's own end as another one is 1, its start's stage what it is."""
+    origin = save(tmp_path / "base", model())
+    paths = [save(tmp_path / f"step_{n}", model(n)) for n in (1, 2, 3)]
+    older = save(tmp_path / "older", model(7))
+    name = "model.layers.0.mlp.down_proj.weight"
+    plan = pairs.plan_trajectory(
+        origin,
+        paths,
+        4,
+        roles=["down"],
+        readout=False,
+        lr=1e-3,
+        against={"itself": (origin, paths[2]), "stage": (older, origin)},
+    )
+    table = pairs.run_plan(plan)
+    rows = table[table["matrix"] == name].set_index("step")
+    pd.testing.assert_series_equal(
+        rows["similarity_to_itself"], rows["similarity_to_end"], check_names=False
+    )
+    w, old, end = (model(*n)[name].double() for n in ((), (7,), (3,)))
+    tops = [spectra.top_right_subspace(d, 4) for d in (w - old, end - w)]
+    shared = spectra.subspace_similarity(*tops)
+    assert rows.loc[3, "similarity_to_stage"] == pytest.approx(shared, rel=1e-6)
+    unit = 1e-3 * 3**0.5
+    size = float((end - w).square().mean().sqrt())
+    assert rows.loc[3, "displacement"] == pytest.approx(size / unit)
+    assert rows["stable_rank_bf16"].isna().all()
+    for name in ("end", "weights of mine", "A", ""):
+        with pytest.raises(ValueError, match="another training is named") as error:
+            pairs.plan_trajectory(origin, paths, against={name: (older, origin)})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -511,9 +556,9 @@ def test_summary_weighs_sparsity_by_entries() -> None:
 
 def test_forecast_grows_as_the_work_does(pair: tuple[Path, Path]) -> None:
     plan = plan_pair(*pair)
-    speed = forecast.Speed(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    speed = forecast.Speed(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     assert forecast.projected_seconds(plan, speed, ["cheap"], False) == plan.entries
-    speed = forecast.Speed(0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    speed = forecast.Speed(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     cubes = sum(min(task.shape) ** 3 for task in plan.tasks)
     for metrics, null, times in (
         (["cheap"], True, 0),
@@ -523,6 +568,12 @@ def test_forecast_grows_as_the_work_does(pair: tuple[Path, Path]) -> None:
     ):
         found = forecast.projected_seconds(plan, speed, metrics, null)
         assert found == times * cubes
+    speed = forecast.Speed(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+    found = [
+        forecast.projected_seconds(plan, speed, [name], True)
+        for name in ("cheap", "middle", "all")
+    ]
+    assert found == [0.0, plan.entries, 0.0]
     probed = forecast.probe_speed(plan)
     assert min(probed.cheap, probed.product, probed.reduction, probed.values) > 0
     assert probed.reading > 0
@@ -532,14 +583,14 @@ def test_forecast_reads_every_file_once_and_shares_the_rest(
     pair: tuple[Path, Path],
 ) -> None:
     plan = plan_pair(*pair)
-    speed = forecast.Speed(1.0, 0.0, 0.0, 0.0, 0.0, 10.0)
+    speed = forecast.Speed(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 10.0)
     n_bytes = sum(t.nbytes for side in pair for t in matrices_of(side))
     assert sum(task.n_bytes for task in plan.tasks) == n_bytes
     for jobs in (1, 4):
         found = forecast.projected_seconds(plan, speed, ["cheap"], False, jobs)
         assert found == plan.entries / jobs + 10 * n_bytes
     run = pairs.plan_trajectory(pair[0], [pair[1], pair[0], pair[1]], steps=[1, 2, 3])
-    reading = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    reading = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     sides = [sum(t.nbytes for t in matrices_of(side)) for side in pair]
     found = forecast.projected_seconds(run, reading, ["stable_rank"], False, 4)
     assert found == 2 * sides[0] + 2 * sides[1]

@@ -21,6 +21,7 @@ from nbformat import NotebookNode
 
 from opd_geometry.analysis import claims, evidence
 from opd_geometry.analysis import verdicts as rules
+from opd_geometry.analysis.statements import ARMS
 from opd_geometry.book import board, chapters
 from opd_geometry.experiments import measure, profiles
 from opd_geometry.geometry import comparison
@@ -59,9 +60,8 @@ GLUED = {path.stem: glued(read(path)) for path in CHAPTERS}
 @pytest.fixture(scope="module")
 def findings() -> pd.DataFrame:
     """What the rules make of the committed measurements, judged anew."""
-    return claims.claims_table(
-        measure.committed(profiles.PUBLISHED), profiles.PUBLISHED
-    )
+    table = measure.committed(profiles.PUBLISHED, ARMS)
+    return claims.claims_table(table, profiles.PUBLISHED)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,20 @@ def test_the_table_of_claims_is_what_the_measurements_give(
     kept = (ROOT / "data" / "claims.csv").read_text()
     remedy = "run opd-geometry claims --profile published"
     assert kept.splitlines() == fresh.splitlines(), remedy
+
+
+def test_arms_that_no_rule_asks_for_change_no_claim(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The short way, of those arms alone, and the long one: every word is the same."""
+    runs = [r for r in measure.committed_runs(profiles.PUBLISHED) if r.seed < 2]
+    monkeypatch.setattr(measure, "committed_runs", lambda profile: runs)
+    tables = [measure.committed(profiles.PUBLISHED, arms) for arms in (["*"], ARMS)]
+    assert tables[0]["run"].nunique() > tables[1]["run"].nunique()
+    whole, short = (claims.claims_table(table) for table in tables)
+    pd.testing.assert_frame_equal(whole, short)
+    ends = short.set_index("id").loc["early-lock", "nulls"]
+    assert "another seed as predictor: 0." in ends  # of the tables of pairs
 
 
 def tables_of(stem: str, *names: str) -> Iterator[dict[str, str]]:

@@ -184,6 +184,8 @@ def test_table_1_of_the_paper_stands_beside_it(page: Page) -> None:
 def test_this_books_models_stand_beside_it(page: Page) -> None:
     rows = {row[0]: row[1:] for row in page.tables[TABLE_1]}
     provenance = pd.read_csv(DATA / "measurements" / "runs.csv")
+    published = [run.key() for run in measure.committed_runs(PUBLISHED)]
+    provenance = provenance[provenance["run"].isin(published)]
     sizes = {
         name: w.numel()
         for name, w in load_file(BEFORE / "model.safetensors").items()
@@ -414,15 +416,21 @@ def test_what_stands_out_from_its_null(factors: list[float], verdict: str) -> No
 def test_the_verdicts_stand_on_the_page(folder: Path, page: Page) -> None:
     table = readings.in_layers(pd.read_csv(folder / "pair.csv"))
     known = readings.against_null(table)
+    every = readings.against_nulls(table)
     assert len(table) == 28
     assert len(known) == 9
+    # a stored pair: nothing is shuffled, and its sparsity is the expected one's input
+    counts = {"Gaussian": 9, "its directions turned": 5, "unplaced, closed form": 2}
+    assert every["against"].value_counts().to_dict() == counts | {"chance": 6}
     caption = (
         "What stands out from its null (plain means over the 28 matrices of the "
         "layers, no embedding or head)"
     )
-    shown = {row[0]: row[1:] for row in page.tables[caption][1:]}
+    rows = page.tables[caption][1:]
+    assert sorted(row[-1] for row in rows) == sorted(every["verdict"])
+    assert {row[0] for row in rows if row[1] == "chance"} > {"energy top right"}
+    shown = {row[0]: row[2:] for row in rows if row[1] == "Gaussian"}
     assert next(iter(page.tables)) == caption  # it leads
-    assert sorted(row[-1] for row in shown.values()) == sorted(known["verdict"])
     shape = {"stable rank": "stable_rank", "mean angle, left (deg)": readings.ANGLES[0]}
     for label, name in shape.items():
         assert float(shown[label][1]) == pytest.approx(known["mean"][name], rel=5e-3)

@@ -331,6 +331,7 @@ def write_claims(findings: pd.DataFrame, path: Path) -> Path:
     for column in NUMBERS:
         rounded[column] = [float(f"{value:.4g}") for value in findings[column]]
     with clear_write_errors(path), replacing(path) as draft:
+        path.parent.mkdir(parents=True, exist_ok=True)
         rounded.to_csv(draft, index=False, lineterminator="\n")
     return path
 

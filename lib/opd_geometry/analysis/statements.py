@@ -467,6 +467,14 @@ CLAIMS = (
     ),
 )
 
+# Shell patterns of all arms that a rule may ask for, RLVR at the paper's ratio too.
+ARMS = tuple(
+    dict.fromkeys(
+        [arm for claim in CLAIMS for arm in claim.arms + claim.control_arms]
+        + ["rlvr-paper"]
+    )
+)
+
 
 def claim_of(claim_id: str) -> Claim:
     """The claim of that id.

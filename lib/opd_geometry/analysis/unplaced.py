@@ -29,7 +29,7 @@ from opd_geometry.files import (
     on_shelf,
     replacing,
 )
-from opd_geometry.geometry import gram, spectra
+from opd_geometry.geometry import bits, gram, spectra
 from opd_geometry.geometry.comparison import ANGLE_DIVISOR, MASK_ALPHA
 from opd_geometry.geometry.spectra import default_rank
 
@@ -346,14 +346,14 @@ def decay_table(origins: Sequence[Origin], draws: int = 1) -> pd.DataFrame:
 
 
 def _both_readouts(origin: Origin, exact: Tensor) -> Iterator[dict[str, object]]:
-    w = origin.w.double()
-    for name, after in (("float32", exact), ("bf16", exact.bfloat16().double())):
+    w, stored = origin.w.double(), bits.to_bfloat16(exact)
+    for name, after in (("float32", exact), ("bf16", stored.double())):
         spectrum = gram.decompose(after, 1).spectrum
         yield {
             "readout": name,
             "nss": spectra.normalised_spectral_shift(origin.top.spectrum, spectrum),
             "distance": float((after - w).norm() / w.norm()),
-            "density": float((exact.bfloat16() != origin.w.bfloat16()).double().mean()),
+            "density": float((stored != origin.w.bfloat16()).double().mean()),
         }
 
 

@@ -21,7 +21,7 @@ from opd_geometry.book.figures import (
 )
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.profiles import PUBLISHED
-from opd_geometry.experiments.runs import data_directory
+from opd_geometry.files import on_shelf
 from opd_geometry.geometry import unplaced
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 
@@ -154,7 +154,7 @@ def write_data(path: Path) -> Path:
         "worlds": worlds,
         "arms": {a: look for a, look in ARM_STYLES.items() if a in drawn},
         "metrics": METRIC_LABELS,
-        "unplaced": without_place(data_directory() / "checkpoints" / ANCHOR),
+        "unplaced": without_place(on_shelf(f"checkpoints/{ANCHOR}")),
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     path.write_text(f"const EXPLORER = {text.replace('NaN', 'null')};\n", "utf8")

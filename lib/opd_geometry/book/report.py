@@ -10,7 +10,8 @@ few; and nothing here imports torch, which takes longer to load than a page to d
 import base64
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -32,11 +33,14 @@ from opd_geometry.geometry.readings import (
     ANGLES,
     AT,
     BELOW,
+    ENERGY,
     FAR_ENOUGH,
+    NULLS,
     ONE_SIDE,
     against_null,
+    against_nulls,
     in_layers,
-    of_language,
+    of_parts,
     with_shape_nulls,
 )
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
@@ -175,11 +179,14 @@ class Section:
 # --- tables in -----------------------------------------------------------------------
 
 
-def measured_table(path: str | Path) -> pd.DataFrame:
+def measured_table(
+    path: str | Path, parts: Collection[str] | None = None
+) -> pd.DataFrame:
     """A table of ``opd-geometry measure`` or ``trajectory``.
 
     Args:
         path: .csv, .parquet or .json.
+        parts: of the model; None for the language model, if it is in the table.
 
     Returns:
         The table, with at least the columns of one of the two kinds, its numbers
@@ -188,10 +195,16 @@ def measured_table(path: str | Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: no such file.
         ValueError: another suffix, an unreadable file, columns or cells missing, no
-            rows, an unknown role.
+            rows, an unknown role, no matrix of these parts.
     """
     path = Path(path)
-    return _checked(read_table(path), path)
+    table = _checked(read_table(path), path)
+    try:
+        found = of_parts(table, parts)
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
+    found.attrs = table.attrs
+    return found
 
 
 def _first_line(error: BaseException) -> str:
@@ -223,8 +236,9 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
                 f"{path}: column {name} holds bytes, expected text; measure again"
             )
         table[name] = table[name].astype(str)
-    nulls = [f"null_{name}" for name in METRICS]
-    for name in table.columns.intersection([*METRICS, *nulls, *base, *RENAMED]):
+    own = [*METRICS, *RENAMED, *ENERGY]
+    nulls = [f"{null}_{name}" for null in NULLS for name in own]
+    for name in table.columns.intersection([*own, *nulls, *base]):
         if name not in ("matrix", "role"):
             table[name] = _numbers(table[name], path)
     numbers = table.select_dtypes("float")
@@ -237,7 +251,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has the role {visible(', '.join(unknown))}, expected some of "
             f"{', '.join(ROLE_ORDER)}; measure again"
         )
-    return of_language(table)
+    return table
 
 
 def _numbers(column: pd.Series, path: Path) -> pd.Series:
@@ -373,8 +387,11 @@ def book_runs(arms: Sequence[str] = OURS) -> pd.DataFrame:
         ].itertuples():
             path = listed.with_name(f"{run.arm}-s{run.seed}-{run.run}.parquet")
             tables[str(run.run)] = _book_table(path)
-    empty = pd.DataFrame(columns=TIDY)
-    return pd.concat([*tables.values()] or [empty], ignore_index=True)
+    # A larger student's runs stand in the same list; this book's own are the most.
+    worlds = {run: frozenset(table["matrix"]) for run, table in tables.items()}
+    own = Counter(worlds.values()).most_common(1)
+    kept = [table for run, table in tables.items() if worlds[run] == own[0][0]]
+    return pd.concat(kept or [pd.DataFrame(columns=TIDY)], ignore_index=True)
 
 
 def _book_table(path: Path) -> pd.DataFrame:
@@ -509,6 +526,7 @@ def write_report(
     title: str | None = None,
     force: bool = False,
     tell: Tell = lambda done, total: None,
+    parts: Collection[str] | None = None,
 ) -> Path:
     """Read tables and write the page, whole or not at all.
 
@@ -518,6 +536,7 @@ def write_report(
         title: what the page calls the model; None for the first table's file name.
         force: replace a file that is there.
         tell: as `build_report`.
+        parts: as `measured_table`.
 
     Returns:
         The path of the page.
@@ -530,7 +549,7 @@ def write_report(
     check_output(out, force, suffixes=PAGE_SUFFIXES)
     kinds: dict[bool, pd.DataFrame] = {}
     for path in paths:
-        table = measured_table(path)
+        table = measured_table(path, parts)
         if ("step" in table) in kinds:
             raise ValueError(
                 f"{path} is a second table of one kind, expected one of measure and "
@@ -612,7 +631,8 @@ def _stands_out(pair: _Pair) -> str:
 
 
 def _metric_label(column: object) -> str:
-    return figures.METRIC_LABELS[RENAMED.get(str(column), str(column))]
+    name = RENAMED.get(str(column), str(column))
+    return figures.METRIC_LABELS.get(name, name.replace("_", " "))
 
 
 def _percent(share: float) -> str:
@@ -689,12 +709,13 @@ def _label(metric: str) -> str:
 
 def _differences(pair: _Pair) -> Section | None:
     """What stands out from its null, as a table."""
-    found = against_null(in_layers(pair.table))
+    found = against_nulls(in_layers(pair.table))
     order = {ABOVE: 0, BELOW: 0, AT: 1}
     found = found.sort_values("verdict", key=lambda v: v.map(order), kind="stable")
     rows = tuple(
         (
-            _metric_label(name),
+            _metric_label(row["diagnostic"]),
+            str(row["against"]),
             str(row["matrices"]),
             _short(row["mean"]),
             _short(row["null"]),
@@ -703,12 +724,12 @@ def _differences(pair: _Pair) -> Section | None:
             _percent(row["above"]),
             str(row["verdict"]),
         )
-        for name, row in found.iterrows()
+        for _, row in found.iterrows()
     )
     if not rows:
         return None
     numbers = ("matrices", "mean", "null", "ratio", "detection limit", "above")
-    columns = ("diagnostic", *numbers, "verdict")
+    columns = ("diagnostic", "against", *numbers, "verdict")
     caption = f"What stands out from its null (plain means over {pair.covered})"
     return Section(
         "differences",
@@ -717,7 +738,11 @@ def _differences(pair: _Pair) -> Section | None:
         reading=(
             "A null says what the same diagnostic gives for a Gaussian update with the "
             "same Frobenius norm in every matrix; for the stable rank, it is that of a "
-            "Gaussian matrix of the same shape. A value that equals its null tells "
+            "Gaussian matrix of the same shape. Shuffled: the update's own entries "
+            "elsewhere; turned: its own singular values in other directions; closed "
+            "form: what is expected of any update without a place at this distance. An "
+            "energy is the share of the squared update in W₀'s top or bottom subspaces "
+            "and on its masks, beside chance. A value that equals its null tells "
             "the size of the update and nothing else; only the difference tells where "
             "it went.",
             f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "

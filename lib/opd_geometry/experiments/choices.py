@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_geometry.geometry import spectra, updates
+from opd_geometry.geometry.bits import to_bfloat16
 from opd_geometry.geometry.comparison import (
     ANGLE_DIVISOR,
     ETA,
@@ -47,9 +48,13 @@ def unchanged_share(
     Source: arXiv:2606.07082, Table 1 (bf16, eta = 1e-3, no absolute tolerance);
     arXiv:2606.13657 (absolute, 1e-5).
     """
-    before, after = w_before.to(dtype).double(), w_after.to(dtype).double()
+    before, after = (_stored(w, dtype).double() for w in (w_before, w_after))
     allowed = eta * torch.maximum(before.abs(), after.abs()) + tolerance
     return float(((after - before).abs() <= allowed).double().mean())
+
+
+def _stored(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return to_bfloat16(w) if dtype == torch.bfloat16 else w.to(dtype)
 
 
 def sparsities(w_before: Tensor, w_after: Tensor) -> dict[str, float]:

@@ -16,14 +16,13 @@ null it is of, and its suffix which readout:
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opd_geometry.experiments.runs import Run, sound_checkpoint
-from opd_geometry.geometry import bits, gram, nulls, spectra, updates
+from opd_geometry.geometry import bits, gram, locking, nulls, spectra, updates
 from opd_geometry.geometry.checkpoints import read_matrix
 from opd_geometry.geometry.comparison import (
     ANGLES,
@@ -33,11 +32,11 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     null_weights,
 )
-from opd_geometry.training.optimizer import OptimizerConfig, learning_rate
+from opd_geometry.training.optimizer import learning_rate
 
 Row = tuple[int, str, float]
 RANK, HILL = "stable_rank", "hill_alpha"
-WIDE_K = 16  # of Sim_K, beside the profile's own K: the paper's
+WIDE_K = locking.WIDEST  # of Sim_K, beside the profile's own K: the paper's
 ENTRYWISE = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 SPECTRAL = (*ANGLES, "nss")
 PRINTED_ALPHA = 0.3  # share of the masks that the paper's printed overlaps are of
@@ -77,11 +76,10 @@ def control_rows(
         return torch.Generator().manual_seed(int(state[0] >> 1))
 
     rows += course(before, moved, rank, "", ("_bf16",), ("frobenius_norm", HILL))
-    rows += course(before, increments_turned(moved, draws(1)), rank, "increments_")
+    turned = locking.turned_increments(moved, draws(1))
+    rows += course(before, turned, rank, "increments_")
     rows += course(before, walk(run, moved, draws(2)), rank, "walk_")
-    scaled = {
-        s: moved[end] * float(d.norm() / moved[end].norm()) for s, d in moved.items()
-    }
+    scaled = locking.scaled_end(moved)
     rows += course(before, scaled, rank, "rounding_", ("_bf16",))
     for step, w in weights.items():
         noise = null_weights(before, w, null_seed(run.seed, name, step)) - origin
@@ -100,17 +98,17 @@ def control_rows(
 def displacement(run: Run, deltas: Mapping[int, Tensor]) -> Iterator[Row]:
     """Root mean square change in the unit of the run's own learning rates.
 
-    sqrt(mean(dW^2)) / sqrt(sum_{s <= t} lr_s^2)
-
-    At a constant rate the unit is lr sqrt(t), how far Adam moves an entry whose
-    gradients are noise. Every step counts, those at which nothing was learned too.
+    Every step counts, those at which nothing was learned too.
     """
-    config, steps = run.train.optimizer, run.train.steps
-    rates = np.array([learning_rate(config, s, steps) for s in range(steps)])
+    rates = _rates(run)
     for step, delta in deltas.items():
-        unit = math.sqrt(float(np.square(rates[:step]).sum()))
-        size = bits.norm(delta) / math.sqrt(delta.numel())
-        yield step, "displacement", size / unit
+        yield step, "displacement", locking.displacement(delta, rates[:step])
+
+
+def _rates(run: Run) -> list[float]:
+    """The learning rate of every step."""
+    config, steps = run.train.optimizer, run.train.steps
+    return [learning_rate(config, step, steps) for step in range(steps)]
 
 
 # --- trajectories, own and of nulls -----------------------------------------------
@@ -137,7 +135,7 @@ def course(
     hill_k = before.settings.hill_rank(before.w_before.shape)
     for readout in readouts:
         seen = {s: stored(before, d) if readout else d for s, d in deltas.items()}
-        parts = {s: decomposed(delta) for s, delta in seen.items()}
+        parts = {s: locking.decomposed(delta) for s, delta in seen.items()}
         for step, (spectrum, _) in parts.items():
             norm = float(torch.linalg.vector_norm(spectrum))
             values = {"frobenius_norm": norm, RANK: math.nan, HILL: math.nan}
@@ -158,16 +156,7 @@ def course(
 def stored(before: Reference, delta: Tensor) -> Tensor:
     """What is left of an update once the weights are stored in bf16, float64."""
     origin = before.w_before.double()
-    return (origin + delta).bfloat16().double() - origin.bfloat16().double()
-
-
-Parts = tuple[Tensor, Tensor]  # spectrum, and right singular vectors as columns
-
-
-def decomposed(delta: Tensor) -> Parts:
-    """Spectrum and leading right singular vectors of an update, once for every K."""
-    found = gram.decompose(delta, min(WIDE_K, *delta.shape))
-    return found.spectrum, found.right
+    return bits.stored_difference(origin, origin + delta)
 
 
 def similarities(
@@ -183,7 +172,7 @@ def similarities(
         (step, metric) to value; without the steps at which the update has no such
         subspace, being of lower rank.
     """
-    parts = {step: decomposed(delta) for step, delta in deltas.items()}
+    parts = {step: locking.decomposed(delta) for step, delta in deltas.items()}
     found: dict[tuple[int, str], float] = {}
     for suffix, rank in ranks.items():
         found |= similarities_of(parts, rank, suffix)
@@ -191,99 +180,37 @@ def similarities(
 
 
 def similarities_of(
-    parts: Mapping[int, Parts], rank: int, suffix: str
+    parts: Mapping[int, locking.Parts], rank: int, suffix: str
 ) -> dict[tuple[int, str], float]:
     """``similarities`` of updates that are decomposed already."""
-    end = max(parts)
-    n_cols, smaller = parts[end][1].shape
+    last = parts[max(parts)]
+    n_cols, smaller = last[1].shape
     rank = min(rank, smaller)
-    known = {s: v[:, :rank] for s, (sizes, v) in parts.items() if _has(sizes, v, rank)}
     values: dict[tuple[int, str], float] = {}
-    for step, basis in known.items() if end in known else ():
-        shared = spectra.subspace_similarity(basis, known[end])
-        values[step, f"similarity_to_end{suffix}"] = shared
+    shared = locking.similarities(parts, locking.top_right(last, rank), rank)
+    for step, value in shared.items():
+        values[step, f"similarity_to_end{suffix}"] = value
         values[step, f"null_similarity_to_end{suffix}"] = rank / n_cols
     return values
-
-
-def _has(spectrum: Tensor, vectors: Tensor, rank: int) -> bool:
-    """Whether an update has so many directions, beyond rounding."""
-    largest = float(spectrum[0])
-    eps = torch.finfo(torch.float64).eps * max(vectors.shape)
-    return largest > 0.0 and float(spectrum[rank - 1]) > eps * largest
-
-
-def increments(deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """What was added from checkpoint to checkpoint, the first one since W_0."""
-    steps = sorted(deltas)
-    first = {steps[0]: deltas[steps[0]]}
-    return first | {b: deltas[b] - deltas[a] for a, b in pairwise(steps)}
-
-
-def increments_turned(
-    deltas: Mapping[int, Tensor], generator: torch.Generator
-) -> dict[int, Tensor]:
-    """The run's own increments, each turned by rotations of its own, summed up.
-
-    dW'_t = sum_{i <= t} P_i (dW_i - dW_(i-1)) Q_i^T, P_i and Q_i uniform
-
-    It keeps how much was added when, and in how many directions, and takes away that
-    later increments go where earlier ones went.
-
-    Source: ours; K/n is no null for a sum that shares its steps.
-    """
-    total, found = torch.zeros_like(deltas[min(deltas)]), {}
-    for step, change in increments(deltas).items():
-        total = total + nulls.turned(change, generator) if change.any() else total
-        found[step] = total
-    return found
 
 
 def walk(
     run: Run, deltas: Mapping[int, Tensor], generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """Adam with the run's rates on noise of rank one, at the norms of its increments.
+    """`locking.walk` with the run's AdamW and rates, at the norms of its increments.
 
-    g_s = a b^T, a and b Gaussian, independent from step to step: no signal at all
-
-    Between two checkpoints the walk is stretched so that it moves as far as the run.
-
-    Args:
-        run: with AdamW's betas, eps and schedule; decay pulls on W_0, not here.
-        deltas: step to update; only norms and shape are taken.
-        generator: of the noise.
-
-    Source: ours.
+    Decay pulls on W_0, not here.
     """
-    shape, sizes = deltas[min(deltas)].shape, increments(deltas)
-    own, total, found = torch.zeros(shape), torch.zeros(shape).double(), {}
-    steps = adam_steps(run.train.optimizer, run.train.steps, shape, generator)
-    for step, move in enumerate(steps, 1):
-        own += move
-        if step in sizes:
-            change = own.double()
-            total = total + change * float(sizes[step].norm() / change.norm())
-            found[step] = total
-            own = torch.zeros(shape)
-    return found
-
-
-def adam_steps(
-    config: OptimizerConfig,
-    steps: int,
-    shape: torch.Size,
-    generator: torch.Generator,
-) -> Iterator[Tensor]:
-    """The changes that Adam makes of rank-one noise, step by step."""
-    (beta, beta2), m, v = config.betas, torch.zeros(shape), torch.zeros(shape)
-    for step in range(steps):
-        left, right = (torch.randn(n, generator=generator) for n in shape)
-        gradient = torch.outer(left, right)
-        m.lerp_(gradient, 1 - beta)
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta ** (step + 1))
-        rate = learning_rate(config, step, steps) * scale
-        yield -rate * m / (v.sqrt() + config.eps)
+    sizes = {s: float(d.norm()) for s, d in locking.increments(deltas).items()}
+    config = run.train.optimizer
+    return locking.walk(
+        deltas[min(deltas)].shape,
+        _rates(run),
+        sizes,
+        generator,
+        betas=config.betas,
+        eps=config.eps,
+    )
 
 
 def predictors(

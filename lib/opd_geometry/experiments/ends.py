@@ -86,7 +86,7 @@ def _end(run: Run, name: str) -> _End | None:
         return None
     visible = updates.visible_update(w_before, w_after)
     k = min(WIDE_K, *delta.shape)
-    stored = w_after.bfloat16().double() - w_before.bfloat16().double()
+    stored = bits.stored_difference(w_before, w_after)
     own, seen = (gram.decompose(update, k) for update in (delta, stored))
     return _End(w_before, delta, own.left, own.right, seen.right, visible)
 
@@ -204,4 +204,10 @@ def with_predictors(
     ends = table.groupby("run", observed=True)["step"].max()
     rows = rows.assign(step=rows["run"].astype(str).map(ends))
     rows = rows.dropna(subset="step").astype({"step": int})
+    for name, known in table.select_dtypes("category").items():  # kept by concat
+        words = known.cat.categories
+        more = pd.Index(rows[name].astype(words.dtype).unique()).difference(words)
+        every = pd.CategoricalDtype([*words, *more])
+        table = table.assign(**{name: known.cat.add_categories(more)})
+        rows[name] = rows[name].astype(every)
     return pd.concat([table, rows[list(table.columns)]], ignore_index=True)

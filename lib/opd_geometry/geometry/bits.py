@@ -67,6 +67,20 @@ def to_bfloat16(w: Tensor) -> Tensor:
     return torch.where(inexact, bits | 1, bits).view(torch.float32).bfloat16()
 
 
+def stored_difference(w_before: Tensor, w_after: Tensor) -> Tensor:
+    """What is left of an update once both weights are stored in bf16.
+
+    bf16(w_after) - bf16(w_before)
+
+    Args:
+        w_before, w_after: one shape, any floating dtype; rounded once.
+
+    Returns:
+        The same shape, float64, exact.
+    """
+    return to_bfloat16(w_after).double().sub_(to_bfloat16(w_before))
+
+
 def count_nonfinite(w: Tensor) -> tuple[int, int]:
     """How many entries are NaN and how many infinite.
 

@@ -9,3 +9,19 @@ ETA = 1e-3
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down", "expert_other")
+# Names of diagnostics that both tensors and finished tables have.
+ANGLES = (
+    "angle_left_mean_deg",
+    "angle_left_max_deg",
+    "angle_right_mean_deg",
+    "angle_right_max_deg",
+)
+# Where the squared update lies; its null is chance.
+ENERGY = (
+    "energy_top_left",
+    "energy_top_right",
+    "energy_bottom_left",
+    "energy_bottom_right",
+    "energy_principal",
+    "energy_low_magnitude",
+)

@@ -6,98 +6,122 @@ null for it. These are, each a trajectory {step: W_t - W_0} to be measured as th
 own:
 
 - `walk`: the run's optimizer and learning rates on gradients that are pure noise;
-- `turned_increments`: what the run added between its checkpoints, each turned by a
+- `Increments`: what the run added between its checkpoints, each turned by a
   rotation of its own, so that sizes, spectra and their order stay and nothing returns;
-- `rounded_end`: only for what is read from bf16: the last update, scaled to the norm of
-  each step and stored, whose rank changes by rounding alone.
+- `scaled_end`: only for what is read from bf16: the last update, scaled to the norm of
+  each step, whose rank changes by rounding alone once it is stored.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, nulls, spectra
-from opd_geometry.geometry.spectra import check_rank, finite_matrix
+from opd_geometry.geometry import bits, gram, nulls, spectra
+from opd_geometry.geometry.spectra import finite_matrix
 
 LEAST = 3  # checkpoints: with two, the one before the end is the only increment
 
 
 def walk(
-    shape: tuple[int, int],
+    shape: Sequence[int],
     rates: Sequence[float],
-    steps: Sequence[int],
+    steps: Mapping[int, float] | Sequence[int],
     generator: torch.Generator,
     *,
     rank: int | None = 1,
     betas: tuple[float, float] | None = (0.9, 0.999),
-    norms: Sequence[float] | None = None,
     eps: float = 1e-8,
 ) -> dict[int, Tensor]:
     """Where a run's optimizer goes on gradients that are pure noise.
 
-    g_t = c_t sum_{i <= rank} x_i y_i^T, x and y Gaussian;
-    m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
-    D <- D - lr_t m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    D_t = sum over the segments between checkpoints of c sum_s move_s, c so that the
+    segment is as long as the run's own
 
     Args:
         shape: (n_rows, n_cols).
         rates: learning rate of every step, from the first on.
-        steps: after which the walk is kept, from 1 to len(rates).
+        steps: after which the walk is kept, from 1 to len(rates); with the length of
+            the run's own way since the one before, or as they come.
         generator: a CPU generator; give every matrix noise of its own.
-        rank: of a step's gradient; None for Gaussian noise of full rank.
-        betas: of Adam; None for plain steps of gradient descent.
-        norms: c_t over all steps, such as the gradients' norms after clipping: only
-            their ratios matter to Adam. None for equal ones.
-        eps: of Adam, relative to gradients with entries of about c_t.
+        rank, betas, eps: as `moves`.
 
     Returns:
-        Step to the sum of the updates, (n_rows, n_cols) float64.
+        Step to the sum of the moves, (n_rows, n_cols) float64.
 
     Raises:
-        ValueError: a step out of range, rank below 1, or norms of another number.
+        ValueError: a step out of range, or rank below 1.
 
-    Source: ours; Kingma and Ba (2015) for Adam.
+    Source: ours.
     """
-    wanted = {*steps}
-    if not wanted or min(wanted) < 1 or max(wanted) > len(rates):
+    if not steps or min(steps) < 1 or max(steps) > len(rates):
         raise ValueError(
-            f"steps {sorted(wanted)} of a walk of {len(rates)}, expected some from 1 "
+            f"steps {sorted(steps)} of a walk of {len(rates)}, expected some from 1 "
             "to its length: one learning rate a step"
         )
-    if (rank is not None and rank < 1) or (norms and len(norms) != len(rates)):
-        raise ValueError(
-            f"rank {rank!r} and {len(norms or ())} norms for {len(rates)} steps, "
-            "expected a rank of at least 1, or None, and one norm a step"
-        )
-    total = torch.zeros(shape, dtype=torch.float64)
-    first, second = torch.zeros_like(total), torch.zeros_like(total)
-    kept = {}
-    for t, rate in enumerate(rates[: max(wanted)], 1):
-        step = _noise(shape, rank, generator)
-        if norms:
-            step *= norms[t - 1]
-        if betas:
-            first.lerp_(step, 1.0 - betas[0])
-            second.lerp_(step.square_(), 1.0 - betas[1])
-            scale = second.div(1.0 - betas[1] ** t).sqrt_().add_(eps)
-            step = first.div(1.0 - betas[0] ** t).div_(scale)
-        total.sub_(step, alpha=rate)
-        if t in wanted:
-            kept[t] = total.clone()
-    return kept
+    total, found = torch.zeros(*shape, dtype=torch.float64), {}
+    own = torch.zeros(*shape)
+    taken = moves(shape, rates[: max(steps)], generator, rank, betas, eps)
+    for step, move in enumerate(taken, 1):
+        own += move
+        if step in steps:
+            change = own.double()
+            wanted = steps[step] if isinstance(steps, Mapping) else None
+            factor = 1.0 if wanted is None else wanted / float(change.norm())
+            total = total + change * factor
+            found[step] = total
+            own = torch.zeros(*shape)
+    return found
 
 
-def _noise(
-    shape: tuple[int, int], rank: int | None, generator: torch.Generator
-) -> Tensor:
-    def gaussian(*sides: int) -> Tensor:
-        return torch.randn(sides, generator=generator, dtype=torch.float64)
+def moves(
+    shape: Sequence[int],
+    rates: Sequence[float],
+    generator: torch.Generator,
+    rank: int | None = 1,
+    betas: tuple[float, float] | None = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Iterator[Tensor]:
+    """The steps that an optimizer makes of noise, one after the other.
 
-    if rank is None:
-        return gaussian(*shape)
-    return gaussian(shape[0], rank) @ gaussian(rank, shape[1])
+    g = sum_{i <= rank} x_i y_i^T, x and y Gaussian; m <- b1 m + (1 - b1) g,
+    v <- b2 v + (1 - b2) g^2, -lr m / (1 - b1^t) sqrt(1 - b2^t) / (sqrt(v) + eps)
+
+    Args:
+        shape: (n_rows, n_cols).
+        rates: learning rate of every step.
+        generator: a CPU generator.
+        rank: of a step's gradient; None for Gaussian noise of full rank.
+        betas: of Adam; None for plain steps of gradient descent.
+        eps: of Adam.
+
+    Yields:
+        (n_rows, n_cols) float32.
+
+    Raises:
+        ValueError: a rank below 1.
+
+    Source: Kingma and Ba (2015), section 2, for Adam.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank {rank!r}, expected at least 1, or None for full rank")
+    m, v = torch.zeros(*shape), torch.zeros(*shape)
+    for t, rate in enumerate(rates, 1):
+        if rank is None:
+            gradient = torch.randn(*shape, generator=generator)
+        else:
+            left = torch.randn(shape[0], rank, generator=generator)
+            gradient = left @ torch.randn(rank, shape[1], generator=generator)
+        if betas is None:
+            yield -rate * gradient
+            continue
+        m.lerp_(gradient, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        scale = math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        yield -(rate * scale) * m / (v.sqrt() + eps)
 
 
 def check_length(steps: Sequence[int]) -> None:
@@ -117,141 +141,151 @@ def check_length(steps: Sequence[int]) -> None:
 def turned_increments(
     deltas: Mapping[int, Tensor], generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """A run's own increments, each turned by an independent rotation.
-
-    sum_{s <= t} P_s (D_s - D_{s-1}) Q_s^T, P and Q as of `nulls.turned`
-
-    The first one stays as it is: turned against it, all others lie as they would
-    against one that is turned, too.
+    """`Increments` of a whole trajectory.
 
     Args:
-        deltas: step to W_t - W_0, of three checkpoints or more; a stored difference is
-            turned with its rounding.
+        deltas: step to W_t - W_0; a stored difference is turned with its rounding.
         generator: a CPU generator.
 
     Returns:
         Step to the turned sum, (n_rows, n_cols) float64.
 
     Raises:
-        ValueError: fewer than three checkpoints, NaN or inf.
-
-    Source: ours.
+        ValueError: NaN or inf.
     """
-    steps = sorted(deltas)
-    check_length(steps)
-    sums = Increments(deltas[steps[0]].shape, generator)
+    sums = Increments(deltas[min(deltas)].shape, generator)
     return {
-        step: sums.add(
-            finite_matrix(deltas[step], f"the update at step {step}")
-        ).clone()
-        for step in steps
+        step: sums.add(finite_matrix(deltas[step], f"the update at step {step}"))
+        for step in sorted(deltas)
     }
 
 
 class Increments:
-    """`turned_increments`, one checkpoint after the other, in two matrices of memory.
+    """A run's own increments, each turned by an independent rotation, one by one.
+
+    sum_{s <= t} P_s (D_s - D_{s-1}) Q_s^T, P and Q as of `nulls.turned`
+
+    They keep how much was added when, and in how many directions; that later increments
+    go where earlier ones went is taken away.
 
     Args:
         shape: (n_rows, n_cols).
         generator: a CPU generator.
+
+    Source: ours.
     """
 
     def __init__(self, shape: Sequence[int], generator: torch.Generator) -> None:
         self._total = torch.zeros(*shape, dtype=torch.float64)
-        self._before = torch.zeros_like(self._total)
+        self._before = self._total
         self._generator = generator
 
     def add(self, delta: Tensor) -> Tensor:
-        """The turned sum up to this checkpoint; it changes with the next one.
+        """The turned sum up to this checkpoint.
 
         Args:
-            delta: W_t - W_0, finite.
+            delta: W_t - W_0, float64 and finite; not to be written to afterwards.
         """
-        increment = delta.double() - self._before
-        self._before.copy_(delta)
-        if bool(increment.any()):
-            first = not self._total.any()  # turning it would turn the whole sum
-            self._total += (
-                increment if first else nulls.turned(increment, self._generator)
-            )
+        change, self._before = delta - self._before, delta
+        if bool(change.any()):
+            self._total = self._total + nulls.turned(change, self._generator)
         return self._total
 
 
-def rounded_end(w_before: Tensor, deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """The last update scaled to the norm of each step, as bf16 stores it.
-
-    bf16(W_0 + |D_t| / |D_T| D_T) - bf16(W_0)
+def increments(deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """What was added from checkpoint to checkpoint, the first one since W_0.
 
     Args:
-        w_before: W_0 (n_rows, n_cols), any floating dtype.
-        deltas: step to W_t - W_0 before it is stored.
+        deltas: step to W_t - W_0.
 
-    Returns:
-        Step to the stored difference, float64: its rank changes by rounding alone.
+    Raises:
+        ValueError: NaN or inf.
+    """
+    steps = sorted(deltas)
+    sound = {s: finite_matrix(deltas[s], f"the update at step {s}") for s in steps}
+    first = {steps[0]: sound[steps[0]]}
+    return first | {b: sound[b] - sound[a] for a, b in pairwise(steps)}
+
+
+def scaled_end(deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The last update, scaled to the norm of each step.
+
+    |D_t| / |D_T| D_T: what is read of it in bf16 changes by rounding alone
+
+    Args:
+        deltas: step to W_t - W_0 before it is stored.
 
     Raises:
         ValueError: NaN or inf, or an end that is zero.
 
     Source: ours.
     """
-    start = finite_matrix(w_before, "w_before")
     end = finite_matrix(deltas[max(deltas)], "the last update")
-    size = bits.norm(end)
-    if size == 0.0:
+    size = end.norm()
+    if float(size) == 0.0:
         raise ValueError(
             "the last update is zero, expected one that moved; leave this matrix out"
         )
-    origin = bits.to_bfloat16(start).double()
-    return {
-        step: bits.to_bfloat16(start + bits.norm(delta) / size * end).double() - origin
-        for step, delta in deltas.items()
-    }
+    return {step: end * float(d.norm() / size) for step, d in deltas.items()}
 
 
-def top_right(w: Tensor, k: int) -> Tensor | None:
-    """Top-k right singular vectors; None where a matrix has not so many directions.
+# --- decomposed ---------------------------------------------------------------------
+
+WIDEST = 16  # K of the paper, and the widest that `decomposed` keeps
+Parts = tuple[Tensor, Tensor]  # spectrum, and leading right singular vectors as columns
+
+
+def decomposed(delta: Tensor) -> Parts:
+    """Spectrum and leading right singular vectors of an update, once for every K.
 
     Args:
-        w: (n_rows, n_cols), any floating dtype: an update, or W_0 itself.
-        k: from 1 to min(shape).
+        delta: (n_rows, n_cols), any floating dtype.
 
     Raises:
-        ValueError: NaN or inf, or k out of range.
+        ValueError: NaN or inf.
     """
-    matrix = finite_matrix(w, "w")
-    check_rank(k, matrix.shape)
-    try:
-        return spectra.top_right_subspace(matrix, k)
-    except ValueError:  # finite and k in range: of lower rank, or zero
-        return None
+    found = gram.decompose(delta, min(WIDEST, *delta.shape))
+    return found.spectrum, found.right
+
+
+def top_right(parts: Parts, k: int) -> Tensor | None:
+    """Top-k right singular vectors; None where there are not so many directions.
+
+    Args:
+        parts: of `decomposed`: an update, or W_0 itself.
+        k: from 1 to `WIDEST`, or min(shape).
+    """
+    spectrum, vectors = parts
+    floor = torch.finfo(torch.float64).eps * max(vectors.shape) * float(spectrum[0])
+    there = float(spectrum[0]) > 0.0 and float(spectrum[k - 1]) > floor
+    return vectors[:, :k] if there else None
 
 
 def similarities(
-    deltas: Mapping[int, Tensor], end: Tensor | None, k: int
+    parts: Mapping[int, Parts], end: Tensor | None, k: int
 ) -> dict[int, float]:
     """Sim_K of every step's update with one subspace.
 
     Args:
-        deltas: step to W_t - W_0, or to a null's.
+        parts: step to what `decomposed` makes of W_t - W_0, or of a null's.
         end: (n_cols, k) of `top_right`: of this run's last update, of another arm's,
             another seed's or the preceding stage's, or of W_0.
         k: K.
 
     Returns:
-        Step to Sim_K, from 0 to 1; NaN where either has no such subspace.
+        Step to Sim_K, from 0 to 1; without the steps where either has no such subspace.
 
     Raises:
-        ValueError: as `top_right`, or another number of columns.
+        ValueError: another number of columns.
 
     Source: arXiv:2606.07082 Fig. 5.
     """
-    found = {}
-    for step, delta in deltas.items():
-        basis = top_right(delta, k) if end is not None else None
-        found[step] = np.nan
-        if basis is not None and end is not None:
-            found[step] = spectra.subspace_similarity(basis, end)
-    return found
+    known = {step: top_right(part, k) for step, part in parts.items()}
+    return {
+        step: spectra.subspace_similarity(basis, end)
+        for step, basis in known.items()
+        if basis is not None and end is not None
+    }
 
 
 def displacement(
@@ -277,10 +311,10 @@ def displacement(
     """
     values = spectra.finite_float64(delta, "delta")
     each = [rates] * (steps or 0) if isinstance(rates, float | int) else list(rates)
-    unit = float(np.linalg.norm(each)) if each else 0.0
+    unit = math.sqrt(float(np.square(each).sum()))
     if not 0.0 < unit < np.inf or min(each) < 0.0:
         raise ValueError(
             f"learning rates {rates!r} over {len(each)} steps, expected one or more, "
             "none below 0 and not all 0"
         )
-    return bits.norm(values) / values.numel() ** 0.5 / unit
+    return bits.norm(values) / math.sqrt(values.numel()) / unit

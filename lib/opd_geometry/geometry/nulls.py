@@ -23,7 +23,7 @@ import scipy.fft
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import bits, gram, selection, spectra, unplaced, updates
+from opd_geometry.geometry import bits, selection, unplaced, updates
 from opd_geometry.geometry.spectra import (
     check_rank,
     check_same_shape,
@@ -31,7 +31,7 @@ from opd_geometry.geometry.spectra import (
     finite_matrix,
 )
 
-UNIFORM_SIDE = 256  # up to it, rotations are uniform
+UNIFORM_SIDE = 384  # of the longer side; up to it, rotations are uniform
 ROUNDS = 3  # of permutation, signs and cosine transform beyond it
 
 
@@ -58,8 +58,12 @@ def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
 
 def _nonzero(delta: Tensor) -> tuple[Tensor, float]:
     """Values in float64 and their norm, which is not zero."""
-    values = finite_float64(delta, "delta")
+    if not delta.numel() or not delta.is_floating_point():
+        finite_float64(delta, "delta")
+    values = delta.detach().to("cpu", torch.float64)
     size = float(torch.linalg.vector_norm(values))
+    if not math.isfinite(size):
+        finite_float64(delta, "delta")
     if size == 0.0:
         raise ValueError(
             "delta is zero, expected a non-zero update: "
@@ -156,11 +160,12 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
 
     P delta Q^T, P and Q independent and random orthogonal
 
-    Up to a side of `UNIFORM_SIDE` a rotation is uniform (Haar), from the QR
-    decomposition of a Gaussian matrix. Beyond it, where that would take longer than the
-    diagnostics, it is `ROUNDS` times a random permutation, random signs and a discrete
-    cosine transform: orthogonal, so singular values are kept to rounding, and with
-    entries that cannot be told from those of a uniform one.
+    Up to a longer side of `UNIFORM_SIDE` a rotation is uniform (Haar). Beyond it, where
+    that would take longer than the diagnostics, it is `ROUNDS` times a random
+    permutation, random signs and a discrete cosine transform: orthogonal, and with
+    entries that cannot be told from those of a uniform one. Neither is ever formed, nor
+    a singular vector of delta. In float32, so singular values are kept to 1e-6 of the
+    largest.
 
     Args:
         delta: (n_rows, n_cols), not zero.
@@ -172,37 +177,63 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: NaN or inf, not a matrix, or zero.
 
-    Source: ours; Ailon and Chazelle (2006) for the transforms.
+    Source: ours; Stewart (1980) for the uniform rotation, Ailon and Chazelle (2006) for
+        the transforms.
     """
-    values, _ = _nonzero(finite_matrix(delta, "delta"))
-    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    if delta.ndim != 2:
+        finite_matrix(delta, "delta")
+    values, size = _nonzero(delta)
     del delta  # a caller may have kept none
-    x = values.numpy()
+    unit = (values / size).float()
     del values
-    for axis in (0, 1):
-        x = rotated(x, rng, axis)
-    return torch.from_numpy(np.ascontiguousarray(x))
+    rotate = _reflected if max(unit.shape) <= UNIFORM_SIDE else _transformed
+    result = rotate(unit, generator).double()
+    result *= size / float(torch.linalg.vector_norm(result))
+    return result.contiguous()
 
 
-def rotated(x: np.ndarray, rng: np.random.Generator, axis: int) -> np.ndarray:
-    """P x for axis 0, x P^T for axis 1, P a random rotation as of `turned`.
+def _reflected(x: Tensor, generator: torch.Generator) -> Tensor:
+    """P x Q^T, P and Q uniform.
 
-    Args:
-        x: (n_rows, n_cols) float64.
-        rng: the same state gives the same rotation.
-        axis: that is rotated.
+    A uniform rotation is a product of reflections in random vectors of falling length,
+    which LAPACK applies as it applies those of a QR decomposition. The longer side
+    needs as many reflections as the shorter one has entries, after the update is
+    reduced to a triangle: its left vectors go anyway.
     """
-    n = x.shape[axis]
-    if n <= UNIFORM_SIDE:
-        q, r = np.linalg.qr(rng.standard_normal((n, n)))
-        q *= np.where(np.diag(r) < 0, -1.0, 1.0)  # without it, not uniform
-        return q @ x if axis == 0 else x @ q.T
-    for _ in range(ROUNDS):
-        x = np.take(x, rng.permutation(n), axis)
-        signs = rng.choice([-1.0, 1.0], n)
-        x *= signs[:, None] if axis == 0 else signs
-        x = scipy.fft.dct(x, axis=axis, norm="ortho", overwrite_x=True)
-    return x
+    if x.shape[0] < x.shape[1]:
+        return _reflected(x.T, generator).T
+    n_rows, n_cols = x.shape
+    if n_rows > n_cols:
+        triangle = torch.linalg.qr(x, mode="r").R
+        x = torch.cat([triangle, triangle.new_zeros(n_rows - n_cols, n_cols)])
+    return _mirrored(_mirrored(x, n_cols, generator).T, n_cols, generator).T
+
+
+def _mirrored(x: Tensor, n_filled: int, generator: torch.Generator) -> Tensor:
+    """P x, P uniform; from row n_filled on x may hold zeros only, if it is shorter."""
+    n = len(x)
+    noise = torch.randn(n, n_filled, generator=generator, dtype=x.dtype)
+    # Column i from its diagonal down: the vector that reflection i maps e_i onto.
+    reflectors = noise.tril_()
+    lengths = torch.linalg.vector_norm(reflectors, dim=0)
+    first = reflectors.diagonal().clone()
+    scales = 1.0 + first.abs() / lengths
+    reflectors /= first + torch.where(first < 0, -lengths, lengths)
+    signs = torch.randint(2, (n, 1), generator=generator) * 2 - 1
+    return torch.ormqr(reflectors, scales, x * signs)
+
+
+def _transformed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """P x Q^T by fast transforms; x is written over."""
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    values = x.numpy()
+    for axis, n in enumerate(x.shape):
+        for _ in range(ROUNDS):
+            values = np.take(values, rng.permutation(n), axis)
+            signs = rng.choice(np.array([-1.0, 1.0], values.dtype), n)
+            values *= signs[:, None] if axis == 0 else signs
+            values = scipy.fft.dct(values, axis=axis, norm="ortho", overwrite_x=True)
+    return torch.from_numpy(values)
 
 
 # --- energy ----------------------------------------------------------------------
@@ -471,47 +502,3 @@ def size_exponent(w_before: Tensor, delta: Tensor) -> tuple[float, float]:
     slope = float(x @ y) / spread
     rest = float((y - slope * x).square().sum())
     return slope, math.sqrt(rest / (n - 2) / spread)
-
-
-# --- readout ---------------------------------------------------------------------
-
-
-def readout(w_before: Tensor, w_after: Tensor, hill_k: int) -> dict[str, float]:
-    """Spread of an update as it is, and as stored in bf16.
-
-    of W_+ - W_0, and of bf16(W_+) - bf16(W_0), to which rounding adds a high rank
-
-    Args:
-        w_before: (n_rows, n_cols), any floating dtype.
-        w_after: the same shape.
-        hill_k: singular values in the Hill estimate.
-
-    Returns:
-        ``stable_rank``, ``frobenius_norm``, ``hill_alpha``, and each with ``_bf16``
-        behind it; NaN where a readout has none.
-
-    Raises:
-        ValueError: shapes differ, or a value is not finite.
-
-    Source: arXiv:2606.07082 Fig. 4, whose readout is not stated.
-    """
-    check_same_shape(w_before, w_after, ("w_before", "w_after"))
-    before, after = (
-        finite_matrix(w, name)
-        for w, name in ((w_before, "w_before"), (w_after, "w_after"))
-    )
-    stored = bits.to_bfloat16(after).double() - bits.to_bfloat16(before).double()
-    found = {}
-    for suffix, delta in (("", after - before), ("_bf16", stored)):
-        norm = bits.norm(delta)
-        found[f"frobenius_norm{suffix}"] = norm
-        found[f"stable_rank{suffix}"] = found[f"hill_alpha{suffix}"] = math.nan
-        if norm > 0.0:
-            values = gram.leading_values(delta, min(hill_k, *delta.shape))
-            rank = max(1.0, (norm / float(values[0])) ** 2)
-            found[f"stable_rank{suffix}"] = rank
-            try:
-                found[f"hill_alpha{suffix}"] = spectra.hill_exponent(values, hill_k)
-            except ValueError:  # an update of too low a rank has none
-                continue
-    return found

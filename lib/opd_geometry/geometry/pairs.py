@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -26,6 +26,7 @@ from opd_geometry.geometry import (
     bits,
     comparison,
     gram,
+    krylov,
     locking,
     low_rank,
     spectra,
@@ -55,7 +56,7 @@ from opd_geometry.geometry.comparison import (
     reference,
 )
 from opd_geometry.geometry.nulls import is_stored_difference
-from opd_geometry.geometry.readings import of_language
+from opd_geometry.geometry.readings import of_parts
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
@@ -71,6 +72,7 @@ METRICS = {
     "frobenius_norm": "frobenius_norm",
     "relative_norm": "relative_norm",
     "hill_alpha": "hill_alpha",
+    "top_share": "top_share",
     **{name: name for name in comparison.ENERGY},
 }
 NULL_METRICS = (
@@ -84,19 +86,24 @@ COLUMN_OF = {name: column for column, name in METRICS.items()}
 SHUFFLED_METRICS = tuple(COLUMN_OF[name] for name in comparison.SHUFFLED)
 TURNED_METRICS = comparison.TURNED
 EXPECTED_METRICS = tuple(COLUMN_OF[name] for name in comparison.EXPECTED)
+# What the update alone has, known from an adapter's two factors.
+OF_UPDATE = ("stable_rank", "hill_alpha", "top_share")
+CHEAP = (
+    "sparsity_bf16",
+    "update_density",
+    "low_magnitude_overlap",
+    "frobenius_norm",
+    "relative_norm",
+)
+MIDDLE = "middle"  # the tier whose spectra are iterated and come with errors
 GROUPS = {
     "all": tuple(METRICS),
-    "cheap": (
-        "sparsity_bf16",
-        "update_density",
-        "low_magnitude_overlap",
-        "frobenius_norm",
-        "relative_norm",
-    ),
+    "cheap": CHEAP,
+    MIDDLE: (*CHEAP, *OF_UPDATE),
     "angles": ANGLES,
     "overlaps": ("principal_overlap", "low_magnitude_overlap"),
     "norms": ("frobenius_norm", "relative_norm"),
-    "spread": ("stable_rank", "hill_alpha"),
+    "spread": OF_UPDATE,
     "energy": comparison.ENERGY,
 }
 IDENTITY = (
@@ -120,6 +127,7 @@ COLUMNS = (
     "expected_from",
     "gap_at_k",
     "angle_error_deg",
+    *(f"{name}_error" for name in OF_UPDATE),
     "adapter_norm",
     "note",
 )
@@ -136,18 +144,28 @@ TRAJECTORY_COLUMNS = (
     "similarity_null",
     "increments_similarity_to_end",
     "similarity_of_weights",
+    "stable_rank_error",
+    "hill_alpha_error",
+    "subspace_error_deg",
+    "stable_rank_bf16",
+    "frobenius_norm_bf16",
+    "hill_alpha_bf16",
+    "similarity_to_end_bf16",
+    "rounding_stable_rank_bf16",
+    "rounding_hill_alpha_bf16",
+    "rounding_similarity_to_end_bf16",
+    "displacement",
     "note",
 )
 # An update that is zero turns nothing, exactly.
-# What the update alone has, known from an adapter's two factors.
-OF_UPDATE = ("stable_rank", "hill_alpha")
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
 # What one matrix may raise without harm to the others.
 REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
-FORMAT = 2  # raised when the same checkpoints would give other rows
+LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
+FORMAT = 4  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -182,6 +200,7 @@ def measure_tensors(
     metrics: Collection[str] = tuple(METRICS),
     null: bool = True,
     seed: int | tuple[int, ...] = 0,
+    iterated: bool = False,
 ) -> dict[str, float]:
     """The diagnostics of one matrix, as the columns of `measure_checkpoints`.
 
@@ -197,6 +216,7 @@ def measure_tensors(
             (``turned_``), and what an unplaced update shows in closed form
             (``expected_``) at the distance of `comparison.compare_expected`.
         seed: of their noise.
+        iterated: `OF_UPDATE` by `krylov.spread`, about and with their errors.
 
     Returns:
         Column to value: the metrics, their nulls, gap_at_k = (s_k - s_{k+1}) / s_1 of
@@ -216,14 +236,29 @@ def measure_tensors(
     quality = comparison.ANGLE_QUALITY if turns else ()
     must = ["frobenius_norm", *(["density"] if null else [])]
     names = [*dict.fromkeys([*must, *asked.values(), *quality])]
-    found = comparison.compare(before, w_after, names)
-    row = {column: found[name] for column, name in asked.items()}
+    about = {*OF_UPDATE} & {*asked} if iterated else set()
+    exact = [name for name in names if name not in about]
+    found = comparison.compare(before, w_after, exact)
+    row = {column: found.get(name, math.nan) for column, name in asked.items()}
     row |= {name: found[name] for name in quality}
     if found["frobenius_norm"] == 0.0:
         return _complete(row | {k: v for k, v in UNMOVED.items() if k in row})
+    if about:
+        row |= _iterated(before, w_after, found["frobenius_norm"], about)
     if null:
         row |= _nulls(before, w_after, asked, seed, found["density"])
     return _complete(row)
+
+
+def _iterated(
+    before: Reference, w_after: Tensor, norm: float, wanted: Collection[str]
+) -> dict[str, float]:
+    """What the update alone has, each with its error."""
+    shape = before.w_before.shape
+    k, hill_k = min(comparison.TOP, *shape), before.settings.hill_rank(shape)
+    about = krylov.spread(before.w_before, w_after, norm, k, min(hill_k, *shape))
+    names = [name for n in wanted for name in (n, f"{n}_error")]
+    return {name: getattr(about, name) for name in names}
 
 
 def _nulls(
@@ -273,6 +308,11 @@ def follow_tensors(
     k: int = 16,
     settings: Settings = DEFAULTS,
     seed: int | tuple[int, ...] = 0,
+    *,
+    readout: bool = True,
+    against: Mapping[str, Tensor] | None = None,
+    lr: float | None = None,
+    iterated: bool = False,
 ) -> list[Row]:
     """How the update of one matrix spreads and settles over a run.
 
@@ -281,19 +321,28 @@ def follow_tensors(
 
     Args:
         w_before: W_0 (n_rows, n_cols).
-        later: step -> W_t; asked for one at a time, in order.
+        later: step -> W_t; asked for one at a time, the last first, then in order.
         steps: ascending; the last is the end.
         k: K, cut to the smaller side of the matrix.
         settings: its hill_k counts.
         seed: of the rotations.
+        readout: also what is read from weights stored in bf16, and what rounding alone
+            makes of it.
+        against: name to another update of the same shape: another arm's, another
+            seed's or the preceding stage's.
+        lr: learning rate, for the displacement.
+        iterated: spectra and subspaces by `krylov.spread`, about and with errors.
 
     Returns:
-        A row a step: step, stable_rank, frobenius_norm, hill_alpha,
-        similarity_to_end (0 to 1); similarity_null = K / n_cols, that of random
-        subspaces; increments_similarity_to_end, that of the run's own increments, each
-        turned by itself (`locking.turned_increments`), of three steps or more;
-        similarity_of_weights, that of W_0's top-K right subspace with the end. NaN
-        where there is no such subspace.
+        A row a step of `TRAJECTORY_COLUMNS`: step, stable_rank, frobenius_norm,
+        hill_alpha, similarity_to_end (0 to 1), each also with ``_bf16`` behind it, of
+        bf16(W_t) - bf16(W_0), and with ``rounding_`` before that, of the last update
+        scaled to the step's norm (`locking.scaled_end`); similarity_null = K / n_cols,
+        that of random subspaces; increments_similarity_to_end, that of the run's own
+        increments, each turned by itself (`locking.Increments`), of three steps or
+        more; similarity_of_weights, that of W_0's top-K right subspace with the end;
+        similarity_to_NAME, that of each step with another update; displacement in
+        units of lr sqrt(step). NaN where there is no such value.
 
     Raises:
         ValueError: shapes differ or a value is not finite.
@@ -301,28 +350,71 @@ def follow_tensors(
     Source: arXiv:2606.07082 Figures 4 and 5 (K = 16).
     """
     k = min(k, *w_before.shape)
+    end = comparison.difference(w_before, later(steps[-1]))
     null = locking.Increments(w_before.shape, comparison.generator_of(seed))
-    rows, own, turned = [], [], []
+    spread_of = _about if iterated else _spread_of
+
+    def top(w: Tensor, rough: bool = False) -> Tensor | None:
+        if iterated:
+            return _about(w, k, settings)[1]
+        return gram.right_subspace(w, k, rough)
+
+    others = {n: top(other) for n, other in (against or {}).items()}
+    rows: list[Row] = []
+    paths: dict[str, list[Tensor | None]] = {}
     for step in steps:
-        delta = comparison.difference(w_before, later(step))
-        values, subspace = _spread_of(delta, k, settings)
-        rows.append({"step": step, **values})
-        own.append(subspace)
+        w = later(step)
+        delta = comparison.difference(w_before, w)
+        values, subspace = spread_of(delta, k, settings)
+        moved = values["frobenius_norm"] > 0.0
+        found = {"similarity_to_end": subspace}
         if len(steps) >= locking.LEAST:
-            total = null.add(delta)
-            turned.append(
-                gram.right_subspace(total, k) if values["frobenius_norm"] else None
-            )
-        del delta
-    of_weights = gram.right_subspace(w_before, k)
+            turned = top(null.add(delta), True) if moved else None
+            found["increments_similarity_to_end"] = turned
+        if readout:
+            stored = _stored_path(w_before, w, delta, end, (k, settings), spread_of)
+            for name, (spread, basis) in stored.items():
+                values |= {name.format(n): v for n, v in spread.items()}
+                found[name.format("similarity_to_end")] = basis
+        if lr is not None:
+            values["displacement"] = locking.displacement(delta, lr, step)
+        for name, other in others.items():
+            values[f"similarity_to_{name}"] = _shared(subspace, other)
+        rows.append({"step": step, **values})
+        for name, basis in found.items():
+            paths.setdefault(name, []).append(basis)
+    of_weights = _shared(top(w_before), paths["similarity_to_end"][-1])
     for i, row in enumerate(rows):
-        row["similarity_to_end"] = _shared(own[i], own[-1])
+        row |= {name: _shared(path[i], path[-1]) for name, path in paths.items()}
         row["similarity_null"] = k / w_before.shape[1]
-        row["increments_similarity_to_end"] = (
-            _shared(turned[i], turned[-1]) if turned else math.nan
-        )
-        row["similarity_of_weights"] = _shared(of_weights, own[-1])
+        row["similarity_of_weights"] = of_weights
     return rows
+
+
+Spread = tuple[dict[str, float], Tensor | None]  # values, and the top right subspace
+
+
+def _stored_path(
+    w_before: Tensor,
+    w: Tensor,
+    delta: Tensor,
+    end: Tensor,
+    how: tuple[int, Settings],
+    spread_of: Callable[..., Spread],
+) -> dict[str, Spread]:
+    """What bf16 shows of an update, and of the last one at the same norm.
+
+    Returns:
+        Form of a column's name to the spread.
+    """
+    found = {"{}_bf16": spread_of(bits.stored_difference(w_before, w), *how, True)}
+    last = bits.norm(end)
+    if last > 0.0:
+        # In float32, as an optimizer keeps its weights.
+        scaled = w_before.float() + (end * (bits.norm(delta) / last)).float()
+        stored = bits.stored_difference(w_before, scaled)
+        found["rounding_{}_bf16"] = spread_of(stored, *how, True)
+    return found
 
 
 def _shared(a: Tensor | None, b: Tensor | None) -> float:
@@ -333,8 +425,8 @@ def _shared(a: Tensor | None, b: Tensor | None) -> float:
 
 
 def _spread_of(
-    delta: Tensor, k: int, settings: Settings
-) -> tuple[dict[str, float], Tensor | None]:
+    delta: Tensor, k: int, settings: Settings, rough: bool = False
+) -> Spread:
     """Norm, stable rank and Hill exponent of an update, and its top subspace."""
     norm = bits.norm(delta)
     if norm == 0.0:
@@ -342,12 +434,25 @@ def _spread_of(
         return {"frobenius_norm": 0.0, **nothing}, None
     hill_k = settings.hill_rank(delta.shape)
     top = max(min(hill_k, *delta.shape), k)
-    values, subspace = gram.leading_right(delta, top, k)
+    values, subspace = gram.leading_right(delta, top, k, rough)
     return {
         "frobenius_norm": norm,
         "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
         "hill_alpha": comparison.defined(spectra.hill_exponent, values, hill_k),
     }, subspace
+
+
+def _about(delta: Tensor, k: int, settings: Settings, rough: bool = False) -> Spread:
+    """As `_spread_of`, iterated, which is rough already."""
+    norm = bits.norm(delta)
+    if norm == 0.0:
+        return _spread_of(delta, k, settings)
+    nothing = delta.new_zeros(()).expand(delta.shape)
+    hill_k = min(settings.hill_rank(delta.shape), *delta.shape)
+    found = krylov.spread(nothing, delta, norm, k, hill_k)
+    values = ("stable_rank", "hill_alpha", "stable_rank_error", "hill_alpha_error")
+    named = {name: getattr(found, name) for name in (*values, "subspace_error_deg")}
+    return {"frobenius_norm": norm, **named}, found.right
 
 
 # --- matrices of checkpoints -----------------------------------------------------
@@ -362,6 +467,8 @@ class PairTask:
     metrics: tuple[str, ...]
     null: bool
     seed: int
+    iterated: bool = False
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -426,7 +533,12 @@ class PairTask:
         origin = reference(w_before, self.settings, energies)
         seed = null_seed(self.seed, self.name, 0)
         values = measure_tensors(
-            origin, w_after, metrics=asked, null=self.null, seed=seed
+            origin,
+            w_after,
+            metrics=asked,
+            null=self.null,
+            seed=seed,
+            iterated=self.iterated,
         )
         notes = [_warning(values)]
         if not (self.null and {*asked} & {*EXPECTED_METRICS}):
@@ -438,20 +550,15 @@ class PairTask:
 def _of_update(
     update: tuple[Tensor, Tensor], settings: Settings, shape: tuple[int, int]
 ) -> dict[str, float]:
-    """Norm, stable rank and Hill exponent of left @ right."""
+    """Norm and `OF_UPDATE` of left @ right."""
     left, right = update
     _refuse_damage({"in the adapter's B": left, "in its A": right})
     values, _ = low_rank.spectrum(left, right)
     norm = float(torch.linalg.norm(values))
     if norm == 0.0:
         return {"adapter_norm": 0.0}
-    return {
-        "adapter_norm": norm,
-        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
-        "hill_alpha": comparison.defined(
-            spectra.hill_exponent, values, settings.hill_rank(shape)
-        ),
-    }
+    found = comparison.of_values(values, norm, settings.hill_rank(shape))
+    return {"adapter_norm": norm, **found}
 
 
 def _refuse_damage(tensors: dict[str, Tensor]) -> None:
@@ -507,6 +614,11 @@ class TrajectoryTask:
     pairs: tuple[StoredPair, ...]  # (W_0, W_t) in the order of steps
     k: int
     settings: Settings
+    readout: bool = True
+    against: tuple[tuple[str, StoredPair], ...] = ()  # name, other update
+    lr: float | None = None
+    iterated: bool = False
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -527,7 +639,10 @@ class TrajectoryTask:
     def n_bytes(self) -> int:
         """To be read."""
         later = sum(pair.after.n_bytes for pair in self.pairs)
-        return self.pairs[0].before.n_bytes + later
+        others = sum(
+            pair.before.n_bytes + pair.after.n_bytes for _, pair in self.against
+        )
+        return self.pairs[0].before.n_bytes + later + others
 
     def rows(self) -> list[Row]:
         """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
@@ -568,8 +683,18 @@ class TrajectoryTask:
             _refuse_damage({"before": w_before, f"at step {step}": w})
             return w
 
-        seed = null_seed(0, self.name, 0)
-        return follow_tensors(w_before, later, self.steps, self.k, self.settings, seed)
+        return follow_tensors(
+            w_before,
+            later,
+            self.steps,
+            self.k,
+            self.settings,
+            null_seed(0, self.name, 0),
+            readout=self.readout,
+            against={name: _update_of(name, pair) for name, pair in self.against},
+            lr=self.lr,
+            iterated=self.iterated,
+        )
 
     def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
         """As `follow_tensors`, from the factors of adapters: never the whole matrix."""
@@ -597,6 +722,13 @@ class TrajectoryTask:
                 }
             )
         return rows[::-1]
+
+
+def _update_of(name: str, pair: StoredPair) -> Tensor:
+    """Another update of a matrix, to hold a run's against."""
+    before, after = pair.read()
+    _refuse_damage({f"before {name}": before, f"after {name}": after})
+    return comparison.difference(before, after)
 
 
 Task = PairTask | TrajectoryTask
@@ -630,10 +762,30 @@ class Plan:
     measured: float = 1.0
 
     @property
+    def iterated(self) -> bool:
+        """Whether spectra are, with errors."""
+        return any(task.iterated for task in self.tasks)
+
+    @property
     def entries(self) -> int:
         """Weights to be read on either side."""
         shapes = [task.shape for task in self.tasks]
         return sum(rows * cols for rows, cols in shapes)
+
+    def on(self, device: str) -> "Plan":
+        """The same, decomposed on a device such as ``cuda``, if it is there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if device == "cpu":
+            return self
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {device}: torch {torch.__version__} sees no GPU, expected "
+                "one; leave --device out"
+            )
+        return replace(self, tasks=[replace(t, device=device) for t in self.tasks])
 
     def without(self, names: Collection[str]) -> "Plan":
         """The same, less the matrices of these names."""
@@ -645,7 +797,7 @@ def plan_pair(
     before: Source,
     after: Source,
     settings: Settings = DEFAULTS,
-    metrics: Collection[str] = tuple(METRICS),
+    metrics: Collection[str] | None = tuple(METRICS),
     roles: Collection[str] | None = None,
     null: bool = True,
     seed: int = 0,
@@ -657,7 +809,8 @@ def plan_pair(
 
     Args:
         before, after: directories, files or adapters (`checkpoints.open_checkpoint`).
-        settings, metrics, null: as `measure_tensors`.
+        settings, metrics, null: as `measure_tensors`; the name ``middle`` iterates;
+            None is ``middle`` from `LARGE` entries on, and all below.
         roles: only these; None for all.
         seed: of the nulls; every matrix has noise of its own.
         parts: of the model, only these; None for all.
@@ -670,15 +823,20 @@ def plan_pair(
     """
     if seed < 0:
         raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
-    asked = parse_metrics(metrics)
     sides = open_pair(before, after, base, dequantise)
     found = _paired(*sides, roles, parts)
-    tasks = [PairTask(pair, settings, asked, null, seed) for pair in found.pairs]
+    if metrics is None:
+        metrics = [MIDDLE if _entries(found) >= LARGE else "all"]
+    asked, iterated = parse_metrics(metrics), MIDDLE in metrics
+    tasks = [
+        PairTask(pair, settings, asked, null, seed, iterated) for pair in found.pairs
+    ]
     description = {
         "table": f"measure {FORMAT}",
         "files": [_fingerprint(side) for side in sides],
         "settings": asdict(settings),
         "metrics": list(asked),
+        "iterated": iterated,
         "roles": sorted(roles) if roles is not None else None,
         "parts": sorted(parts) if parts is not None else None,
         "null": null,
@@ -705,6 +863,11 @@ def plan_trajectory(
     roles: Collection[str] | None = None,
     steps: Sequence[int] | None = None,
     parts: Collection[str] | None = None,
+    *,
+    readout: bool = True,
+    against: Mapping[str, tuple[Source, Source]] | None = None,
+    lr: float | None = None,
+    iterated: bool | None = False,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
 
@@ -716,10 +879,15 @@ def plan_trajectory(
         roles: only these; None for all.
         steps: of the checkpoints; None takes `steps_of` their names.
         parts: of the model, only these; None for all.
+        readout: as `follow_tensors`.
+        against: name to start and end of another training, whose matrices have the same
+            names; adds a column similarity_to_NAME.
+        lr: learning rate; adds the displacement.
+        iterated: as `follow_tensors`; None: from `LARGE` entries on.
 
     Raises:
         FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
-            of one step.
+            of one step; a name of another training that cannot be a column's.
     """
     if k < 1:
         raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
@@ -746,18 +914,34 @@ def plan_trajectory(
             f"{before} and all of {len(order)} checkpoints have no matrix in common, "
             "expected one architecture"
         )
+    if iterated is None:
+        iterated = _entries(found[order[0][0]]) >= LARGE
+    others, read = _others(against or {}, roles, parts)
     tasks = [
         TrajectoryTask(
-            tuple(sides), tuple(side[name] for side in sides.values()), k, settings
+            tuple(sides),
+            tuple(side[name] for side in sides.values()),
+            k,
+            settings,
+            readout,
+            tuple(
+                (other, there[name]) for other, there in others.items() if name in there
+            ),
+            lr,
+            iterated,
         )
         for name in common
     ]
     description = {
         "table": f"trajectory {FORMAT}",
-        "files": [_fingerprint(c) for c in (first, *opened.values())],
+        "files": [_fingerprint(c) for c in (first, *opened.values(), *read)],
+        "readout": readout,
+        "against": [*others],
+        "lr": lr,
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
+        "iterated": iterated,
         "roles": sorted(roles) if roles is not None else None,
         "parts": sorted(parts) if parts is not None else None,
     }
@@ -765,7 +949,7 @@ def plan_trajectory(
     notes = [note for c in (first, *opened.values()) for note in c.notes]
     return Plan(
         tasks,
-        TRAJECTORY_COLUMNS,
+        (*TRAJECTORY_COLUMNS[:-1], *(f"similarity_to_{n}" for n in others), "note"),
         _skipped(first, *opened.values()),
         missing,
         description,
@@ -773,6 +957,30 @@ def plan_trajectory(
         {k: v for f in found.values() for k, v in _renamed(f).items()},
         min(f.measured for f in found.values()),
     )
+
+
+def _others(
+    against: Mapping[str, tuple[Source, Source]],
+    roles: Collection[str] | None,
+    parts: Collection[str] | None,
+) -> tuple[dict[str, dict[str, StoredPair]], list[Checkpoint]]:
+    """Name to the pairs of another training by matrix; and what was opened for them."""
+    found: dict[str, dict[str, StoredPair]] = {}
+    read: list[Checkpoint] = []
+    for name, sources in against.items():
+        if (
+            not re.fullmatch("[a-z0-9_]+", name)
+            or f"similarity_to_{name}" in TRAJECTORY_COLUMNS
+        ):
+            raise ValueError(
+                f"another training is named {name!r}, expected lower-case letters, "
+                "digits and _, and not end: a column will be similarity_to_NAME"
+            )
+        sides = open_pair(*sources)
+        pairs = _paired(*sides, roles, parts).pairs
+        found[name] = {pair.cuts[0].matrix.name: pair for pair in pairs}
+        read += sides
+    return found, read
 
 
 def _paired(
@@ -807,6 +1015,10 @@ def _paired(
     if not found.pairs or len(found.pairs) < max(readable) / 2:
         raise ValueError(diagnosis(before, after, found))
     return found
+
+
+def _entries(found: Pairing) -> int:
+    return sum(math.prod(pair.before.shape) for pair in found.pairs)
 
 
 def _missing(
@@ -901,7 +1113,7 @@ def _measured(
 def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]]]:
     """Tasks with their rows, as they are finished."""
     if jobs == 1 or len(tasks) < 2:
-        yield from ((task, task.rows()) for task in tasks)
+        yield from ((task, _rows(task)) for task in tasks)
         return
     pool = ProcessPoolExecutor(
         min(jobs, len(tasks)),
@@ -923,7 +1135,8 @@ def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]
 
 
 def _rows(task: Task) -> list[Row]:
-    return task.rows()
+    with gram.on(task.device):
+        return task.rows()
 
 
 def _table(plan: Plan, rows: dict[str, list[Row]]) -> pd.DataFrame:
@@ -987,20 +1200,22 @@ def trajectory(
 # --- summary ---------------------------------------------------------------------
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarise(
+    table: pd.DataFrame, parts: Collection[str] | None = None
+) -> pd.DataFrame:
     """A row a role and one over all, as in the paper's Table 1.
 
     Sparsity and density are weighted by the numbers of entries; every other metric is
     the plain mean over matrices that have it.
 
     Args:
-        table: of `measure_checkpoints`. Of several parts of a model the language model
-            is summarised, if it is among them.
+        table: of `measure_checkpoints`.
+        parts: of the model; None for the language model, if it is in the table.
 
     Returns:
         role, matrices, parameters, then a column a metric and null that was measured.
     """
-    table = of_language(table)
+    table = of_parts(table, parts)
     metrics = [
         name
         for name in COLUMNS

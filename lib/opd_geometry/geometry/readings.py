@@ -1,19 +1,13 @@
 """What a measured table says: whether and how far, and what differs from its null."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
 
-from opd_geometry.geometry.defaults import EXPERT_ROLES, LAYER_ROLES
+from opd_geometry.geometry.defaults import ANGLES, ENERGY, EXPERT_ROLES, LAYER_ROLES
 
-ANGLES = (
-    "angle_left_mean_deg",
-    "angle_left_max_deg",
-    "angle_right_mean_deg",
-    "angle_right_max_deg",
-)
 NULLED = (
     *ANGLES,
     "nss",
@@ -22,6 +16,13 @@ NULLED = (
     "sparsity_bf16",
     "stable_rank",
 )
+# Prefix of a null's columns -> what it is.
+NULLS = {
+    "null": "Gaussian",
+    "shuffled": "its entries shuffled",
+    "turned": "its directions turned",
+    "expected": "unplaced, closed form",
+}
 ONE_SIDE = 0.9  # share of the matrices that have to lie on one side of their null
 FAR_ENOUGH = 0.1  # relative difference of the means
 ABOVE, BELOW, AT = "above its null", "below its null", "at its null"
@@ -62,7 +63,9 @@ def with_shape_nulls(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(null_stable_rank=null)
 
 
-def against_null(table: pd.DataFrame, names: Sequence[str] = NULLED) -> pd.DataFrame:
+def against_null(
+    table: pd.DataFrame, names: Sequence[str] = NULLED, null: str = "null"
+) -> pd.DataFrame:
     """Which diagnostics stand out from their null, by a rule.
 
     A diagnostic *stands out* if at least ``ONE_SIDE`` of the matrices lie on the same
@@ -75,6 +78,7 @@ def against_null(table: pd.DataFrame, names: Sequence[str] = NULLED) -> pd.DataF
     Args:
         table: of ``measure``.
         names: columns to look at; each is left out that has no null here.
+        null: prefix of the null's columns.
 
     Returns:
         One row a diagnostic: matrices (that have both), mean, null, ratio, limit (of
@@ -87,22 +91,49 @@ def against_null(table: pd.DataFrame, names: Sequence[str] = NULLED) -> pd.DataF
     table = with_shape_nulls(table)
     rows = {}
     for name in names:
-        pair = [name, f"null_{name}"]
+        pair = [name, f"{null}_{name}"]
         if not {*pair} <= set(table):
             continue
         both = table[pair].to_numpy(float)
         both = both[np.isfinite(both).all(1)]
         if not len(both):
             continue
-        value, null = both.T
-        above = float(((value > null) + 0.5 * (value == null)).mean())
-        centre = float(null.mean())
+        value, other = both.T
+        above = float(((value > other) + 0.5 * (value == other)).mean())
+        centre = float(other.mean())
         ratio = float(value.mean()) / centre if centre else math.nan
-        limit = _half_width(value - null) / centre if centre else math.nan
+        limit = _half_width(value - other) / centre if centre else math.nan
         verdict = _side(ratio, above, limit)
         mean = float(value.mean())
         rows[name] = [len(both), mean, centre, ratio, limit, above, verdict]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def against_nulls(table: pd.DataFrame) -> pd.DataFrame:
+    """`against_null` for every null, and for the energies, whose null is chance.
+
+    Args:
+        table: of ``measure``. An expected sparsity that was inferred from the density
+            is left out, being equal.
+
+    Returns:
+        Its rows, with two columns before: diagnostic, and against, of `NULLS` or
+        ``chance``.
+    """
+    if "expected_from" in table:
+        free = table["expected_from"].eq("norm")
+        masked = table["sparsity_bf16"].where(free)
+        whole = table.assign(sparsity_bf16=masked)
+    else:
+        whole = table
+    found = []
+    for prefix, label in NULLS.items():
+        rows = against_null(table if prefix != "expected" else whole, null=prefix)
+        found.append(rows.assign(against=label))
+    found.append(against_null(table, ENERGY).assign(against="chance"))
+    together = pd.concat([rows for rows in found if len(rows)] or found[:1])
+    together.insert(0, "against", together.pop("against"))
+    return together.rename_axis("diagnostic").reset_index()
 
 
 def _half_width(differences: np.ndarray) -> float:
@@ -284,9 +315,29 @@ def _limit(limit: float) -> str:
     return f" (±{100 * limit:.2g} %)" if limit == limit else ""
 
 
-def of_language(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the language model, or all where a table has none or knows no parts."""
-    if "part" not in table:
-        return table
-    language = table[table["part"].isna() | (table["part"] == "language")]
-    return language if len(language) else table
+def of_parts(table: pd.DataFrame, parts: Collection[str] | None = None) -> pd.DataFrame:
+    """Rows of some parts of a model.
+
+    Args:
+        table: of ``measure`` or ``trajectory``.
+        parts: which; None for the language model, or all where a table has none or
+            knows no parts.
+
+    Raises:
+        ValueError: the table has no row of them.
+    """
+    if parts is None:
+        if "part" not in table:
+            return table
+        language = table[table["part"].isna() | (table["part"] == "language")]
+        return language if len(language) else table
+    # Tables of earlier builds know of language models alone.
+    known = table["part"].fillna("language") if "part" in table else None
+    found = table if known is None else table[known.isin([*parts])]
+    if found.empty or (known is None and "language" not in parts):
+        there = ["language"] if known is None else sorted({*known.astype(str)})
+        raise ValueError(
+            f"no matrix of the parts {', '.join(parts)}, expected some of "
+            f"{', '.join(there)}; see the column part"
+        )
+    return found

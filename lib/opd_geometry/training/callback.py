@@ -29,9 +29,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from opd_geometry.geometry import unplaced
 from opd_geometry.geometry.checkpoints import Matrix
 from opd_geometry.geometry.live import ATTENTION_ROLES, Movement, movement
 from opd_geometry.geometry.spectra import subspace_similarity
+from opd_geometry.geometry.unplaced import Magnitudes
 from opd_geometry.training.attached import (
     Checkpoints,
     Matrices,
@@ -63,7 +65,12 @@ class GeometryCallback(TrainerCallback):
 
     - ``geometry/stable_rank``: ||dW||_F^2 / ||dW||_2^2, dW = W_t - W_0;
     - ``geometry/frobenius_norm``: ||dW||_F, in units of the weights;
+    - ``geometry/stable_rank_bf16``, ``geometry/frobenius_norm_bf16``: the same of
+      bf16(W_t) - bf16(W_0), to which rounding adds a high rank;
     - ``geometry/sparsity``: share of entries unchanged in bf16, by parameters;
+    - ``geometry/expected_sparsity``: the same of an update of this norm without a place
+      of its own, in closed form; not of weights that are stored in bf16, whose norm
+      contains rounding;
     - ``geometry/similarity_to_previous``, ``geometry/similarity_to_locked``: Sim_K of
       dW's top-K right subspace with that of the time before, or of the lock;
     - ``geometry/similarity_null``: K / n, what two random subspaces have;
@@ -126,6 +133,7 @@ class GeometryCallback(TrainerCallback):
         self.checkpoints = Checkpoints(trainer, "geometry", self._content)
         self.previous: dict[str, Tensor] = {}
         self.locked: dict[str, Tensor] = {}
+        self.magnitudes: dict[str, Magnitudes] = {}  # of W_0
         self.measured_at = -1  # the step
         self.lock_step: int | None = None  # known once training begins
         self.last = time.perf_counter()
@@ -151,7 +159,7 @@ class GeometryCallback(TrainerCallback):
     ) -> None:
         """Find the step of the lock, and what a resumed training had stored."""
         self.previous, self.locked, self.measured_at = {}, {}, -1
-        self.lock_step = None
+        self.magnitudes, self.lock_step = {}, None
         self._guarded(lambda: self._begin(args, state))
         self.last = time.perf_counter()
 
@@ -295,7 +303,10 @@ class GeometryCallback(TrainerCallback):
         values = {
             "stable_rank": moved.stable_rank,
             "frobenius_norm": moved.frobenius_norm,
+            "stable_rank_bf16": moved.stable_rank_bf16,
+            "frobenius_norm_bf16": moved.frobenius_norm_bf16,
             "sparsity": moved.sparsity,
+            "expected_sparsity": self._expected(matrix, moved),
             "similarity_null": k / matrix.shape[1],
         }
         for name, bases in (("previous", self.previous), ("locked", self.locked)):
@@ -304,6 +315,16 @@ class GeometryCallback(TrainerCallback):
                     moved.right, bases[matrix.name]
                 )
         return values
+
+    def _expected(self, matrix: Matrix, moved: Movement) -> float:
+        """Sparsity of an unplaced update of this norm; NaN where rounding is in it."""
+        if moved.stored or not 0.0 < moved.frobenius_norm < float("inf"):
+            return float("nan")
+        if matrix.name not in self.magnitudes:
+            start = self.start.weights[matrix.name]
+            self.magnitudes[matrix.name] = unplaced.magnitudes(start)
+        scale = moved.frobenius_norm / (matrix.shape[0] * matrix.shape[1]) ** 0.5
+        return unplaced.expected_sparsity(self.magnitudes[matrix.name], scale)
 
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         # Not self.trainer.log: TRL's own empties its running means with every call. And
@@ -329,7 +350,7 @@ def _average(
         lost = any(matrix.name in broken for matrix, _ in members)
         for name in dict.fromkeys(name for _, values in members for name in values):
             weighted = [
-                (v[name], m.shape[0] * m.shape[1] if name == "sparsity" else 1)
+                (v[name], m.shape[0] * m.shape[1] if name.endswith("sparsity") else 1)
                 for m, v in members
                 if v.get(name) == v.get(name, float("nan"))  # not NaN
             ]
