@@ -30,7 +30,7 @@ OF_ATTENTION = ("stable_rank", "stable_rank_bf16", "hill_alpha", "similarity_to_
 MODEL = ("accuracy/chain",)
 NORMS = ("frobenius_norm", "relative_norm")
 METRICS = tuple(METRIC_LABELS)
-WORLDS = {PUBLISHED: "small"}
+WORLDS = {PUBLISHED: "small", "pretrained": "language model"}
 DIGITS = 3
 LAWS = ("gaussian", "laplace", "t3", "sign")  # the band of the calculator
 SCALES = np.geomspace(1e-7, 1e-1, 73)
@@ -146,8 +146,9 @@ def write_data(path: Path) -> Path:
         path: such as ``_static/explorer-data.js``.
     """
     worlds = {
-        world: aggregate(map(measure.committed_table, measure.committed_runs(profile)))
+        world: aggregate(map(measure.committed_table, runs))
         for profile, world in WORLDS.items()
+        if (runs := measure.committed_runs(profile))
     }
     drawn = {arm for world in worlds.values() for arm in world}
     data = {
