@@ -40,7 +40,10 @@ MACHINE_PATH = re.compile(
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
 STUMBLES = {
-    ' aria-label="Color mode"': ' title="Color mode"',
+    # A picture's title would be a text that the button's name lacks.
+    ' data-mode="light" title="Light"': ' data-mode="light"',
+    ' data-mode="dark"  title="Dark"': ' data-mode="dark"',
+    ' data-mode="auto"  title="System Settings"': ' data-mode="auto"',
     ' role="doc-biblioentry"': ' role="listitem"',
     ' aria-label="Toggle hidden content"': "",
     'search-button-field search-button__button pst-js-only" title="Search" '
