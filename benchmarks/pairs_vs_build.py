@@ -104,7 +104,7 @@ def tiers(folder: Path, _: Path) -> list[dict]:
             (task,) = pairs.plan_pair(
                 folder / f"a{i}", folder / f"b{i}", metrics=[tier], null=False
             ).tasks
-            taken[tier] = seconds(task.rows, 4)["cpu_seconds"]
+            taken[tier] = seconds(task.rows, 3)["cpu_seconds"]
             total[tier] += n * taken[tier]
         rows.append(
             _row("tiers", f"{shape[0]} x {shape[1]}", taken["cheap"], taken["middle"])

@@ -465,8 +465,9 @@ def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
     trained = f"{len(here)} trained on this machine: {', '.join(names)}"
     machines = sorted({str(name) for name in provenance["machine"]})
     hours = provenance["wall_seconds"].sum() / 3600
+    seeds = sorted({int(seed) for seed in provenance["seed"]})
     return (
-        f"Profile {parameters.profile}, {seeds_text(parameters.seeds)}: "
+        f"Profile {parameters.profile}, {seeds_text(seeds)}: "
         f"{len(provenance)} runs, {kept} of them read from committed measurements, "
         f"{trained if names else 'none trained on this machine'}. Together "
         f"{hours:.1f} hours of training on one core each ({'; '.join(machines)})."
