@@ -7,25 +7,22 @@ and TRL's GRPOTrainer. See README.md for what is and what is not compared.
 
 import copy
 import statistics
-import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import click
 import torch
 from datasets import Dataset
-from step_vs_trl import Seconds, matmul_rate, now, since
+from step_vs_trl import Parts, Seconds, matmul_rate, race
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
     logging,
 )
-from trl import GRPOConfig, GRPOTrainer
 
 from opd_geometry.experiments.profiles import PROFILES
 from opd_geometry.training import losses, tasks
@@ -47,6 +44,7 @@ from opd_geometry.training.rollout import encode_prompts, packed_logits, sample
 OURS = PROFILES["pretrained"].policy
 ROW_TOKENS = 700  # of the recipe's rows: shorter passes were slower
 WARM_UP = 1  # steps that are not counted
+MORE = 1  # step, after those, of which the parts are printed
 
 
 @click.command(context_settings={"show_default": True})
@@ -61,19 +59,24 @@ def main(threads: int, steps: int, model: str | None, longest: int) -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     student, tokenizer = load_model(model) if model else random_model()
-    config = PolicyConfig(
-        **{
-            **{name: getattr(OURS, name) for name in OURS.__dataclass_fields__},
-            "steps": steps + WARM_UP,
-            "max_new_tokens": longest,
-        }
-    )
+    config = replace(OURS, steps=steps + WARM_UP + MORE, max_new_tokens=longest)
     loops = {
         "ours": our_steps(config, student, tokenizer),
         "recipe": recipe_steps(config, student, tokenizer),
     }
-    seconds, tokens = race(config, loops, student, tokenizer)
-    report(seconds, tokens, student, config, threads)
+    theirs = replace(config, steps=steps + WARM_UP)
+    problems = [p for s in range(theirs.steps) for p in draw_prompts(config, 0, s)]
+    with Parts() as parts:
+        seconds, tokens = race(
+            loops,
+            bfloat16_copy(student),  # in TRL's favour: it moves half the bytes
+            tokenizer,
+            Dataset.from_list([{"prompt": framed(p, tokenizer)} for p in problems]),
+            lambda completion_ids, **_: [i % 2.0 for i in range(len(completion_ids))],
+            theirs,
+        )
+        report(seconds, tokens, student, config, threads)
+        parts.report(loops["ours"], MORE)
 
 
 def random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -161,70 +164,6 @@ def scored(scorer: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of every token but the first, (B, T - 1)."""
     logits = packed_logits(scorer, ids[:, :-1], lengths, ROW_TOKENS)
     return losses.token_log_probs(logits, ids[:, 1:])
-
-
-def race(
-    config: PolicyConfig,
-    loops: dict[str, Iterator[dict[str, float]]],
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[dict[str, list[Seconds]], dict[str, list[float]]]:
-    """Train with TRL and, between its steps, with the loops: seconds and tokens."""
-    seconds: dict[str, list[Seconds]] = {"TRL": [], **{name: [] for name in loops}}
-    tokens: dict[str, list[float]] = {name: [] for name in seconds}
-    began = now()
-
-    class BetweenSteps(TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            nonlocal began
-            began = now()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            seconds["TRL"].append(since(began))
-            for name, loop in loops.items():
-                start = now()
-                tokens[name].append(next(loop)["tokens"])
-                seconds[name].append(since(start))
-
-    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
-        """What no group is without, so that TRL learns from each."""
-        tokens["TRL"].append(sum(map(len, completion_ids)) / len(completion_ids))
-        return [float(i % 2) for i in range(len(completion_ids))]
-
-    problems = [p for s in range(config.steps) for p in draw_prompts(config, 0, s)]
-    asked = Dataset.from_list([{"prompt": framed(p, tokenizer)} for p in problems])
-    batch = config.prompts_per_step * config.group_size
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = GRPOTrainer(
-            bfloat16_copy(student),  # in its favour: it moves half the bytes
-            reward_funcs=reward,
-            args=GRPOConfig(
-                directory,
-                per_device_train_batch_size=batch,
-                num_generations=config.group_size,
-                max_completion_length=config.max_new_tokens,
-                max_steps=config.steps,
-                learning_rate=config.optimizer.learning_rate,
-                lr_scheduler_type="constant",
-                temperature=1.0,
-                beta=0.0,
-                loss_type="grpo",
-                shuffle_dataset=False,
-                gradient_checkpointing=False,
-                bf16=False,  # no autocast: the weights themselves are bf16
-                use_cpu=True,
-                report_to="none",
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=asked,
-            processing_class=tokenizer,
-            callbacks=[BetweenSteps()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return seconds, tokens
 
 
 def framed(problem: tasks.Problem, tokenizer: PreTrainedTokenizerBase) -> str:

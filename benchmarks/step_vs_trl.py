@@ -6,14 +6,20 @@ of them alike. See README.md for what is and what is not compared.
 """
 
 import copy
+import functools
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import click
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import (
     PreTrainedModel,
@@ -44,6 +50,7 @@ ARMS: dict[str, tuple[float, ModelConfig | None]] = {
     "RLVR": (0.0, None),
 }
 WARM_UP = 2  # steps that are not counted
+MORE = 4  # steps, after those, of which the parts are printed
 Seconds = tuple[float, float]  # wall, processor
 MIXED = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
 
@@ -68,12 +75,31 @@ def main(threads: int, steps: int, model: str | None, sft_steps: int) -> None:
     policy.prompts_to_learn = lambda config, rewards: torch.arange(
         len(rewards) // config.group_size
     )
+    config = PolicyConfig(
+        OPTIMIZER,
+        steps + WARM_UP + MORE,
+        prompts_per_step=PROMPTS,
+        group_size=GROUP,
+        max_new_tokens=LONGEST,
+    )
     ours = {
-        name: our_steps(alpha, teacher, student, tokenizer, steps + WARM_UP)
+        name: our_steps(replace(config, alpha=alpha), teacher, student, tokenizer)
         for name, (alpha, teacher) in ARMS.items()
     }
-    seconds, tokens = race(ours, student, tokenizer, steps + WARM_UP)
-    report(seconds, tokens, threads)
+    theirs = replace(config, steps=steps + WARM_UP)
+    with Parts() as parts:
+        seconds, tokens = race(
+            ours,
+            copy.deepcopy(student),
+            tokenizer,
+            same_prompts(theirs.steps),
+            verified(tokenizer),
+            theirs,
+        )
+        report(seconds, tokens, threads)
+        for name, loop in ours.items():
+            click.echo(f"{name}: ", nl=False)
+            parts.report(loop, MORE)
 
 
 def briefly_trained(steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -94,35 +120,58 @@ def briefly_trained(steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 
 def our_steps(
-    alpha: float,
+    config: PolicyConfig,
     teacher_shape: ModelConfig | None,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    steps: int,
 ) -> Iterator[dict[str, float]]:
     """Our loop on a copy of the student; each ``next`` is one step."""
-    config = PolicyConfig(
-        OPTIMIZER,
-        steps,
-        prompts_per_step=PROMPTS,
-        group_size=GROUP,
-        alpha=alpha,
-        max_new_tokens=LONGEST,
-    )
     model = copy.deepcopy(student)
     optimizer = adamw(model, config.optimizer)
     teacher = build_model(teacher_shape, seed=1) if teacher_shape else None
     return policy_steps(config, model, teacher, tokenizer, optimizer, seed=0)
 
 
+def verified(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
+    """Our verifier, as a reward of TRL's."""
+
+    def reward(
+        prompts: list[str],
+        completion_ids: list[list[int]],
+        args: list[list[int]],
+        **_: object,
+    ) -> list[float]:
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return [
+            float(tasks.verify(tasks.Problem("chain", tuple(numbers), prompt), text))
+            for prompt, numbers, text in zip(prompts, args, texts, strict=True)
+        ]
+
+    return reward
+
+
 def race(
-    ours: dict[str, Iterator[dict[str, float]]],
-    student: PreTrainedModel,
+    loops: dict[str, Iterator[dict[str, float]]],
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    steps: int,
+    asked: Dataset,
+    reward: Callable[..., list[float]],
+    config: PolicyConfig,
 ) -> tuple[dict[str, list[Seconds]], dict[str, list[float]]]:
-    """Train with TRL and, between its steps, with ours: seconds and tokens a step."""
-    seconds: dict[str, list[Seconds]] = {"TRL": [], **{name: [] for name in ours}}
+    """Train with TRL and, between its steps, with other loops.
+
+    Args:
+        loops: by name; each ``next`` is one step.
+        model: that TRL trains.
+        tokenizer: of all.
+        asked: TRL's prompts, in order.
+        reward: TRL's, as it calls one.
+        config: of the loops, said to TRL in its words.
+
+    Returns:
+        Seconds, and mean tokens a completion, of every step.
+    """
+    seconds: dict[str, list[Seconds]] = {"TRL": [], **{name: [] for name in loops}}
     tokens: dict[str, list[float]] = {name: [] for name in seconds}
     began = now()
 
@@ -133,37 +182,86 @@ def race(
 
         def on_step_end(self, *_: object, **__: object) -> None:
             seconds["TRL"].append(since(began))
-            for name, loop in ours.items():
+            for name, loop in loops.items():
                 start = now()
                 tokens[name].append(next(loop)["tokens"])
                 seconds[name].append(since(start))
 
-    def reward(
-        prompts: list[str],
-        completion_ids: list[list[int]],
-        args: list[list[int]],
-        **_: object,
-    ) -> list[float]:
-        """The same verifier; the ids it is given say how long the completions are."""
+    def counted(completion_ids: list[list[int]], **named: Any) -> list[float]:
         tokens["TRL"].append(sum(map(len, completion_ids)) / len(completion_ids))
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        return [
-            float(tasks.verify(tasks.Problem("chain", tuple(numbers), prompt), text))
-            for prompt, numbers, text in zip(prompts, args, texts, strict=True)
-        ]
+        return reward(completion_ids=completion_ids, **named)
 
     with tempfile.TemporaryDirectory() as directory:
         trainer = GRPOTrainer(
-            copy.deepcopy(student),
-            reward_funcs=reward,
-            args=trl_config(directory, steps),
-            train_dataset=same_prompts(steps),
+            model,
+            reward_funcs=counted,
+            args=trl_config(directory, config),
+            train_dataset=asked,
             processing_class=tokenizer,
             callbacks=[BetweenSteps()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return seconds, tokens
+
+
+class Parts:
+    """Processor seconds of the parts of our steps, by what calls them.
+
+    While it is entered, the loop's own functions are timed: sampling, scoring with and
+    without a gradient, the way back, the optimizer's step. The rest is what remains.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Parts":
+        score = policy.completion_log_probs
+        timed = self._timed
+        for owner, name, made in (
+            (policy, "sample", timed("rollout", policy.sample)),
+            (
+                policy,
+                "completion_log_probs",
+                lambda *a, **k: timed(
+                    "scoring, with a gradient"
+                    if torch.is_grad_enabled()
+                    else "scoring by the teacher",
+                    score,
+                )(*a, **k),
+            ),
+            (Accelerator, "backward", timed("backward", Accelerator.backward)),
+            (torch.optim.AdamW, "step", timed("optimizer", torch.optim.AdamW.step)),
+        ):
+            self._stack.enter_context(mock.patch.object(owner, name, made))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.process_time()
+            try:
+                return work(*arguments, **named)
+            finally:
+                spent = time.process_time() - began
+                self.seconds[part] = self.seconds.get(part, 0.0) + spent
+
+        return timed
+
+    def report(self, loop: Iterator[dict[str, float]], steps: int) -> None:
+        """Take some steps and print where their processor time goes."""
+        self.seconds.clear()
+        began = time.process_time()
+        for _ in range(steps):
+            next(loop)
+        whole = time.process_time() - began
+        self.seconds["the rest"] = whole - sum(self.seconds.values())
+        shares = [f"{part} {s / whole:.0%}" for part, s in self.seconds.items()]
+        click.echo(f"{whole / steps:.3f} CPU seconds a step: {', '.join(shares)}")
 
 
 def now() -> Seconds:
@@ -177,24 +275,24 @@ def since(start: Seconds) -> Seconds:
     return wall - start[0], processor - start[1]
 
 
-def trl_config(directory: str, steps: int) -> GRPOConfig:
+def trl_config(directory: str, config: PolicyConfig) -> GRPOConfig:
     """Our setting in TRL's words, without whatever would only cost it time."""
     return GRPOConfig(
         directory,
-        per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP,
-        max_completion_length=LONGEST,
-        max_steps=steps,
-        learning_rate=OPTIMIZER.learning_rate,
+        per_device_train_batch_size=config.prompts_per_step * config.group_size,
+        num_generations=config.group_size,
+        max_completion_length=config.max_new_tokens,
+        max_steps=config.steps,
+        learning_rate=config.optimizer.learning_rate,
         lr_scheduler_type="constant",
         temperature=1.0,
         beta=0.0,  # no reference model
-        epsilon=0.2,
-        epsilon_high=0.28,
+        epsilon=config.clip_low,
+        epsilon_high=config.clip_high,
         loss_type="grpo",
         shuffle_dataset=False,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=False,  # no autocast
         use_cpu=True,
         report_to="none",
         save_strategy="no",

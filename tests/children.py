@@ -49,6 +49,14 @@ PROJECTED = Run(
     "opd-projected", 0, REWARDS, ANCHOR, TEACHER, ProjectionConfig(2), branch=OPD
 )
 RANK = 2
+# What children need at once: imported by their server, it costs each of them nothing.
+PRELOAD = [
+    "opd_geometry.experiments.schedule",
+    "accelerate",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.tokenization_utils_tokenizers",
+]
 
 
 def save_foreign(directory: Path) -> None:
@@ -75,7 +83,7 @@ class Child:
 
     def __init__(self, data: Path, function: Callable[..., Any], *arguments: Any):
         context = get_context("forkserver")
-        context.set_forkserver_preload(["opd_geometry.experiments.schedule"])
+        context.set_forkserver_preload(PRELOAD)
         self.receiver, sender = context.Pipe(duplex=False)
         call = (str(data), sender, function, arguments)
         self.process = context.Process(target=_call, args=call)

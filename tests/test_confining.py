@@ -11,7 +11,7 @@ import torch
 import trainer_ranks
 from children import Child
 from torch import Tensor
-from torch.utils.data import Dataset
+from trainer_ranks import LOCK, SIZES, STEPS, Data, K, logged, qwen, snap, trainer
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -19,15 +19,11 @@ from transformers import (
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
-    PrinterCallback,
-    Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -36,24 +32,6 @@ from opd_geometry.geometry.projection import leaked_energy
 from opd_geometry.geometry.spectra import subspace_similarity, top_right_subspace
 from opd_geometry.training.attached import origin_model
 from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-}
-K, LOCK, STEPS = 3, 3, 8
-
-
-def qwen(seed: int = 0) -> Any:
-    set_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
 
 
 def moe() -> Any:
@@ -71,62 +49,6 @@ def gpt2() -> Any:
     set_seed(0)
     sizes = {"vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
     return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32))
-
-
-class Data(Dataset):
-    """Random tokens."""
-
-    def __init__(self, label: bool = False) -> None:
-        self.x = torch.randint(
-            1, 32, (64, 12), generator=torch.Generator().manual_seed(1)
-        )
-        self.label = label
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"input_ids": self.x[i], "labels": i % 2 if self.label else self.x[i]}
-
-
-def trainer(
-    model: Any, folder: Path, optimizer: Any = None, data: Any = None, **settings: Any
-) -> Any:
-    options = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 8,
-        "use_cpu": True,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_steps": 1,
-        "disable_tqdm": True,
-        "seed": 0,
-        "weight_decay": 0.0,
-        "bf16": False,
-        "dataloader_pin_memory": False,
-        **settings,
-    }
-    made = Trainer(
-        model=None if callable(data) else model,
-        model_init=data if callable(data) else None,
-        args=TrainingArguments(**options),
-        eval_dataset=Data(),
-        train_dataset=Data() if data is None or callable(data) else data,
-        optimizers=(optimizer(made_for(model)) if optimizer else None, None),
-    )
-    made.remove_callback(PrinterCallback)
-    return made
-
-
-def made_for(model: Any) -> list[Any]:
-    return [p for p in model.parameters() if p.ndim > 1]
-
-
-def snap(model: Any) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 class At(TrainerCallback):
@@ -154,10 +76,6 @@ def confine(model: Any, folder: Path, **options: Any) -> tuple[Any, Any, At]:
     at = At(made, confined)
     made.add_callback(at)
     return made, confined, at
-
-
-def logged(trainer: Any) -> list[dict[str, float]]:
-    return [row for row in trainer.state.log_history if "projection/confined" in row]
 
 
 def leaks(model: Any, at: At, confined: ProjectionCallback) -> dict[str, float]:

@@ -1,12 +1,16 @@
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry.geometry import gram, spectra
+from opd_geometry import cli
+from opd_geometry.geometry import gram, krylov, pairs, spectra
 
 SHAPES = [(300, 300), (280, 420), (420, 280)]  # all above DIRECT_SIDE
 
@@ -23,6 +27,71 @@ def planted(
     u = torch.linalg.qr(gaussian(n_rows, len(s), seed=seed)).Q
     v = torch.linalg.qr(gaussian(n_cols, len(s), seed=seed + 1)).Q
     return (u * s) @ v.T, u, v
+
+
+# Without a GPU the path that it takes is run on the CPU: the same code, another eigh.
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_device_gives_what_lapack_gives(shape: tuple[int, int], device: str) -> None:
+    w, after = gaussian(*shape), gaussian(*shape, seed=1)
+    k = 20
+    own, values = gram.decompose(w, k, 5), gram.leading_values(after, k)
+    _, right = gram.leading_right(after, k, 4)
+    bottom = gram.right_subspace(w, k)
+    about = krylov.spread(w, after, float((after - w).norm()), 16, 30)
+    with gram.on(device):
+        found = gram.decompose(w, k, 5)
+        torch.testing.assert_close(gram.leading_values(after, k)[:k], values[:k])
+        other = gram.leading_right(after, k, 4)[1]
+        assert largest_angle_deg(other, right) < 1e-6
+        assert largest_angle_deg(gram.right_subspace(w, k), bottom) < 1e-4
+        again = krylov.spread(w, after, float((after - w).norm()), 16, 30)
+    assert gram.chosen_device() is None
+    torch.testing.assert_close(found.spectrum, own.spectrum)
+    for side in ("left", "right", "lowest_left", "lowest_right"):
+        angle = largest_angle_deg(getattr(found, side), getattr(own, side))
+        assert angle < 1e-5, side
+    assert found.error_deg < 1e-6
+    assert again.stable_rank == pytest.approx(about.stable_rank, 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(
+        {"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)},
+        tmp_path / "a.safetensors",
+    )
+    file = str(tmp_path / "a.safetensors")
+    given = [
+        "measure",
+        file,
+        file,
+        "--out",
+        str(tmp_path / "t.csv"),
+        "--device",
+        "cuda",
+    ]
+    assert cli.main(given) == 1
+    assert "sees no GPU, expected one; leave --device out" in capsys.readouterr().err
+    assert not (tmp_path / "t.csv").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_table_on_a_gpu_is_that_of_the_cpu(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for side in ("a", "b"):
+        w = torch.randn(400, 300, generator=generator)
+        save_file(
+            {"model.layers.0.mlp.up_proj.weight": w}, tmp_path / f"{side}.safetensors"
+        )
+    plan = pairs.plan_pair(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    own, there = pairs.run_plan(plan), pairs.run_plan(plan.on("cuda"))
+    pd.testing.assert_frame_equal(own, there, rtol=1e-6, atol=1e-9)
 
 
 def largest_angle_deg(a: Tensor, b: Tensor) -> float:

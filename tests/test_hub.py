@@ -8,12 +8,23 @@ from opd_geometry.geometry.hub import locate
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
+def fetched() -> list[str]:
+    """What a snapshot has."""
+    return ["model.safetensors"]
+
+
+@pytest.fixture
+def asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fetched: list[str]
+) -> list[dict]:
     """What the hub is asked for; it always has it."""
     calls: list[dict] = []
 
     def download(name: str, **options: object) -> str:
         calls.append({"name": name, **options})
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        for file in fetched:
+            (tmp_path / "snapshot" / file).touch()
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -45,6 +56,8 @@ def test_only_tensors_and_config_are_fetched(
         "model-00001-of-00002.safetensors": True,
         "model.safetensors.index.json": True,
         "config.json": True,
+        "adapter_config.json": True,
+        "adapter_model.safetensors": True,
         "pytorch_model.bin": False,
         "modeling_own.py": False,
         "consolidated.safetensors": False,
@@ -56,6 +69,21 @@ def test_only_tensors_and_config_are_fetched(
         ignore_patterns=call["ignore_patterns"],
     )
     assert set(chosen) == {name for name, wanted in files.items() if wanted}
+
+
+@pytest.mark.parametrize("fetched", [["config.json"]])
+def test_pickles_are_fetched_where_there_are_no_safetensors(
+    asked: list[dict], tmp_path: Path, fetched: list[str]
+) -> None:
+    assert locate("owner/name@main") == tmp_path / "snapshot"
+    _first, second = asked
+    assert second["revision"] == "main"
+    files = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "optimizer.bin"]
+    files += ["pytorch_model.bin.index.json", "training_args.bin", "adapter_model.bin"]
+    chosen = huggingface_hub.utils.filter_repo_objects(
+        files, allow_patterns=second["allow_patterns"]
+    )
+    assert {*files} - {*chosen} == {"optimizer.bin", "training_args.bin"}
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "/no/such", "./a", "a/b@"])

@@ -14,7 +14,15 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry.geometry import checkpoints, layouts, matching, pairs, steps
+from opd_geometry import cli
+from opd_geometry.geometry import (
+    checkpoints,
+    layouts,
+    matching,
+    pairs,
+    sampling,
+    steps,
+)
 from opd_geometry.geometry.checkpoints import open_checkpoint
 from opd_geometry.pair_commands import measure_command, trajectory_command
 
@@ -254,6 +262,29 @@ def test_a_frozen_tower_is_no_part_of_the_summary(towers: tuple[Path, Path]) -> 
     assert summary.loc["q", "sparsity_bf16"] == 1
     with pytest.raises(ValueError, match=r"parts = .*expected a collection"):
         pairs.plan_pair(*towers, parts=["eyes"])
+    both = pairs.summarise(table, ["language", "vision"]).set_index("role")
+    assert both.loc["q", "matrices"] == 3
+    drawn, design = sampling.sampled(pairs.plan_pair(*towers, metrics=["cheap"]), 4)
+    assert design["stratum"].nunique() == 3  # q of the tower is not q of the model
+    assert len(drawn.tasks) == 4
+
+
+def test_a_report_is_of_the_parts_that_are_asked_for(
+    towers: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "t.csv", tmp_path / "r.html"
+    table = pairs.measure_checkpoints(*towers, metrics=["cheap"], null=False)
+    table.to_csv(out, index=False)
+    for options, said in (
+        ([], "2 matrices with 640 parameters"),
+        (["--part", "vision"], "2 matrices with 128 parameters"),
+        (["--part", "vision,language"], "4 matrices with 768 parameters"),
+    ):
+        given = ["report", str(out), "--out", str(page), "--force", *options]
+        assert cli.main(given) == 0
+        assert said in page.read_text()
+    assert cli.main(["report", str(out), "--out", "x.html", "--part", "eyes"]) == 1
+    assert f"{out} has no matrix of the parts eyes" in capsys.readouterr().err
 
 
 def test_a_text_model_is_paired_with_its_multimodal_base(
@@ -511,7 +542,7 @@ def test_a_tensor_in_two_shards_comes_from_where_the_index_says(tmp_path: Path) 
             lambda p: save(p / "snapshots" / "abc", NEW),
             r"hub's snapshots/.*give .*snapshots/abc",
         ),
-        (lambda p: (p / "m.gguf").write_bytes(b"GGUF"), "gguf_file=NAME"),
+        (lambda p: (p / "m.gguf").write_bytes(b"GGUF"), r"m\.gguf is truncated"),
         (lambda p: (p / "zero_to_fp32.py").write_text(""), "gather them first: python"),
         (lambda p: (p / "a.safetensors.incomplete").write_text(""), "not finished"),
         (lambda p: (p / "config.json").write_text("{}"), "config.json and no weights"),
@@ -573,3 +604,16 @@ def test_control_characters_of_a_name_are_spelt_out(tmp_path: Path) -> None:
     assert "\x1b" not in said.output + said.stderr
     assert "\x07" not in said.output + said.stderr
     assert list(checkpoints.open_checkpoint(path).cuts) == [name]
+
+
+def test_control_characters_of_a_path_are_spelt_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["measure", "no\x1b[31m\x00where", "b", "--out", "t.csv"]
+    assert cli.main(given) == 1
+    assert r"no\x1b[31m\x00where does not exist" in capsys.readouterr().err
+
+
+def test_steps_beyond_any_run_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at most 10000"):
+        steps.steps_of([f"run/step-{10**25}", "run/step-5"])

@@ -456,8 +456,8 @@ def test_a_table_with_other_rows_than_its_runs_is_refused(copied: Path) -> None:
         (table[:0], "its rows are not those of run opd-s0-"),
         (table.assign(seed=1), "its rows are not those of run opd-s0-"),
         (table.assign(arm="rlvr"), "its rows are not those of run opd-s0-"),
-        (table.assign(step=math.nan), "step"),
-        (table.assign(value="many"), "could not convert"),
+        (table.assign(step=math.nan), "its column step has holes"),
+        (table.assign(value="many"), "its column value holds no double"),
         (pd.concat([table, table[5:6]]), "two values of one matrix, step and metric"),
     ):
         changed.to_parquet(path)

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -17,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from opd_geometry.training import models
 from opd_geometry.training.models import (
     ModelConfig,
     build_model,
@@ -345,8 +346,8 @@ def test_revision_of_a_hub_id_reaches_both_downloads(
         asked.append((name, options["revision"]))
         return character_tokenizer()
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", model)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", tokenizer)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
     load_model("owner/name@abc")
     assert asked == [("owner/name", "abc")] * 2
 

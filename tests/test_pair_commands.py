@@ -58,8 +58,9 @@ def test_measure_writes_the_table_and_a_summary(
     assert "7 matrices" in told
     name = "model.layers.*.input_layernorm.weight (2)"
     assert f"Skipped 2, one-dimensional: a norm or a bias: {name}" in told
-    assert "Projected time: about" in told
-    assert "full suite" not in told
+    assert "Projected time (all): about" in told
+    for tier in ("cheap", "middle"):  # the third is what is done
+        assert f"All matrices, {tier}: about" in told
     assert "7/7 " in told
 
 
@@ -127,7 +128,7 @@ def test_options_reach_the_measurement(
     for name in pairs.METRICS:
         pd.testing.assert_series_equal(found[name], expected[name], check_dtype=False)
     assert found["null_nss"].equals(expected["null_nss"])
-    assert "The full suite would take about" in capsys.readouterr().err
+    assert "All matrices, all: about" in capsys.readouterr().err
     bare = tmp_path / "bare.json"
     assert cli.main(["measure", *pair, "--out", str(bare), "--no-null"]) == 0
     records = json.loads(bare.read_text())
@@ -362,7 +363,7 @@ def test_forecast_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a second a byte and nothing else, the forecast is the bytes to be read."""
-    speed = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    speed = forecast.Speed(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     monkeypatch.setattr(forecast, "probe_speed", lambda plan: speed)
     plan = pairs.plan_pair(*pair, metrics=["nss"])
     whole = sum(task.n_bytes for task in plan.tasks)
@@ -379,8 +380,8 @@ def test_forecast_of_what_is_left(
         return [
             f"{what} about {duration(seconds)} on this machine"
             for what, seconds in (
-                ("Projected time:", projected),
-                ("The full suite would take", whole),
+                ("Projected time (nss):", projected),
+                *((f"All matrices, {t}:", whole) for t in ("cheap", "middle", "all")),
             )
         ]
 

@@ -129,3 +129,16 @@ def test_what_stands_out_is_named_with_its_limit() -> None:
     assert "no diagnostic has a null" in bare
     only = readings.what_stands_out(table(stable_rank=3.0))
     assert "the others need --null" in only
+
+
+def test_parts_are_chosen_or_refused() -> None:
+    table = pd.DataFrame({"part": ["language", "vision", None], "x": [1, 2, 3]})
+    assert list(readings.of_parts(table)["x"]) == [1, 3]
+    assert list(readings.of_parts(table, ["vision"])["x"]) == [2]
+    assert list(readings.of_parts(table, ["vision", "language"])["x"]) == [1, 2, 3]
+    towers = table[table["part"] == "vision"]
+    assert list(readings.of_parts(towers)["x"]) == [2]  # of what there is
+    for given, parts in ((table, ["audio"]), (table[["x"]], ["vision"])):
+        with pytest.raises(ValueError, match="no matrix of the parts"):
+            readings.of_parts(given, parts)
+    assert len(readings.of_parts(table[["x"]], ["language"])) == 3

@@ -112,7 +112,7 @@ def test_the_command_measures_a_sample(
     assert cli.main([*arguments, "--sample", "100"]) == 0
     said = capsys.readouterr()
     assert "with 95 % intervals" in said.out
-    assert "All matrices would take" in said.err
+    assert "All matrices, all: about" in said.err
     table = tables.read_table(out)
     assert {*sampling.STRATA} < {*table.columns}
     assert (table["stratum_drawn"] == table["stratum_size"]).all()

@@ -18,7 +18,7 @@ from opd_geometry.pair_commands import (
     report_command,
     trajectory_command,
 )
-from opd_geometry.printing import duration, print_table
+from opd_geometry.printing import duration, print_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"opd-geometry: {' '.join(message.split())}", err=True)
+    click.echo(f"opd-geometry: {visible(' '.join(message.split()))}", err=True)
     return code
 
 
@@ -633,18 +633,18 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     if code := _train(profile, _own_runs(profile, seeds, origin, student), jobs):
         return code
     parameters = {"profile": profile, "seeds": seeds, "source": source, "jobs": jobs}
-    executed = []
+    executed, place = [], builds(root) / "book"
     for notebook in notebooks:
-        output = root / "_build" / "book" / "chapters" / notebook.name
+        output = place / "chapters" / notebook.name
         known = known_parameters(notebook, parameters)
         if student and "profile" in known:  # no notebook needs to name it
             known["student"] = student
         execute_chapter(notebook, output, known, root)
         executed.append(output)
-        click.echo(f"Executed {output.relative_to(root)}")
+        click.echo(f"Executed {output.relative_to(place.parents[1])}")
     numbers = parse_seeds(seeds)
     table, provenance = measure.load(profile, ARMS, numbers, source, student)
-    own = root / "_build" / "book" / "claims.csv"
+    own = place / "claims.csv"
     write_claims(claims_table(table, profile), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
     beside = ""
@@ -700,6 +700,13 @@ def repository() -> Path:
             "repository, installed with pip install -e ."
         )
     return root
+
+
+def builds(root: Path) -> Path:
+    """Where books are built: in the checkout, or beside the data if it is read-only."""
+    from opd_geometry.files import data_directory
+
+    return (root if os.access(root, os.W_OK) else data_directory()) / "_build"
 
 
 def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
@@ -772,7 +779,7 @@ def _build(
     from opd_geometry.book import site as pages_of
     from opd_geometry.book.explorer import write_data
 
-    place = root / "_build" / name
+    place = builds(root) / name
     source = pages_of.stage_site(root, place / "source", pages, banner)
     pages_of.add_claims(source, claims_csv)
     pages_of.add_hero(source)

@@ -65,6 +65,13 @@ def _options(command: Command) -> Command:
                 help="Processes, one thread and one matrix in memory each.",
             ),
             click.option(
+                "--device",
+                type=click.Choice(["cpu", "cuda"]),
+                default="cpu",
+                show_default=True,
+                help="Where matrices are decomposed; on a GPU in float64 as well.",
+            ),
+            click.option(
                 "--resume",
                 is_flag=True,
                 help="Go on from what an interrupted measurement has finished.",
@@ -126,11 +133,10 @@ def _options(command: Command) -> Command:
 )
 @click.option(
     "--metrics",
-    default="all",
-    show_default=True,
     metavar="NAMES",
-    help="Columns or groups: all, cheap (no singular values), angles, overlaps, "
-    "norms, spread.",
+    help="Columns or groups: cheap (no singular values), middle (cheap, and what the "
+    "update alone has, iterated and with its error), all, angles, overlaps, norms, "
+    "spread, energy; default: all, and middle from a billion weights on.",
 )
 @click.option(
     "--base",
@@ -162,6 +168,7 @@ def measure_command(
     roles: str | None,
     hill_k: int | None,
     jobs: int,
+    device: str,
     resume: bool,
     force: bool,
     quiet: bool,
@@ -173,7 +180,7 @@ def measure_command(
     principal_rank: int | None,
     alpha: float,
     eta: float,
-    metrics: str,
+    metrics: str | None,
     null: bool,
     seed: int,
     part: str | None,
@@ -196,17 +203,18 @@ def measure_command(
       opd-geometry measure base trained --out qkvo.json --roles q,k,v,o --rank-k 64
       opd-geometry measure base trained --out table.csv --resume
       opd-geometry measure base trained --out some.csv --sample 60
+      opd-geometry measure base trained --out middle.csv --metrics middle --no-null
     """
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
     from opd_geometry.geometry.pairs import (
-        METRICS,
+        MIDDLE,
         beside_expected,
         parse_metrics,
         plan_pair,
         summarise,
     )
-    from opd_geometry.geometry.readings import of_language, sentences
+    from opd_geometry.geometry.readings import of_parts, sentences
     from opd_geometry.geometry.sampling import estimates, sampled
     from opd_geometry.geometry.tables import check_output, finish
 
@@ -218,7 +226,11 @@ def measure_command(
 
     check_output(out, force, resume)
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
-    asked = parse_metrics(_names(metrics) or ())
+    asked, parts = _names(metrics), _names(part)
+    if asked is None and sample is not None:
+        asked = ["all"]  # a sample of them takes no longer than a tier of all
+    if asked is not None:
+        parse_metrics(asked)
     plan = plan_pair(
         locate(before),
         locate(after),
@@ -227,36 +239,42 @@ def measure_command(
         _names(roles),
         null,
         seed,
-        _names(part),
+        parts,
         locate(base) if base else None,
         dequantise,
-    )
+    ).on(device)
     say = _Voice(quiet, as_json)
     say.announce(plan)
+    if asked is None:
+        asked = [MIDDLE if plan.iterated else "all"]
     whole, design = plan, None
     if sample is not None:
         plan, design = sampled(plan, sample, seed)
-    forecasts = [("Projected time:", _left(plan, out, resume), asked, null)]
-    if design is not None:
-        forecasts.append(("All matrices would take", whole, asked, null))
-    if len(asked) < len(METRICS):
-        forecasts.append(("The full suite would take", whole, tuple(METRICS), True))
+    left = _left(plan, out, resume)
+    forecasts = [(f"Projected time ({', '.join(asked)}):", left, asked, null)]
+    for tier in ("cheap", MIDDLE, "all"):
+        if design is not None or [tier] != asked:
+            forecasts.append((f"All matrices, {tier}:", whole, [tier], null))
     if not quiet:
         _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume, quiet)
-    said = sentences(of_language(table), lr, steps)
+    said = sentences(of_parts(table, parts), lr, steps)
     title = "Means over matrices; sparsity and density weighted by parameters."
     if design is None:
-        summary = summarise(table)
+        summary = summarise(table, parts)
         say.table(title, _summary_rows(summary))
     else:
         finish(out, table.merge(design, left_on="matrix", right_index=True))
-        summary = estimates(table, design).rename_axis("metric").reset_index()
+        summary = (
+            estimates(of_parts(table, parts), design)
+            .rename_axis("metric")
+            .reset_index()
+        )
         drawn = f"A sample of {len(table)} of {len(whole.tasks)} matrices by role and"
         say.table(
             f"{drawn} depth, with 95 % intervals. {title}", _interval_rows(summary)
         )
-    beside = beside_expected(table)
+    beside = beside_expected(of_parts(table, parts))
     if len(beside):
         say.table(*_expected_rows(beside))
     say.end(out, said, summary)
@@ -279,6 +297,13 @@ def measure_command(
     default=16,
     show_default=True,
     help="Dimension of the top right subspaces that are compared.",
+)
+@click.option(
+    "--iterate/--exact",
+    "iterated",
+    default=None,
+    help="Spectra by an iteration, with their errors, or exactly; default: iterated "
+    "from a billion weights on.",
 )
 @click.option(
     "--against",
@@ -305,11 +330,13 @@ def trajectory_command(
     roles: str | None,
     hill_k: int | None,
     jobs: int,
+    device: str,
     resume: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
     k: int,
+    iterated: bool | None,
     part: str | None,
     steps: str | None,
     against: tuple[str, ...],
@@ -333,7 +360,7 @@ def trajectory_command(
     from opd_geometry.geometry.comparison import Settings
     from opd_geometry.geometry.hub import locate
     from opd_geometry.geometry.pairs import WORDS, plan_trajectory
-    from opd_geometry.geometry.readings import of_language
+    from opd_geometry.geometry.readings import of_parts
     from opd_geometry.geometry.steps import given_steps, steps_of
     from opd_geometry.geometry.tables import check_output
 
@@ -353,15 +380,18 @@ def trajectory_command(
         readout=readout,
         against=held,
         lr=lr,
-    )
+        iterated=iterated,
+    ).on(device)
     say = _Voice(quiet, as_json)
     say.announce(plan)
     left = _left(plan, out, resume)
     if not quiet:
-        _project([("Projected time:", left, ("stable_rank",), False)], jobs)
+        _project([("Projected time:", left, ["stable_rank"], False)], jobs)
     table = _run(plan, out, jobs, resume, quiet)
     numbers_of = [n for n in table.columns if n not in WORDS and table[n].notna().any()]
-    means = of_language(table)[numbers_of].groupby("step").mean().reset_index()
+    means = (
+        of_parts(table, _names(part))[numbers_of].groupby("step").mean().reset_index()
+    )
     turned = means.set_index("step").T  # more columns than fit beside one another
     rows = [
         [str(n), *(_number(str(n), v) for v in turned.loc[n])] for n in turned.index
@@ -379,10 +409,19 @@ def trajectory_command(
     type=click.Path(path_type=Path),
     help="The page, such as report.html.",
 )
+@click.option(
+    "--part",
+    metavar="NAMES",
+    help="Only these parts of the model, such as vision; default: the language model.",
+)
 @click.option("--title", help="What the page calls the model; default: TABLE's name.")
 @click.option("--force", is_flag=True, help="Replace a page that is there.")
 def report_command(
-    tables: tuple[Path, ...], out: Path, title: str | None, force: bool
+    tables: tuple[Path, ...],
+    out: Path,
+    part: str | None,
+    title: str | None,
+    force: bool,
 ) -> None:
     """Draw measured checkpoints as one page that needs nothing beside it.
 
@@ -404,7 +443,7 @@ def report_command(
             bar.length = total
             bar.update(done - bar.pos)
 
-        page = write_report(tables, out, title, force, tell)
+        page = write_report(tables, out, title, force, tell, _names(part))
     click.echo(f"Open {visible(str(page))}")
 
 
@@ -498,9 +537,7 @@ def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
     return plan.without(finished(out, plan.description)) if resume else plan
 
 
-def _project(
-    forecasts: list[tuple[str, "Plan", tuple[str, ...], bool]], jobs: int
-) -> None:
+def _project(forecasts: list[tuple[str, "Plan", list[str], bool]], jobs: int) -> None:
     """How long it will take, before it starts; nothing if nothing is left."""
     from opd_geometry.geometry.forecast import probe_speed, projected_seconds
 

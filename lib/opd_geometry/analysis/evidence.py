@@ -44,6 +44,8 @@ LOCKED = 0.5  # Sim_K from which an early subspace is nearer to the last one tha
 ACCURACY_MARGIN = 0.05
 KEPT = 0.9  # confinement leaves a run intact from this share of the free run's gain on
 
+# Of the metrics that only `controls.at_end` gives; who has it has every null.
+ALL_NULLS = "turned_nss"
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 TOKEN_ARMS = tuple(f"tokens-{s}-{p}" for s in ("top", "random") for p in (50, 25))
@@ -94,7 +96,10 @@ class Levels:
             for arm, seeds in pairs.groupby("arm", observed=True)["seed"]
         }
         self._alias: dict[str, str] = {}
-        self._kept: dict[object, dict[str, pd.Series]] = {}
+        self._arms_of: dict[str, set[str]] = {}
+        self._levels: dict[object, pd.Series] = {}
+        self._means: dict[object, pd.Series] = {}
+        self._places: dict[object, dict[str, pd.Series]] = {}
 
     def with_arm(self, arm: str, other: str) -> "Levels":
         """The same table with another arm in an arm's place."""
@@ -106,61 +111,63 @@ class Levels:
             copy.seeds[arm] = self.seeds[other]
         return copy
 
-    def rows(self, metric: str) -> pd.DataFrame:
-        """All rows of a metric."""
-        return self.table.iloc[self._rows.get(metric, [])]
+    def _rows_of(self, metric: str, *columns: str) -> pd.DataFrame:
+        return self.table[list(columns)].take(self._rows.get(metric, []))
 
     def has(self, arm: str, metric: str) -> bool:
         """Whether an arm has any value of a metric."""
-        return arm in self.seeds and self._alias.get(arm, arm) in self._arms(metric)
-
-    def _arms(self, metric: str) -> dict[str, pd.Series]:
-        key = ("arms", metric)
-        if key not in self._kept:
-            self._kept[key] = {
-                str(a): _NOTHING for a in self.rows(metric)["arm"].unique()
-            }
-        return self._kept[key]
+        if metric not in self._arms_of:
+            there = self._rows_of(metric, "arm")["arm"].unique()
+            self._arms_of[metric] = set(map(str, there))
+        return arm in self.seeds and self._alias.get(arm, arm) in self._arms_of[metric]
 
     def means(
         self, arm: str, metric: str, roles: tuple[str, ...], weighted: bool
     ) -> pd.Series:
         """As ``over_matrices``."""
-        key = (metric, roles, weighted)
-        if key not in self._kept:
-            self._kept[key] = self._by_arm(metric, roles, weighted)
-        return self._kept[key].get(self._alias.get(arm, arm), _NOTHING)
+        what = (metric, roles, weighted)
+        own = self._alias.get(arm, arm)
+        if what not in self._levels:
+            self._levels[what] = self._of_all_arms(metric, roles, weighted)
+        if (what, own) not in self._means:
+            values = self._levels[what]
+            code = values.index.levels[0].get_indexer([own])[0]
+            a, b = np.searchsorted(values.index.codes[0], [code, code + 1])
+            found = values.iloc[a:b].droplevel("arm") if code >= 0 and a < b else None
+            self._means[what, own] = _NOTHING if found is None else found
+        return self._means[what, own]
 
     def matrices(self, arm: str, frac: float) -> dict[str, pd.Series]:
         """Metrics to an arm's values by seed and matrix, at a fraction of training."""
         key = ("matrices", arm, frac)
-        if key not in self._kept:
+        if key not in self._places:
             rows = self.table[self.table["arm"] == self._alias.get(arm, arm)]
             ends = rows.groupby("seed")["step"].max()
             wanted = (frac * rows["seed"].map(ends)).round()
             rows = rows[rows["role"].isin(LAYERS) & (rows["step"] == wanted)]
-            self._kept[key] = {
+            self._places[key] = {
                 str(metric): found.set_index(["seed", "matrix"])["value"]
                 for metric, found in rows.groupby("metric", observed=True)
             }
-        return self._kept[key]
+        return self._places[key]
 
-    def _by_arm(
+    def _of_all_arms(
         self, metric: str, roles: tuple[str, ...], weighted: bool
-    ) -> dict[str, pd.Series]:
-        rows = self.rows(metric)
+    ) -> pd.Series:
+        """Means by arm, seed and step, in ascending order."""
+        columns = ["arm", "seed", "step", "role", "value"]
+        rows = self._rows_of(metric, *columns, *(["matrix"] if weighted else []))
         rows = rows[rows["role"].isin(roles)]
         weights: float | np.ndarray = 1.0
         if weighted:
             names = ["arm", "seed", "matrix"]
-            sizes = self.rows("parameters").set_index(names)["value"]
-            weights = sizes.reindex(pd.MultiIndex.from_frame(rows[names])).to_numpy()
+            sizes = self._rows_of("parameters", *names, "value").set_index(names)
+            places = pd.MultiIndex.from_frame(rows[names])
+            weights = sizes["value"].reindex(places).to_numpy()
         sums = pd.DataFrame({"top": rows["value"] * weights, "bottom": weights})
         keys = [rows["arm"], rows["seed"], rows["step"]]
         sums = sums.groupby(keys, observed=True).sum(skipna=False)
-        means = sums["top"] / sums["bottom"]
-        by_arm = means.groupby(level="arm", observed=True)
-        return {str(arm): values.droplevel("arm") for arm, values in by_arm}
+        return sums["top"] / sums["bottom"]
 
 
 Table: TypeAlias = pd.DataFrame | Levels
@@ -185,6 +192,27 @@ def levels_of(table: Table, arms: Iterable[str] | None = None) -> Levels:
     if isinstance(table, Levels):
         return table
     return Levels(table if arms is None else table[table["arm"].isin(list(arms))])
+
+
+def with_every_null(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the matrices that have no nulls, of runs of which others have.
+
+    Of a large model the nulls are taken on some of its layers alone: whatever is held
+    against them is a mean over the same matrices. All other runs stay as they are.
+
+    Args:
+        table: tidy.
+    """
+    rows = table[table["role"].isin(LAYERS)]
+    known = rows[rows["metric"].isin(["parameters", ALL_NULLS])]
+    known = known[["run", "matrix", "metric"]].astype(str).drop_duplicates()
+    has = known["metric"].eq(ALL_NULLS).groupby([known["run"], known["matrix"]]).any()
+    partly = has.groupby(level="run").transform("nunique") > 1
+    dropped = set(has.index[partly & ~has])
+    if not dropped:
+        return table
+    pairs = zip(table["run"].astype(str), table["matrix"].astype(str), strict=True)
+    return table[[pair not in dropped for pair in pairs]]
 
 
 def arms_matching(table: Table, patterns: Iterable[str]) -> list[str]:
@@ -218,12 +246,23 @@ def over_matrices(
 
 def first(values: pd.Series) -> Values:
     """At each seed's first checkpoint."""
-    return values.groupby(level="seed").head(1).droplevel("step")
+    return _at_turns(values, 1)
 
 
 def last(values: pd.Series) -> Values:
     """At each seed's last checkpoint."""
-    return values.groupby(level="seed").tail(1).droplevel("step")
+    return _at_turns(values, -1)
+
+
+def _at_turns(values: pd.Series, towards: int) -> Values:
+    """Where a seed has no neighbour on one side: of values in order, seeds together."""
+    seeds = values.index.get_level_values("seed").to_numpy()
+    turns = np.ones(len(seeds), dtype=bool)
+    changes = seeds[1:] != seeds[:-1]
+    turns[1:] = changes if towards == 1 else turns[1:]
+    turns[:-1] = changes if towards == -1 else turns[:-1]
+    index = pd.Index(seeds[turns], name="seed")
+    return pd.Series(values.to_numpy()[turns], index)
 
 
 def beside(

@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import
 
 VERDICTS = (
     "reproduced",
@@ -94,13 +94,14 @@ def interval(values: Values) -> tuple[float, float, float]:
     >>> [round(x, 3) for x in interval(pd.Series([1.0, 2.0, 3.0]))]
     [2.0, -0.484, 4.484]
     """
-    numbers = defined(values).to_numpy()
+    numbers = values.to_numpy(dtype=float)
+    numbers = numbers[np.isfinite(numbers)]
     count = len(numbers)
     if count < 2:
         return (float(numbers[0]) if count else math.nan), math.nan, math.nan
     mean = float(numbers.mean())
     error = float(numbers.std(ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    half = float(special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
     return mean, mean - half, mean + half
 
 
@@ -145,7 +146,7 @@ def against(part: Part) -> float:
     error = numbers.std(ddof=1) / math.sqrt(count)
     if beyond <= 0.0:
         return 1.0
-    return float(2 * stats.t.sf(beyond / error, count - 1)) if error else 0.0
+    return float(2 * special.stdtr(count - 1, -beyond / error)) if error else 0.0
 
 
 def ruling(control: Control) -> str:

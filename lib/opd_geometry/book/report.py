@@ -11,7 +11,7 @@ import base64
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -40,7 +40,7 @@ from opd_geometry.geometry.readings import (
     against_null,
     against_nulls,
     in_layers,
-    of_language,
+    of_parts,
     with_shape_nulls,
 )
 from opd_geometry.geometry.tables import REMEDY, check_output, read_table
@@ -179,11 +179,14 @@ class Section:
 # --- tables in -----------------------------------------------------------------------
 
 
-def measured_table(path: str | Path) -> pd.DataFrame:
+def measured_table(
+    path: str | Path, parts: Collection[str] | None = None
+) -> pd.DataFrame:
     """A table of ``opd-geometry measure`` or ``trajectory``.
 
     Args:
         path: .csv, .parquet or .json.
+        parts: of the model; None for the language model, if it is in the table.
 
     Returns:
         The table, with at least the columns of one of the two kinds, its numbers
@@ -192,10 +195,16 @@ def measured_table(path: str | Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: no such file.
         ValueError: another suffix, an unreadable file, columns or cells missing, no
-            rows, an unknown role.
+            rows, an unknown role, no matrix of these parts.
     """
     path = Path(path)
-    return _checked(read_table(path), path)
+    table = _checked(read_table(path), path)
+    try:
+        found = of_parts(table, parts)
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
+    found.attrs = table.attrs
+    return found
 
 
 def _first_line(error: BaseException) -> str:
@@ -242,7 +251,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has the role {visible(', '.join(unknown))}, expected some of "
             f"{', '.join(ROLE_ORDER)}; measure again"
         )
-    return of_language(table)
+    return table
 
 
 def _numbers(column: pd.Series, path: Path) -> pd.Series:
@@ -517,6 +526,7 @@ def write_report(
     title: str | None = None,
     force: bool = False,
     tell: Tell = lambda done, total: None,
+    parts: Collection[str] | None = None,
 ) -> Path:
     """Read tables and write the page, whole or not at all.
 
@@ -526,6 +536,7 @@ def write_report(
         title: what the page calls the model; None for the first table's file name.
         force: replace a file that is there.
         tell: as `build_report`.
+        parts: as `measured_table`.
 
     Returns:
         The path of the page.
@@ -538,7 +549,7 @@ def write_report(
     check_output(out, force, suffixes=PAGE_SUFFIXES)
     kinds: dict[bool, pd.DataFrame] = {}
     for path in paths:
-        table = measured_table(path)
+        table = measured_table(path, parts)
         if ("step" in table) in kinds:
             raise ValueError(
                 f"{path} is a second table of one kind, expected one of measure and "

@@ -204,4 +204,10 @@ def with_predictors(
     ends = table.groupby("run", observed=True)["step"].max()
     rows = rows.assign(step=rows["run"].astype(str).map(ends))
     rows = rows.dropna(subset="step").astype({"step": int})
+    for name, known in table.select_dtypes("category").items():  # kept by concat
+        words = known.cat.categories
+        more = pd.Index(rows[name].astype(words.dtype).unique()).difference(words)
+        every = pd.CategoricalDtype([*words, *more])
+        table = table.assign(**{name: known.cat.add_categories(more)})
+        rows[name] = rows[name].astype(every)
     return pd.concat([table, rows[list(table.columns)]], ignore_index=True)

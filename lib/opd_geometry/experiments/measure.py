@@ -10,7 +10,7 @@ of every matrix, at step 0, is its number of entries: the weight of its sparsity
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from io import BytesIO
@@ -298,6 +298,7 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
 
 # --- committed measurements ------------------------------------------------------
 
+WORDS = ["run", "arm", "matrix", "role", "metric"]
 RESTORE = "take it from version control, or commit the runs again"
 
 
@@ -332,39 +333,96 @@ def committed_provenance() -> pd.DataFrame:
 
 def committed_path(run: Run) -> Path:
     """Where the table of a committed run lies."""
-    return _place_and_digest(run)[0]
+    return _place_and_digest(run, _digests())[0]
 
 
-def _place_and_digest(run: Run) -> tuple[Path, str]:
-    """Path and digest of a run's table by the first list that names it."""
-    name = f"{run.name}.parquet"
+def _digests() -> dict[str, tuple[Path, str]]:
+    """By run: the first list that names it, and its table's digest."""
+    found: dict[str, tuple[Path, str]] = {}
     for path, table in _listings():
-        row = table[table["run"].to_numpy() == run.key()]
-        if len(row):
-            return path.with_name(name), str(row[TABLE_DIGEST].iloc[0])
-    return provenance_path().with_name(name), ""
+        for run, digest in zip(table["run"], table[TABLE_DIGEST], strict=True):
+            found.setdefault(str(run), (path, str(digest)))
+    return found
+
+
+def _place_and_digest(
+    run: Run, digests: Mapping[str, tuple[Path, str]]
+) -> tuple[Path, str]:
+    """Path and digest of a run's table."""
+    listing, digest = digests.get(run.key(), (provenance_path(), ""))
+    return listing.with_name(f"{run.name}.parquet"), digest
 
 
 def committed_table(run: Run) -> pd.DataFrame:
-    """The table of a run that is listed as committed.
+    """The table of a run that is listed as committed, words as categories.
 
     Raises:
         ValueError: its content is not what was committed, it cannot be read, or it
             holds other rows than those of this run.
     """
-    path, digest = _place_and_digest(run)
+    return _tidy([run])
+
+
+def _tidy(runs: Sequence[Run]) -> pd.DataFrame:
+    """Committed tables below each other, each word stored once.
+
+    Raises:
+        ValueError: as ``committed_table``.
+    """
+    digests = _digests()
+    places = {run.key(): _place_and_digest(run, digests) for run in runs}
+    read = pa.concat_tables([_read(run, *places[run.key()]) for run in runs])
+    table = read.unify_dictionaries().to_pandas()
+    twice = table[_repeated(table)]
+    if len(twice):
+        with _damage(places[str(twice["run"].iloc[0])][0]):
+            raise ValueError("it has two values of one matrix, step and metric")
+    return table
+
+
+def _read(run: Run, path: Path, digest: str) -> pa.Table:
+    """A run's table as it was committed; its words in codes."""
     with _damage(path):
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError("its content has another digest than runs.csv says")
-        table = _with_columns(pd.read_parquet(BytesIO(content)), COLUMNS)
-        table = table.astype({"step": int, "value": float})
-        found = set(table[["run", "arm", "seed"]].itertuples(index=False, name=None))
-        if found != {(run.key(), run.arm, run.seed)}:
+        table = pq.ParquetFile(BytesIO(content)).read(use_threads=False)
+        lacking = [name for name in COLUMNS if name not in table.column_names]
+        if lacking:
+            raise ValueError(f"it has no column {', '.join(lacking)}")
+        table = pa.table({n: _coded(table[n], n) for n in COLUMNS})
+        own = {"run": run.key(), "arm": run.arm, "seed": run.seed}
+        if any(table[n].unique().to_pylist() != [v] for n, v in own.items()):
             raise ValueError(f"its rows are not those of run {run.name}")
-        if table.duplicated(["step", "matrix", "metric"]).any():
-            raise ValueError("it has two values of one matrix, step and metric")
     return table
+
+
+def _coded(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A column in the type that all tables share; words as codes."""
+    if name not in WORDS:
+        kind = pa.float64() if name == "value" else pa.int64()
+        try:
+            numbers = column.cast(kind)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"its column {name} holds no {kind}: {error}") from error
+        if numbers.null_count and name != "value":
+            raise ValueError(f"its column {name} has holes")
+        return numbers
+    codes = column.dictionary_encode().combine_chunks()
+    words = codes.dictionary.cast(pa.string())
+    return pa.chunked_array(
+        [pa.DictionaryArray.from_arrays(codes.indices.cast(pa.int32()), words)]
+    )
+
+
+def _repeated(table: pd.DataFrame) -> np.ndarray:
+    """Which rows have a run, matrix, step and metric that a row above them has."""
+    places = table["step"].to_numpy()
+    for name in ("run", "matrix", "metric"):
+        word = table[name].cat
+        places = places * (len(word.categories) + 1) + 1 + word.codes.to_numpy()
+    repeated: np.ndarray = pd.Index(places).duplicated()
+    return repeated
 
 
 @contextmanager
@@ -391,14 +449,6 @@ def _refuse_unlisted() -> None:
                 )
 
 
-def _with_columns(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """The table, refused if it lacks a column."""
-    missing = [name for name in columns if name not in table]
-    if missing:
-        raise ValueError(f"it has no column {', '.join(missing)}")
-    return table
-
-
 def committed_runs(profile: str) -> list[Run]:
     """A profile's runs that are listed as committed."""
     rows = committed_provenance()
@@ -420,23 +470,22 @@ def committed(profile: str, arms: Iterable[str] = ("*",)) -> pd.DataFrame:
             still held against theirs.
 
     Returns:
-        With ``COLUMNS``; empty when there are none.
+        With ``COLUMNS``, words as categories; empty when there are none.
 
     Raises:
         ValueError: a file is damaged, or the list of runs has lost lines.
     """
     _refuse_unlisted()
     wanted = list(arms)
-    tables = [
-        committed_table(run)
+    runs = [
+        run
         for run in committed_runs(profile)
         if any(fnmatchcase(run.arm, pattern) for pattern in wanted)
     ]
-    if not tables:
+    if not runs:
         return pd.DataFrame(columns=COLUMNS)
-    together = pd.concat(tables, ignore_index=True)
-    runs = together["run"].unique()
-    return with_predictors(together, committed_pairs(profile), runs)
+    keys = [run.key() for run in runs]
+    return with_predictors(_tidy(runs), committed_pairs(profile), keys)
 
 
 def provenance_of(run: Run) -> dict[str, object]:
@@ -542,5 +591,4 @@ def _narrow(table: pd.DataFrame) -> pd.DataFrame:
 
     Another processor changes the seventh anyway.
     """
-    words = ["run", "arm", "matrix", "role", "metric"]
-    return table.astype({**dict.fromkeys(words, "category"), "value": np.float32})
+    return table.astype({**dict.fromkeys(WORDS, "category"), "value": np.float32})

@@ -21,6 +21,7 @@ from opd_geometry.geometry.matching import normal_form
 from opd_geometry.geometry.storage import Stored, header
 from opd_geometry.geometry.training_formats import pickled
 
+LARGEST_ALPHA = 1e30  # far beyond any use; NaN and infinity are not below it
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -239,7 +240,8 @@ def _rank_and_scaling(
     rank = _pattern(path, config, "rank_pattern", module, config.get("r"))
     alpha = _pattern(path, config, "alpha_pattern", module, config.get("lora_alpha"))
     whole = type(rank) is int and 0 < rank < 2**20
-    if not whole or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not whole or not number or not abs(alpha) < LARGEST_ALPHA:
         raise ValueError(
             f"{path / ADAPTER_CONFIG} has r = {rank!r} and lora_alpha = {alpha!r} for "
             f"{module}, expected positive numbers; copy it again"

@@ -43,6 +43,8 @@ METRICS = (
 NULL_METRICS = tuple(name for name in METRICS if "norm" not in name)
 # Whether the angles mean anything; asked for by name.
 ANGLE_QUALITY = ("gap_at_k", "angle_error_deg")
+TOP = 16  # directions of the update whose share is taken; the paper's K
+SHARE = ("top_share",)  # of the squared update in them; asked for by name
 # The update as stored in bf16; the others asked for by name, as ENERGY.
 READOUT = ("stable_rank_bf16", "frobenius_norm_bf16", "hill_alpha_bf16")
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
@@ -207,8 +209,8 @@ def compare(
     Args:
         before: of W_0.
         w_after: (n_rows, n_cols), the later weights.
-        metrics: of `METRICS`, `ANGLE_QUALITY`, `ENERGY` and `READOUT`; only what they
-            need is computed.
+        metrics: of `METRICS`, `ANGLE_QUALITY`, `ENERGY`, `SHARE` and `READOUT`; only
+            what they need is computed.
 
     Returns:
         Those metrics; NaN where one is undefined: overlaps when no entry changed
@@ -221,7 +223,7 @@ def compare(
     Source: arXiv:2606.07082 Table 1, Figures 2 to 4.
     """
     names = list(metrics)
-    unknown = sorted({*names} - {*METRICS, *ANGLE_QUALITY, *ENERGY, *READOUT})
+    unknown = sorted({*names} - {*METRICS, *ANGLE_QUALITY, *ENERGY, *SHARE, *READOUT})
     if unknown:
         raise ValueError(f"unknown metrics {unknown}, expected some of {METRICS}")
     if w_after.dtype not in bits.BITS or _damaged(w_after):
@@ -287,7 +289,7 @@ def _spread(
 ) -> dict[str, float]:
     """How many directions the update has."""
     values: dict[str, float] = {}
-    if wanted & {"stable_rank", "hill_alpha"}:
+    if wanted & {"stable_rank", "hill_alpha", *SHARE}:
         delta = difference(before.w_before, w_after)
         values |= spread(delta, norm, before.settings.hill_rank(delta.shape))
     if wanted & {*READOUT}:
@@ -368,17 +370,23 @@ def difference(w_before: Tensor, w_after: Tensor) -> Tensor:
 
 
 def spread(delta: Tensor, norm: float, hill_k: int) -> dict[str, float]:
-    """Stable rank and Hill exponent of a non-zero update.
+    """Stable rank, Hill exponent and share of the top directions of an update.
 
     Args:
-        delta: (n_rows, n_cols).
+        delta: (n_rows, n_cols), not zero.
         norm: its Frobenius norm.
         hill_k: singular values in the Hill estimate.
     """
-    values = gram.leading_values(delta, min(hill_k, *delta.shape))
+    top = min(max(hill_k, TOP), *delta.shape)
+    return of_values(gram.leading_values(delta, top), norm, hill_k)
+
+
+def of_values(values: Tensor, norm: float, hill_k: int) -> dict[str, float]:
+    """The same from the largest singular values, descending, hill_k of them or all."""
     return {
         "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
         "hill_alpha": defined(spectra.hill_exponent, values, hill_k),
+        "top_share": min(1.0, float((values[:TOP] / norm).square().sum())),
     }
 
 

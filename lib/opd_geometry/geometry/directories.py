@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from opd_geometry.geometry import gguf_format
 from opd_geometry.geometry.storage import Pieces, Stored, header, metadata, uncovered
 from opd_geometry.geometry.training_formats import (
     RANK_FILE,
@@ -100,20 +101,15 @@ def _file(path: Path) -> Holdings:
         )
     if path.suffix in (".bin", ".pt", ".pth"):
         return Holdings(pickled(path), path.parent)
+    if path.suffix == ".gguf":
+        return Holdings(gguf_format.tensors(path), path.parent)
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is no .safetensors file, and nothing else of that name is read; "
-            + (GGUF if path.suffix == ".gguf" else "convert it with save_pretrained")
+            "convert it with save_pretrained"
         )
     _refuse_pointer(path)
     return Holdings(_refuse_slices(header(path), path), path.parent)
-
-
-GGUF = (
-    "make safetensors of a GGUF with transformers: AutoModelForCausalLM."
-    "from_pretrained(DIRECTORY, gguf_file=NAME), then safetensors.torch.save_model("
-    "model, 'OUT.safetensors'), since its save_pretrained refuses such a model"
-)
 
 
 def _directory(path: Path) -> Holdings:
@@ -141,7 +137,16 @@ def _own(path: Path, notes: list[str]) -> list[Stored] | None:
         return from_dcp(path)
     if ranks := rank_files(path):
         return from_ranks(ranks)
-    return _pickles(path, notes)
+    return _pickles(path, notes) or _gguf(path, notes)
+
+
+def _gguf(path: Path, notes: list[str]) -> list[Stored] | None:
+    """The only GGUF of a directory without other weights."""
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        return None
+    notes.append(f"{path}: read from {files[0].name}")
+    return gguf_format.tensors(files[0])
 
 
 MEGATRON = (
@@ -523,8 +528,8 @@ def describe(path: Path) -> tuple[str, str]:
             f"give one, such as {path / steps[-1]}, or follow all of them: "
             f"opd-geometry trajectory BEFORE {path}/{stem}* --out run.csv",
         )
-    if gguf := like(r".*\.gguf"):
-        return gguf[0], GGUF
+    if files := like(r".*\.gguf"):
+        return f"{len(files)} GGUF files ({files[0]})", f"give one: {path / files[0]}"
     if like(r".*\.distcp"):
         return ".distcp files without their .metadata", "copy the .metadata as well"
     if part := like(r".*\.incomplete"):

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_geometry.geometry import comparison, gram
+from opd_geometry.geometry import bits, comparison, gram, krylov
 from opd_geometry.geometry.comparison import ANGLES, reference
 from opd_geometry.geometry.pairs import (
     GROUPS,
     METRICS,
+    MIDDLE,
+    OF_UPDATE,
     Plan,
     TrajectoryTask,
     parse_metrics,
@@ -25,6 +27,7 @@ class Speed:
     product: float  # of m^2 M, m and M the sides: Gram matrix and projections
     reduction: float  # of m^3: all singular values, top vectors
     values: float  # of m^3: all singular values alone
+    iteration: float  # an entry, of `krylov.spread`
     noise: float  # an entry of a Gaussian null
     reading: float  # a byte of the checkpoints' files
 
@@ -57,6 +60,8 @@ def probe_speed(plan: Plan) -> Speed:
     before = reference(w)
     names = [METRICS[name] for name in GROUPS["cheap"]]
     cheap = _seconds(lambda: comparison.compare(before, other, names))
+    norm = bits.difference_norm(w, other)
+    iteration = _seconds(lambda: krylov.spread(w, other, norm, 16, PROBE // 8))
     noise = _seconds(lambda: comparison.null_weights(before, other, 0))
     cube, square = PROBE**3, PROBE**2
     return Speed(
@@ -64,6 +69,7 @@ def probe_speed(plan: Plan) -> Speed:
         1.6 * product / cube,
         OUT_OF_CACHE * max(whole - 1.6 * product, 0.0) / cube,
         max(values - product, 0.0) / cube,
+        iteration / square,
         noise / square,
         _reading(plan),
     )
@@ -95,21 +101,27 @@ def projected_seconds(
         null: whether its null is.
         jobs: processes, which share the arithmetic, but read from one disk.
     """
-    asked = set(parse_metrics(metrics))
+    asked, iterated = set(parse_metrics(metrics)), MIDDLE in metrics
     turns = len(asked & {*ANGLES, "nss"}) > 0
     whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
     whole = max(whole, int("principal_overlap" in asked))
-    spread = int(len(asked & {"stable_rank", "hill_alpha"}) > 0)
+    spread = bool(asked & {*OF_UPDATE})
     seconds = 0.0
     for task in plan.tasks:
         short, long = sorted(task.shape)
         product, cube = short * short * long, short**3
         if isinstance(task, TrajectoryTask):
             n = len(task.steps)
+            if task.iterated:
+                seconds += (2 * n + 1) * speed.iteration * short * long
+                continue
             seconds += n * (4 * speed.product * product + 3 * speed.values * cube)
             continue
         seconds += short * long * (speed.cheap + (speed.noise + 3 * speed.cheap) * null)
         seconds += whole * (speed.product * product + speed.reduction * cube)
-        seconds += spread * (speed.product * product / 1.6 + speed.values * cube)
+        if iterated:
+            seconds += speed.iteration * short * long
+        elif spread:
+            seconds += speed.product * product / 1.6 + speed.values * cube
     reading = speed.reading * sum(task.n_bytes for task in plan.tasks)
     return seconds / jobs + reading

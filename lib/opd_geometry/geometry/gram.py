@@ -11,6 +11,8 @@ float64 copy of itself. Squaring loses what lies far below s_1, so
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +38,29 @@ ROUGH_TOLERANCE = 1e-6  # the same of a float32 Gram matrix
 STEEP = 1e-4  # of s_1^2: below it, float32 squares lose more than 1e-3 of a value
 NOTHING = 1e-30  # of a unit vector's entries
 INDEPENDENT = 1e-3  # largest cosine between vectors that are then orthonormalised
+
+
+_device: ContextVar[torch.device | None] = ContextVar("device", default=None)
+
+
+@contextmanager
+def on(device: str | torch.device | None) -> Iterator[None]:
+    """Decompose on a device meanwhile: float64 products and eigh there.
+
+    Args:
+        device: such as ``cuda``; None for LAPACK on the CPU, which needs no vectors of
+            values that nobody asked for.
+    """
+    token = _device.set(None if device is None else torch.device(device))
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
+def chosen_device() -> torch.device | None:
+    """That of `on`."""
+    return _device.get()
 
 
 @dataclass(frozen=True)
@@ -87,9 +112,9 @@ class _Rows:
         return _Rows(w.T if transposed else w, transposed)
 
     def chunks(self) -> Iterator[Tensor]:
-        """Row blocks in float64."""
+        """Row blocks in float64, where the work is done."""
         for chunk in self.tall.split(max(1, CHUNK_ENTRIES // self.tall.shape[1])):
-            yield chunk.to(torch.float64)
+            yield chunk.to(_device.get() or "cpu", torch.float64)
 
 
 def decompose(w: Tensor, k: int, lowest: int = 0) -> Decomposition:
@@ -136,7 +161,7 @@ def leading_values(w: Tensor, top: int) -> Tensor:
     """
     check_rank(top, w.shape, "top")
     if min(w.shape) > DIRECT_SIDE:
-        squares = _eigenvalues(gram(w))
+        squares = _eigenvalues(gram(w)).cpu()
         if _well_above_rounding(squares, top):
             return squares[:top].sqrt()
     return torch.linalg.svdvals(finite_matrix(w, "w"))
@@ -171,7 +196,8 @@ def leading_right(
     if min(w.shape) > DIRECT_SIDE:
         rows = _Rows.of(w)
         products = _products(rows)
-        squares = _eigenvalues(products)
+        squares = _eigenvalues(products).cpu()
+        products = products.cpu()
         if _well_above_rounding(squares, top):
             right = _iterated_right(rows, products, squares, k)
             if right is not None:
@@ -222,14 +248,12 @@ def right_subspace(w: Tensor, k: int, rough: bool = False) -> Tensor | None:
     if found is not None:
         return found[1]
     rows = _Rows.of(w)
-    upper = _products(rows)
+    upper = _products(rows).cpu()
     symmetric = upper.triu_() + upper.triu(1).T
     values, vectors = _largest(symmetric, k)
     if float(values[k - 1]) <= ROUNDING * float(values[0]):
         return None
-    if not rows.transposed:
-        return vectors
-    return torch.linalg.qr(torch.cat([chunk @ vectors for chunk in rows.chunks()])).Q
+    return _as_right(rows, vectors)
 
 
 def _largest(
@@ -287,9 +311,15 @@ def _iterated_right(
     error = _subspace_error_deg(residuals, lengths, squares.clamp_min(0.0).sqrt())
     if error > ANGLE_ERROR_DEG:
         return None
+    return _as_right(rows, inner)
+
+
+def _as_right(rows: _Rows, inner: Tensor) -> Tensor:
+    """Right vectors from those of the smaller side."""
     if not rows.transposed:
         return inner
-    return torch.linalg.qr(torch.cat([chunk @ inner for chunk in rows.chunks()])).Q
+    images = [(chunk @ inner.to(chunk.device)).cpu() for chunk in rows.chunks()]
+    return torch.linalg.qr(torch.cat(images)).Q
 
 
 def gram(w: Tensor) -> Tensor:
@@ -312,7 +342,8 @@ def gram(w: Tensor) -> Tensor:
 
 def _products(rows: _Rows) -> Tensor:
     n = rows.tall.shape[1]
-    products = torch.empty(n, n, dtype=torch.float64)
+    device = _device.get() or "cpu"
+    products = torch.empty(n, n, dtype=torch.float64, device=device)
     for n_before, chunk in enumerate(rows.chunks()):
         for i in range(0, n, BLOCK):
             block, left = products[i : i + BLOCK, i:], chunk[:, i : i + BLOCK].T
@@ -344,7 +375,8 @@ def _degrees(sine: float) -> float:
 def _decompose_gram(w: Tensor, k: int, lowest: int) -> Decomposition | None:
     """As `decompose`; None where squaring has lost what the answer needs."""
     rows = _Rows.of(w)
-    reduced = _Tridiagonal.of(_products(rows))
+    kind = _Tridiagonal if _device.get() is None else _Diagonal
+    reduced = kind.of(_products(rows))
     squares = reduced.eigenvalues()
     largest = float(squares[-1])
     if largest <= 0.0:
@@ -372,7 +404,8 @@ def _decompose_gram(w: Tensor, k: int, lowest: int) -> Decomposition | None:
 
 def _both_sides(rows: _Rows, inner: Tensor) -> tuple[Tensor, Tensor]:
     """W V and W^T (W V), a chunk of rows at a time."""
-    outer = torch.empty(len(rows.tall), inner.shape[1], dtype=torch.float64)
+    inner = inner.to(_device.get() or "cpu")
+    outer = inner.new_empty(len(rows.tall), inner.shape[1])
     images = torch.zeros_like(inner)
     start = 0
     for chunk in rows.chunks():
@@ -380,7 +413,7 @@ def _both_sides(rows: _Rows, inner: Tensor) -> tuple[Tensor, Tensor]:
         torch.mm(chunk, inner, out=part)
         images.addmm_(chunk.T, part)
         start += chunk.shape[0]
-    return outer, images
+    return outer.cpu(), images.cpu()
 
 
 def _subspace_error_deg(residuals: Tensor, lengths: Tensor, s: Tensor) -> float:
@@ -403,9 +436,34 @@ def _subspace_error_deg(residuals: Tensor, lengths: Tensor, s: Tensor) -> float:
 def _with_small_values(rows: _Rows, values: Tensor, tail: Tensor) -> Tensor:
     """Singular values, descending; the smallest from W on their own subspace."""
     if tail.shape[1]:
-        images = torch.cat([chunk @ tail for chunk in rows.chunks()])
-        values[: tail.shape[1]] = torch.linalg.svdvals(images).flip(0)
+        images = torch.cat([chunk @ tail.to(chunk.device) for chunk in rows.chunks()])
+        values[: tail.shape[1]] = torch.linalg.svdvals(images).flip(0).cpu()
     return values.sort(descending=True).values
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    """All eigenvalues with all vectors, as a device computes them."""
+
+    values: Tensor
+    vectors: Tensor
+
+    @staticmethod
+    def of(upper: Tensor) -> "_Diagonal":
+        """Of a symmetric matrix, given by its upper triangle."""
+        return _Diagonal(*torch.linalg.eigh(upper, UPLO="U"))
+
+    def eigenvalues(self) -> Tensor:
+        """All, ascending."""
+        return self.values.cpu()
+
+    def eigenvectors(
+        self, values: Tensor, lowest: int, highest: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `_Tridiagonal.eigenvectors`."""
+        n = len(values)
+        largest = self.vectors[:, n - highest :].flip(1).cpu().contiguous()
+        return self.vectors[:, :lowest].cpu(), largest
 
 
 @dataclass(frozen=True)

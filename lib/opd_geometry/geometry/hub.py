@@ -5,7 +5,20 @@ import re
 from pathlib import Path
 
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
-WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "adapter_config.json",
+]
+# Only where there are no safetensors.
+PICKLES = [
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.bin",
+    "config.json",
+    "adapter_config.json",
+]
 # Second copies in another layout, and files of other models below this one.
 UNWANTED = ["consolidated*", "*/*"]
 
@@ -13,7 +26,8 @@ UNWANTED = ["consolidated*", "*/*"]
 def locate(source: str | Path) -> Path:
     """Where a checkpoint lies on this machine, fetched first if it is a hub id.
 
-    Only safetensors, their index and config.json are fetched; nothing is run.
+    Safetensors, their index and config.json are fetched, of adapters theirs, and
+    pytorch_model.bin only where there are none; nothing is run.
 
     Args:
         source: a directory, a .safetensors file, or ``owner/name`` with an optional
@@ -43,15 +57,20 @@ def _fetched(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     asked = name + (f"@{revision}" if revision else "")
-    try:
+
+    def fetch(patterns: list[str]) -> Path:
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=WANTED,
+                allow_patterns=patterns,
                 ignore_patterns=UNWANTED,
             )
         )
+
+    try:
+        place = fetch(WANTED)
+        return place if any(place.glob("*.safetensors")) else fetch(PICKLES)
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{asked} is no path here, and the hub cannot be reached and has no copy "

@@ -26,6 +26,7 @@ from opd_geometry.geometry import (
     bits,
     comparison,
     gram,
+    krylov,
     locking,
     low_rank,
     spectra,
@@ -55,7 +56,7 @@ from opd_geometry.geometry.comparison import (
     reference,
 )
 from opd_geometry.geometry.nulls import is_stored_difference
-from opd_geometry.geometry.readings import of_language
+from opd_geometry.geometry.readings import of_parts
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
@@ -71,6 +72,7 @@ METRICS = {
     "frobenius_norm": "frobenius_norm",
     "relative_norm": "relative_norm",
     "hill_alpha": "hill_alpha",
+    "top_share": "top_share",
     **{name: name for name in comparison.ENERGY},
 }
 NULL_METRICS = (
@@ -84,19 +86,24 @@ COLUMN_OF = {name: column for column, name in METRICS.items()}
 SHUFFLED_METRICS = tuple(COLUMN_OF[name] for name in comparison.SHUFFLED)
 TURNED_METRICS = comparison.TURNED
 EXPECTED_METRICS = tuple(COLUMN_OF[name] for name in comparison.EXPECTED)
+# What the update alone has, known from an adapter's two factors.
+OF_UPDATE = ("stable_rank", "hill_alpha", "top_share")
+CHEAP = (
+    "sparsity_bf16",
+    "update_density",
+    "low_magnitude_overlap",
+    "frobenius_norm",
+    "relative_norm",
+)
+MIDDLE = "middle"  # the tier whose spectra are iterated and come with errors
 GROUPS = {
     "all": tuple(METRICS),
-    "cheap": (
-        "sparsity_bf16",
-        "update_density",
-        "low_magnitude_overlap",
-        "frobenius_norm",
-        "relative_norm",
-    ),
+    "cheap": CHEAP,
+    MIDDLE: (*CHEAP, *OF_UPDATE),
     "angles": ANGLES,
     "overlaps": ("principal_overlap", "low_magnitude_overlap"),
     "norms": ("frobenius_norm", "relative_norm"),
-    "spread": ("stable_rank", "hill_alpha"),
+    "spread": OF_UPDATE,
     "energy": comparison.ENERGY,
 }
 IDENTITY = (
@@ -120,6 +127,7 @@ COLUMNS = (
     "expected_from",
     "gap_at_k",
     "angle_error_deg",
+    *(f"{name}_error" for name in OF_UPDATE),
     "adapter_norm",
     "note",
 )
@@ -136,6 +144,9 @@ TRAJECTORY_COLUMNS = (
     "similarity_null",
     "increments_similarity_to_end",
     "similarity_of_weights",
+    "stable_rank_error",
+    "hill_alpha_error",
+    "subspace_error_deg",
     "stable_rank_bf16",
     "frobenius_norm_bf16",
     "hill_alpha_bf16",
@@ -147,15 +158,14 @@ TRAJECTORY_COLUMNS = (
     "note",
 )
 # An update that is zero turns nothing, exactly.
-# What the update alone has, known from an adapter's two factors.
-OF_UPDATE = ("stable_rank", "hill_alpha")
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
 # What one matrix may raise without harm to the others.
 REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
-FORMAT = 3  # raised when the same checkpoints would give other rows
+LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
+FORMAT = 4  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -190,6 +200,7 @@ def measure_tensors(
     metrics: Collection[str] = tuple(METRICS),
     null: bool = True,
     seed: int | tuple[int, ...] = 0,
+    iterated: bool = False,
 ) -> dict[str, float]:
     """The diagnostics of one matrix, as the columns of `measure_checkpoints`.
 
@@ -205,6 +216,7 @@ def measure_tensors(
             (``turned_``), and what an unplaced update shows in closed form
             (``expected_``) at the distance of `comparison.compare_expected`.
         seed: of their noise.
+        iterated: `OF_UPDATE` by `krylov.spread`, about and with their errors.
 
     Returns:
         Column to value: the metrics, their nulls, gap_at_k = (s_k - s_{k+1}) / s_1 of
@@ -224,14 +236,29 @@ def measure_tensors(
     quality = comparison.ANGLE_QUALITY if turns else ()
     must = ["frobenius_norm", *(["density"] if null else [])]
     names = [*dict.fromkeys([*must, *asked.values(), *quality])]
-    found = comparison.compare(before, w_after, names)
-    row = {column: found[name] for column, name in asked.items()}
+    about = {*OF_UPDATE} & {*asked} if iterated else set()
+    exact = [name for name in names if name not in about]
+    found = comparison.compare(before, w_after, exact)
+    row = {column: found.get(name, math.nan) for column, name in asked.items()}
     row |= {name: found[name] for name in quality}
     if found["frobenius_norm"] == 0.0:
         return _complete(row | {k: v for k, v in UNMOVED.items() if k in row})
+    if about:
+        row |= _iterated(before, w_after, found["frobenius_norm"], about)
     if null:
         row |= _nulls(before, w_after, asked, seed, found["density"])
     return _complete(row)
+
+
+def _iterated(
+    before: Reference, w_after: Tensor, norm: float, wanted: Collection[str]
+) -> dict[str, float]:
+    """What the update alone has, each with its error."""
+    shape = before.w_before.shape
+    k, hill_k = min(comparison.TOP, *shape), before.settings.hill_rank(shape)
+    about = krylov.spread(before.w_before, w_after, norm, k, min(hill_k, *shape))
+    names = [name for n in wanted for name in (n, f"{n}_error")]
+    return {name: getattr(about, name) for name in names}
 
 
 def _nulls(
@@ -285,6 +312,7 @@ def follow_tensors(
     readout: bool = True,
     against: Mapping[str, Tensor] | None = None,
     lr: float | None = None,
+    iterated: bool = False,
 ) -> list[Row]:
     """How the update of one matrix spreads and settles over a run.
 
@@ -303,6 +331,7 @@ def follow_tensors(
         against: name to another update of the same shape: another arm's, another
             seed's or the preceding stage's.
         lr: learning rate, for the displacement.
+        iterated: spectra and subspaces by `krylov.spread`, about and with errors.
 
     Returns:
         A row a step of `TRAJECTORY_COLUMNS`: step, stable_rank, frobenius_norm,
@@ -323,20 +352,27 @@ def follow_tensors(
     k = min(k, *w_before.shape)
     end = comparison.difference(w_before, later(steps[-1]))
     null = locking.Increments(w_before.shape, comparison.generator_of(seed))
-    others = {n: gram.right_subspace(other, k) for n, other in (against or {}).items()}
+    spread_of = _about if iterated else _spread_of
+
+    def top(w: Tensor, rough: bool = False) -> Tensor | None:
+        if iterated:
+            return _about(w, k, settings)[1]
+        return gram.right_subspace(w, k, rough)
+
+    others = {n: top(other) for n, other in (against or {}).items()}
     rows: list[Row] = []
     paths: dict[str, list[Tensor | None]] = {}
     for step in steps:
         w = later(step)
         delta = comparison.difference(w_before, w)
-        values, subspace = _spread_of(delta, k, settings)
+        values, subspace = spread_of(delta, k, settings)
         moved = values["frobenius_norm"] > 0.0
         found = {"similarity_to_end": subspace}
         if len(steps) >= locking.LEAST:
-            turned = gram.right_subspace(null.add(delta), k, True) if moved else None
+            turned = top(null.add(delta), True) if moved else None
             found["increments_similarity_to_end"] = turned
         if readout:
-            stored = _stored_path(w_before, w, delta, end, (k, settings))
+            stored = _stored_path(w_before, w, delta, end, (k, settings), spread_of)
             for name, (spread, basis) in stored.items():
                 values |= {name.format(n): v for n, v in spread.items()}
                 found[name.format("similarity_to_end")] = basis
@@ -347,9 +383,7 @@ def follow_tensors(
         rows.append({"step": step, **values})
         for name, basis in found.items():
             paths.setdefault(name, []).append(basis)
-    of_weights = _shared(
-        gram.right_subspace(w_before, k), paths["similarity_to_end"][-1]
-    )
+    of_weights = _shared(top(w_before), paths["similarity_to_end"][-1])
     for i, row in enumerate(rows):
         row |= {name: _shared(path[i], path[-1]) for name, path in paths.items()}
         row["similarity_null"] = k / w_before.shape[1]
@@ -366,19 +400,20 @@ def _stored_path(
     delta: Tensor,
     end: Tensor,
     how: tuple[int, Settings],
+    spread_of: Callable[..., Spread],
 ) -> dict[str, Spread]:
     """What bf16 shows of an update, and of the last one at the same norm.
 
     Returns:
         Form of a column's name to the spread.
     """
-    found = {"{}_bf16": _spread_of(bits.stored_difference(w_before, w), *how, True)}
+    found = {"{}_bf16": spread_of(bits.stored_difference(w_before, w), *how, True)}
     last = bits.norm(end)
     if last > 0.0:
         # In float32, as an optimizer keeps its weights.
         scaled = w_before.float() + (end * (bits.norm(delta) / last)).float()
         stored = bits.stored_difference(w_before, scaled)
-        found["rounding_{}_bf16"] = _spread_of(stored, *how, True)
+        found["rounding_{}_bf16"] = spread_of(stored, *how, True)
     return found
 
 
@@ -407,6 +442,19 @@ def _spread_of(
     }, subspace
 
 
+def _about(delta: Tensor, k: int, settings: Settings, rough: bool = False) -> Spread:
+    """As `_spread_of`, iterated, which is rough already."""
+    norm = bits.norm(delta)
+    if norm == 0.0:
+        return _spread_of(delta, k, settings)
+    nothing = delta.new_zeros(()).expand(delta.shape)
+    hill_k = min(settings.hill_rank(delta.shape), *delta.shape)
+    found = krylov.spread(nothing, delta, norm, k, hill_k)
+    values = ("stable_rank", "hill_alpha", "stable_rank_error", "hill_alpha_error")
+    named = {name: getattr(found, name) for name in (*values, "subspace_error_deg")}
+    return {"frobenius_norm": norm, **named}, found.right
+
+
 # --- matrices of checkpoints -----------------------------------------------------
 
 
@@ -419,6 +467,8 @@ class PairTask:
     metrics: tuple[str, ...]
     null: bool
     seed: int
+    iterated: bool = False
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -483,7 +533,12 @@ class PairTask:
         origin = reference(w_before, self.settings, energies)
         seed = null_seed(self.seed, self.name, 0)
         values = measure_tensors(
-            origin, w_after, metrics=asked, null=self.null, seed=seed
+            origin,
+            w_after,
+            metrics=asked,
+            null=self.null,
+            seed=seed,
+            iterated=self.iterated,
         )
         notes = [_warning(values)]
         if not (self.null and {*asked} & {*EXPECTED_METRICS}):
@@ -495,20 +550,15 @@ class PairTask:
 def _of_update(
     update: tuple[Tensor, Tensor], settings: Settings, shape: tuple[int, int]
 ) -> dict[str, float]:
-    """Norm, stable rank and Hill exponent of left @ right."""
+    """Norm and `OF_UPDATE` of left @ right."""
     left, right = update
     _refuse_damage({"in the adapter's B": left, "in its A": right})
     values, _ = low_rank.spectrum(left, right)
     norm = float(torch.linalg.norm(values))
     if norm == 0.0:
         return {"adapter_norm": 0.0}
-    return {
-        "adapter_norm": norm,
-        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
-        "hill_alpha": comparison.defined(
-            spectra.hill_exponent, values, settings.hill_rank(shape)
-        ),
-    }
+    found = comparison.of_values(values, norm, settings.hill_rank(shape))
+    return {"adapter_norm": norm, **found}
 
 
 def _refuse_damage(tensors: dict[str, Tensor]) -> None:
@@ -567,6 +617,8 @@ class TrajectoryTask:
     readout: bool = True
     against: tuple[tuple[str, StoredPair], ...] = ()  # name, other update
     lr: float | None = None
+    iterated: bool = False
+    device: str | None = None
 
     @property
     def name(self) -> str:
@@ -641,6 +693,7 @@ class TrajectoryTask:
             readout=self.readout,
             against={name: _update_of(name, pair) for name, pair in self.against},
             lr=self.lr,
+            iterated=self.iterated,
         )
 
     def _of_adapters(self, pair_of: dict[int, StoredPair]) -> list[Row]:
@@ -709,10 +762,30 @@ class Plan:
     measured: float = 1.0
 
     @property
+    def iterated(self) -> bool:
+        """Whether spectra are, with errors."""
+        return any(task.iterated for task in self.tasks)
+
+    @property
     def entries(self) -> int:
         """Weights to be read on either side."""
         shapes = [task.shape for task in self.tasks]
         return sum(rows * cols for rows, cols in shapes)
+
+    def on(self, device: str) -> "Plan":
+        """The same, decomposed on a device such as ``cuda``, if it is there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if device == "cpu":
+            return self
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {device}: torch {torch.__version__} sees no GPU, expected "
+                "one; leave --device out"
+            )
+        return replace(self, tasks=[replace(t, device=device) for t in self.tasks])
 
     def without(self, names: Collection[str]) -> "Plan":
         """The same, less the matrices of these names."""
@@ -724,7 +797,7 @@ def plan_pair(
     before: Source,
     after: Source,
     settings: Settings = DEFAULTS,
-    metrics: Collection[str] = tuple(METRICS),
+    metrics: Collection[str] | None = tuple(METRICS),
     roles: Collection[str] | None = None,
     null: bool = True,
     seed: int = 0,
@@ -736,7 +809,8 @@ def plan_pair(
 
     Args:
         before, after: directories, files or adapters (`checkpoints.open_checkpoint`).
-        settings, metrics, null: as `measure_tensors`.
+        settings, metrics, null: as `measure_tensors`; the name ``middle`` iterates;
+            None is ``middle`` from `LARGE` entries on, and all below.
         roles: only these; None for all.
         seed: of the nulls; every matrix has noise of its own.
         parts: of the model, only these; None for all.
@@ -749,15 +823,20 @@ def plan_pair(
     """
     if seed < 0:
         raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
-    asked = parse_metrics(metrics)
     sides = open_pair(before, after, base, dequantise)
     found = _paired(*sides, roles, parts)
-    tasks = [PairTask(pair, settings, asked, null, seed) for pair in found.pairs]
+    if metrics is None:
+        metrics = [MIDDLE if _entries(found) >= LARGE else "all"]
+    asked, iterated = parse_metrics(metrics), MIDDLE in metrics
+    tasks = [
+        PairTask(pair, settings, asked, null, seed, iterated) for pair in found.pairs
+    ]
     description = {
         "table": f"measure {FORMAT}",
         "files": [_fingerprint(side) for side in sides],
         "settings": asdict(settings),
         "metrics": list(asked),
+        "iterated": iterated,
         "roles": sorted(roles) if roles is not None else None,
         "parts": sorted(parts) if parts is not None else None,
         "null": null,
@@ -788,6 +867,7 @@ def plan_trajectory(
     readout: bool = True,
     against: Mapping[str, tuple[Source, Source]] | None = None,
     lr: float | None = None,
+    iterated: bool | None = False,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
 
@@ -803,6 +883,7 @@ def plan_trajectory(
         against: name to start and end of another training, whose matrices have the same
             names; adds a column similarity_to_NAME.
         lr: learning rate; adds the displacement.
+        iterated: as `follow_tensors`; None: from `LARGE` entries on.
 
     Raises:
         FileNotFoundError, ValueError: as `plan_pair`; a name without a step, or two
@@ -833,6 +914,8 @@ def plan_trajectory(
             f"{before} and all of {len(order)} checkpoints have no matrix in common, "
             "expected one architecture"
         )
+    if iterated is None:
+        iterated = _entries(found[order[0][0]]) >= LARGE
     others, read = _others(against or {}, roles, parts)
     tasks = [
         TrajectoryTask(
@@ -845,6 +928,7 @@ def plan_trajectory(
                 (other, there[name]) for other, there in others.items() if name in there
             ),
             lr,
+            iterated,
         )
         for name in common
     ]
@@ -857,6 +941,7 @@ def plan_trajectory(
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
+        "iterated": iterated,
         "roles": sorted(roles) if roles is not None else None,
         "parts": sorted(parts) if parts is not None else None,
     }
@@ -936,6 +1021,10 @@ def _paired(
     if not found.pairs or len(found.pairs) < max(readable) / 2:
         raise ValueError(diagnosis(before, after, found))
     return found
+
+
+def _entries(found: Pairing) -> int:
+    return sum(math.prod(pair.before.shape) for pair in found.pairs)
 
 
 def _missing(
@@ -1030,7 +1119,7 @@ def _measured(
 def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]]]:
     """Tasks with their rows, as they are finished."""
     if jobs == 1 or len(tasks) < 2:
-        yield from ((task, task.rows()) for task in tasks)
+        yield from ((task, _rows(task)) for task in tasks)
         return
     pool = ProcessPoolExecutor(
         min(jobs, len(tasks)),
@@ -1052,7 +1141,8 @@ def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, list[Row]
 
 
 def _rows(task: Task) -> list[Row]:
-    return task.rows()
+    with gram.on(task.device):
+        return task.rows()
 
 
 def _table(plan: Plan, rows: dict[str, list[Row]]) -> pd.DataFrame:
@@ -1116,20 +1206,22 @@ def trajectory(
 # --- summary ---------------------------------------------------------------------
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarise(
+    table: pd.DataFrame, parts: Collection[str] | None = None
+) -> pd.DataFrame:
     """A row a role and one over all, as in the paper's Table 1.
 
     Sparsity and density are weighted by the numbers of entries; every other metric is
     the plain mean over matrices that have it.
 
     Args:
-        table: of `measure_checkpoints`. Of several parts of a model the language model
-            is summarised, if it is among them.
+        table: of `measure_checkpoints`.
+        parts: of the model; None for the language model, if it is in the table.
 
     Returns:
         role, matrices, parameters, then a column a metric and null that was measured.
     """
-    table = of_language(table)
+    table = of_parts(table, parts)
     metrics = [
         name
         for name in COLUMNS

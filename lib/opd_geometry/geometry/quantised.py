@@ -10,13 +10,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_geometry.geometry.gguf_format import Packed
 from opd_geometry.geometry.storage import FLOAT_DTYPES, Index, Place, Stored
 
 # Codes of safetensors for what a packed or a small number is stored in.
@@ -79,6 +80,8 @@ def reasons(tensors: Iterable[Stored], config: Mapping[str, Any]) -> dict[str, s
             found[name] = f"quantised ({form}): codes and scales are not weights"
             if form.startswith("stored as"):
                 found[name] = f"{form}: quantised or not a weight"
+        elif isinstance(tensor.place, Packed) and tensor.place.note:
+            found[name] = f"quantised (GGUF {tensor.dtype}): --dequantise measures it"
         elif tensor.dtype not in FLOAT_DTYPES.values():
             found[name] = f"stored as {tensor.dtype}: quantised or not a weight"
     return found
@@ -227,11 +230,16 @@ def dequantised(
     said = config.get("quantization_config")
     said = said if isinstance(said, dict) else {}
     by_module: dict[str, dict[str, Stored]] = defaultdict(dict)
-    for tensor in stored:
-        if tensor.name in codes:
-            by_module[module_of(tensor.name)][tensor.name.rpartition(".")[2]] = tensor
     made: list[Stored] = []
     used: set[str] = set()
+    for tensor in stored:
+        if tensor.name not in codes:
+            continue
+        if isinstance(tensor.place, Packed):
+            made.append(replace(tensor, dtype="float32"))
+            used.add(tensor.name)
+        else:
+            by_module[module_of(tensor.name)][tensor.name.rpartition(".")[2]] = tensor
     for module, found in by_module.items():
         weights = _weights(module, found, said)
         made += weights

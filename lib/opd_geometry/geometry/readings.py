@@ -1,7 +1,7 @@
 """What a measured table says: whether and how far, and what differs from its null."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -315,9 +315,29 @@ def _limit(limit: float) -> str:
     return f" (±{100 * limit:.2g} %)" if limit == limit else ""
 
 
-def of_language(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the language model, or all where a table has none or knows no parts."""
-    if "part" not in table:
-        return table
-    language = table[table["part"].isna() | (table["part"] == "language")]
-    return language if len(language) else table
+def of_parts(table: pd.DataFrame, parts: Collection[str] | None = None) -> pd.DataFrame:
+    """Rows of some parts of a model.
+
+    Args:
+        table: of ``measure`` or ``trajectory``.
+        parts: which; None for the language model, or all where a table has none or
+            knows no parts.
+
+    Raises:
+        ValueError: the table has no row of them.
+    """
+    if parts is None:
+        if "part" not in table:
+            return table
+        language = table[table["part"].isna() | (table["part"] == "language")]
+        return language if len(language) else table
+    # Tables of earlier builds know of language models alone.
+    known = table["part"].fillna("language") if "part" in table else None
+    found = table if known is None else table[known.isin([*parts])]
+    if found.empty or (known is None and "language" not in parts):
+        there = ["language"] if known is None else sorted({*known.astype(str)})
+        raise ValueError(
+            f"no matrix of the parts {', '.join(parts)}, expected some of "
+            f"{', '.join(there)}; see the column part"
+        )
+    return found

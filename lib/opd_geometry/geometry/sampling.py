@@ -101,7 +101,9 @@ def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
         ValueError: as `strata`.
     """
     sources = [task.pair.before for task in plan.tasks]
-    found = strata([s.role for s in sources], [s.layer for s in sources], n)
+    # A role is one within a part: no stratum mixes towers.
+    roles = [s.role if s.part == "language" else f"{s.part} {s.role}" for s in sources]
+    found = strata(roles, [s.layer for s in sources], n)
     chosen = {place: number for number, place in draw(found, seed)}
     rows = {
         plan.tasks[place].name: (

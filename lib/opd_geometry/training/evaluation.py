@@ -1,10 +1,16 @@
 """Accuracy on the benchmarks: sampled (avg@n) and greedy."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training import tasks
 from opd_geometry.training.rollout import decode_completions, encode_prompts, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def accuracy(

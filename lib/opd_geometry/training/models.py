@@ -5,27 +5,25 @@ attention) with a tokenizer that reads one character as one token. Whatever take
 them takes any causal language model, by directory or by hub id.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from opd_geometry.training.tasks import CHARACTERS
+
+if TYPE_CHECKING:  # takes seconds, which what only reads tables need not wait for
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 PAD, EOS = "<pad>", "<eos>"
 PROMPT_FRAME = "prompt_frame"  # a tokenizer's setting: what stands around a prompt
@@ -51,6 +49,8 @@ class ModelConfig:
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """A fast tokenizer: each character of ``tasks.CHARACTERS`` is one token."""
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -69,6 +69,13 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         config: its shape.
         seed: decides the initial weights; the global generator is left as it was.
     """
+    from transformers import (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
     heads = config.width // config.head_size
     shape: dict[str, Any] = {
         "vocab_size": 2 + len(CHARACTERS),
@@ -133,6 +140,8 @@ def load_model(
     Raises:
         ValueError: one line that says what is missing or broken.
     """
+    from transformers import AutoModelForCausalLM
+
     where, at = located(source)
     expected = "complete safetensors of a causal language model"
     if "gguf_file" in at:
@@ -177,6 +186,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: one line that says what is missing or broken.
     """
+    from transformers import AutoTokenizer
+
     where, at = located(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **at)

@@ -11,14 +11,15 @@ and take one clipped policy-gradient step. alpha = 1 is OPD, alpha = 0 is RLVR.
 ``policy_steps`` is the whole loop, a generator like ``sft.sft_steps``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training import losses, tasks
 from opd_geometry.training.optimizer import (
@@ -38,6 +39,9 @@ from opd_geometry.training.rollout import (
     encode_prompts,
     sample,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _STREAM = 2  # separates this loop's random numbers from the supervised loop's
 
@@ -187,6 +191,8 @@ def policy_steps(
     """
     if config.needs_teacher and teacher is None:
         raise ValueError(f"alpha {config.alpha} needs a teacher; give one, or alpha 0")
+    from accelerate import Accelerator  # a second that readers of tables need not wait
+
     accelerator = Accelerator(mixed_precision=autocast(config.mixed_precision))
     model, optimizer = accelerator.prepare(model, optimizer)
     compute = Compute(model, config.mixed_precision)

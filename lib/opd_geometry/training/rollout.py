@@ -5,15 +5,20 @@ sample, its keys and values are copied to the group; to score, when all tokens a
 known, prompt and group are laid out as one row.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training.losses import token_log_probs
 from opd_geometry.training.models import frame
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens that are scored at a time: what stays in a processor's caches is computed
 # faster, while an accelerator wants to be kept busy. No result depends on it.
@@ -42,7 +47,7 @@ class Rollout:
     log_probs: Tensor
     group_size: int
 
-    def take(self, prompts: Tensor) -> "Rollout":
+    def take(self, prompts: Tensor) -> Rollout:
         """The given prompts with their groups, cut to the longest of each."""
         rows = self.rows_of(prompts)
         mask = self.mask[rows]
@@ -99,6 +104,8 @@ def _read_prompts(
     Returns the logits of the first completion token (B, V), the cache, the mask (B, L)
     and the prompt lengths (B, 1).
     """
+    from transformers import DynamicCache
+
     cache = DynamicCache(config=model.config)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(

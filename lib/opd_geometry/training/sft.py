@@ -6,14 +6,15 @@ from (seed, step) alone, hence nothing but weights, moments and the step has to 
 for a resumed run to continue bit for bit.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_geometry.training import tasks
 from opd_geometry.training.losses import sft_loss
@@ -28,6 +29,9 @@ from opd_geometry.training.optimizer import (
     set_learning_rate,
 )
 from opd_geometry.training.rollout import packed_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _STREAM = 1  # separates this loop's random numbers from the policy loop's
 
@@ -101,6 +105,8 @@ def sft_steps(
     Raises:
         ValueError: a gradient that is not finite.
     """
+    from accelerate import Accelerator  # a second that readers of tables need not wait
+
     accelerator = Accelerator(mixed_precision=autocast(config.mixed_precision))
     model, optimizer = accelerator.prepare(model, optimizer)
     compute = Compute(model, config.mixed_precision)

@@ -7,6 +7,8 @@ tokens, and the logits of the kept rows are those of the whole model. What the c
 is an ordinary checkpoint in bf16, kept beside the data and made once.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -15,19 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from opd_geometry.training import tasks
 from opd_geometry.training.models import (
@@ -39,6 +34,13 @@ from opd_geometry.training.models import (
     located,
     save_model,
 )
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 ROWS = 1024  # of the cut embedding
 _MADE = "student.json"  # written last, beside a cut checkpoint
@@ -143,6 +145,8 @@ def _kept_at(place: Path, digest: str, rows: int) -> Path:
 
 def _parameters(source: str) -> dict[str, int]:
     """Numbers of parameters and tokens, and parameters a token, from the shapes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     where, at = located(source)
     config = AutoConfig.from_pretrained(where, **at)
     with torch.device("meta"):
@@ -218,6 +222,8 @@ def cut_tokenizer(
     Raises:
         ValueError: no byte-pair tokenizer, too few rows, or a task it cannot read.
     """
+    from transformers import PreTrainedTokenizerFast
+
     check_reads_tasks(whole)
     spec = json.loads(whole.backend_tokenizer.to_str())
     before, after = _prompt_frame(whole)
