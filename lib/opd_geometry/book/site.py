@@ -400,6 +400,8 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
             "chapters.check_" in cell.source or not _shows(cell)
         ):
             cell.metadata["tags"] = ["remove-cell"]
+        elif _draws(cell) and not {"remove-input", "hide-output"} & {*_tags(cell)}:
+            cell.metadata["tags"] = [*_tags(cell), "hide-input"]
     notebook.cells = [*rest[:1], *first, *rest[1:]]
     _caption_tables(notebook)
     return notebook
@@ -412,6 +414,12 @@ def _shows(cell: NotebookNode) -> bool:
         not all(kind.startswith(kept) for kind in output.get("data", {"text": ""}))
         for output in cell.outputs
     )
+
+
+def _draws(cell: NotebookNode) -> bool:
+    """Whether a cell ends with a table or a figure, whose code is folded."""
+    kinds = {"text/html", "image/png"}
+    return any(kinds & {*o.get("data", {})} for o in cell.get("outputs", []))
 
 
 def _caption_tables(notebook: NotebookNode) -> None:
