@@ -37,6 +37,7 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.~*/-])/(?:home|root|Users|tmp|mnt|opt|private|var|work|workspace"
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
+FOLDED = {"hide-input", "remove-input", "remove-cell", "hide-output", "hide-cell"}
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
 STUMBLES = {
@@ -400,7 +401,7 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
             "chapters.check_" in cell.source or not _shows(cell)
         ):
             cell.metadata["tags"] = ["remove-cell"]
-        elif _draws(cell) and not {"remove-input", "hide-output"} & {*_tags(cell)}:
+        elif _draws(cell) and not FOLDED & {*_tags(cell)}:
             cell.metadata["tags"] = [*_tags(cell), "hide-input"]
     notebook.cells = [*rest[:1], *first, *rest[1:]]
     _caption_tables(notebook)
