@@ -67,6 +67,14 @@ def to_bfloat16(w: Tensor) -> Tensor:
     return torch.where(inexact, bits | 1, bits).view(torch.float32).bfloat16()
 
 
+def over(w: Tensor, size: float) -> Tensor:
+    """w / size in float32, divided in its own dtype without a copy of all of it."""
+    result = torch.empty(w.shape, dtype=torch.float32)
+    for part, values in zip(result.split(64), w.split(64), strict=True):
+        part.copy_(values / size)
+    return result
+
+
 def stored_difference(w_before: Tensor, w_after: Tensor) -> Tensor:
     """What is left of an update once both weights are stored in bf16.
 

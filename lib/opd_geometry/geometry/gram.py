@@ -21,7 +21,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry.bits import BITS, count_nonfinite
+from opd_geometry.geometry.bits import BITS, count_nonfinite, over
 from opd_geometry.geometry.spectra import check_rank, finite_matrix, svd
 
 ANGLE_ERROR_DEG = 1e-6  # a larger bound is not accepted from a Gram matrix
@@ -217,7 +217,7 @@ def _roughly(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
         finite_matrix(w, "w")
     size = size or 1.0
     # Scaled: squares of what is tiny are zero.
-    unit = torch.div(w, size, out=torch.empty(w.shape, dtype=torch.float32))
+    unit = over(w, size)
     tall = unit if unit.shape[0] >= unit.shape[1] else unit.T
     products = tall.T @ tall
     squares, inner = _largest(products, k, ROUGH_TOLERANCE)

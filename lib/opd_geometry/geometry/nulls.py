@@ -184,7 +184,7 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
         finite_matrix(delta, "delta")
     values, size = _nonzero(delta)
     del delta  # a caller may have kept none
-    unit = torch.div(values, size, out=torch.empty(values.shape, dtype=torch.float32))
+    unit = bits.over(values, size)
     del values
     rotate = _reflected if max(unit.shape) <= UNIFORM_SIDE else _transformed
     result = rotate(unit, generator).double()
@@ -227,12 +227,14 @@ def _transformed(x: Tensor, generator: torch.Generator) -> Tensor:
     """P x Q^T by fast transforms; x is written over."""
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     values = x.numpy()
+    other = np.empty_like(values)
     for axis, n in enumerate(x.shape):
         for _ in range(ROUNDS):
-            values = np.take(values, rng.permutation(n), axis)
+            np.take(values, rng.permutation(n), axis, out=other, mode="clip")
             signs = rng.choice(np.array([-1.0, 1.0], values.dtype), n)
-            values *= signs[:, None] if axis == 0 else signs
-            values = scipy.fft.dct(values, axis=axis, norm="ortho", overwrite_x=True)
+            other *= signs[:, None] if axis == 0 else signs
+            other = scipy.fft.dct(other, axis=axis, norm="ortho", overwrite_x=True)
+            values, other = other, values
     return torch.from_numpy(values)
 
 
