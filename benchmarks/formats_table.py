@@ -151,19 +151,36 @@ def _packed(folder: Path) -> Path:
     return folder
 
 
-def _gguf(folder: Path) -> Path:
-    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+def _gguf(family: str, kind: str) -> Callable[[Path], Path]:
+    """A file of llama.cpp's kind, its matrices in a type of gguf's."""
 
-    writer = GGUFWriter(str(folder / "model-bf16.gguf"), "qwen3")
-    names = get_tensor_name_map(MODEL_ARCH.QWEN3, 8)
-    for name, w in _moved().state_dict().items():
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(known, w.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder
+    def write(folder: Path) -> Path:
+        from gguf import (
+            MODEL_ARCH,
+            GGMLQuantizationType,
+            GGUFWriter,
+            get_tensor_name_map,
+            quants,
+        )
+
+        names = get_tensor_name_map(MODEL_ARCH.QWEN3, TINY["num_hidden_layers"])
+        type_ = GGMLQuantizationType[kind]
+        writer = GGUFWriter(str(folder / f"model-{kind}.gguf"), family)
+        for name, w in _moved().state_dict().items():
+            known = names.get_name(name, try_suffixes=(".weight",))
+            values = w.float().numpy()
+            if w.ndim == 2:
+                packed = quants.quantize(values, type_)
+                writer.add_tensor(known, packed, raw_dtype=type_)
+            else:
+                writer.add_tensor(known, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return folder
+
+    return write
 
 
 def _delta(folder: Path) -> Path:
@@ -247,7 +264,21 @@ ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
         _packed,
         True,
     ),
-    ("llama.cpp", "GGUF", "gguf", _gguf, False),
+    ("llama.cpp", "GGUF of Qwen 3, in bf16", "gguf", _gguf("qwen3", "BF16"), False),
+    (
+        "llama.cpp",
+        "GGUF of Qwen 3, quantised, with --dequantise",
+        "gguf",
+        _gguf("qwen3", "Q8_0"),
+        True,
+    ),
+    (
+        "llama.cpp",
+        "GGUF of a family that stores matrices otherwise",
+        "gguf",
+        _gguf("falcon", "BF16"),
+        False,
+    ),
     ("slime, with deltas", "weight_vN with differences of bytes", "", _delta, False),
     ("DeepSpeed, OpenRLHF", "ZeRO shards that were not gathered", "", _zero, False),
     (

@@ -104,7 +104,7 @@ def tiers(folder: Path, _: Path) -> list[dict]:
             (task,) = pairs.plan_pair(
                 folder / f"a{i}", folder / f"b{i}", metrics=[tier], null=False
             ).tasks
-            taken[tier] = seconds(task.rows, 4)["cpu_seconds"]
+            taken[tier] = seconds(task.rows, 3)["cpu_seconds"]
             total[tier] += n * taken[tier]
         rows.append(
             _row("tiers", f"{shape[0]} x {shape[1]}", taken["cheap"], taken["middle"])
@@ -204,14 +204,20 @@ def sample(folder: Path, _: Path) -> list[dict]:
     """A forecast for every matrix of 8 B, from headers over files without contents."""
     for side in ("a", "b"):
         _hollow(folder / side)
-    plan = pairs.plan_pair(folder / "a", folder / "b")
-    speed = forecast.probe_speed(plan)
-    whole = forecast.projected_seconds(plan, speed, ["all"], True)
-    rows = []
-    for n in (16, 18, 24):
-        some, _design = sampling.sampled(plan, n)
-        taken = forecast.projected_seconds(some, speed, ["all"], True)
-        rows.append(_row("sample", f"{n} of {len(plan.tasks)}, forecast", whole, taken))
+    layers = ["q", "k", "v", "o", "gate", "up", "down"]
+    rows, speed = [], None
+    for what, roles, numbers in (
+        ("", None, (16, 18)),
+        (" of the layers", layers, (14, 28)),
+    ):
+        plan = pairs.plan_pair(folder / "a", folder / "b", roles=roles)
+        speed = speed or forecast.probe_speed(plan)
+        whole = forecast.projected_seconds(plan, speed, ["all"], True)
+        for n in numbers:
+            some, _design = sampling.sampled(plan, n)
+            taken = forecast.projected_seconds(some, speed, ["all"], True)
+            case = f"{n} of {len(plan.tasks)}{what}, forecast"
+            rows.append(_row("sample", case, whole, taken))
     return rows
 
 

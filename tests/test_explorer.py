@@ -34,6 +34,13 @@ def test_means_over_matrices_then_seeds() -> None:
     assert found["layers"]["nss"] == [[3.0, 2.0, 4.0]]
 
 
+def test_a_mean_over_other_matrices_is_not_drawn() -> None:
+    values = {("nss", 2, "a"): 1.0, ("nss", 2, "b"): 3.0, ("nss", 1, "a"): 1.0}
+    values |= {("null_nss", 2, "a"): 0.5}
+    found = explorer.aggregate([run(0, values)])["opd"]["metrics"]
+    assert found == {"nss": [[2.0] * 3]}
+
+
 def test_the_calculator_is_the_closed_form(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,11 @@
 """The iteration's numbers against a full SVD, within the errors that it states."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_geometry.geometry import bits, gram, krylov, pairs, spectra
@@ -151,6 +153,27 @@ def test_a_trajectory_iterated_and_exact() -> None:
         assert b["stable_rank"] == pytest.approx(a["stable_rank"], 1e-4)
         assert b["similarity_to_end"] == pytest.approx(a["similarity_to_end"], abs=1e-3)
         assert b["subspace_error_deg"] < 90.0
+
+
+def test_large_models_get_the_middle_tier_if_none_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate("ab"):
+        w = torch.randn(40, 30, generator=torch.Generator().manual_seed(seed))
+        file = tmp_path / f"{name}.safetensors"
+        save_file({"model.layers.0.mlp.up_proj.weight": w}, file)
+    files = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    plan = pairs.plan_pair(*files, metrics=None)
+    assert not plan.iterated
+    assert plan.tasks[0].metrics == tuple(pairs.METRICS)
+    monkeypatch.setattr(pairs, "LARGE", 40 * 30)
+    plan = pairs.plan_pair(*files, metrics=None)
+    assert plan.iterated
+    assert {*plan.tasks[0].metrics} == {*pairs.GROUPS["middle"]}
+    row = pairs.run_plan(plan).iloc[0]
+    assert row["stable_rank_error"] > 0
+    named = pairs.plan_trajectory(files[0], files[1:], steps=[1], iterated=None)
+    assert named.iterated
 
 
 def test_a_spread_refuses_what_it_cannot_do() -> None:

@@ -252,3 +252,12 @@ def test_decay_is_the_sum_of_the_rates() -> None:
     assert un.decayed("rlvr") == pytest.approx(1023 * 1e-6 * 0.1)
     mean = 0.1 * 0.5 * 1e-5 + 0.9 * 0.5 * (1e-5 + 1e-6)
     assert un.decayed("sft") == pytest.approx(5375 * 0.1 * mean, rel=1e-3)
+
+
+def test_the_papers_distances_in_the_unit_of_its_rates() -> None:
+    rows = [("rlvr", decay, "float32", 2e-3) for decay in (0.0, 0.1)]
+    columns = ["arm", "decay", "readout", "distance"]
+    table = pd.DataFrame([*rows, ("rlvr", 0.0, "bf16", 9.0)], columns=columns)
+    unit = 1e-6 * 1023**0.5
+    found = un.paper_displacements(table, 0.03)
+    assert found.to_dict() == {"rlvr": pytest.approx(2e-3 * 0.03 / unit)}

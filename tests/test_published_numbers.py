@@ -119,8 +119,7 @@ def expected(row: dict[str, str], finding: dict[str, Any]) -> dict[str, str]:
     known = {
         "claim": f"{finding['statement']} ({finding['id']})",
         "here": board.in_words(f"{shown}; {seeds}") if measured else "–",
-        "null": board.in_words(finding["null"]),
-        "matched control": board.in_words(finding["matched"]),
+        chapters.AGAINST: board.in_words(f"{finding['null']}; {finding['matched']}"),
         "verdict": marked,
     }
     return {name: known[name] for name in row if name in known}

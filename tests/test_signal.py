@@ -91,6 +91,7 @@ def test_the_rule_speaks_of_pairs_that_are_well_apart() -> None:
         {
             "arm": ["rlvr", "rlvr-coin", "opd"],
             "seed": 0,
+            "start": ["anchor", "anchor", "base"],
             "signal": 0.1,
             "ceiling": [2.0, 1.0, 2.1],
         }
@@ -107,7 +108,9 @@ def test_the_rule_speaks_of_pairs_that_are_well_apart() -> None:
         ("rlvr", "rlvr-coin"): True,
         ("opd", "rlvr-coin"): False,
     }
-    assert pairs["kind"].tolist() == ["arms", "flips"]
+    assert pairs["kind"].tolist() == ["starts", "flips"]
+    same = judged.foretold(predicted.assign(start="anchor"), found)
+    assert same["kind"].tolist() == ["arms", "flips"]
     shares = judged.lasted(predicted, found).set_index("arm")["lasted"]
     assert shares["rlvr"] == pytest.approx(1.25 / 3)
     assert np.isnan(shares["rlvr-coin"])

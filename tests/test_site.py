@@ -168,6 +168,34 @@ def test_a_caption_goes_to_its_figure() -> None:
         site.as_page(v4.new_notebook(cells=[figure, caption]))
 
 
+def test_a_page_folds_code_drops_what_shows_nothing_and_captions_tables() -> None:
+    v4 = nbformat.v4
+
+    def cell(source: str, *tags: str, **data: str) -> nbformat.NotebookNode:
+        outputs = [v4.new_output("display_data", data)] if data else []
+        return v4.new_code_cell(source, metadata={"tags": [*tags]}, outputs=outputs)
+
+    kept = {"application/papermill.record/text/plain": "1"}
+    table = {"text/html": "<table class='x'><tr></tr></table>"}
+    cells = [
+        v4.new_markdown_cell("# Title\n\n## Rows & more"),
+        cell("publish()", **kept),
+        cell("show()", **table),
+        cell("print(1)", **{"text/plain": "1"}),
+        cell("say()", "hide-input", "lead", **table),
+    ]
+    title, first, published, shown, printed = site.as_page(
+        v4.new_notebook(cells=cells)
+    ).cells
+    assert title.source.startswith("# Title")
+    assert first.metadata["tags"] == ["lead", "remove-input"]
+    assert published.metadata["tags"] == ["remove-cell"]
+    assert shown.metadata["tags"] == ["hide-input"]
+    assert printed.metadata["tags"] == []
+    html = shown.outputs[0].data["text/html"]
+    assert html.startswith("<table class='x'><caption>Rows &amp; more</caption>")
+
+
 def test_the_first_page_gets_the_first_figure_that_is_there(tmp_path: Path) -> None:
     v4 = nbformat.v4
     shown = {"figure": {"name": "fig-b", "caption": "**B.**"}, "image": {"alt": "A b."}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from opd_geometry.analysis import collapse, signal, worlds
+from opd_geometry.analysis import collapse, evidence, signal, worlds
 from opd_geometry.book import world_figures
 from opd_geometry.experiments import measure, weights
 
@@ -61,6 +61,16 @@ def test_locks_are_read_after_a_fifth_of_training() -> None:
     assert found["arm"].tolist() == ["rlvr", "opd"]
     assert found["own"].tolist() == [0.8, 0.8]
     assert found["walk"].tolist() == [0.3, 0.3]
+
+
+def test_claims_hear_of_the_matrices_that_have_nulls_alone() -> None:
+    sizes = [row("opd", 0, name, 0, "parameters", 4.0) for name in "ab"]
+    rows = pd.concat([table(), pd.DataFrame(sizes)])
+    plain = pd.DataFrame([row("sft", 0, "b", 10, "nss", 1.0)])
+    kept = evidence.with_every_null(pd.concat([rows, plain]))
+    assert set(kept[kept["run"] == "opd0"]["matrix"]) == {"a"}
+    assert set(kept[kept["run"] == "sft0"]["matrix"]) == {"b"}
+    assert evidence.with_every_null(plain) is plain
 
 
 def test_what_is_not_there_gives_no_rows() -> None:

@@ -21,6 +21,7 @@ from opd_geometry.analysis.evidence import (
     last,
     levels_of,
     over_matrices,
+    with_every_null,
 )
 from opd_geometry.analysis.statements import (
     CLAIMS,
@@ -42,8 +43,9 @@ from opd_geometry.analysis.verdicts import (
     verdict_of,
 )
 from opd_geometry.experiments.measure import COLUMNS
-from opd_geometry.experiments.profiles import PUBLISHED, unit_of_n
+from opd_geometry.experiments.profiles import PUBLISHED, settings_of, unit_of_n
 from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.training.students import Student
 
 NUMBERS = ("effect", "low", "high")
 READOUT_TEXTS = {
@@ -177,6 +179,8 @@ def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
     if "run" in table and "arm" in table:  # compared often below
         table = table.astype({"run": "category", "arm": "category"})
     check_table(table)
+    if isinstance(settings_of(profile).student, Student):
+        table = with_every_null(table)
     levels = Levels(table)
     other = at_papers_ratio(levels)
     rows = []

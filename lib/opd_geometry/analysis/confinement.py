@@ -78,7 +78,7 @@ def thesis(found: pd.DataFrame) -> str:
     """
     outcome = found.set_index("confined")["outcome"]
     if outcome[STOPPED] == POWERLESS:
-        return "no test, since there was nothing left to lose"
+        return "no test, since its gain after the branch is not shown to be enough"
     own, foreign = ([outcome.get(name) for name in names] for names in (OWN, FOREIGN))
     if "falls short" in own or "suffices" in foreign:
         return "refuted"

@@ -44,6 +44,8 @@ LOCKED = 0.5  # Sim_K from which an early subspace is nearer to the last one tha
 ACCURACY_MARGIN = 0.05
 KEPT = 0.9  # confinement leaves a run intact from this share of the free run's gain on
 
+# Of the metrics that only `controls.at_end` gives; who has it has every null.
+ALL_NULLS = "turned_nss"
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 TOKEN_ARMS = tuple(f"tokens-{s}-{p}" for s in ("top", "random") for p in (50, 25))
@@ -190,6 +192,27 @@ def levels_of(table: Table, arms: Iterable[str] | None = None) -> Levels:
     if isinstance(table, Levels):
         return table
     return Levels(table if arms is None else table[table["arm"].isin(list(arms))])
+
+
+def with_every_null(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the matrices that have no nulls, of runs of which others have.
+
+    Of a large model the nulls are taken on some of its layers alone: whatever is held
+    against them is a mean over the same matrices. All other runs stay as they are.
+
+    Args:
+        table: tidy.
+    """
+    rows = table[table["role"].isin(LAYERS)]
+    known = rows[rows["metric"].isin(["parameters", ALL_NULLS])]
+    known = known[["run", "matrix", "metric"]].astype(str).drop_duplicates()
+    has = known["metric"].eq(ALL_NULLS).groupby([known["run"], known["matrix"]]).any()
+    partly = has.groupby(level="run").transform("nunique") > 1
+    dropped = set(has.index[partly & ~has])
+    if not dropped:
+        return table
+    pairs = zip(table["run"].astype(str), table["matrix"].astype(str), strict=True)
+    return table[[pair not in dropped for pair in pairs]]
 
 
 def arms_matching(table: Table, patterns: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from opd_geometry.geometry.comparison import MASK_ALPHA
 
 COURSES = ("rank-band", "hill-mild", "early-lock")  # need more than the end
 NULL = "null"  # in the place of the first arm: the Gaussian null of the second one
-HANGS, STAYS, OPEN = "hangs on the choice", "does not", "undecided"
+HANGS, STAYS, OPEN = "hangs on the choice", "does not hang", "undecided"
 MLP = ("gate", "up", "down")
 # Claims that are judged again, each with the quantity whose choices it needs.
 JUDGED = (
@@ -240,7 +240,7 @@ def fate(signs: Iterable[str]) -> str:
     """What becomes of one comparison over the values of a choice.
 
     >>> fate([">", "?", "<"]), fate(["<", "<"]), fate(["<", "?"])
-    ('hangs on the choice', 'does not', 'undecided')
+    ('hangs on the choice', 'does not hang', 'undecided')
     """
     seen = set(signs)
     if {">", "<"} <= seen:

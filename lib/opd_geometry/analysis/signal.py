@@ -15,6 +15,9 @@ the signals of four arms of one seed of the small world alone had been looked at
 arms of one seed whose ceilings differ by ``APART`` or more, the one with the higher
 ceiling ends farther (metric ``displacement``). It is asked apart of arms that differ in
 their share of wrong rewards alone (``FLIPS``) and of all others.
+
+That pairs of arms from other weights (SFT begins before the anchor) stand apart, too,
+was decided after they had been seen.
 """
 
 from collections.abc import Iterable
@@ -80,7 +83,7 @@ def predictions(signals: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         runs: which of them.
 
     Returns:
-        One row a run: arm, seed, signal, ceiling.
+        One row a run: arm, seed, start (of which weights), signal, ceiling.
     """
     rows = signals[(signals["metric"] == "signal") & signals["role"].isin(LAYERS)]
     means = rows.groupby(rows["run"].astype(str))["value"].mean()
@@ -90,8 +93,10 @@ def predictions(signals: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
             config, steps = run.train.optimizer, run.train.steps
             rates = [learning_rate(config, step, steps) for step in range(steps)]
             own = float(means[run.key()])
-            found.append((run.arm, run.seed, own, ceiling(own, rates)))
-    return pd.DataFrame(found, columns=["arm", "seed", "signal", "ceiling"])
+            start = run.start.name if isinstance(run.start, Run) else str(run.start)
+            found.append((run.arm, run.seed, start, own, ceiling(own, rates)))
+    columns = ["arm", "seed", "start", "signal", "ceiling"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def outcomes(table: Table, arms: Iterable[str]) -> pd.DataFrame:
@@ -128,7 +133,8 @@ def foretold(predicted: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row a seed and pair of arms that the rule speaks of: seed, farther, nearer
-        (as predicted), kind (``flips``: they differ in wrong rewards alone; ``arms``),
+        (as predicted), kind (``flips``: they differ in wrong rewards alone; ``arms``:
+        from the same weights; ``starts``: from others),
         predicted, observed (ratio of ceilings, of displacements), right.
     """
     both = predicted.merge(found[["arm", "seed", "displacement"]], on=["arm", "seed"])
@@ -139,6 +145,7 @@ def foretold(predicted: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             if a.ceiling < APART * b.ceiling:
                 continue
             kind = "flips" if {a.arm, b.arm} <= set(FLIPS) else "arms"
+            kind = kind if a.start == b.start else "starts"
             ratio = a.displacement / b.displacement
             told = a.ceiling / b.ceiling
             rows.append((seed, a.arm, b.arm, kind, told, ratio, bool(ratio > 1.0)))

@@ -180,11 +180,20 @@ def effect_text(row: Mapping[str, Any]) -> str:
     )
 
 
+def _arm(name: str) -> str:
+    """An arm's name; of a confined one, with the name of its free run."""
+    family, confined, _ = name.partition("-projected")
+    label = ARM_STYLES[name].label
+    return f"{ARM_STYLES[family].label} ({label})" if confined else label
+
+
 def in_words(text: str) -> str:
     """Arms by their names, and a hyphen before a number as a minus sign.
 
     >>> in_words("sft-matched minus opd: -0.5, ruled out")
     'SFT, matched minus OPD: −0.5, ruled out'
+    >>> in_words("kept by rlvr-projected")
+    'kept by RLVR (own early subspace)'
     """
-    text = ARM.sub(lambda found: ARM_STYLES[found[0]].label, text)
+    text = ARM.sub(lambda found: _arm(found[0]), text)
     return re.sub(r"(?<![\w-])-(?=[\d.])", "\N{MINUS SIGN}", text)

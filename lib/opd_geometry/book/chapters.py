@@ -50,6 +50,7 @@ PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
 MODEL = ("model",)  # of the chapter about updates without place
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
+AGAINST = "null; matched control"
 DIGITS = 4  # what is printed and published: another processor changes the seventh
 
 
@@ -464,8 +465,9 @@ def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
     trained = f"{len(here)} trained on this machine: {', '.join(names)}"
     machines = sorted({str(name) for name in provenance["machine"]})
     hours = provenance["wall_seconds"].sum() / 3600
+    seeds = sorted({int(seed) for seed in provenance["seed"]})
     return (
-        f"Profile {parameters.profile}, {seeds_text(parameters.seeds)}: "
+        f"Profile {parameters.profile}, {seeds_text(seeds)}: "
         f"{len(provenance)} runs, {kept} of them read from committed measurements, "
         f"{trained if names else 'none trained on this machine'}. Together "
         f"{hours:.1f} hours of training on one core each ({'; '.join(machines)})."
@@ -569,8 +571,8 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
 
     Returns:
         One row a claim: claim, the paper, here (levels as the paper prints them, and
-        what decides), null, matched control (of either kind the one that stands most in
-        the way), verdict.
+        what decides), ``AGAINST`` (the null and the control that stand most in the
+        way), verdict.
 
     Raises:
         ValueError: unknown claim.
@@ -583,8 +585,7 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
                 "claim": f"{claim.statement} ({claim.id})",
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 "here": _here(finding, levels_text(claim, levels)),
-                "null": in_words(finding.null),
-                "matched control": in_words(finding.matched),
+                AGAINST: in_words(f"{finding.null}; {finding.matched}"),
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )

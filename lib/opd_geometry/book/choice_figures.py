@@ -15,14 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from opd_geometry.analysis.gates import ANGLE, SHIFT, SILENT_DEG
-from opd_geometry.analysis.sensitivity import (
-    HANGS,
-    OPEN,
-    STAYS,
-    Choice,
-    Reading,
-    level,
-)
+from opd_geometry.analysis.sensitivity import Choice, Reading, level
 from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
@@ -38,7 +31,6 @@ from opd_geometry.book.figures import (
 )
 from opd_geometry.geometry.comparison import MASK_ALPHA
 
-FATE_WORDS = {STAYS: "does not hang", OPEN: "undecided", HANGS: "hangs on the choice"}
 NULL_KEY = "dotted, in the arm's colour: its null"
 DEFAULT_KEY = "what the other chapters use"
 AXIS_LABELS = {

@@ -172,7 +172,7 @@ def subspace_dots(
             ax.axvline(1, color=ARM_STYLES[name].colour, lw=1.2)
             ax.axvline(0, color=GREY, ls=":", lw=1.2)
             if rows.loc[STOPPED, "outcome"] == POWERLESS:
-                said = "nothing to lose:\n" + POWERLESS
+                said = "gain not shown:\n" + POWERLESS
                 ax.text(0.5, len(suffixes) / 2 - 0.5, said, ha="center", va="center")
             ax.set_title(ARM_STYLES[name].label, color=ARM_STYLES[name].colour)
         labels = [CONFINED_STYLES[suffix].label for suffix in suffixes]

@@ -30,7 +30,7 @@ OF_ATTENTION = ("stable_rank", "stable_rank_bf16", "hill_alpha", "similarity_to_
 MODEL = ("accuracy/chain",)
 NORMS = ("frobenius_norm", "relative_norm")
 METRICS = tuple(METRIC_LABELS)
-WORLDS = {PUBLISHED: "small"}
+WORLDS = {PUBLISHED: "small", "pretrained": "language model"}
 DIGITS = 3
 LAWS = ("gaussian", "laplace", "t3", "sign")  # the band of the calculator
 SCALES = np.geomspace(1e-7, 1e-1, 73)
@@ -76,6 +76,7 @@ def _of_run(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     attention = bare.isin(OF_ATTENTION) & rows["role"].isin(ATTENTION_ROLES)
     layers = ~bare.isin((*OF_ATTENTION, *MODEL)) & rows["role"].isin(LAYER_ROLES)
     rows = rows[attention | layers | bare.isin(MODEL)].assign(metric=metric)
+    rows = rows[_is_complete(rows)]
     sizes = table[table["metric"] == "parameters"].groupby("matrix")["value"].first()
     rows["weight"] = (
         rows["matrix"].map(sizes).where(rows["metric"].isin(WEIGHTED_METRICS), 1.0)
@@ -85,6 +86,20 @@ def _of_run(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     last = rows[(rows["step"] == rows["step"].max()) & (rows["layer"] >= 0)]
     deep = last.groupby(["metric", "layer"])[["value", "weight"]].sum()
     return sums["value"] / sums["weight"], deep["value"] / deep["weight"]
+
+
+def _is_complete(rows: pd.DataFrame) -> np.ndarray:
+    """Whether a row's metric has, at its step, every matrix that it is drawn over.
+
+    Those are the matrices of the metric, or of a null's, at the end. A large model
+    stores some matrices at some checkpoints, and a mean over others is not drawn.
+    """
+    matrices = rows.groupby(["metric", "step"])["matrix"].nunique()
+    here = matrices.reindex(pd.MultiIndex.from_frame(rows[["metric", "step"]]))
+    bare = rows["metric"].str.removeprefix("null_")
+    end = pd.Series(rows["step"].max(), rows.index)
+    there = matrices.reindex(pd.MultiIndex.from_arrays([bare, end]))
+    return here.to_numpy() == there.to_numpy()
 
 
 def _over_seeds(parts: list[pd.Series]) -> pd.DataFrame:
@@ -146,8 +161,9 @@ def write_data(path: Path) -> Path:
         path: such as ``_static/explorer-data.js``.
     """
     worlds = {
-        world: aggregate(map(measure.committed_table, measure.committed_runs(profile)))
+        world: aggregate(map(measure.committed_table, runs))
         for profile, world in WORLDS.items()
+        if (runs := measure.committed_runs(profile))
     }
     drawn = {arm for world in worlds.values() for arm in world}
     data = {

@@ -37,10 +37,14 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.~*/-])/(?:home|root|Users|tmp|mnt|opt|private|var|work|workspace"
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
+FOLDED = {"hide-input", "remove-input", "remove-cell", "hide-output", "hide-cell"}
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
 STUMBLES = {
-    ' aria-label="Color mode"': ' title="Color mode"',
+    # A picture's title would be a text that the button's name lacks.
+    ' data-mode="light" title="Light"': ' data-mode="light"',
+    ' data-mode="dark"  title="Dark"': ' data-mode="dark"',
+    ' data-mode="auto"  title="System Settings"': ' data-mode="auto"',
     ' role="doc-biblioentry"': ' role="listitem"',
     ' aria-label="Toggle hidden content"': "",
     'search-button-field search-button__button pst-js-only" title="Search" '
@@ -397,6 +401,8 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
             "chapters.check_" in cell.source or not _shows(cell)
         ):
             cell.metadata["tags"] = ["remove-cell"]
+        elif _draws(cell) and not FOLDED & {*_tags(cell)}:
+            cell.metadata["tags"] = [*_tags(cell), "hide-input"]
     notebook.cells = [*rest[:1], *first, *rest[1:]]
     _caption_tables(notebook)
     return notebook
@@ -409,6 +415,12 @@ def _shows(cell: NotebookNode) -> bool:
         not all(kind.startswith(kept) for kind in output.get("data", {"text": ""}))
         for output in cell.outputs
     )
+
+
+def _draws(cell: NotebookNode) -> bool:
+    """Whether a cell ends with a table or a figure, whose code is folded."""
+    kinds = {"text/html", "image/png"}
+    return any(kinds & {*o.get("data", {})} for o in cell.get("outputs", []))
 
 
 def _caption_tables(notebook: NotebookNode) -> None:
