@@ -238,6 +238,8 @@ def test_printed_orders_are_met_within_half_a_decade() -> None:
     ]
     shapes = pd.DataFrame(rows, columns=["arm", "readout", "metric", "value"])
     assert un.orders_table(shapes)["met"].all()
+    assert un.orders_table(shapes[::2])["met"].all()  # half of what is printed
+    assert un.orders_table(shapes[1::2])["met"].all()  # twice that
     far = un.orders_table(shapes.assign(value=shapes["value"] * 10))
     assert far["met"].eq(far["relation"] == ">").all()
     near = un.orders_table(shapes.assign(value=shapes["value"] / 10))

@@ -157,6 +157,8 @@ def test_every_work_that_prints_two_numbers_is_asked() -> None:
     asked = {name for pair in pairs for name in pair.work.split(" and ")}
     works = {item.removeprefix("arXiv:").split("/")[-1] for item in table["item"]}
     assert works == asked
+    along = [pair for pair in pairs if pair.then.startswith("energy of OPD's")]
+    assert [round(pair.value, 3) for pair in along] == [0.07, 0.048]
     # what is printed is what stands in the table: nothing is typed twice
     values = {float(v) for v in table["value"]}
     for pair in pairs:
