@@ -21,9 +21,9 @@ from records import record, seconds
 from opd_geometry.printing import print_table
 
 EARLIER = "534ea8d"
-SIZES = "128x128,512x512,1024x1024,2048x2048,3072x1024"
+SIZES = "128x128,512x512,1024x1024,4096x512,2048x2048"
 STEPS = (1, 2, 3, 4, 5)
-ROUNDS = 2
+LARGE = 2**21  # entries, from which on every call is timed once
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,31 +39,38 @@ def calls(rows: int, cols: int) -> dict[str, Callable[[], object]]:
     after = w + 1e-4 * (noise + low)
     metrics = [pairs.METRICS[n] for n in pairs.NULL_METRICS if "energy" not in n]
     run = {step: w + 2e-5 * (step**0.5 * noise + step * low) for step in STEPS}
-    found: dict[str, Callable[[], object]] = {
-        "trajectory": lambda: pairs.follow_tensors(w, run.__getitem__, STEPS)
-    }
+
+    def follow(**how: bool) -> Callable[[], object]:
+        return lambda: pairs.follow_tensors(w, run.__getitem__, STEPS, **how)
+
     if not hasattr(c, "compare_turned"):
         before = c.reference(w)
         c.compare(before, after)
-        return found | {"gaussian": lambda: c.compare_null(before, after, 0, metrics)}
+        return {
+            "trajectory": follow(),
+            "gaussian": lambda: c.compare_null(before, after, 0, metrics),
+        }
     before = c.reference(w, bottom=True)
     c.compare(before, after, [*c.METRICS, *c.ENERGY])
-    parts: dict[str, Callable[[], object]] = {
+    return {
+        "trajectory": follow(readout=False),
+        "trajectory_readout": follow(),
         "shuffled": lambda: c.compare_shuffled(before, after, 0),
         "turned": lambda: c.compare_turned(before, after, 0),
         "energy": lambda: c.compare(before, after, c.ENERGY),
         "expected": lambda: c.compare_expected(before, after),
     }
-    return found | parts
 
 
 def measured(rows: int, cols: int) -> dict[str, float]:
-    """Processor seconds of every call, the smallest of three."""
-    found = {}
-    for name, call in calls(rows, cols).items():
+    """Processor seconds of every call, the smallest of five, or of large ones once."""
+    for call in calls(400, 300).values():
         call()  # the first one loads libraries
-        found[name] = seconds(call, 3)["cpu_seconds"]
-    return found
+    times = 1 if rows * cols >= LARGE else 5
+    return {
+        name: seconds(call, times)["cpu_seconds"]
+        for name, call in calls(rows, cols).items()
+    }
 
 
 def side(library: Path, size: str, threads: int) -> dict[str, float]:
@@ -97,7 +104,8 @@ def main(sizes: str, threads: int, only: str | None) -> None:
             packed.extractall(folder, filter="data")
         for size in sizes.split(","):
             best: dict[str, float] = {}
-            for _ in range(ROUNDS):
+            rows, cols = map(int, size.split("x"))
+            for _ in range(1 if rows * cols >= LARGE else 2):
                 for name, library in (
                     ("earlier_", Path(folder) / "lib"),
                     ("", ROOT / "lib"),
@@ -112,6 +120,8 @@ def main(sizes: str, threads: int, only: str | None) -> None:
                     **best,
                     "added_over_gaussian": added / best["earlier_gaussian"],
                     "trajectory_over_earlier": best["trajectory"]
+                    / best["earlier_trajectory"],
+                    "with_readout_over_earlier": best["trajectory_readout"]
                     / best["earlier_trajectory"],
                 }
             )

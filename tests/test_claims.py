@@ -1133,7 +1133,9 @@ def test_a_card_says_what_the_table_says(paper_table, paper_findings, tmp_path):
         columns=["arm", "seed", "wall_seconds", "machine"],
     )
     card = claims.claim_card("norm-decoupled", paper_table, provenance, "width 128")
-    assert card.startswith("| | |\n|---|---|\n| The claim | OPD moves the weights")
+    assert card.startswith(
+        "| field | content |\n|---|---|\n| The claim | OPD moves the weights"
+    )
     assert all(line.count("|") == 3 for line in card.splitlines())
     assert "**reproduced**" in card
     assert "5 seeds" in card

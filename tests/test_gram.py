@@ -295,3 +295,24 @@ def test_leading_right_needs_the_rank(shape: tuple[int, int]) -> None:
     assert right is not None
     assert largest_angle_deg(right, v) < 1e-9
     assert gram.leading_right(w, 10, 4)[1] is None
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280), (280, 300)])
+def test_rough_values_are_near_and_steep_ones_exact(shape: tuple[int, int]) -> None:
+    """In float32 to 1e-3 at worst; where that loses more, in float64 after all."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(1e-9 * noise, full_matrices=False)
+    top, k = 12, 4
+    for spectrum, rel in ((s, 1e-4), (s * 0.1 ** torch.arange(len(s)), 1e-9)):
+        w = (u * spectrum) @ vh
+        values, right = gram.leading_right(w, top if rel > 1e-6 else 6, k, rough=True)
+        n = min(6, len(values))
+        torch.testing.assert_close(values[:n], spectrum[:n], rtol=rel, atol=0)
+        alone = gram.right_subspace(w, k, rough=True)
+        for basis in (right, alone):
+            assert basis is not None
+            shared = spectra.subspace_similarity(basis, vh[:k].T)
+            assert shared == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match="1 NaN"):
+        gram.right_subspace(torch.full((1, 1), math.nan), 1, rough=True)

@@ -478,7 +478,33 @@ def test_trajectory_table(tmp_path: Path) -> None:
     assert short["increments_similarity_to_end"].isna().all()
     (note,) = set(short["note"])
     assert note.startswith("2 checkpoints, expected 3 or more for the null of turned")
+    assert "\n" not in note
     pd.testing.assert_frame_equal(pairs.trajectory(origin, paths, k=4, jobs=2), table)
+
+
+def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole", model())
+    bare = save(tmp_path / "bare", {"model.norm.weight": torch.ones(8)})
+    for asked in ((bare, bare), (bare, whole), (whole, bare)):
+        with pytest.raises(ValueError, match="bare has no weight matrix") as error:
+            plan_pair(*asked)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="bare has no weight matrix"):
+            pairs.plan_trajectory(asked[0], [asked[1]], steps=[1])
+
+
+def test_a_damaged_other_training_is_refused_by_matrix(tmp_path: Path) -> None:
+    origin, end = (save(tmp_path / name, model(i)) for i, name in enumerate("ab"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    broken = model(2)
+    broken[name][0, 0] = math.nan
+    other = save(tmp_path / "other", broken)
+    plan = pairs.plan_trajectory(
+        origin, [end], 4, steps=[1], against={"seed": (origin, other)}
+    )
+    notes = pairs.run_plan(plan).set_index("matrix")["note"]
+    assert notes[name] == "refused: 1 NaN and 0 inf after seed"
+    assert not notes.drop(name).str.startswith("refused").any()
 
 
 def test_a_run_is_held_against_other_trainings(tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ NOT_PROSE = re.compile(
     |```.*?``` | `[^`]*`
     |\$\$.*?\$\$ | \$[^$]+\$
     |,?\s\(?\d{4}\)?\]\(https://[^)]*\)    # the year of a cited paper
+    |\[\d{4}\.\d{4,5}(?=\])          # a paper by its number
     |\]\([^)]*\) | https?://\S+ | arXiv:[\d.]+
     |^:{3,}[^\n]*$ | ^:(?:name|doc|link|link-type|gutter|figwidth):[^\n]*$
     |^\d+\.[ ]                      # items of a list
@@ -212,10 +213,12 @@ SETTINGS = {
 # Budgets that the paper's text prints, and arithmetic done on the page, by page.
 QUOTED: dict[str, set[float]] = {
     # a weight, in the worked update; a share of rewards, and where a ratio is clipped
-    "index": {0.02},
+    "index": {0.02, 270},
     "notation": {0.45, 0.8, 1.28},
     "03_equal_norm": {299, 5375},
     "04_rank": {63, 299},
+    # millions of parameters, rows of the vocabulary, matrices, steps; a span of marks
+    "05_real_model": {0.8, 270, 1024, 126, 40, 0.7},
     "06_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
     # the widest gap of Table 1; ratios and billions of parameters
     "07_regimes": {0.055, 1.75, 14},

@@ -216,7 +216,8 @@ def _roughly(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
     if not math.isfinite(size):
         finite_matrix(w, "w")
     size = size or 1.0
-    unit = (w / size).float()  # squares of what is tiny are zero
+    # Scaled: squares of what is tiny are zero.
+    unit = torch.div(w, size, out=torch.empty(w.shape, dtype=torch.float32))
     tall = unit if unit.shape[0] >= unit.shape[1] else unit.T
     products = tall.T @ tall
     squares, inner = _largest(products, k, ROUGH_TOLERANCE)

@@ -187,8 +187,8 @@ class Increments:
             delta: W_t - W_0, float64 and finite; not to be written to afterwards.
         """
         change, self._before = delta - self._before, delta
-        if bool(change.any()):
-            self._total = self._total + nulls.turned(change, self._generator)
+        if bool(change[0].any()) or bool(change.any()):
+            self._total = nulls.turned(change, self._generator).add_(self._total)
         return self._total
 
 

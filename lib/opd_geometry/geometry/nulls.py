@@ -184,7 +184,7 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
         finite_matrix(delta, "delta")
     values, size = _nonzero(delta)
     del delta  # a caller may have kept none
-    unit = (values / size).float()
+    unit = torch.div(values, size, out=torch.empty(values.shape, dtype=torch.float32))
     del values
     rotate = _reflected if max(unit.shape) <= UNIFORM_SIDE else _transformed
     result = rotate(unit, generator).double()

@@ -997,6 +997,12 @@ def _paired(
     check_names("roles", roles, ALL_ROLES)
     check_names("parts", parts, PARTS)
     found = pairing(before, after, roles, parts)
+    for side, unread in zip((before, after), found.unreadable, strict=True):
+        if not side.cuts and not unread:
+            raise ValueError(
+                f"{side.path} has no weight matrix, expected a model's weights, some "
+                "of them of two dimensions; check that it is the whole checkpoint"
+            )
     refuse_shapes(found.differing)
     # A part that one side lacks (a text model of a multimodal one) does not count.
     common = {pair.before.part for pair in found.pairs}
