@@ -4,7 +4,7 @@ Each row trains a tiny model for 40 steps in a real trainer, with ProjectionCall
 locking at step 10, and holds the weights of the last checkpoint against those of the
 lock: leak = ||D - D V V^T||_F^2 / ||D||_F^2, a mean over the confined parameters. What
 is refused has the reason instead. Schedule-free optimizers need the package
-schedulefree (1.4.1), adapters need peft.
+schedulefree, adapters peft; requirements.txt has both.
 
     python benchmarks/confinement_table.py
 
@@ -93,6 +93,9 @@ def schedule_free(parameters: Any) -> Any:
 
 OPTIMIZERS: dict[str, Callable[[Any], Any] | None] = {
     "AdamW": None,
+    "AdamW, epsilon 1e-4": lambda ps: torch.optim.AdamW(
+        ps, 1e-3, eps=1e-4, weight_decay=0.0, fused=True
+    ),
     "SGD, momentum": lambda ps: torch.optim.SGD(ps, 0.05, momentum=0.9),
     "Adafactor": lambda ps: torch.optim.Adafactor(ps, 1e-2),
     "RMSprop": lambda ps: torch.optim.RMSprop(ps, 1e-3),
@@ -105,9 +108,11 @@ FORMS = ("update", "gradient")
 CASES = [
     *[("SFTTrainer", "AdamW", "dense", d, f) for d in DTYPES for f in FORMS],
     *[("GRPOTrainer", "AdamW", "dense", d, "update") for d in ("float32", "bf16")],
+    *[("SFTTrainer", "AdamW, epsilon 1e-4", "dense", "fp16", form) for form in FORMS],
     *[
         ("Trainer", o, "dense", d, f)
         for o in OPTIMIZERS
+        if o != "AdamW, epsilon 1e-4"
         for d, f in (("float32", "update"), ("bf16", "update"), ("float32", "gradient"))
     ],
     *[

@@ -528,3 +528,13 @@ def test_library_away_from_its_checkout(
     code, line = complaint(capsys, "site")
     assert code == 1
     assert "expected a checkout of the repository" in line
+
+
+def test_books_are_built_beside_the_data_of_a_read_only_checkout(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cli.repository()
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: Path(path) != root)
+    assert cli.builds(root) == data / "_build"
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: True)
+    assert cli.builds(root) == root / "_build"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import trainer_ranks
 from children import Child
+from schedulefree import AdamWScheduleFree
 from torch import Tensor
 from trainer_ranks import LOCK, SIZES, STEPS, Data, K, logged, qwen, snap, trainer
 from transformers import (
@@ -192,14 +193,6 @@ def test_adapters_are_refused(tmp_path: Path) -> None:
         ProjectionCallback(trainer(adapted, tmp_path))
 
 
-class TwoModes(torch.optim.AdamW):
-    """As schedule-free optimizers: what is saved is another copy."""
-
-    def train(self) -> None: ...
-
-    def eval(self) -> None: ...
-
-
 class Masters(torch.optim.SGD):
     """An optimizer that steps a copy of its own."""
 
@@ -224,7 +217,7 @@ def layerwise(parameters: list[Any]) -> Any:
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [
-        (lambda ps: TwoModes(ps, 1e-3), "TwoModes keeps a second copy of the weights"),
+        (AdamWScheduleFree, "AdamWScheduleFree keeps a second copy of the weights"),
         (lambda ps: Masters(ps, 1e-1), "Masters keeps .* once more, as 'master'"),
         (layerwise, "DummyOptimizer steps layer by layer within backward"),
         (lambda ps: torch.optim.AdamW(ps[1:], 1e-3), "is not stepped by the trainer's"),

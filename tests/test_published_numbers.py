@@ -217,8 +217,8 @@ QUOTED: dict[str, set[float]] = {
     "notation": {0.45, 0.8, 1.28},
     "03_equal_norm": {299, 5375},
     "04_rank": {63, 299},
-    # millions of parameters, rows of the vocabulary, matrices, steps; a span of marks
-    "05_real_model": {0.8, 270, 1024, 126, 40, 0.7},
+    # millions of parameters, rows of the vocabulary, matrices, steps
+    "05_real_model": {0.8, 270, 1024, 126, 40},
     "06_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
     # the widest gap of Table 1; ratios and billions of parameters
     "07_regimes": {0.055, 1.75, 14},

@@ -1,6 +1,6 @@
 // Wide parts are reached and scrolled by the keyboard; a figure opens in full.
 const mark = () => {
-  const places = ".cell_output .text_html, .cell_output pre, .highlight pre, " +
+  const places = ".text_html, .cell_output pre, .highlight pre, " +
     "div.math, .pst-scrollable-table-container, .picture";
   let n = 0;
   for (const place of document.querySelectorAll(places)) {
@@ -26,6 +26,17 @@ const open = () => {
     link.append(picture);
   }
 };
+// A page's own table scrolls by itself, too.
+const frame = () => {
+  for (const table of document.querySelectorAll(".bd-content article table")) {
+    if (table.closest(".text_html, .pst-scrollable-table-container")) continue;
+    const box = document.createElement("div");
+    box.className = "pst-scrollable-table-container";
+    table.replaceWith(box);
+    box.append(table);
+  }
+};
 addEventListener("DOMContentLoaded", open);
+addEventListener("DOMContentLoaded", frame);
 addEventListener("load", mark);
 addEventListener("resize", mark);

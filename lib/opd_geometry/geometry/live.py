@@ -78,28 +78,51 @@ def movement(w_before: Tensor, w: Tensor, k: int) -> Movement:
 
     Source: arXiv:2606.07082 Table 1 and Figures 4 and 5.
     """
-    check_same_shape(w_before, w, ("w_before", "w"))
-    check_rank(k, w.shape)
-    start = w_before.to(w.device)
-    short_start, short = to_bfloat16(start), to_bfloat16(w)
-    same = torch.count_nonzero(short_start == short)
-    exact = min(w.shape) <= EXACT_SIDE
-    dtype = torch.float64 if exact and w.device.type == "cpu" else torch.float32
-    delta = w.to(dtype) - start.to(dtype)
-    sparsity = float(same) / w.numel()
-    norm = float(torch.linalg.vector_norm(delta))
-    if not 0.0 < norm < float("inf"):  # also where it is NaN
-        return Movement(norm, math.nan, sparsity, math.nan, norm, False, None)
-    # Scaled, since the Gram matrix squares what may be as small as 1e-20.
-    s, right = leading_right(delta / norm, k)
-    kept = right if float(s[-1]) > RANK_FLOOR * float(s[0]) else None
-    rank = 1.0 / float(s[0]) ** 2
-    seen = short.to(dtype) - short_start.to(dtype)
+    delta = _difference(w_before, w, k)
+    short_start, short = to_bfloat16(w_before.to(w.device)), to_bfloat16(w)
+    sparsity = float(torch.count_nonzero(short_start == short)) / w.numel()
+    norm, rank, kept = _directions(delta, k)
+    if math.isnan(rank):
+        return Movement(norm, rank, sparsity, rank, norm, False, None)
+    seen = short.to(delta.dtype) - short_start.to(delta.dtype)
     if torch.equal(seen, delta):
         return Movement(norm, rank, sparsity, rank, norm, True, kept)
     seen_norm = float(torch.linalg.vector_norm(seen))
     seen_rank = 1.0 / largest_value(seen / seen_norm) ** 2 if seen_norm else math.nan
     return Movement(norm, rank, sparsity, seen_rank, seen_norm, False, kept)
+
+
+def directions(w_before: Tensor, w: Tensor, k: int) -> tuple[float, Tensor | None]:
+    """Norm and top-k right subspace of W - W_0, as `movement` has them, for less.
+
+    Args:
+        w_before, w, k: as of `movement`.
+
+    Raises:
+        ValueError: as `movement`.
+    """
+    norm, _, right = _directions(_difference(w_before, w, k), k)
+    return norm, right
+
+
+def _difference(w_before: Tensor, w: Tensor, k: int) -> Tensor:
+    """W - W_0, in the precision in which its directions are found."""
+    check_same_shape(w_before, w, ("w_before", "w"))
+    check_rank(k, w.shape)
+    exact = min(w.shape) <= EXACT_SIDE
+    dtype = torch.float64 if exact and w.device.type == "cpu" else torch.float32
+    return w.to(dtype) - w_before.to(w.device).to(dtype)
+
+
+def _directions(delta: Tensor, k: int) -> tuple[float, float, Tensor | None]:
+    """Norm, stable rank (NaN where nothing moved) and top-k right subspace."""
+    norm = float(torch.linalg.vector_norm(delta))
+    if not 0.0 < norm < float("inf"):  # also where it is NaN
+        return norm, math.nan, None
+    # Scaled, since the Gram matrix squares what may be as small as 1e-20.
+    s, right = leading_right(delta / norm, k)
+    kept = right if float(s[-1]) > RANK_FLOOR * float(s[0]) else None
+    return norm, 1.0 / float(s[0]) ** 2, kept
 
 
 def largest_value(delta: Tensor) -> float:

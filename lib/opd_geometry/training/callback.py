@@ -174,9 +174,7 @@ class GeometryCallback(TrainerCallback):
         return True
 
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._matrices(
-            _inner(self.trainer.model)
-        )  # still whole, now that it is wrapped
+        self._matrices(_inner(self.trainer.model))  # still whole, now it is wrapped
         if state.global_step == 0:
             self.origin.begin()
             self.lock_step = step_of(self.lock_at, state.max_steps)

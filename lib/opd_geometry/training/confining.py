@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from opd_geometry.geometry.checkpoints import Matrix
-from opd_geometry.geometry.live import SPREAD, is_whole, movement
+from opd_geometry.geometry.live import SPREAD, directions, is_whole
 from opd_geometry.geometry.projection import (
     ProjectionHandle,
     leaked_energy,
@@ -262,14 +262,14 @@ class ProjectionCallback(TrainerCallback):
             slices = []
             for key, piece in _pieces(name, tensors[name], name in turned):
                 k = min(self.k, *piece.shape)
-                moved = movement(start[key], piece.detach(), k)
-                if not moved.frobenius_norm < float("inf"):
+                norm, right = directions(start[key], piece.detach(), k)
+                if not norm < float("inf"):
                     raise ValueError(
                         f"{name} holds NaN or inf at the lock, step {self.lock_step}: "
                         "expected finite weights; lower the learning rate"
                     )
                 none = torch.zeros(piece.shape[1], k)
-                slices.append(none if moved.right is None else moved.right)
+                slices.append(none if right is None else right)
             stacked = torch.stack(slices) if tensors[name].ndim == 3 else slices[0]
             if stacked.any():
                 found[name] = stacked
