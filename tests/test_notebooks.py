@@ -243,7 +243,7 @@ def test_an_unknown_parameter_stops_papermill_in_the_first_cell(tmp_path: Path) 
     output = tmp_path / "out.ipynb"
     with pytest.raises(PapermillExecutionError) as caught:
         papermill.execute_notebook(
-            str(NOTEBOOKS[0]), str(output), {"seed": 1}, progress_bar=False
+            str(NOTEBOOKS[1]), str(output), {"seed": 1}, progress_bar=False
         )
     assert caught.value.evalue == (
         "unknown parameter seed; expected profile, seeds, source, jobs"

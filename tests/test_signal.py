@@ -71,7 +71,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
         signal.commit_signals("smoke", other)
         signal.commit_signals("smoke", other)
         back = signal.committed_signals("smoke")
-        assert len(back) == 2 * len(table)
+        assert len(back) == 2 * len(table)  # added to, and replaced by run
         np.testing.assert_allclose(back["value"][: len(table)], table["value"], 1e-6)
         return table
 

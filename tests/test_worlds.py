@@ -109,6 +109,13 @@ def test_weights_are_committed_whole(
     assert both.loc["std"].to_dict() == {"x": 0.5, "y": 2.0}
 
 
+def test_another_arm_in_an_arms_place_is_read_and_kept_apart() -> None:
+    levels = evidence.levels_of(table())
+    swapped = levels.with_arm("opd", "rlvr")
+    for one, value in ((swapped, 3.0), (levels, 2.0), (swapped, 3.0)):
+        assert set(evidence.beside(one, "opd", ["nss"])["nss"]) == {value}
+
+
 def test_angles_and_their_nulls_are_of_the_same_matrices() -> None:
     rows = table()
     gauss = rows[rows["metric"] == "turned_nss"].assign(metric="null_nss", value=4.0)

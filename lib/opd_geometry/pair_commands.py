@@ -5,6 +5,7 @@ needs torch is imported when a command runs.
 """
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -94,6 +95,15 @@ def _options(command: Command) -> Command:
     return command
 
 
+def _finite(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    """Refuse NaN and infinity, which a range lets through."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number to measure with.")
+    return value
+
+
 @click.command("measure")
 @click.argument("before")
 @click.argument("after")
@@ -107,6 +117,7 @@ def _options(command: Command) -> Command:
 @click.option(
     "--lr",
     type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite,
     help="Learning rate in between, to say with --steps how far the weights went.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Of the optimizer.")
@@ -315,6 +326,7 @@ def measure_command(
 @click.option(
     "--lr",
     type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite,
     help="Learning rate, to say how far the weights went in units of lr √step.",
 )
 @click.option(

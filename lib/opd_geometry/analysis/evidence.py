@@ -139,9 +139,10 @@ class Levels:
 
     def matrices(self, arm: str, frac: float) -> dict[str, pd.Series]:
         """Metrics to an arm's values by seed and matrix, at a fraction of training."""
-        key = ("matrices", arm, frac)
+        own = self._alias.get(arm, arm)  # what is kept is shared with copies
+        key = ("matrices", own, frac)
         if key not in self._places:
-            rows = self.table[self.table["arm"] == self._alias.get(arm, arm)]
+            rows = self.table[self.table["arm"] == own]
             ends = rows.groupby("seed")["step"].max()
             wanted = (frac * rows["seed"].map(ends)).round()
             rows = rows[rows["role"].isin(LAYERS) & (rows["step"] == wanted)]

@@ -142,8 +142,8 @@ def other_seeds(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
 
 
 def commit_pairs(profile: str, table: pd.DataFrame) -> Path:
-    """Store a table of pairs, with its digest beside it; see ``shelf``."""
-    return commit_table("pairs", profile, table)
+    """Add pairs of runs to a profile's; see ``shelf``."""
+    return commit_table("pairs", profile, table, ["run", "other"])
 
 
 def committed_pairs(profile: str) -> pd.DataFrame:

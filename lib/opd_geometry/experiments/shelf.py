@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from opd_geometry.experiments.records import check_seal, sealing
+from opd_geometry.experiments.records import check_seal, locked, sealing
 from opd_geometry.files import clear_write_errors, data_directory, shelves
 
 
@@ -21,20 +21,41 @@ def table_path(kind: str, profile: str, folder: Path | None = None) -> Path:
     return next((place for place in places if place.exists()), places[0])
 
 
-def commit_table(kind: str, profile: str, table: pd.DataFrame) -> Path:
-    """Store a table: words once, the column ``value`` to seven digits.
+def commit_table(
+    kind: str, profile: str, table: pd.DataFrame, keys: Sequence[str]
+) -> Path:
+    """Add rows to a committed table; those of the same keys are replaced.
+
+    Words are stored once, the column ``value`` to seven digits. Two processes that add
+    at once wait for each other.
+
+    Args:
+        kind, profile: which table.
+        table: the rows.
+        keys: columns that say what a row is of, such as ``run``.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: it cannot be written, or what is there is damaged.
     """
     path = table_path(kind, profile, data_directory())
-    words = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
-    narrow = table.astype({**dict.fromkeys(words, "category"), "value": "float32"})
     with clear_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with sealing(path) as draft:
-            narrow.to_parquet(draft, index=False, compression="zstd")
+        with locked(path.with_suffix(".lock"), str(path)):
+            kept = committed_table(kind, profile, list(table.columns))
+            old, new = (part[[*keys]].astype(str) for part in (kept, table))
+            kept = kept[
+                ~pd.MultiIndex.from_frame(old).isin(pd.MultiIndex.from_frame(new))
+            ]
+            parts = [part for part in (kept, table) if len(part)]
+            whole = pd.concat(parts, ignore_index=True) if parts else table
+            with sealing(path) as draft:
+                _narrow(whole).to_parquet(draft, index=False, compression="zstd")
     return path
+
+
+def _narrow(table: pd.DataFrame) -> pd.DataFrame:
+    words = [n for n in table if not pd.api.types.is_numeric_dtype(table[n])]
+    return table.astype({**dict.fromkeys(words, "category"), "value": "float32"})
 
 
 def committed_table(kind: str, profile: str, columns: Sequence[str]) -> pd.DataFrame:

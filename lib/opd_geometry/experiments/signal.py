@@ -135,10 +135,7 @@ def signal_table(run: Run, draws: int = DRAWS) -> pd.DataFrame:
 
 def commit_signals(profile: str, table: pd.DataFrame) -> None:
     """Store a table of signals beside the committed ones of other runs."""
-    kept = committed_signals(profile)
-    kept = kept[~kept["run"].isin(set(table["run"]))]
-    parts = [part for part in (kept, table) if len(part)]
-    commit_table("signal", profile, pd.concat(parts, ignore_index=True))
+    commit_table("signal", profile, table, ["run"])
 
 
 def committed_signals(profile: str) -> pd.DataFrame:

@@ -64,8 +64,8 @@ def weights_table(run: Run) -> pd.DataFrame:
 
 
 def commit_weights(profile: str, table: pd.DataFrame) -> None:
-    """Store the properties of a profile's weights; see ``shelf``."""
-    commit_table("weights", profile, table)
+    """Add the properties of starting weights to a profile's; see ``shelf``."""
+    commit_table("weights", profile, table, ["run"])
 
 
 def committed_weights(profile: str) -> pd.DataFrame:
