@@ -113,7 +113,8 @@ def test_another_arm_in_an_arms_place_is_read_and_kept_apart() -> None:
     levels = evidence.levels_of(table())
     swapped = levels.with_arm("opd", "rlvr")
     for one, value in ((swapped, 3.0), (levels, 2.0), (swapped, 3.0)):
-        assert set(evidence.beside(one, "opd", ["nss"])["nss"]) == {value}
+        found = evidence.beside(one, "opd", ["nss", "turned_nss"])
+        assert set(found["nss"]) == {value}
 
 
 def test_angles_and_their_nulls_are_of_the_same_matrices() -> None:
