@@ -79,6 +79,11 @@ def test_measure_ends_with_three_sentences_and_the_next_command(
     assert cli.main(command) == 0  # it works as it stands
     capsys.readouterr()
     assert "both or neither" in refusal(capsys, *arguments, "--force", "--lr", "1")
+    for rate in ("nan", "inf"):
+        assert cli.main([*arguments, "--force", "--lr", rate, "--steps", "4"]) == 2
+        said = capsys.readouterr().err
+        assert f"{rate} is no number to measure with" in said
+        assert said.count("\n") == 1
 
 
 def test_quiet_says_nothing_and_json_one_object(
