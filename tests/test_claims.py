@@ -1080,6 +1080,7 @@ def test_old_and_new_verdicts_stand_side_by_side(paper_findings, tmp_path):
     old = claims.write_claims(paper_findings[:8], tmp_path / "old.csv")
     found = claims.verdict_changes(claims.read_claims(old), claims.read_claims(new))
     assert list(found["claim"]) == IDS
+    assert set(found["world"]) == {"published"}
     rows = found.set_index("claim")
     order = rows.loc["sparsity-order"]
     assert (order["before"], order["now"]) == ("reproduced", "explained by a control")
