@@ -417,7 +417,8 @@ def _why(row: Mapping[str, Any]) -> str:
     if row["verdict"] == "explained by a control":
         shown = (str(row[name]) for name in ("null", "matched"))
         return "; ".join(text for text in shown if text.endswith(RULINGS[0]))
-    effect, low, high = (f"{float(row[name]):.3g}" for name in NUMBERS)
+    numbers = ["–" if row[name] == "" else f"{row[name]:.3g}" for name in NUMBERS]
+    effect, low, high = numbers  # one seed has no interval
     return f"{row['unit']}: {effect} [{low}, {high}], {row['n_seeds']} seeds"
 
 
