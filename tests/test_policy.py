@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,6 +239,7 @@ ARMS = {
     "likelihood": replace(OPD, rollouts="teacher", credit="likelihood"),
     "off-policy-ratio": replace(OPD, rollouts="teacher", ratio_to="author"),
     "flipped": replace(RLVR, reward_flip=0.4),
+    "noisy": replace(OPD, gap_noise=2.0),
 }
 
 
@@ -525,6 +527,43 @@ def test_as_many_rewards_are_flipped_as_asked(share: float) -> None:
         assert torch.equal(generator.get_state(), untouched.get_state())
 
 
+def test_noise_is_one_normal_number_a_response() -> None:
+    written = torch.zeros(4000, 3, dtype=torch.float64)
+    rollout = SimpleNamespace(log_probs=written)
+    generator = torch.Generator().manual_seed(0)
+    drawn = policy.response_noise(replace(OPD, gap_noise=2.0), rollout, generator)
+    assert drawn.shape == (4000, 1)
+    assert float(drawn.mean()) == pytest.approx(0.0, abs=0.1)
+    assert float(drawn.std()) == pytest.approx(2.0, abs=0.1)
+    untouched = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    assert not policy.response_noise(OPD, rollout, generator).any()
+    assert torch.equal(generator.get_state(), untouched.get_state())
+
+
+def test_noise_is_added_to_the_credit_and_to_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OPD with noise, in credits: the gap's and what was drawn, the same samples."""
+    drawn, seen = spy(monkeypatch), []
+    mix = losses.mix_advantages
+
+    def watched(*asked: Any) -> Tensor:
+        seen.append(asked[0])
+        return mix(*asked)
+
+    monkeypatch.setattr(losses, "mix_advantages", watched)
+    one = replace(OPD, steps=1)
+    _, [plain] = trained(one)
+    _, [noisy] = trained(replace(one, gap_noise=5.0))
+    assert torch.equal(drawn[0].completions, drawn[1].completions)
+    assert plain["gap"] == pytest.approx(noisy["gap"])
+    half = len(seen) // 2
+    added = torch.cat(seen[half:]) - torch.cat(seen[:half])
+    torch.testing.assert_close(added, added[:, :1].expand_as(added))
+    assert 2.0 < float(added[:, 0].std()) < 9.0
+
+
 def test_coin_flips_skip_no_group_for_its_true_rewards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -597,6 +636,11 @@ def test_an_infinite_norm_clips_nothing() -> None:
         ({"temperature": 0.0}, r"temperature 0.0: expected above 0"),
         ({"reward_flip": 0.6}, r"reward_flip 0.6: expected 0 .* to 0.5"),
         ({"reward_flip": float("nan")}, r"reward_flip nan: expected 0"),
+        ({"gap_noise": -1.0}, r"gap_noise -1.0: expected 0 nats or more"),
+        ({"gap_noise": float("nan")}, r"gap_noise nan: expected 0 nats or more"),
+        ({"gap_noise": float("inf")}, r"gap_noise inf: .* finite"),
+        ({"gap_noise": 1.0, "credit": "likelihood"}, r"there is no gap of a token"),
+        ({"gap_noise": 1.0, "estimator": "full"}, r"there is no gap of a token"),
         ({"ratio_to": "teacher"}, r"ratio_to 'teacher': expected student or author"),
     ],
 )

@@ -411,14 +411,14 @@ def checkpoints(profile: str, arms: str) -> None:
 
 
 @commands.command()
-@_profile
+@click.option("--profile", help="One world only; the rows of the others are kept.")
 @click.option(
     "--against",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="An earlier claims.csv: prints its verdicts beside the new ones, and why.",
 )
-def claims(profile: str, against: Path | None) -> None:
-    """Judge every claim on the committed measurements.
+def claims(profile: str | None, against: Path | None) -> None:
+    """Judge every claim on the committed measurements, in every world.
 
     Writes data/claims.csv.
 
@@ -428,56 +428,39 @@ def claims(profile: str, against: Path | None) -> None:
       opd-geometry claims --profile laptop
       opd-geometry claims --against earlier.csv
     """
+    from opd_geometry.analysis import regimes
     from opd_geometry.analysis.claims import (
-        claims_table,
         read_claims,
         verdict_changes,
+        with_other_worlds,
         write_claims,
     )
-    from opd_geometry.analysis.statements import ARMS
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.profiles import settings_of
     from opd_geometry.experiments.runs import data_directory
 
-    settings_of(profile)
-    table = measure.committed(profile, ARMS)
-    if table.empty:
-        raise ValueError(
-            f"no committed measurements of profile {profile!r}: expected some below "
-            f"{measure.provenance_path().parent}; train with opd-geometry run, then "
-            "opd-geometry commit"
-        )
+    tables = {}
+    for name in regimes.WORLDS if profile is None else [profile]:
+        settings_of(name)
+        tables[name] = measure.committed(name, regimes.ASKED)
+        if tables[name].empty:
+            raise ValueError(
+                f"no committed measurements of profile {name!r}: expected some below "
+                f"{measure.provenance_path().parent}; train with opd-geometry run, "
+                "then opd-geometry commit"
+            )
     earlier = None if against is None else read_claims(against)
-    findings = claims_table(table, profile)
-    _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
-    path = write_claims(findings, data_directory() / "claims.csv")
-    shown = findings[["id", "n_seeds", "verdict"]]
+    path = data_directory() / "claims.csv"
+    findings = regimes.claims_in_worlds(tables)
+    if path.is_file():
+        findings = with_other_worlds(findings, read_claims(path), path)
+    write_claims(findings, path)
+    shown = findings[["id", "world", "n_seeds", "verdict", "verdict_in_regime"]]
     if earlier is not None:
         shown = verdict_changes(earlier, read_claims(path))
-    columns = ["claim", "seeds", "verdict"] if earlier is None else list(shown.columns)
+    columns = [name.replace("_", " ") for name in shown.columns]
     print_table(columns, [[str(cell) for cell in row] for row in shown.to_numpy()])
     click.echo(f"Written to {path}")
-
-
-def _refuse_fewer_seeds(findings: "pd.DataFrame", path: Path) -> None:
-    """Refuse to replace verdicts by those of fewer seeds: measurements were lost.
-
-    Raises:
-        ValueError: a claim was judged on more seeds before.
-    """
-    import pandas as pd
-
-    if not path.is_file():
-        return
-    before = pd.read_csv(path).set_index("id")["n_seeds"]
-    for found in findings.itertuples():
-        earlier = before.get(found.id, 0)
-        if found.n_seeds < earlier:
-            raise ValueError(
-                f"{path} judges {found.id} on {earlier} seeds, the committed "
-                f"measurements have {found.n_seeds}: expected no fewer; take "
-                f"data/measurements from version control, or remove {path.name} first"
-            )
 
 
 @commands.command()
@@ -619,7 +602,8 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
       opd-geometry book --profile pretrained --student path/to/model --jobs 1
     """
-    from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.analysis.claims import write_claims
+    from opd_geometry.analysis.regimes import claims_in_worlds
     from opd_geometry.book.own import against_published, page
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
@@ -645,7 +629,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     numbers = parse_seeds(seeds)
     table, provenance = measure.load(profile, ARMS, numbers, source, student)
     own = place / "claims.csv"
-    write_claims(claims_table(table, profile), own)
+    write_claims(claims_in_worlds({profile: table}), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
     beside = ""
     if not student and profile in ("laptop", PUBLISHED):  # the same runs by other names
