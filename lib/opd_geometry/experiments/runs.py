@@ -662,7 +662,7 @@ def check_headroom(run: Run) -> None:
 
     Its anchor's sampled accuracy, and the teacher's, are those of their last
     evaluation: at least ``ABLE``, at most ``FULL``, and the teacher's ``AHEAD``, unless
-    most of what it was taught does not solve the task: it is there to disagree.
+    most of what it was taught are guesses: it is there to disagree.
 
     Raises:
         ValueError: one line with the scores.
@@ -687,7 +687,7 @@ def check_headroom(run: Run) -> None:
     if run.train.needs_teacher and isinstance(run.teacher, Run):
         theirs = last_accuracy(run.teacher, task)
         taught = dict(getattr(run.teacher.train, "qualities", ()))
-        willing = taught.get("careful", 0.0) > sum(taught.values()) / 2
+        willing = taught.get("guess", 0.0) <= sum(taught.values()) / 2
         if theirs is not None and theirs < ours + AHEAD and willing:
             raise ValueError(
                 f"the teacher samples {theirs:.3f} of {task} right and the student "
