@@ -12,7 +12,9 @@ seconds of its own calls, without imports. Parts:
 - adapters: spectra of a LoRA update of rank 64 at 4096 x 4096, earlier on the merged
   copy, all in float64, with the largest relative difference;
 - pair: every diagnostic that both have of a pair at 4096 x 4096, and its parts;
-- sample: the forecast of a sample at Qwen3-8B's shapes against that of all.
+- floor: a pair at 4096 x 4096 here, and the calls of LAPACK and BLAS in it alone;
+- sample: the forecast of a sample at Qwen3-8B's shapes, and of the model of --real,
+  against that of all.
 """
 
 import argparse
@@ -37,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EARLIER = "534ea8d"
 NAME = "model.layers.0.self_attn.q_proj.weight"
 LAYERS = 36
+REAL = "real-before", "real-after"  # links to a model of one's own, of --real
 # What a side does with the files of a folder; prints seconds and values.
 TASKS = """
 import dataclasses, json, sys, time, torch
@@ -200,23 +203,63 @@ def pair(folder: Path, earlier: Path) -> list[dict]:
     return rows
 
 
+def floor(folder: Path, _: Path) -> list[dict]:
+    """A pair in this build, and what its calls of libraries take alone.
+
+    The same matrices in the same process; what is not in them is the most that
+    anything but a faster library could save.
+    """
+    before, after = matrix_pair(4096, 4096)
+    names = [n for n in pairs.METRICS if n not in pairs.comparison.ENERGY]
+    whole = seconds(
+        lambda: pairs.measure_tensors(before, after, metrics=names, null=False)
+    )["cpu_seconds"]
+    products, w = gram.gram(before), before.double()
+    vectors, values = torch.linalg.qr(w[:, : 4096 // 8])
+    reduced = gram._Tridiagonal.of(products.clone())
+    calls = {
+        "three Gram matrices": (3, lambda: gram.gram(before)),
+        "two tridiagonalisations": (2, lambda: gram._Tridiagonal.of(products.clone())),
+        "singular values of the update": (
+            1,
+            lambda: torch.linalg.eigvalsh(products, UPLO="U"),
+        ),
+        "two ways back of 512 vectors": (
+            2,
+            lambda: torch.ormqr(
+                reduced.reflectors[1:, :-1], reduced.scales, vectors[1:]
+            ),
+        ),
+        "two products of W with 512 vectors": (2, lambda: w @ vectors),
+        "four products of 512 with 512 vectors": (4, lambda: vectors.T @ vectors),
+        "four singular value problems of 512": (
+            4,
+            lambda: torch.linalg.svdvals(values),
+        ),
+    }
+    rows = []
+    for name, (n, call) in calls.items():
+        rows.append(_row("floor", name, whole, n * seconds(call)["cpu_seconds"]))
+    total = sum(row["seconds"] for row in rows)
+    return [*rows, _row("floor", "all of these calls", whole, total)]
+
+
 def sample(folder: Path, _: Path) -> list[dict]:
     """A forecast for every matrix of 8 B, from headers over files without contents."""
     for side in ("a", "b"):
         _hollow(folder / side)
-    layers = ["q", "k", "v", "o", "gate", "up", "down"]
-    rows, speed = [], None
-    for what, roles, numbers in (
-        ("", None, (16, 18)),
-        (" of the layers", layers, (14, 28)),
-    ):
-        plan = pairs.plan_pair(folder / "a", folder / "b", roles=roles)
-        speed = speed or forecast.probe_speed(plan)
-        whole = forecast.projected_seconds(plan, speed, ["all"], True)
-        for n in numbers:
+    rows = []
+    for what, pair in (("8 B", ("a", "b")), ("real model", REAL)):
+        if not all((folder / side).exists() for side in pair):
+            continue
+        plan = pairs.plan_pair(*(folder / side for side in pair))
+        speed = forecast.probe_speed(plan)
+        whole = forecast.projected_seconds(plan, speed, None, True)
+        least = len({task.pair.before.role for task in plan.tasks}) * sampling.EACH
+        for n in (least, 2 * least):
             some, _design = sampling.sampled(plan, n)
-            taken = forecast.projected_seconds(some, speed, ["all"], True)
-            case = f"{n} of {len(plan.tasks)}{what}, forecast"
+            taken = forecast.projected_seconds(some, speed, None, True)
+            case = f"{n} of {len(plan.tasks)}, {what}, forecast"
             rows.append(_row("sample", case, whole, taken))
     return rows
 
@@ -266,7 +309,7 @@ def _row(part: str, case: str, earlier: float, this: float) -> dict:
     }
 
 
-PARTS = {f.__name__: f for f in (tiers, small, adapters, pair, sample)}
+PARTS = {f.__name__: f for f in (tiers, small, adapters, pair, floor, sample)}
 
 
 def main() -> None:
@@ -274,6 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--earlier", type=Path, required=True, help=f"at {EARLIER}")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--real", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.parts.split(","):

@@ -72,6 +72,35 @@ def test_marks_count_the_claims_of_a_chapter(findings: pd.DataFrame) -> None:
     assert sum(int(mark[1:]) for mark in told) == len(CLAIMS)
 
 
+def test_other_worlds_and_the_regime_stand_on_the_tile(findings: pd.DataFrame) -> None:
+    told = {"world": "published", "verdict_in_regime": findings["verdict"]}
+    told |= {"regime": "", "verdict_with_wrong_rewards": ""}
+    told |= {"regime_with_wrong_rewards": ""}
+    main, other = (
+        findings.assign(**told),
+        findings.assign(**(told | {"world": "pretrained"})),
+    )
+    main.loc[0, "verdict_in_regime"] = "regime not tested"
+    main.loc[0, "regime"] = "opd over rlvr 0.80, the paper 3.69: not reached"
+    main.loc[0, "verdict_with_wrong_rewards"] = "inconclusive"
+    main.loc[0, "regime_with_wrong_rewards"] = "opd over rlvr 1.74"
+    other.loc[0, ["verdict", "n_seeds"]] = ["inconclusive", 2]
+    both = pd.concat([main, other], ignore_index=True)
+    tiles = BeautifulSoup(board.board(both), "html.parser").select("li.claim")
+    assert len(tiles) == len(CLAIMS)
+    text = tiles[0].get_text(" ")
+    assert "in another regime than the paper's" in text
+    assert "OPD over RLVR 0.80, the paper 3.69: not reached" in text
+    assert "inconclusive; OPD over RLVR 1.74" in text
+    assert "Gemma 3 270M inconclusive (2 seeds); 1.2 / 25.2 / 19.6 %" in text
+    assert tiles[0]["data-regime"] == "not reached"
+    assert {tile["data-regime"] for tile in tiles[1:]} == {"reached"}
+    assert "another regime" not in tiles[1].get_text(" ")
+    assert f"<p>1 of {len(CLAIMS)} claims compare arms" in board.board(both, brief=True)
+    assert "claims compare arms" not in board.board(findings)
+    assert board.tally(both) == board.tally(findings)
+
+
 def test_a_claim_of_no_part_is_refused(findings: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match=r"is about Table 9: give it a part"):
         board.board(findings.assign(paper_item="Table 9"))

@@ -224,7 +224,6 @@ def test_head_size_follows_from_the_width_and_key_heads_from_the_heads(tmp_path)
     ("change", "reason"),
     [
         ({"num_key_value_heads": 4}, "of 32 rows, where config.json's heads need 16"),
-        ({"model_type": "codegen"}, "in an order of codegen's own"),
         ({"num_attention_heads": None}, "how many heads"),
         ({"num_key_value_heads": [2, 4]}, "config.json's heads need 16 + 2 x 16"),
     ],
@@ -334,6 +333,22 @@ def test_tied_embeddings_are_measured_once(tmp_path):
     bare = save(tmp_path / "bare", tensors, CONFIG | {"tie_word_embeddings": True})
     assert checkpoints.missing_names(tied, bare) == ([], [])
     assert len(list(checkpoints.iter_pairs(tied, bare))) == len(names(bare))
+
+
+def test_every_copy_of_the_embedding_is_one_matrix(tmp_path):
+    """As torch.save leaves them in an encoder and decoder with one vocabulary."""
+    shared = gaussian(12, 4)
+    copies = ("decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared")
+    tensors = {f"{name}.weight": shared.clone() for name in copies}
+    tensors["encoder.layers.0.self_attn.q_proj.weight"] = gaussian(4, 4)
+    both = save(tmp_path / "both", tensors, {"tie_word_embeddings": True})
+    assert names(both) == ["encoder.layers.0.self_attn.q_proj.weight", "shared.weight"]
+    one = {n: w for n, w in tensors.items() if n[0] in "s" or "layers" in n}
+    alone = save(tmp_path / "one", one, {"tie_word_embeddings": True})
+    assert checkpoints.missing_names(both, alone) == ([], [])
+    tensors["decoder.embed_tokens.weight"] += 1
+    apart = save(tmp_path / "apart", tensors)
+    assert "decoder.embed_tokens.weight" in names(apart)
 
 
 def test_a_head_that_left_its_embedding_is_measured_from_there(tmp_path):

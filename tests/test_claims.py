@@ -1080,6 +1080,7 @@ def test_old_and_new_verdicts_stand_side_by_side(paper_findings, tmp_path):
     old = claims.write_claims(paper_findings[:8], tmp_path / "old.csv")
     found = claims.verdict_changes(claims.read_claims(old), claims.read_claims(new))
     assert list(found["claim"]) == IDS
+    assert set(found["world"]) == {"published"}
     rows = found.set_index("claim")
     order = rows.loc["sparsity-order"]
     assert (order["before"], order["now"]) == ("reproduced", "explained by a control")
@@ -1091,6 +1092,10 @@ def test_old_and_new_verdicts_stand_side_by_side(paper_findings, tmp_path):
     assert rows.loc["mixing", "before"] == "–"
     none = claims.verdict_changes(claims.read_claims(new), claims.read_claims(old))
     assert list(none["now"][-8:]) == ["–"] * 8
+    one = claims.claims_table(plant(world, seeds=range(1)))
+    one = claims.read_claims(claims.write_claims(one, tmp_path / "one.csv"))
+    why = claims.verdict_changes(one, one).set_index("claim")["why"]
+    assert re.match(r"ratio: .*: 0.33\d? \[–, –\], 1 seeds$", why["drift-order"])
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"expected those of claims\.csv"):
         claims.read_claims(tmp_path / "bad.csv")

@@ -121,7 +121,7 @@ def test_wrong_usage_is_one_line(
         (["run"], "no checkpoint at checkpoints/laptop-base: expected a directory"),
         (["plan", "--profile", "laptop"], "no checkpoint at checkpoints/laptop-base"),
         (["checkpoints", "--profile", "smoke"], "base is not trained yet; run opd-g"),
-        (["claims"], "no committed measurements of profile 'laptop'"),
+        (["claims"], "no committed measurements of profile 'published'"),
         (["commit", "--profile", "smoke"], "no finished run of profile smoke"),
         (["pairs", "--profile", "smoke"], "0 finished runs and no pair of them"),
         (
@@ -383,7 +383,9 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Nothing is trained or judged; what was asked for is kept."""
     asked: list[Any] = []
 
-    def train(profile: str, wanted: list[runs.Run], jobs: int) -> dict[runs.Run, str]:
+    def train(
+        profile: str, wanted: list[runs.Run], jobs: int, *_: Any
+    ) -> dict[runs.Run, str]:
         asked.append((profile, sorted({run.arm for run in wanted}), jobs))
         return {}
 
@@ -400,11 +402,11 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         path.write_text("claim\n")
         return path
 
-    from opd_geometry.analysis import claims
+    from opd_geometry.analysis import claims, regimes
 
     monkeypatch.setattr(schedule, "train_all", train)
     monkeypatch.setattr(measure, "load", load)
-    monkeypatch.setattr(claims, "claims_table", lambda table, *_: table)
+    monkeypatch.setattr(regimes, "claims_in_worlds", lambda tables: tables)
     monkeypatch.setattr(claims, "write_claims", write)
     monkeypatch.setattr(measure, "committed", lambda profile: pd.DataFrame())
     monkeypatch.setattr(own, "against_published", lambda *_: pd.DataFrame())

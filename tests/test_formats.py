@@ -310,6 +310,10 @@ def test_two_adapters_differ_by_their_updates(tmp_path: Path) -> None:
         ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
         ({"rank_pattern": [1]}, "rank_pattern = .*expected an object"),
         ({"rank_pattern": {"(": 2}}, "no pattern"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which takes a part"),
+        ({"init_lora_weights": "olora"}, "takes a part out of the base weights"),
+        ({"use_qalora": True}, "with use_qalora, expected the plain form"),
+        ({"layer_replication": [[0, 1]]}, "with layer_replication"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_named(
@@ -325,6 +329,54 @@ def test_an_adapter_that_does_not_fit_is_named(
     base = save(tmp_path / "base", {"layers.0.q_proj.weight": noise(8, 8)})
     with pytest.raises(ValueError, match=said):
         checkpoints.open_pair(base, tmp_path)
+
+
+def test_adapters_of_other_libraries_and_their_folders_are_named(
+    tmp_path: Path,
+) -> None:
+    pair = {
+        "layers.0.q_proj.lora_a": noise(8, 4),
+        "layers.0.q_proj.lora_b": noise(4, 8),
+    }
+    mlx = save(tmp_path / "mlx", pair)
+    (mlx / "model.safetensors").rename(mlx / "adapters.safetensors")
+    with pytest.raises(ValueError, match=r"another library's form .*mlx_lm.fuse"):
+        open_checkpoint(mlx)
+    _, adapter, _ = _adapted(tmp_path / "peft", _qwen)
+    outer = tmp_path / "out"
+    outer.mkdir()
+    adapter.rename(outer / "policy")
+    with pytest.raises(ValueError, match=r"but an adapter in policy/.*give .*policy"):
+        open_checkpoint(outer)
+
+
+def test_a_bias_beside_b_moves_no_matrix(tmp_path: Path) -> None:
+    base, adapter, merged = _adapted(tmp_path, _qwen)
+    place = adapter / "adapter_model.safetensors"
+    stored = load_file(place)
+    biases = {
+        n.replace(".weight", ".bias"): w[:, 0] for n, w in stored.items() if "_B" in n
+    }
+    save_file(stored | {n: w.contiguous() for n, w in biases.items()}, place)
+    _, b = checkpoints.open_pair(base, adapter)
+    expected = open_checkpoint(merged)
+    for name, cut in b.cuts.items():
+        assert torch.equal(cut.read(), expected.cuts[name].read()), name
+
+
+def test_peft_moves_the_base_of_a_pissa_adapter(tmp_path: Path) -> None:
+    """Why it is refused: W + s B A is not what PEFT merges."""
+    base, adapter, merged = _adapted(tmp_path, _qwen, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="'pissa'"):
+        checkpoints.open_pair(base, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == "pissa"
+    config["init_lora_weights"] = True
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    _, b = checkpoints.open_pair(base, adapter)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    other = open_checkpoint(merged).cuts[name].read().float()
+    assert not torch.allclose(b.cuts[name].read().float(), other, rtol=0.05)
 
 
 def test_an_unmerged_adapter_needs_its_config(tmp_path: Path) -> None:
@@ -451,6 +503,10 @@ def test_packed_integers_are_made_weights_by_their_library(tmp_path: Path) -> No
         {"weight._data": "B", "weight._scale": "F"},  # quanto
         {"q_weight": "I", "q_scale": "I", "q_scale_max": "F"},  # EXL2
         {"weight": "B", "SCB": "F"},  # LLM.int8
+        {"indices": "I", "centroids.weight": "F", "res_centroids.weight": "F"},  # VPTQ
+        {"weight": "B", "weight_scale": "F", "weight_scale_2": "F"},  # NVFP4
+        {"codes": "I", "codebooks": "F", "scales": "F"},  # AQLM
+        {"qweight": "I", "scales": "F", "forward_hadamard_matrix": "F"},  # FP-Quant
     ],
 )
 def test_no_tensor_of_a_quantised_module_is_a_matrix(
@@ -482,9 +538,14 @@ def test_deltas_and_flat_parameters_are_no_weights(tmp_path: Path) -> None:
     (delta / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"delta checkpoint .'xor'.*000011"):
         open_checkpoint(delta)
-    flat = save(tmp_path / "flat", {"layers.0._flat_param": noise(4, 4)})
-    (skip,) = open_checkpoint(flat).skipped.values()
-    assert "flat parameter of FSDP" in skip.reason
+    alone = tmp_path / "alone.safetensors"
+    save_file({"a.weight": noise(4, 4)}, alone, described)
+    with pytest.raises(ValueError, match=r"alone.safetensors is of a delta checkpoint"):
+        open_checkpoint(alone)
+    for i, leaf in enumerate(("_flat_param", "flat_param", "flat_param_0")):
+        flat = save(tmp_path / f"flat{i}", {f"layers.0.{leaf}": noise(4, 4)})
+        (skip,) = open_checkpoint(flat).skipped.values()
+        assert "flat parameter of FSDP" in skip.reason
 
 
 # --- malformed ---------------------------------------------------------------------

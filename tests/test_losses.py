@@ -583,6 +583,21 @@ def test_clip_stops_the_gradient_only_where_it_should():
     assert grad_of(loss, far) == 0.0
 
 
+@pytest.mark.parametrize("clip", [(0.0, 0.0), (0.2, 0.28), (1.0, 1.0)])
+def test_no_clip_acts_where_the_credit_is_minus_the_log_of_the_ratio(clip):
+    """Off-policy OPD, its ratio to the author: pi / pi_T, and log pi_T - log pi.
+
+    A clip stops what a ratio above one gains or one below loses; here what is likelier
+    than the teacher has it always loses.
+    """
+    log_ratio = torch.linspace(-4.0, 4.0, 33, dtype=torch.float64)[None]
+    log_probs, zero = log_ratio.clone().requires_grad_(), torch.zeros_like(log_ratio)
+    loss = losses.policy_loss(log_probs, zero, -log_ratio, None, zero + 1, *clip)
+    torch.testing.assert_close(loss, (log_ratio.exp() * log_ratio).mean())
+    free = log_ratio.exp() * log_ratio / log_ratio.numel()
+    torch.testing.assert_close(grad_of(loss, log_probs), free)
+
+
 def test_on_policy_gradient_is_the_advantage():
     batch = make_batch()
     log_probs = batch["old"].requires_grad_()

@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_geometry.training import losses, policy, tasks
+from opd_geometry.training import rollout as rollouts
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, adamw, bfloat16_copy
 from opd_geometry.training.policy import PolicyConfig, draw_prompts, policy_steps
@@ -19,6 +21,7 @@ from opd_geometry.training.rollout import (
     completion_log_probs,
     completion_logits,
     encode_prompts,
+    sample,
 )
 
 TOKENIZER = character_tokenizer()
@@ -170,6 +173,26 @@ def test_a_step_follows_the_gradient_of_its_objective(
     assert metrics["gap"] == pytest.approx(gap, rel=1e-4)
 
 
+def test_the_full_vocabulary_in_chunks_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = tiny()
+    ids, mask = encode_prompts(["c:23+45-12=", "g:48,18="], TOKENIZER)
+    written = sample(
+        student,
+        *(ids, mask),
+        group_size=2,
+        max_new_tokens=9,
+        eos_token_id=TOKENIZER.eos_token_id,
+        generator=torch.Generator().manual_seed(0),
+    )
+    loss, gap = policy.full_vocabulary_loss(OPD, student, TEACHER, written)
+    monkeypatch.setattr(rollouts, "MOST_LOGITS", 300)
+    ours, other = policy.full_vocabulary_loss(OPD, student, TEACHER, written)
+    torch.testing.assert_close((ours, other), (loss, gap))
+    torch.testing.assert_close(gradients(student, ours), gradients(student, loss))
+
+
 def test_the_sampled_estimator_expects_the_full_one() -> None:
     """Every first token weighed by its probability: exact, nothing is drawn."""
     student, vocabulary = tiny(), len(TOKENIZER)
@@ -238,6 +261,7 @@ ARMS = {
     "likelihood": replace(OPD, rollouts="teacher", credit="likelihood"),
     "off-policy-ratio": replace(OPD, rollouts="teacher", ratio_to="author"),
     "flipped": replace(RLVR, reward_flip=0.4),
+    "noisy": replace(OPD, gap_noise=2.0),
 }
 
 
@@ -525,6 +549,43 @@ def test_as_many_rewards_are_flipped_as_asked(share: float) -> None:
         assert torch.equal(generator.get_state(), untouched.get_state())
 
 
+def test_noise_is_one_normal_number_a_response() -> None:
+    written = torch.zeros(4000, 3, dtype=torch.float64)
+    rollout = SimpleNamespace(log_probs=written)
+    generator = torch.Generator().manual_seed(0)
+    drawn = policy.response_noise(replace(OPD, gap_noise=2.0), rollout, generator)
+    assert drawn.shape == (4000, 1)
+    assert float(drawn.mean()) == pytest.approx(0.0, abs=0.1)
+    assert float(drawn.std()) == pytest.approx(2.0, abs=0.1)
+    untouched = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    assert not policy.response_noise(OPD, rollout, generator).any()
+    assert torch.equal(generator.get_state(), untouched.get_state())
+
+
+def test_noise_is_added_to_the_credit_and_to_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OPD with noise, in credits: the gap's and what was drawn, the same samples."""
+    drawn, seen = spy(monkeypatch), []
+    mix = losses.mix_advantages
+
+    def watched(*asked: Any) -> Tensor:
+        seen.append(asked[0])
+        return mix(*asked)
+
+    monkeypatch.setattr(losses, "mix_advantages", watched)
+    one = replace(OPD, steps=1)
+    _, [plain] = trained(one)
+    _, [noisy] = trained(replace(one, gap_noise=5.0))
+    assert torch.equal(drawn[0].completions, drawn[1].completions)
+    assert plain["gap"] == pytest.approx(noisy["gap"])
+    half = len(seen) // 2
+    added = torch.cat(seen[half:]) - torch.cat(seen[:half])
+    torch.testing.assert_close(added, added[:, :1].expand_as(added))
+    assert 2.0 < float(added[:, 0].std()) < 9.0
+
+
 def test_coin_flips_skip_no_group_for_its_true_rewards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -597,6 +658,11 @@ def test_an_infinite_norm_clips_nothing() -> None:
         ({"temperature": 0.0}, r"temperature 0.0: expected above 0"),
         ({"reward_flip": 0.6}, r"reward_flip 0.6: expected 0 .* to 0.5"),
         ({"reward_flip": float("nan")}, r"reward_flip nan: expected 0"),
+        ({"gap_noise": -1.0}, r"gap_noise -1.0: expected 0 nats or more"),
+        ({"gap_noise": float("nan")}, r"gap_noise nan: expected 0 nats or more"),
+        ({"gap_noise": float("inf")}, r"gap_noise inf: .* finite"),
+        ({"gap_noise": 1.0, "credit": "likelihood"}, r"there is no gap of a token"),
+        ({"gap_noise": 1.0, "estimator": "full"}, r"there is no gap of a token"),
         ({"ratio_to": "teacher"}, r"ratio_to 'teacher': expected student or author"),
     ],
 )

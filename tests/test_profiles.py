@@ -293,6 +293,10 @@ def test_noisy_and_unclipped_arms_change_one_thing() -> None:
         noisy = published(f"rlvr-{name}")
         assert differences(noisy.train, rlvr.train) == {"reward_flip": share}
         assert (noisy.start, noisy.teacher) == (rlvr.start, None)
+    for nats in (3, 10):
+        noisy, opd = published(f"opd-noise-{nats}"), published("opd")
+        assert differences(noisy.train, opd.train) == {"gap_noise": float(nats)}
+        assert (noisy.start, noisy.teacher) == (opd.start, opd.teacher)
     for arm in ("sft", "sft-matched", "opd", "rlvr"):
         clipped, free = published(arm), published(f"{arm}-unclipped")
         changed = replace(clipped.train.optimizer, max_grad_norm=math.inf)

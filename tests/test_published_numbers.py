@@ -19,7 +19,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat import NotebookNode
 
-from opd_geometry.analysis import claims, evidence
+from opd_geometry.analysis import claims, evidence, regimes
 from opd_geometry.analysis import verdicts as rules
 from opd_geometry.analysis.statements import ARMS
 from opd_geometry.book import board, chapters
@@ -59,14 +59,16 @@ GLUED = {path.stem: glued(read(path)) for path in CHAPTERS}
 
 @pytest.fixture(scope="module")
 def findings() -> pd.DataFrame:
-    """What the rules make of the committed measurements, judged anew."""
-    table = measure.committed(profiles.PUBLISHED, ARMS)
-    return claims.claims_table(table, profiles.PUBLISHED)
+    """What the rules make of the committed measurements, judged anew, in all worlds."""
+    names = regimes.WORLDS
+    tables = {name: measure.committed(name, regimes.ASKED) for name in names}
+    return regimes.claims_in_worlds(tables)
 
 
 @pytest.fixture(scope="module")
 def by_id(findings: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in findings.to_dict("records")}
+    main = findings[findings["world"] == profiles.PUBLISHED]
+    return {row["id"]: row for row in main.to_dict("records")}
 
 
 def test_the_table_of_claims_is_what_the_measurements_give(
@@ -74,7 +76,7 @@ def test_the_table_of_claims_is_what_the_measurements_give(
 ) -> None:
     fresh = claims.write_claims(findings, tmp_path / "claims.csv").read_text()
     kept = (ROOT / "data" / "claims.csv").read_text()
-    remedy = "run opd-geometry claims --profile published"
+    remedy = "run opd-geometry claims"
     assert kept.splitlines() == fresh.splitlines(), remedy
 
 

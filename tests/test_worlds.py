@@ -143,3 +143,30 @@ def test_figures_hold_what_they_are_given() -> None:
     )
     figure = world_figures.foretold({"one": told})
     assert np.isclose(figure.axes[0].lines[1].get_xdata()[0], 3.0)
+
+
+def pair(arm: str, other: str, seed: int, metric: str, value: float) -> dict:
+    sides = {"arm": arm, "seed": seed, "other_arm": other, "other_seed": seed}
+    return {"matrix": "a", "role": "q", "metric": metric, "value": value, **sides}
+
+
+@pytest.mark.parametrize(
+    ("cosine", "similarity", "parts", "stays"),
+    [(-0.2, 0.6, True, True), (0.2, 0.1, True, False), (0.5, 0.6, False, True)],
+)
+def test_an_arm_parts_by_its_direction_and_stays_by_its_subspace(
+    cosine: float, similarity: float, parts: bool, stays: bool
+) -> None:
+    rows = [
+        pair("opd-teacher-guess", "rlvr", 0, "cosine", cosine),
+        pair("opd-teacher-guess", "rlvr", 0, "similarity_right", similarity),
+        pair("rlvr", "rlvr-coin", 0, "cosine", 0.3),
+        pair("rlvr", "sft", 0, "similarity_right", 0.2),
+        pair("rlvr", "rlvr-coin", 1, "cosine", 0.9),  # a seed without the others
+        pair("opd-teacher-guess", "rlvr", 0, "cosine", 9.0) | {"role": "embed"},
+    ]
+    found = worlds.parted(pd.DataFrame(rows))
+    assert found["seed"].tolist() == [0]
+    assert found["cosine"].tolist() == [cosine]
+    assert found["direction_parts"].tolist() == [parts]
+    assert found["subspace_stays"].tolist() == [stays]

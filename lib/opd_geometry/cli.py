@@ -129,6 +129,15 @@ def _jobs(command: Command) -> Command:
     )(command)
 
 
+def _cluster(command: Command) -> Command:
+    return click.option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Of a running Dask scheduler, whose workers do it; they share the data "
+        "folder. By default workers of this machine.",
+    )(command)
+
+
 def _origin(command: Command) -> Command:
     return click.option(
         "--from",
@@ -150,8 +159,15 @@ def _origin(command: Command) -> Command:
 @_jobs
 @_origin
 @_student
+@_cluster
 def run(
-    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+    profile: str,
+    arms: str,
+    seeds: str,
+    jobs: int,
+    origin: str,
+    student: str | None,
+    cluster: str | None,
 ) -> int:
     """Train and measure runs, several at a time, with what they need.
 
@@ -164,8 +180,10 @@ def run(
       opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry run --arms all --seeds 0-2 --from scratch
       opd-geometry run --profile pretrained --student path/to/model --arms opd --jobs 1
+      opd-geometry run --arms all --seeds 0-4 --jobs 16 --cluster tcp://head:8786
     """
-    return _train(profile, _asked(profile, arms, seeds, origin, student), jobs)
+    asked = _asked(profile, arms, seeds, origin, student)
+    return _train(profile, asked, jobs, cluster)
 
 
 @commands.command()
@@ -175,8 +193,15 @@ def run(
 @_jobs
 @_origin
 @_student
+@click.option("--slurm", is_flag=True, help="Print a SLURM array script of the runs.")
 def plan(
-    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+    profile: str,
+    arms: str,
+    seeds: str,
+    jobs: int,
+    origin: str,
+    student: str | None,
+    slurm: bool,
 ) -> None:
     """List runs, their steps and the time they would take.
 
@@ -185,10 +210,18 @@ def plan(
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
       opd-geometry plan --profile pretrained --student gemma-3-270m-q4_k_m.gguf
+      opd-geometry plan --profile gpu --slurm > runs.sbatch
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
+    from opd_geometry.experiments.schedule import slurm_script
 
-    _print_plan(plan_runs(_asked(profile, arms, seeds, origin, student)), jobs)
+    asked = _asked(profile, arms, seeds, origin, student)
+    if slurm:
+        given = ["--profile", profile, "--from", origin]
+        given += ["--student", student] if student else []
+        click.echo(slurm_script(asked, given, jobs), nl=False)
+    else:
+        _print_plan(plan_runs(asked), jobs)
 
 
 @commands.command()
@@ -269,11 +302,13 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
         click.echo(f"Memory: about {memory / 1e9:.1f} GB a run.")
 
 
-def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
+def _train(
+    profile: str, runs: "list[Run]", jobs: int, cluster: str | None = None
+) -> int:
     """Train, and say in one line each what failed; the exit code."""
     from opd_geometry.experiments.schedule import train_all
 
-    failed = train_all(profile, runs, jobs)
+    failed = train_all(profile, runs, jobs, None, cluster)
     for one, reason in failed.items():
         _complain(f"{one.name}: {reason}", 1)
     return 1 if failed else 0
@@ -411,14 +446,14 @@ def checkpoints(profile: str, arms: str) -> None:
 
 
 @commands.command()
-@_profile
+@click.option("--profile", help="One world only; the rows of the others are kept.")
 @click.option(
     "--against",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="An earlier claims.csv: prints its verdicts beside the new ones, and why.",
 )
-def claims(profile: str, against: Path | None) -> None:
-    """Judge every claim on the committed measurements.
+def claims(profile: str | None, against: Path | None) -> None:
+    """Judge every claim on the committed measurements, in every world.
 
     Writes data/claims.csv.
 
@@ -428,56 +463,39 @@ def claims(profile: str, against: Path | None) -> None:
       opd-geometry claims --profile laptop
       opd-geometry claims --against earlier.csv
     """
+    from opd_geometry.analysis import regimes
     from opd_geometry.analysis.claims import (
-        claims_table,
         read_claims,
         verdict_changes,
+        with_other_worlds,
         write_claims,
     )
-    from opd_geometry.analysis.statements import ARMS
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.profiles import settings_of
     from opd_geometry.experiments.runs import data_directory
 
-    settings_of(profile)
-    table = measure.committed(profile, ARMS)
-    if table.empty:
-        raise ValueError(
-            f"no committed measurements of profile {profile!r}: expected some below "
-            f"{measure.provenance_path().parent}; train with opd-geometry run, then "
-            "opd-geometry commit"
-        )
+    tables = {}
+    for name in regimes.WORLDS if profile is None else [profile]:
+        settings_of(name)
+        tables[name] = measure.committed(name, regimes.ASKED)
+        if tables[name].empty:
+            raise ValueError(
+                f"no committed measurements of profile {name!r}: expected some below "
+                f"{measure.provenance_path().parent}; train with opd-geometry run, "
+                "then opd-geometry commit"
+            )
     earlier = None if against is None else read_claims(against)
-    findings = claims_table(table, profile)
-    _refuse_fewer_seeds(findings, data_directory() / "claims.csv")
-    path = write_claims(findings, data_directory() / "claims.csv")
-    shown = findings[["id", "n_seeds", "verdict"]]
+    path = data_directory() / "claims.csv"
+    findings = regimes.claims_in_worlds(tables)
+    if path.is_file():
+        findings = with_other_worlds(findings, read_claims(path), path)
+    write_claims(findings, path)
+    shown = findings[["id", "world", "n_seeds", "verdict", "verdict_in_regime"]]
     if earlier is not None:
         shown = verdict_changes(earlier, read_claims(path))
-    columns = ["claim", "seeds", "verdict"] if earlier is None else list(shown.columns)
+    columns = [name.replace("_", " ") for name in shown.columns]
     print_table(columns, [[str(cell) for cell in row] for row in shown.to_numpy()])
     click.echo(f"Written to {path}")
-
-
-def _refuse_fewer_seeds(findings: "pd.DataFrame", path: Path) -> None:
-    """Refuse to replace verdicts by those of fewer seeds: measurements were lost.
-
-    Raises:
-        ValueError: a claim was judged on more seeds before.
-    """
-    import pandas as pd
-
-    if not path.is_file():
-        return
-    before = pd.read_csv(path).set_index("id")["n_seeds"]
-    for found in findings.itertuples():
-        earlier = before.get(found.id, 0)
-        if found.n_seeds < earlier:
-            raise ValueError(
-                f"{path} judges {found.id} on {earlier} seeds, the committed "
-                f"measurements have {found.n_seeds}: expected no fewer; take "
-                f"data/measurements from version control, or remove {path.name} first"
-            )
 
 
 @commands.command()
@@ -619,7 +637,8 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
       opd-geometry book --profile laptop --seeds 0-2 --jobs 4 --from scratch
       opd-geometry book --profile pretrained --student path/to/model --jobs 1
     """
-    from opd_geometry.analysis.claims import claims_table, write_claims
+    from opd_geometry.analysis.claims import write_claims
+    from opd_geometry.analysis.regimes import claims_in_worlds
     from opd_geometry.book.own import against_published, page
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
@@ -645,7 +664,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     numbers = parse_seeds(seeds)
     table, provenance = measure.load(profile, ARMS, numbers, source, student)
     own = place / "claims.csv"
-    write_claims(claims_table(table, profile), own)
+    write_claims(claims_in_worlds({profile: table}), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
     beside = ""
     if not student and profile in ("laptop", PUBLISHED):  # the same runs by other names

@@ -113,7 +113,9 @@ def _finite(
     "--sample",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Measure N matrices, drawn by role and depth; means get 95 % intervals.",
+    help="Measure N matrices, drawn by role and depth, two of each role or more; means "
+    "get 95 % intervals. Of embedding and head only what is cheap is measured, so the "
+    "other means are of the layers.",
 )
 @click.option(
     "--lr",
@@ -147,8 +149,9 @@ def _finite(
     "--metrics",
     metavar="NAMES",
     help="Columns or groups: cheap (no singular values), middle (cheap, and what the "
-    "update alone has, iterated and with its error), all, angles, overlaps, norms, "
-    "spread, energy; default: all, and middle from a billion weights on.",
+    "update alone has, iterated and with its error, Hill's exponent to about 6 %), "
+    "all, angles, overlaps, norms, spread, energy; default: all, and middle from a "
+    "billion weights on.",
 )
 @click.option(
     "--base",
@@ -227,7 +230,7 @@ def measure_command(
         summarise,
     )
     from opd_geometry.geometry.readings import of_parts, sentences
-    from opd_geometry.geometry.sampling import estimates, sampled
+    from opd_geometry.geometry.sampling import VOCABULARY, estimates, sampled
     from opd_geometry.geometry.tables import check_output, finish
 
     if (lr is None) != (steps is None):
@@ -263,7 +266,9 @@ def measure_command(
     if sample is not None:
         plan, design = sampled(plan, sample, seed)
     left = _left(plan, out, resume)
-    forecasts = [(f"Projected time ({', '.join(asked)}):", left, asked, null)]
+    forecasts: list[Forecast] = [
+        (f"Projected time ({', '.join(asked)}):", left, None, null)
+    ]
     for tier in ("cheap", MIDDLE, "all"):
         if design is not None or [tier] != asked:
             forecasts.append((f"All matrices, {tier}:", whole, [tier], null))
@@ -283,6 +288,8 @@ def measure_command(
             .reset_index()
         )
         drawn = f"A sample of {len(table)} of {len(whole.tasks)} matrices by role and"
+        if table["role"].isin(VOCABULARY).any():
+            title += " Embedding and head are in those of cheap metrics alone."
         say.table(
             f"{drawn} depth, with 95 % intervals. {title}", _interval_rows(summary)
         )
@@ -628,7 +635,10 @@ def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
     return plan.without(finished(out, plan.description)) if resume else plan
 
 
-def _project(forecasts: list[tuple[str, "Plan", list[str], bool]], jobs: int) -> None:
+Forecast = tuple[str, "Plan", list[str] | None, bool]
+
+
+def _project(forecasts: list[Forecast], jobs: int) -> None:
     """How long it will take, before it starts; nothing if nothing is left."""
     from opd_geometry.geometry.forecast import probe_speed, projected_seconds
 

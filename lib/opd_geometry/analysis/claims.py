@@ -320,7 +320,7 @@ def write_claims(findings: pd.DataFrame, path: Path) -> Path:
     """Write the claims table as csv: whole or not at all, 4 significant digits.
 
     Args:
-        findings: of ``claims_table``.
+        findings: of ``claims_table`` or ``regimes.claims_in_worlds``.
         path: the file.
 
     Raises:
@@ -341,7 +341,7 @@ def write_claims(findings: pd.DataFrame, path: Path) -> Path:
 
 
 def read_claims(path: Path) -> pd.DataFrame:
-    """A claims table as ``write_claims`` stored it.
+    """A claims table as ``write_claims`` stored it; of one world where none is named.
 
     Raises:
         ValueError: it cannot be read, or is no claims table.
@@ -356,27 +356,58 @@ def read_claims(path: Path) -> pd.DataFrame:
             f"{path} has columns {', '.join(map(str, table))}; expected those of "
             "claims.csv, id and verdict among them"
         )
+    if "world" not in table:
+        table.insert(1, "world", PUBLISHED)
     return table
+
+
+def with_other_worlds(
+    findings: pd.DataFrame, before: pd.DataFrame, path: Path
+) -> pd.DataFrame:
+    """A claims table with the rows that it replaces left out and the others kept.
+
+    Args:
+        findings: new rows, of one or several worlds.
+        before: the table that they are to replace.
+        path: where that is from, for the error.
+
+    Raises:
+        ValueError: a claim was judged on more seeds before: measurements were lost.
+    """
+    seeds = before.set_index(["world", "id"])["n_seeds"]
+    for row in findings.to_dict("records"):
+        earlier = seeds.get((row["world"], row["id"]), 0)
+        if row["n_seeds"] < earlier:
+            raise ValueError(
+                f"{path} judges {row['id']} of {row['world']} on {earlier} seeds, the "
+                f"committed measurements have {row['n_seeds']}: expected no fewer; "
+                f"take data/measurements from version control, or remove {path.name} "
+                "first"
+            )
+    others = before[~before["world"].isin(findings["world"])]
+    return pd.concat([findings, others], ignore_index=True) if len(others) else findings
 
 
 def verdict_changes(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     """Old and new verdicts side by side, with what decides the new one.
 
     Args:
-        before, now: claims tables, as ``write_claims`` stores them; the earlier one may
+        before, now: claims tables, as ``read_claims`` gives them; the earlier one may
             lack columns.
 
     Returns:
-        One row a claim of either: claim, before, now, why (its effect and interval, or
-        the control that stands in its way).
+        One row a claim and world of either: claim, world, before, now, why (its effect
+        and interval, or the control that stands in its way).
     """
-    old = before.set_index("id")["verdict"]
+    old = before.set_index(["id", "world"])["verdict"]
+    new = now.set_index(["id", "world"])
     rows = [
-        (row["id"], old.get(row["id"], "–"), row["verdict"], _why(row))
-        for row in now.fillna("").to_dict("records")
+        (*key, old.get(key, "–"), row["verdict"], _why(row))
+        for key, row in zip(new.index, new.fillna("").to_dict("records"), strict=True)
     ]
-    gone = [(key, old[key], "–", "") for key in old.index.difference(now["id"])]
-    return pd.DataFrame([*rows, *gone], columns=["claim", "before", "now", "why"])
+    gone = [(*key, old[key], "–", "") for key in old.index.difference(new.index)]
+    columns = ["claim", "world", "before", "now", "why"]
+    return pd.DataFrame([*rows, *gone], columns=columns)
 
 
 def _why(row: Mapping[str, Any]) -> str:
@@ -386,7 +417,8 @@ def _why(row: Mapping[str, Any]) -> str:
     if row["verdict"] == "explained by a control":
         shown = (str(row[name]) for name in ("null", "matched"))
         return "; ".join(text for text in shown if text.endswith(RULINGS[0]))
-    effect, low, high = (f"{float(row[name]):.3g}" for name in NUMBERS)
+    numbers = ["–" if row[name] == "" else f"{row[name]:.3g}" for name in NUMBERS]
+    effect, low, high = numbers  # one seed has no interval
     return f"{row['unit']}: {effect} [{low}, {high}], {row['n_seeds']} seeds"
 
 
@@ -424,7 +456,7 @@ def claim_card(
         ("Null", _control_line(claim.null, row["nulls"])),
         ("Matched control", _control_line(claim.matched, row["controls"])),
         ("Verdict", f"**{row['verdict']}**"),
-        ("Rule, set before the runs", claim.rule),
+        ("Rule", claim.rule),
         ("Runs", f"{scale}; {row['runs']}" if scale else row["runs"]),
     ]
     if provenance is not None:

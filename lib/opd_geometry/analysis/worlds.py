@@ -2,6 +2,14 @@
 
 Of a large model some nulls are taken on some of its layers alone. So a value and its
 null are always means over the same matrices, those that have both.
+
+RULE of ``parted``, fixed before any run of ``opd-teacher-guess`` was trained. Its
+teacher guesses, which the reward punishes, so teacher and reward disagree there; the
+anchor and the prompts are those of all arms. If what arms share is the direction of
+whatever is asked, it *parts* from RLVR: the cosine of their updates lies below that of
+RLVR with the run on coin flips, in every seed. If what they share beyond that is the
+anchor's, their top right subspaces stay together: Sim_K lies above that of RLVR with
+the stage before, in every seed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -75,6 +83,43 @@ def locking(table: Table, arms: Iterable[str]) -> pd.DataFrame:
             rows.append((arm, *numbers, *found[asked].mean()))
     columns = ["arm", "n_seeds", "n_matrices", "own", *LOCK_NULLS]
     return pd.DataFrame(rows, columns=columns)
+
+
+def parted(
+    pairs: pd.DataFrame, arm: str = "opd-teacher-guess", yardstick: str = "rlvr"
+) -> pd.DataFrame:
+    """Whether an arm whose teacher disagrees with the reward parts from one that obeys.
+
+    Args:
+        pairs: of ``ends.committed_pairs``.
+        arm: whose teacher disagrees.
+        yardstick: the arm that follows the reward.
+
+    Returns:
+        One row a seed that has all three pairs: seed, cosine (of the two), cosine_coin
+        (of the yardstick with the run on coin flips), similarity (Sim_K of the top
+        right subspaces of the two), similarity_stage (of the yardstick with the arm
+        ``sft`` before them), direction_parts and subspace_stays (the rule above).
+    """
+    rows = pairs[pairs["role"].isin(LAYERS) & (pairs["seed"] == pairs["other_seed"])]
+    rows = rows.astype({"arm": str, "other_arm": str})
+    ours = rows[(rows["arm"] == yardstick) | (rows["other_arm"] == yardstick)]
+    other = ours["other_arm"].where(ours["arm"] == yardstick, ours["arm"])
+    keys = [ours["seed"], other.rename("other"), ours["metric"]]
+    means = ours.groupby(keys, observed=True)["value"].mean()
+    asked = {
+        "cosine": (arm, "cosine"),
+        "cosine_coin": ("rlvr-coin", "cosine"),
+        "similarity": (arm, "similarity_right"),
+        "similarity_stage": ("sft", "similarity_right"),
+    }
+    wide = means.unstack(["other", "metric"])
+    table = pd.DataFrame({name: wide.get(key) for name, key in asked.items()})
+    table = table.dropna().reset_index()
+    return table.assign(
+        direction_parts=table["cosine"] < table["cosine_coin"],
+        subspace_stays=table["similarity"] > table["similarity_stage"],
+    )
 
 
 def weights_by_world(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -30,13 +30,19 @@ PARTS = {
     ),
 }
 ENDS = ("low", "high")
-REGIME = "the book's small world, OPD and RLVR at one budget"
+# Profiles by name: a claim's first row is its tile, those of other worlds stand in it.
+WORLDS = {
+    "published": "the book's small world, OPD and RLVR at one budget",
+    "pretrained": "a real language model, Gemma 3 270M",
+}
+UNTESTED = "regime not tested"
 CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
 FILTER = """
 <fieldset class="board-filter" hidden>
 <legend>Show</legend>
 <label>Verdict <select data-field="verdict">{verdicts}</select></label>
 <label>Part <select data-field="part">{parts}</select></label>
+<label>The paper's regime <select data-field="regime">{regimes}</select></label>
 <output aria-live="polite"></output>
 </fieldset>
 """
@@ -87,15 +93,47 @@ def board(findings: pd.DataFrame, brief: bool = False) -> str:
     Raises:
         ValueError: as ``part_of``.
     """
-    rows = findings.astype(object).fillna("").to_dict("records")
-    tiles = "\n".join(_tile(row, brief) for row in rows)
+    rows, others = by_world(findings)
+    tiles = "\n".join(_tile(row, others.get(row["id"], []), brief) for row in rows)
     kind = "claims claims-brief" if brief else "claims"
-    text = f'<ul class="{kind}">\n{tiles}\n</ul>\n'
+    text = f'{_says(rows)}<ul class="{kind}">\n{tiles}\n</ul>\n'
     if brief:
         return text
     verdicts = [name for name in VERDICT_MARKS if name in set(findings["verdict"])]
-    chosen = FILTER.replace("{verdicts}", _options(verdicts))
-    return chosen.replace("{parts}", _options(PARTS)) + text + SCRIPT
+    names = {
+        "verdicts": verdicts,
+        "parts": PARTS,
+        "regimes": ("reached", "not reached"),
+    }
+    chosen = FILTER.format(**{name: _options(of) for name, of in names.items()})
+    return chosen + text + SCRIPT
+
+
+def _says(rows: list[dict[str, Any]]) -> str:
+    """How many claims were asked in another regime than the paper's, as a paragraph."""
+    n = sum(row.get("verdict_in_regime") == UNTESTED for row in rows)
+    if not n:
+        return ""
+    return (
+        f"<p>{n} of {len(rows)} claims compare arms that went in other proportions "
+        "here than in the paper: their verdicts hold in this book's worlds, and the "
+        "paper's regime was not tested.</p>\n"
+    )
+
+
+def by_world(
+    findings: pd.DataFrame,
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """The claims in a table's first world, and by claim their rows in the others."""
+    rows = findings.astype(object).fillna("").to_dict("records")
+    main: list[dict[str, Any]] = []
+    others: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("world", "") == rows[0].get("world", ""):
+            main.append(row)
+        else:
+            others.setdefault(row["id"], []).append(row)
+    return main, others
 
 
 def tally(findings: pd.DataFrame) -> dict[str, str]:
@@ -107,8 +145,9 @@ def tally(findings: pd.DataFrame) -> dict[str, str]:
     Returns:
         Chapter to a text such as ``✓1 ✗5``, in the order of the verdicts.
     """
-    chapters = [part_of(row)[1] for row in findings.to_dict("records")]
-    counts = findings.groupby([chapters, "verdict"]).size()
+    rows = pd.DataFrame(by_world(findings)[0])
+    chapters = [part_of(row)[1] for row in rows.to_dict("records")]
+    counts = rows.groupby([chapters, "verdict"]).size()
     told: dict[str, list[str]] = {}
     for chapter in dict.fromkeys(chapters):
         found = counts[chapter]
@@ -122,25 +161,29 @@ def _options(names: Any) -> str:
     return f'<option value="">all</option>{chosen}'
 
 
-def _tile(row: dict[str, Any], brief: bool) -> str:
+def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str:
     part, chapter = part_of(row)
     verdict = str(row["verdict"])
     alone = verdict == "inconclusive" and row["n_seeds"] == 1
     shown = "one seed: no verdict" if alone else verdict
+    reached = "not reached" if row.get("verdict_in_regime") == UNTESTED else "reached"
     head = (
         f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
-        f'data-part="{html.escape(part)}">'
+        f'data-part="{html.escape(part)}" data-regime="{reached}">'
         f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {shown}</p>'
     )
+    if reached == "not reached":
+        head += '<p class="claim-regime">in another regime than the paper\'s</p>'
     statement = html.escape(str(row["statement"]))
     link = f'href="chapters/{chapter}.html"'
     if brief:
         return f"{head}<p><a {link}>{statement}</a></p></li>"
-    known = {name: html.escape(in_words(text)) for name, text in facts(row).items()}
-    told = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items())
+    told = facts(row) | {_world(other): in_short(other) for other in others}
+    known = {name: html.escape(in_words(text)) for name, text in told.items()}
+    rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items())
     return (
         f'{head}<p class="claim-statement" id="claim-{row["id"]}">{statement}</p>'
-        f"<dl>{told}</dl>"
+        f"<dl>{rows}</dl>"
         f"<p><a {link}>The chapter that judges {html.escape(str(row['id']))}</a></p>"
         "</li>"
     )
@@ -149,6 +192,7 @@ def _tile(row: dict[str, Any], brief: bool) -> str:
 def facts(row: Mapping[str, Any]) -> dict[str, str]:
     """What stands on a tile below its claim: heading to text, empty ones left out."""
     seeds = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
+    wrong = row.get("verdict_with_wrong_rewards", "")
     known = {
         "The paper": f"{row['paper_value']} ({row['paper_item']})",
         "Here": row.get("ours", ""),
@@ -157,13 +201,30 @@ def facts(row: Mapping[str, Any]) -> dict[str, str]:
         "What decides": effect_text(row),
         "A null": row["null"],
         "A control": row["matched"],
-        "Regime": f"{REGIME}; {row.get('n', '') or seeds}",
+        "Where": f"{_world(row)}; {row.get('n', '') or seeds}",
+        "Regime (displacements)": row.get("regime", ""),
         "Read from": row.get("readout", ""),
         "Read from bf16": row.get("verdict_in_bf16", ""),
         "RLVR at the paper's ratio": row.get("verdict_at_papers_ratio", ""),
+        "45 % of RLVR's rewards wrong": wrong
+        and f"{wrong}; {row['regime_with_wrong_rewards']}",
     }
     known = {name: str(text) for name, text in known.items()}
     return {name: text for name, text in known.items() if text}
+
+
+def _world(row: Mapping[str, Any]) -> str:
+    name = str(row.get("world", "")) or next(iter(WORLDS))
+    return WORLDS.get(name, f"profile {name}")
+
+
+def in_short(row: Mapping[str, Any]) -> str:
+    """A claim in another world: its verdict, levels, decisive effect and regime."""
+    if row["verdict"] == "not measured":
+        return str(row["verdict"])
+    n = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
+    told = [f"{row['verdict']} ({n})", row.get("ours", ""), effect_text(row)]
+    return "; ".join(str(text) for text in [*told, row.get("regime", "")] if text)
 
 
 def effect_text(row: Mapping[str, Any]) -> str:

@@ -96,6 +96,9 @@ ARM_STYLES = {
     "opd-teacher-x1": ArmStyle("teacher of width × 1", LIGHT_BLUE),
     "opd-teacher-x2": ArmStyle("teacher of width × 2", LIGHT_BLUE, "--"),
     "opd-teacher-moe": ArmStyle("teacher of experts", RED),
+    "opd-teacher-guess": ArmStyle("OPD, a teacher that guesses", BLUE, ":"),
+    "opd-noise-3": ArmStyle("OPD, noise of 3 nats", BLUE, "--"),
+    "opd-noise-10": ArmStyle("OPD, noise of 10 nats", BLUE, "-."),
     **{
         f"{family}-projected{suffix}": look
         for family in (

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-import pandas as pd
 import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
 from PIL import Image
 
 from opd_geometry import sources
+from opd_geometry.analysis.claims import read_claims
 from opd_geometry.book import board
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
@@ -298,7 +298,7 @@ def add_claims(source: Path, claims_csv: Path) -> None:
     """
     (source / "data").mkdir(exist_ok=True)
     shutil.copy(claims_csv, source / "data" / "claims.csv")
-    findings = pd.read_csv(claims_csv)
+    findings = read_claims(claims_csv)
     for name, brief in (("board", False), ("board-brief", True)):
         text = board.board(findings, brief)
         (source / "book" / f"{name}.html").write_text(text, encoding="utf8")

@@ -6,7 +6,7 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opd_geometry.experiments.runs import (
@@ -44,6 +44,7 @@ class Profile:
         arms: what ``all`` stands for.
         shelf: name under which base and teacher are stored in data/checkpoints, if so.
         own_base_from: the first seed with a base of its own; None: all share one.
+        resources: what a run asks of a cluster's worker, such as ``{"GPU": 1}``.
     """
 
     student: ModelConfig | Student
@@ -58,6 +59,7 @@ class Profile:
     arms: tuple[str, ...]
     shelf: str | None = None
     own_base_from: int | None = None
+    resources: Mapping[str, float] | None = None
 
 
 def _pretraining(steps: int, rate: float) -> SFTConfig:
@@ -106,6 +108,9 @@ _POLICY_ARMS = {
     "rlvr-flip-30": {"alpha": 0.0, "reward_flip": 0.3},
     "rlvr-flip-45": {"alpha": 0.0, "reward_flip": 0.45},
     "rlvr-coin": {"alpha": 0.0, "reward_flip": 0.5},
+    # the teacher's word with noise of so many nats a response: the converse
+    "opd-noise-3": {"gap_noise": 3.0},
+    "opd-noise-10": {"gap_noise": 10.0},
     # importance ratios against the teacher, who wrote; as wide as the paper's and not
     "off-policy-ratio": {
         "rollouts": "teacher",
@@ -298,10 +303,17 @@ PRETRAINED_ARMS = (
     *("sft-projected-random", "sft-projected-update", "sft-projected-half"),
     *("sft-projected-wide", "sft-matched-projected", "sft-matched-projected-random"),
     *("rlvr-projected", "sft-learns-projected", "sft-learns-projected-random"),
-    *("opd-teacher-rough", "sft-base-matched"),
+    *("opd-teacher-rough", "sft-base-matched", "opd-teacher-guess"),
+    *("opd-noise-3", "opd-noise-10"),
     *(arm for arm, (_, task) in _TASK_ARMS.items() if arm != "sft-task-teens"),
 )
 ROUGH_QUALITIES = (("careful", 0.70), ("guess", 0.14), ("sloppy", 0.16))
+# A teacher that guesses disagrees with the reward: guesses are mostly wrong.
+GUESS_QUALITIES = (("careful", 0.08), ("guess", 0.88), ("sloppy", 0.04))
+_OTHER_TEACHERS = {
+    "opd-teacher-rough": ("rough", ROUGH_QUALITIES),
+    "opd-teacher-guess": ("guesser", GUESS_QUALITIES),
+}
 _PRETRAINED = Profile(
     student=GEMMA,
     teacher=GEMMA,
@@ -412,10 +424,11 @@ def _build(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
             prompts_per_step=PAPER_BATCH * settings.policy.prompts_per_step,
         )
         return Run(arm, seed, longer, anchor)
-    if arm == "opd-teacher-rough":
-        rough = replace(settings.teacher_sft, qualities=ROUGH_QUALITIES)
-        worse = _teacher(replace(settings, teacher_sft=rough), settings.teacher)
-        return Run(arm, seed, settings.policy, anchor, replace(worse, arm="rough"))
+    if arm in _OTHER_TEACHERS:
+        name, qualities = _OTHER_TEACHERS[arm]
+        taught = replace(settings.teacher_sft, qualities=qualities)
+        other = _teacher(replace(settings, teacher_sft=taught), settings.teacher)
+        return Run(arm, seed, settings.policy, anchor, replace(other, arm=name))
     if arm in _TEACHER_ARMS:
         factor, experts = _TEACHER_ARMS[arm]
         shape = replace(_scaled(settings.student, factor), experts=experts)

@@ -29,6 +29,20 @@ _FACTOR = re.compile(
     r"lora_magnitude_vector)(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?"
 )
 WHOLE = slice(None)
+# How other libraries name the two matrices, whose scaling is said elsewhere.
+_FOREIGN = re.compile(r".+\.(lora_[ab]|lora_(up|down)(\.weight)?)")
+# Ways of PEFT to begin that take a part out of the base weights, which is not saved.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What makes an update another one than s B A.
+OTHERWISE = (
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -178,11 +192,14 @@ def adapter_of(path: Path, config: dict[str, Any], tensors: list[Stored]) -> Ada
             f"{path} is an adapter of the kind {method!r}, expected LORA; merge it "
             "with PEFT's merge_and_unload and give the merged copy"
         )
+    _refuse_variants(path, config)
     modules: dict[str, dict[str, Stored]] = defaultdict(dict)
     replaced = []
     for tensor in tensors:
         name = tensor.name.removeprefix(PREFIX)
         found = _FACTOR.fullmatch(name)
+        if re.fullmatch(r".+\.lora_B(\.[^.]+)?\.bias", name):
+            continue  # moves biases alone
         if found:
             modules[found["module"]][found["kind"]] = tensor
         elif "lora_" in name or "trainable_tokens" in name or "ia3" in name:
@@ -208,6 +225,40 @@ def adapter_of(path: Path, config: dict[str, Any], tensors: list[Stored]) -> Ada
     if not factors and not stacks and not replaced:
         raise ValueError(f"{path} is an adapter without tensors, expected some")
     return Adapter(path, config, factors, dict(stacks), replaced)
+
+
+def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what PEFT merges in another way than W + s B A.
+
+    Raises:
+        ValueError: the adapter is such.
+    """
+    begun = config.get("init_lora_weights")
+    merge = (
+        "expected the plain form; merge it with PEFT's merge_and_unload and give the "
+        "merged copy"
+    )
+    if isinstance(begun, str) and begun.lower().startswith(MOVES_BASE):
+        raise ValueError(
+            f"{path} is an adapter that was begun by {begun!r}, which takes a part out "
+            f"of the base weights and does not save the rest, {merge}"
+        )
+    if variants := [name for name in OTHERWISE if config.get(name)]:
+        raise ValueError(f"{path} is an adapter with {variants[0]}, {merge}")
+
+
+def refuse_foreign(path: Path, tensors: list[Stored]) -> None:
+    """Refuse adapters of other libraries, whose files do not say their scaling.
+
+    Raises:
+        ValueError: there is one among the tensors.
+    """
+    found = [t.name for t in tensors if _FOREIGN.fullmatch(t.name)]
+    if found:
+        raise ValueError(
+            f"{path} is an adapter in another library's form ({found[0]}), expected "
+            "PEFT's; merge it there and give the merged copy (MLX: mlx_lm.fuse)"
+        )
 
 
 def _factors(

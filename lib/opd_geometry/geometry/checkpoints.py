@@ -9,6 +9,7 @@ stacked or turned is split (see `layouts`) and a head that equals the embedding 
 counted again. Whatever else a file holds is listed by `list_skipped` with the reason.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from opd_geometry.geometry.layouts import (
     natural,
     role_of,
 )
-from opd_geometry.geometry.matching import match, normal_form, unwrapped
+from opd_geometry.geometry.matching import ROTARY, match, normal_form, unwrapped
 from opd_geometry.geometry.storage import Stored
 
 __all__ = [
@@ -181,6 +182,7 @@ def open_checkpoint(
     found = directories.holdings(path)
     config = _config(found.place)
     stored, notes = found.tensors, found.notes
+    adapters.refuse_foreign(path, stored)
     if adapter := _unmerged(path, found.place, stored):
         own = [_without_base_layer(t) for t in stored if "lora_" not in t.name]
         whole = _contents(path, own, config, notes, dequantise)
@@ -242,7 +244,7 @@ def _sorted(found: Mapping[str, Item]) -> dict[str, Item]:
 
 def _flat(name: str) -> str:
     leaf = name.rpartition(".")[2]
-    if leaf.lstrip("_") in ("flat_param", "flat_params") or leaf.startswith("_flat"):
+    if re.fullmatch(r"_?flat_params?(_\d+)?|_flat.*", leaf):
         return "a flat parameter of FSDP, all weights of a module in one row"
     return ""
 
@@ -259,25 +261,30 @@ def _explained(reason: str) -> str:
 def _tie(
     cuts: dict[str, Cut], skipped: dict[str, Skipped], config: dict[str, Any]
 ) -> str:
-    """Take an equal head out of the matrices; the embedding that it is, or nothing."""
+    """Take heads and embeddings that equal the first embedding out of the matrices.
+
+    Returns:
+        The embedding that is the head as well, or nothing.
+    """
 
     def of_role(role: str) -> list[Cut]:
         found = [c for c in cuts.values() if c.matrix.role == role]
         return [c for c in found if c.matrix.part == "language"]
 
     embeds, heads = of_role("embed"), of_role("head")
-    if len(embeds) != 1:
+    if not embeds:
         return ""
-    embed = embeds[0].matrix.name
-    if not heads:
-        tie = language_config(config).get("tie_word_embeddings")
-        return embed if tie is True else ""
-    if len(heads) > 1 or not _equal(embeds[0], heads[0]):
-        return ""
-    head = heads[0].matrix
-    del cuts[head.name]
-    skipped[head.name] = Skipped(head.name, head.shape, head.dtype, TIED)
-    return embed
+    # The outermost: T5's shared one may stand behind its copies.
+    embeds.sort(key=lambda cut: (cut.matrix.name.count("."), natural(cut.matrix.name)))
+    first = embeds[0]
+    for cut in (*embeds[1:], *heads):
+        if _equal(first, cut):
+            copy = cut.matrix
+            del cuts[copy.name]
+            skipped[copy.name] = Skipped(copy.name, copy.shape, copy.dtype, TIED)
+    tied = language_config(config).get("tie_word_embeddings") is True
+    tied = tied if not heads else len(heads) == 1 and heads[0].matrix.name in skipped
+    return first.matrix.name if tied and len(of_role("embed")) == 1 else ""
 
 
 def _equal(a: Cut, b: Cut) -> bool:
@@ -799,6 +806,12 @@ def refuse_shapes(differing: list[tuple[Matrix, Matrix]]) -> None:
 # --- diagnosis ---------------------------------------------------------------------
 
 
+OTHER_ROTARY = (
+    "wq and wk of Llama's own files have their rows in another order than "
+    "q_proj and k_proj: convert with transformers' script of the family"
+)
+
+
 def diagnosis(before: Checkpoint, after: Checkpoint, found: Pairing) -> str:
     """Why two checkpoints do not pair, and what would help, in one line."""
     n = [len(side.cuts) for side in (before, after)]
@@ -840,9 +853,6 @@ def _remedy(before: Checkpoint, after: Checkpoint) -> str:
         return "save with StateDictType.FULL_STATE_DICT, or the trainer's own merge"
     if any("no entries" in s.reason for s in skips):
         return "gather the weights first, with python zero_to_fp32.py DIR OUT"
-    if any(name in ("wq", "wk") for c in after.cuts for name in c.split(".")):
-        return (
-            "wq and wk of Llama's own files have their rows in another order than "
-            "q_proj and k_proj: convert with transformers' script of the family"
-        )
+    if any(ROTARY & {*name.split(".")} for name in (*before.cuts, *after.cuts)):
+        return OTHER_ROTARY
     return "give checkpoints of one model, or say with --roles which matrices count"

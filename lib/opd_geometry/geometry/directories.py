@@ -99,7 +99,7 @@ def _file(path: Path) -> Holdings:
             f"{path} is a part of a distributed checkpoint, expected the whole; give "
             f"the directory {path.parent}"
         )
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return Holdings(pickled(path), path.parent)
     if path.suffix == ".gguf":
         return Holdings(gguf_format.tensors(path), path.parent)
@@ -224,17 +224,20 @@ def _prefers_index(whole: Path, index: Path, notes: list[str]) -> bool:
 
 def _weight_map(index: Path) -> dict[str, Any]:
     found = json_object(index)
-    described = found.get("metadata")
-    if isinstance(described, dict) and "delta_encoding" in described:
-        raise ValueError(
-            f"{index} is of a delta checkpoint ({described['delta_encoding']!r} of the "
-            f"bytes of version {described.get('base_version')}), expected weights: "
-            "its tensors are differences of bytes; give a full version"
-        )
+    _refuse_delta(index, found.get("metadata"))
     weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, expected one; copy it again")
     return weight_map
+
+
+def _refuse_delta(file: Path, described: Any) -> None:
+    if isinstance(described, dict) and "delta_encoding" in described:
+        raise ValueError(
+            f"{file} is of a delta checkpoint ({described['delta_encoding']!r} of the "
+            f"bytes of version {described.get('base_version')}), expected weights: "
+            "its tensors are differences of bytes; give a full version"
+        )
 
 
 def _indexed(index: Path, notes: list[str]) -> list[Stored]:
@@ -439,6 +442,7 @@ def _from_slices(files: list[Path]) -> list[Stored]:
 
 def _refuse_slices(tensors: list[Stored], file: Path) -> list[Stored]:
     """Tensors of one file, unless they are slices whose rest lies elsewhere."""
+    _refuse_delta(file, metadata(file))
     if "DCP_SHARDING_INFO" not in metadata(file):
         return tensors
     offsets = _offsets(file)
@@ -534,7 +538,17 @@ def describe(path: Path) -> tuple[str, str]:
         return ".distcp files without their .metadata", "copy the .metadata as well"
     if part := like(r".*\.incomplete"):
         return f"{part[0]}, a download that is not finished", "download it again"
-    if pickles := like(r".*\.(bin|pt|pth)"):
+    for place in path.glob("*/adapter_config.json"):
+        return f"an adapter in {place.parent.name}/", f"give {place.parent}"
+    for place in sorted(path.glob("*")):
+        if any(place.glob("*.safetensors")):
+            return f"weights in {place.name}/", f"give {place}"
+    if foreign := like(r".*\.(msgpack|h5|onnx|npz|nemo|pdparams|tflite|mlx)"):
+        return (
+            f"{foreign[0]}, a format of another framework",
+            "write it as safetensors with the library that made it",
+        )
+    if pickles := like(r".*\.(bin|pt|pth|ckpt)"):
         return (
             f"{pickles[0]}, whose name is not that of a model",
             f"give the file itself, {path / pickles[0]}, or save with save_pretrained",

@@ -26,19 +26,22 @@ PART_OF = (
     ("talker", r"talker\w*|code2wav|token2wav|code_predictor|tts\w*|vocoder"),
     (
         "projector",
-        r"multi_?modal_projector|mm_projector|\w*_projector|projector|merger|"
-        r"deepstack_merger_list|aligner|connector|resampler|abstractor|"
-        r"embed_vision|embed_audio|vision_language_adapter|modality_projection|"
-        r"audio_projection|image_newline|mlp1",
+        r"\w*_projector|projector|merger|deepstack_merger_list|aligner|gen_aligner|"
+        r"generation_aligner|connector|resampler\w*|abstractor|q_?former|embed_vision|"
+        r"embed_audio|vision_language_adapter|(language|modality)_projection|"
+        r"(vision|visual|image|img|image_to_text|audio|speech|sound)_"
+        r"(proj\w*|adapter|connector)|image_newline|mlp1",
     ),
     (
         "vision",
-        r"visual|vision|vit|vpm|(vision|image|img|visual)_(tower|model|encoder|"
-        r"backbone|transformer|embed_tokens|processor|module)",
+        r"visual|vision|vit|vpm|vte|\w*(vision|image|img|visual|video)_(tower|model|"
+        r"encoder|backbone|transformer|embed\w*|processor|module|moe)|vq_?model|"
+        r"gen(eration)?_(head|embed\w*|vision_model)|siglip\w*|clip_model",
     ),
     (
         "audio",
-        r"apm|(audio|speech|sound)_(tower|model|encoder|backbone|embed)|audio|speech",
+        r"apm|(audio|speech|sound)_(tower|model|encoder|backbone|embed)|audio|speech|"
+        r"(acoustic|semantic)_(tokenizer|encoder)\w*|whisper\w*",
     ),
     ("mtp", r"mtp\w*|nextn\w*|eagle\w*|medusa\w*"),
 )
@@ -70,22 +73,34 @@ def part_of(modules: list[str], config: Mapping[str, Any]) -> str:
 # --- roles -------------------------------------------------------------------------
 
 ATTENTION_LEAVES = {
-    "q": "q_proj wq query query_proj q_lin q",
-    "k": "k_proj wk key key_proj k_lin k",
-    "v": "v_proj wv value value_proj v_lin v",
+    "q": "q_proj wq query query_proj q_lin q Wq to_q project_q",
+    "k": "k_proj wk key key_proj k_lin k Wk to_k project_k",
+    "v": "v_proj wv value value_proj v_lin v Wv to_v project_v",
     "o": "o_proj",
 }
 # These are o only below a module of attention: feed-forward parts use them too.
-OUTPUT_LEAVES = "wo out_proj dense c_proj out_lin linear_proj o"
+OUTPUT_LEAVES = (
+    "wo Wo out_proj dense c_proj out_lin linear_proj o proj output to_out attn_out "
+    "attention_out"
+)
 # w1, w3, w2 are the names of gate, up and down in Mixtral and in Llama's own files.
 MLP_LEAVES = {
-    "gate": "gate_proj w1 wi_0 c_fc_0",
-    "up": "up_proj w3 wi wi_1 c_fc c_fc_1 fc1 fc_in dense_h_to_4h linear_fc1",
-    "down": "down_proj w2 wo c_proj fc2 fc_out dense_4h_to_h linear_fc2",
+    "gate": "gate_proj w1 wi_0 c_fc_0 proj_up_gate",
+    "up": "up_proj w3 wi wi_1 c_fc c_fc_1 fc1 fc_in dense_h_to_4h linear_fc1 Wi "
+    "proj_up ff_proj",
+    "down": "down_proj w2 wo c_proj fc2 fc_out dense_4h_to_h linear_fc2 Wo proj_down "
+    "ff_out output_linear",
 }
+# These are an MLP's only right below one: others have them, too.
+INNER_LEAVES = {
+    "up": "linear1 lin1 intermediate layer_1",
+    "down": "linear2 lin2 output layer_2",
+}
+MLP_PARENT = re.compile(r"mlp\w*|\w*_mlp|ffns?|feed_forward|ff", re.IGNORECASE)
 OUTER_LEAVES = {
-    "embed": "embed_tokens tok_embeddings word_embeddings embed_in wte",
-    "head": "lm_head embed_out output output_layer",
+    "embed": "embed_tokens tok_embeddings word_embeddings word_embedding tokens_embed "
+    "token_embedding embed_in wte embeddings shared",
+    "head": "lm_head embed_out output output_layer output_projection head ff_out",
     "router": "gate router wg",
 }
 
@@ -94,7 +109,9 @@ def _by_leaf(table: Mapping[str, str]) -> dict[str, str]:
     return {leaf: role for role, leaves in table.items() for leaf in leaves.split()}
 
 
-_ATTENTION, _MLP, _OUTER = map(_by_leaf, (ATTENTION_LEAVES, MLP_LEAVES, OUTER_LEAVES))
+_ATTENTION, _MLP, _INNER, _OUTER = map(
+    _by_leaf, (ATTENTION_LEAVES, MLP_LEAVES, INNER_LEAVES, OUTER_LEAVES)
+)
 # Families that give a name another meaning.
 FAMILY_ROLES = {"qwen": {"w1": "up", "w2": "gate"}}
 
@@ -110,8 +127,17 @@ ALL_ROLES = {
 
 
 def in_attention(modules: list[str]) -> bool:
-    """Whether a path leads through a module of attention."""
-    return any(re.search(r"attn|attention", m, re.IGNORECASE) for m in modules[:-1])
+    """Whether a path leads through a module of attention, and then through no MLP.
+
+    >>> in_attention(["cross_attn_layers", "0", "mlp", "gate_proj"])
+    False
+    """
+    for module in reversed(modules[:-1]):
+        if MLP_PARENT.fullmatch(module):
+            return False
+        if re.search(r"attn|attention", module, re.IGNORECASE):
+            return True
+    return False
 
 
 def role_of(modules: list[str], model_type: object = None) -> str:
@@ -122,26 +148,39 @@ def role_of(modules: list[str], model_type: object = None) -> str:
     >>> role_of(["mlp", "gate_proj"]), role_of(["self_attn", "gate_proj"])
     ('gate', 'other')
     """
+    if modules[-1] == "linear" and len(modules) > 1:  # a layer within a wrapper's
+        modules = modules[:-1]
     leaf = modules[-1]
     if "experts" in modules:
         return EXPERT_ROLES.get(_mlp_role(leaf, model_type), "expert_other")
     if in_attention(modules):
         return "o" if leaf in OUTPUT_LEAVES.split() else _ATTENTION.get(leaf, "other")
-    outer = _OUTER.get(leaf, "other")
-    if "router" in modules[-2:] or outer == "router":
+    outside = layer_of(".".join([*modules, ""])) < 0
+    if "router" in modules[-2:] or _OUTER.get(leaf) == "router":
         return "router"
-    if outer == "head":
-        return "head" if layer_of(".".join(modules)) < 0 else "other"
-    if modules == ["shared"]:  # T5's embedding
-        return "embed"
+    if (
+        outside
+        and leaf == "decoder"
+        and modules[-2:-1] in (["lm_head"], ["predictions"])
+    ):
+        return "head"
     if leaf == "dense":
         return {"intermediate": "up", "output": "down"}.get(modules[-2], "other")
+    return _by_place(modules, model_type, outside)
+
+
+def _by_place(modules: list[str], model_type: object, outside: bool) -> str:
+    """Role outside of attention: of an MLP in a block, of a vocabulary without."""
+    leaf = modules[-1]
+    parents = [m for m in modules[:-1] if MLP_PARENT.fullmatch(m)]
+    if leaf in _OUTER and not parents and (outside or leaf == "embed_tokens"):
+        return _OUTER[leaf]
     found = _mlp_role(leaf, model_type)
-    return outer if found == "other" and outer != "other" else _plain(found, leaf)
-
-
-def _plain(found: str, leaf: str) -> str:
-    return _ATTENTION.get(leaf, "other") if found == "other" else found
+    if found == "other" and parents and modules[-2] in (parents[-1], "0", "1"):
+        found = _INNER.get(leaf, "other")
+    if found == "other" and not parents:
+        found = _ATTENTION.get(leaf, "other")
+    return found
 
 
 def _mlp_role(leaf: str, model_type: object) -> str:
@@ -202,8 +241,24 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
         tie = found.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
         outer = {k: v for k, v in found.items() if k not in LANGUAGE_KEYS}
         found = {**outer, **inner, "tie_word_embeddings": tie}
+    if count(found, "num_attention_heads") is None:
+        found = {**found, **_sizes_within(found)}
     attention = found.get("attn_config")  # MPT, DBRX
     return {**found, **attention} if isinstance(attention, dict) else found
+
+
+def _sizes_within(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The one config within, of no tower, that has sizes of attention; or {}."""
+    found = [
+        inner
+        for key, inner in config.items()
+        if isinstance(inner, dict)
+        and part_of(key.removesuffix("_config").split("."), {}) == "language"
+        and key not in ("quantization_config", "attn_config")
+        and count(inner, "num_attention_heads")
+        and count(inner, "hidden_size")
+    ]
+    return found[0] if len(found) == 1 else {}
 
 
 @dataclass(frozen=True)
@@ -399,19 +454,25 @@ STACKED = "stacked"
 BY_HEAD = "by head"
 # Group by group: the queries of a key-value head, then its key, then its value.
 BY_GROUP = "by group"
+# As codegen has it, in four groups: the queries of a group, its values, its keys.
+FOUR_GROUPS = "in four groups"
 OWN = "own"  # of a family, not known here: not split
 FUSED_QKV = {
     "qkv_proj": STACKED,
     "W_pack": STACKED,
     "c_attn": STACKED,
     "Wqkv": STACKED,
+    "qkv": STACKED,
+    "to_qkv": STACKED,
+    "att_proj": STACKED,
+    "in_proj_weight": STACKED,
     "wqkv": BY_GROUP,
     "linear_qkv": BY_GROUP,
     "query_key_value": None,
 }
 QKV_OF_FAMILY = {
-    "codegen": OWN,
-    "minimax": OWN,
+    "codegen": FOUR_GROUPS,
+    "minimax": BY_HEAD,
     "gpt_neox": BY_HEAD,
     "gpt_neox_japanese": BY_HEAD,
     "bloom": BY_HEAD,
@@ -419,7 +480,6 @@ QKV_OF_FAMILY = {
     "fuyu": BY_HEAD,
     "chatglm": STACKED,
     "chatglm4v": STACKED,
-    "bailing_moe": STACKED,
     "phi3small": BY_GROUP,
 }
 QKV_NAMES = ("q_proj", "k_proj", "v_proj")
@@ -431,6 +491,10 @@ def _qkv_order(leaf: str, layout: Layout) -> str:
         if config.get("new_decoder_architecture") is True or family == "RefinedWeb":
             return BY_GROUP
         return STACKED if config.get("multi_query", True) else BY_HEAD
+    if family == "chatglm" and "multi_query_group_num" not in config:
+        return BY_HEAD  # the first of that name
+    if family.startswith("bailing"):
+        return STACKED
     if family == "gpt_bigcode":
         return STACKED if config.get("multi_query", True) else BY_HEAD
     return QKV_OF_FAMILY.get(family) or FUSED_QKV[leaf] or OWN
@@ -459,9 +523,15 @@ def _qkv_cuts(
     leaf, n_rows = modules[-1], tensor.shape[1 if turned else 0]
     n_cols = tensor.shape[0 if turned else 1]
     order = _qkv_order(leaf, layout)
+    thirds = [0, n_cols, 2 * n_cols, n_rows]
+    if part_of(modules, layout.config) != "language" and n_rows == 3 * n_cols:
+        # Heads are known of the language model alone; towers have q, k, v as they are.
+        return _stacked(tensor, modules, layout, turned, thirds)
+    if order == FOUR_GROUPS and n_rows == 3 * n_cols and n_cols % 4 == 0:
+        edges = [edge // 4 for edge in thirds]
+        names = ("q_proj", "v_proj", "k_proj")
+        return _stacked(tensor, modules, layout, turned, edges, 4, names)
     if order == OWN:
-        if leaf == "qkv_proj":
-            return f"fused qkv_proj, in an order of {layout.model_type}'s own"
         return [_cut(tensor, modules, slice(None), layout, turned)]
     heads = _heads(layout, order)
     if heads:
@@ -469,8 +539,7 @@ def _qkv_cuts(
         if (n_heads + 2 * n_kv) * head_dim == n_rows and n_heads % n_kv == 0:
             return _by_heads(tensor, modules, layout, turned, order, heads)
     if leaf != "qkv_proj" and order == STACKED and n_rows == 3 * n_cols:
-        edges = [0, n_cols, 2 * n_cols, n_rows]
-        return _stacked(tensor, modules, layout, turned, edges)
+        return _stacked(tensor, modules, layout, turned, thirds)
     if leaf != "qkv_proj":
         return [_cut(tensor, modules, slice(None), layout, turned)]
     if heads is None:
@@ -507,6 +576,7 @@ def _stacked(
     turned: bool,
     edges: list[int],
     groups: int = 1,
+    names: tuple[str, str, str] = QKV_NAMES,
 ) -> list[Cut]:
     return [
         _cut(
@@ -517,14 +587,21 @@ def _stacked(
             turned,
             groups,
         )
-        for i, name in enumerate(QKV_NAMES)
+        for i, name in enumerate(names)
     ]
 
 
 # --- fused gate and up -------------------------------------------------------------
 
 # Fused where they have twice the rows that the way back has columns.
-GATED = {"dense_h_to_4h": "dense_4h_to_h", "linear_fc1": "linear_fc2"}
+GATED = {
+    "dense_h_to_4h": "dense_4h_to_h",
+    "linear_fc1": "linear_fc2",
+    "input_linear": "output_linear",
+    "Wi": "Wo",
+    "ff_proj": "ff_out",
+}
+UP_FIRST = {"ff_proj"}  # as OLMo and Molmo have it
 
 
 def _fused_halves(
@@ -538,7 +615,10 @@ def _fused_halves(
         return None
     shape = layout.shapes.get(".".join([*modules[:-1], back, "weight"]))
     fused = shape is not None and len(shape) == 2 and tensor.shape[0] == 2 * shape[1]
-    return ("gate_proj", "up_proj") if fused else None
+    if not fused:
+        return None
+    names = ("gate_proj", "up_proj")
+    return names[::-1] if modules[-1] in UP_FIRST else names
 
 
 def _gate_up_cuts(
@@ -564,11 +644,14 @@ STACK_ALIASES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 
 def _stack_position(modules: list[str]) -> int | None:
     """Index of the module that holds a stack of experts, None where there is none."""
-    if "experts" in modules:
-        i = modules.index("experts")
-        numbered = i + 1 < len(modules) and modules[i + 1].isdecimal()
-        return None if numbered else i
-    if modules[-2:-1] == ["block_sparse_moe"] and modules[-1] in STACK_ALIASES:
+    for name in ("experts", "shared_experts"):
+        if name in modules:
+            i = modules.index(name)
+            numbered = re.fullmatch(r"(expert_)?\d+", ".".join(modules[i + 1 : i + 2]))
+            return None if numbered else i
+    if modules[-2:-1] in (["block_sparse_moe"], ["mlp"]) and (
+        modules[-1] in STACK_ALIASES
+    ):
         return len(modules) - 2
     return None
 
@@ -579,7 +662,8 @@ def _expert_cuts(
     """One matrix an expert, or two where gate and up are fused, as (out, in)."""
     n_experts, n_first, n_second = tensor.shape
     leaf = ".".join(modules[stacked + 1 :])
-    leaf = STACK_ALIASES.get(leaf, leaf)
+    if not in_attention(modules):  # JetMoE's attention has experts as well
+        leaf = STACK_ALIASES.get(leaf, leaf)
     # As saved after MXFP4 was made into bf16, under the name of its codes.
     leaf = leaf.removesuffix("_blocks")
     in_out = _stored_in_out(leaf, n_first, n_second, layout)
@@ -619,9 +703,12 @@ def _expert_cut(
 ) -> Cut:
     n_out, n_in = tensor.shape[:0:-1] if in_out else tensor.shape[1:]
     name = ".".join([*stack, str(expert), *([leaf] if leaf else []), "weight"])
+    role = _mlp_role(leaf, layout.model_type)
+    if stack[-1] != "shared_experts":  # which every token passes
+        role = EXPERT_ROLES.get(role, "expert_other")
     matrix = Matrix(
         name=name,
-        role=EXPERT_ROLES.get(_mlp_role(leaf, layout.model_type), "expert_other"),
+        role=role,
         layer=layer_of(name),
         shape=(len(range(*rows.indices(n_out))), n_in),
         dtype=tensor.dtype,

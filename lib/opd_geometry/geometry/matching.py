@@ -1,13 +1,14 @@
 """Which matrix of one checkpoint is which of another, where their paths differ.
 
 Exact names come first. What is left is matched by a normal form of the path, which
-leaves off what wrappers put there and writes hub names as transformers 5 does; a match
-counts only where it is one to one and both have the same shape.
+leaves off what wrappers put there and writes hub names as transformers 5 does; what is
+left then by its tail, from the blocks on, whatever stands before. A match counts only
+where it is one to one and both have the same shape.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 # Put into the path by a wrapper, wherever it is.
 WRAPPERS = {
@@ -20,6 +21,7 @@ WRAPPERS = {
     "original_module",
     "base_layer",
 }
+_OWN = {"wv": "v_proj", "wo": "o_proj"}
 # At the head of a path: what holds the language model or the whole model.
 ROOTS = {
     "model",
@@ -54,6 +56,10 @@ RENAMED = {
 ROTARY = {"wq", "wk"}
 
 
+def _own_attention(match: re.Match[str]) -> str:
+    return f".self_attn.{_OWN[match[1]]}"
+
+
 def normal_form(name: str) -> str:
     """A tensor's path without what wrappers add, under the names of transformers 5.
 
@@ -68,7 +74,10 @@ def normal_form(name: str) -> str:
     if "vision_tower" in modules[:1]:
         modules = [m for m in modules if m != "vision_model"]
     modules = [RENAMED.get(m, m) for m in modules]
-    path = re.sub(r"\.router\.layer\.", ".router.", ".".join(modules))
+    path = ".".join(modules)
+    # Llama's own values and outputs have the rows that transformers' have.
+    path = re.sub(r"\.attention\.(w[vo])(?=\.|$)", _own_attention, path)
+    path = re.sub(r"\.router\.layer\.", ".router.", path)
     path = re.sub(r"(^|\.)mlp\.router\.", r"\1mlp.gate.", path)
     path = re.sub(r"\.gate\.moe_statics\.", ".moe_statics.", path)
     path = re.sub(r"\.mlp\.(\d+)\.", r".mlp.experts.\1.", path)  # Granite's stacks
@@ -76,6 +85,29 @@ def normal_form(name: str) -> str:
     if modules[-1] != "weight" and "experts" in modules:
         modules = [*modules, "weight"]
     return ".".join(modules)
+
+
+# Where a model's own names begin; its towers' and stacks' names are kept before them.
+ANCHORS = {"layers", "layer", "h", "blocks", "block", "embed_tokens", "wte", "lm_head"}
+ANCHORS |= {"norm", "ln_f", "final_layernorm", "word_embeddings", "embed_in"}
+OTHER_MODELS = (
+    "encoder decoder vision visual image video audio speech talker mtp nextn draft "
+    "teacher ref reference critic reward value ema old tower projector qformer merger "
+    "connector cross"
+)
+KEPT = frozenset(re.findall(r"\w+", OTHER_MODELS))
+
+
+def tail_form(name: str) -> str:
+    """A normal form less whatever leads to the blocks and tells of no other model.
+
+    >>> tail_form("engine.net.model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    modules = normal_form(name).split(".")
+    first = next((i for i, m in enumerate(modules) if m in ANCHORS), 0)
+    kept = [m for m in modules[:first] if KEPT & {*m.lower().split("_")}]
+    return ".".join([*kept, *modules[first:]])
 
 
 def unwrapped(name: str) -> str:
@@ -106,27 +138,36 @@ def match(
     found = {name: name for name in before if name in after}
     if len(found) in (len(before), len(after)):
         return found
-    # A form that an exact match has already is not free for another.
-    forms = [
-        _by_form(name for name in names if name not in found)
-        for names in (before, after)
-    ]
-    taken = {normal_form(name) for name in found}
+    for form_of in (normal_form, tail_form):
+        found |= _by_form(before, after, found, form_of)
+    return {name: found[name] for name in before if name in found}
+
+
+def _by_form(
+    before: Mapping[str, tuple[int, ...]],
+    after: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, str],
+    form_of: Callable[[str], str],
+) -> dict[str, str]:
+    """Further names whose forms agree, one to one and with equal shapes."""
+    known = {*found.values()}
+    # A form that another match has already is not free.
+    taken = {form_of(name) for name in found}
+    left = [n for n in before if n not in found], [n for n in after if n not in known]
+    forms: tuple[dict[str, list[str]], dict[str, list[str]]]
+    forms = defaultdict(list), defaultdict(list)
+    for names, by_form in zip(left, forms, strict=True):
+        for name in names:
+            if not ROTARY & {*name.split(".")}:
+                by_form[form_of(name)].append(name)
+    pairs = {}
     for form, names in forms[0].items():
         others = forms[1].get(form, [])
         if form in taken or len(names) != 1 or len(others) != 1:
             continue
         if before[names[0]] == after[others[0]]:
-            found[names[0]] = others[0]
-    return {name: found[name] for name in before if name in found}
-
-
-def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
-    forms: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        if not ROTARY & {*name.split(".")}:
-            forms[normal_form(name)].append(name)
-    return forms
+            pairs[names[0]] = others[0]
+    return pairs
 
 
 def renamings(pairs: Mapping[str, str]) -> list[str]:

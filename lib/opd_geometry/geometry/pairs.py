@@ -34,6 +34,7 @@ from opd_geometry.geometry import (
 )
 from opd_geometry.geometry.checkpoints import (
     ALL_ROLES,
+    OTHER_ROTARY,
     PARTS,
     Checkpoint,
     Pairing,
@@ -55,6 +56,7 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     reference,
 )
+from opd_geometry.geometry.matching import ROTARY
 from opd_geometry.geometry.nulls import is_stored_difference
 from opd_geometry.geometry.readings import of_parts, too_far
 from opd_geometry.geometry.steps import steps_of
@@ -905,7 +907,7 @@ def plan_pair(
         _skipped(*sides),
         _missing(*sides, found),
         description,
-        tuple(dict.fromkeys(note for side in sides for note in side.notes)),
+        tuple(dict.fromkeys([n for side in sides for n in side.notes] + _notes(found))),
         _renamed(found),
         found.measured,
     )
@@ -1085,6 +1087,12 @@ def _paired(
     if not found.pairs or len(found.pairs) < max(readable) / 2:
         raise ValueError(diagnosis(before, after, found))
     return found
+
+
+def _notes(found: Pairing) -> list[str]:
+    """What a reader must know of names that only one side has."""
+    names = [name for side in found.only for name in side]
+    return [OTHER_ROTARY] if any(ROTARY & {*name.split(".")} for name in names) else []
 
 
 def _entries(found: Pairing) -> int:

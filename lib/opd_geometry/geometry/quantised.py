@@ -74,7 +74,9 @@ def reasons(tensors: Iterable[Stored], config: Mapping[str, Any]) -> dict[str, s
     found: dict[str, str] = {}
     for tensor in tensors:
         name = tensor.name
-        form = modules.get(module_of(name)) or parameters.get(name)
+        module = module_of(name)
+        form = modules.get(module) or parameters.get(name)
+        form = form or modules.get(module_of(module))  # q_proj.centroids.weight
         if form:
             form = method if isinstance(method, str) else form
             found[name] = f"quantised ({form}): codes and scales are not weights"

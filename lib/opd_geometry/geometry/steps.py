@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
+NUMBER = r"(\d+(?:\.\d+(?=[km]))?)([km](?![a-z0-9]))?"
 MARKED = tuple(
-    re.compile(rf"(?:{words})s?[-_=]?(\d+)", re.IGNORECASE)
-    for words in ("step|checkpoint|ckpt|iter|iteration", "epoch")
+    re.compile(rf"(?:{words})s?[-_=:. ]?{NUMBER}", re.IGNORECASE)
+    for words in ("step|checkpoint|ckpt|iter|iteration|(?<![a-z])ba", "epoch|ep")
 )
+TIMES = {"": 1, "k": 10**3, "m": 10**6}  # step-1k is a thousand
 LARGEST = 10**12  # no run is longer
 
 
@@ -29,7 +32,9 @@ def step_of(checkpoint: str | Path) -> int:
     for pattern in MARKED:
         for component in reversed(components):
             if found := pattern.findall(component):
-                return _checked(int(found[-1]), checkpoint)
+                number, unit = found[-1]
+                step = Decimal(number) * TIMES[unit.lower()]
+                return _checked(int(step), checkpoint)
     last = components[-1] if components else ""
     numbers = re.findall(r"(?<![\d.])\d+(?![\d.])", last)
     if len(numbers) != 1:
@@ -61,7 +66,7 @@ def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
         steps = []
     if steps and len({*steps}) == len(steps):
         return steps
-    apart = _by_difference(checkpoints)
+    apart = _by_difference(checkpoints, bare=bool(steps))
     if apart:
         return apart
     for checkpoint in checkpoints:
@@ -87,13 +92,17 @@ def given_steps(text: str, checkpoints: Sequence[str | Path]) -> list[int]:
     return [_checked(int(w), c) for w, c in zip(words, checkpoints, strict=True)]
 
 
-def _by_difference(checkpoints: Sequence[str | Path]) -> list[int]:
-    """The number in the one component that differs; nothing if there is no such one."""
+def _by_difference(checkpoints: Sequence[str | Path], bare: bool) -> list[int]:
+    """The number in the one component that differs; nothing if there is no such one.
+
+    With bare only a component that is a number: of paths that a word marks with one
+    and the same step, seed1 and seed2 are no steps.
+    """
     paths = [_components(checkpoint) for checkpoint in checkpoints]
     if len({len(path) for path in paths}) != 1:
         return []
     columns = [column for column in zip(*paths, strict=True) if len({*column}) > 1]
-    if len(columns) != 1:
+    if len(columns) != 1 or (bare and not all(c.isdecimal() for c in columns[0])):
         return []
     pieces = [re.split(r"(\d+)", name) for name in columns[0]]
     if len({len(piece) for piece in pieces}) != 1:

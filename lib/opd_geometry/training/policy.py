@@ -13,9 +13,10 @@ and take one clipped policy-gradient step. alpha = 1 is OPD, alpha = 0 is RLVR.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,9 +36,12 @@ from opd_geometry.training.rollout import (
     Rollout,
     completion_log_probs,
     completion_logits,
+    completion_states,
     decode_completions,
     encode_prompts,
+    in_chunks,
     sample,
+    scores_in_chunks,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +73,9 @@ class PolicyConfig:
             of the ``author``, whoever wrote the token (off-policy, the teacher).
         reward_flip: probability that a reward is replaced by its opposite before
             anything is learned from it; 0.5 leaves coin flips.
+        gap_noise: standard deviation, in nats, of a normal number that is drawn once a
+            response and added to the gap of each of its tokens: OPD with a noisier
+            signal, as a flipped reward is RLVR's.
         temperature: of the rollouts.
         max_new_tokens: longest completion.
         benchmarks: which task distributions the prompts come from.
@@ -94,6 +101,7 @@ class PolicyConfig:
     clip_high: float = 0.28
     ratio_to: str = "student"
     reward_flip: float = 0.0
+    gap_noise: float = 0.0
     temperature: float = 1.0
     max_new_tokens: int = 40
     benchmarks: tuple[str, ...] = ("chain",)
@@ -134,6 +142,16 @@ class PolicyConfig:
             raise ValueError(
                 f"reward_flip {self.reward_flip}: expected 0 (true rewards) to 0.5 "
                 "(coin flips)"
+            )
+        if not 0.0 <= self.gap_noise < math.inf:
+            raise ValueError(
+                f"gap_noise {self.gap_noise}: expected 0 nats or more, and finite"
+            )
+        if self.gap_noise and (self.credit != "gap" or self.estimator == "full"):
+            raise ValueError(
+                f"gap_noise {self.gap_noise} with credit {self.credit} and estimator "
+                f"{self.estimator}: there is no gap of a token to add it to; use "
+                "credit gap and the sampled estimator"
             )
         if not self.temperature > 0.0:
             raise ValueError(
@@ -225,6 +243,7 @@ def policy_steps(
         rewards = verify_completions(problems, rollout, tokenizer)
         random_weights = random_token_weights(config, rollout, generator)
         signal = flip_rewards(config, rewards, generator)
+        noise = response_noise(config, rollout, generator)
         reward_advantages = torch.zeros_like(signal)
         if config.alpha < 1.0:
             reward_advantages = losses.group_advantage(signal, config.group_size)
@@ -251,7 +270,7 @@ def policy_steps(
                 advantages = torch.ones_like(gap)
                 if config.credit == "gap":
                     advantages = losses.mix_advantages(
-                        -gap, reward_advantages[rows], config.alpha
+                        -(gap - noise[rows]), reward_advantages[rows], config.alpha
                     )
                 loss = losses.policy_loss(
                     log_probs,
@@ -341,6 +360,32 @@ def flip_rewards(
     return torch.where(flipped, 1.0 - rewards, rewards)
 
 
+def response_noise(
+    config: PolicyConfig, rollout: Rollout, generator: torch.Generator
+) -> Tensor:
+    """What is added to the distillation advantage of every token of a response.
+
+    e_i ~ N(0, sigma^2), one number a response
+
+    Its mean is zero, so the expected gradient is that without it.
+
+    Args:
+        config: sigma is its ``gap_noise``, in nats; at 0 nothing is drawn.
+        rollout: B responses.
+        generator: of the step.
+
+    Returns:
+        (B, 1), the dtype of the log-probabilities.
+
+    Source: ours; the converse of ``flip_rewards``.
+    """
+    like = rollout.log_probs[:, :1]
+    if config.gap_noise == 0.0:
+        return torch.zeros_like(like)
+    draw = torch.randn(len(like), 1, generator=generator, dtype=torch.float64)
+    return (config.gap_noise * draw).to(like)
+
+
 def prompts_to_learn(config: PolicyConfig, rewards: Tensor) -> Tensor:
     """Prompts that contribute: RLVR skips groups whose rewards are all alike.
 
@@ -377,6 +422,8 @@ def full_vocabulary_loss(
 ) -> tuple[Tensor, Tensor]:
     """Reverse KL over the vocabulary on the visited states, and the sampled gap."""
     assert teacher is not None
+    if scores_in_chunks(model, piece.mask.numel()):
+        return _full_vocabulary_loss_in_chunks(config, model, teacher, piece)
     with torch.no_grad():
         theirs = completion_logits(teacher, piece) / config.temperature
     ours = completion_logits(model, piece) / config.temperature
@@ -385,6 +432,31 @@ def full_vocabulary_loss(
     return (
         losses.reverse_kl(ours, theirs, piece.mask),
         gap.masked_fill(~piece.mask, 0.0),
+    )
+
+
+def _full_vocabulary_loss_in_chunks(
+    config: PolicyConfig, model: Any, teacher: Any, piece: Rollout
+) -> tuple[Tensor, Tensor]:
+    """The same, with the logits of a few tokens at a time."""
+    head, other = model.get_output_embeddings(), teacher.get_output_embeddings()
+
+    def score(ours: Tensor, theirs: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(ours) / config.temperature
+        with torch.no_grad():
+            scored = other(theirs) / config.temperature
+            gap = losses.token_log_probs(logits, tokens)
+            gap = gap - losses.token_log_probs(scored, tokens)
+        return torch.stack([losses.token_reverse_kl(logits, scored), gap], dim=-1)
+
+    with torch.no_grad():
+        theirs = completion_states(teacher, piece)
+    ours = completion_states(model, piece)
+    columns = head.weight.shape[0]
+    kl, gap = in_chunks(score, columns, ours, theirs, piece.completions).unbind(-1)
+    return (
+        losses.sequence_mean(kl, piece.mask),
+        gap.detach().masked_fill(~piece.mask, 0.0),
     )
 
 

@@ -1,0 +1,148 @@
+"""In which regime was a claim tested: the paper's, or another one?
+
+An arm's displacement is its root mean square change over sqrt(sum lr^2): about 1 for
+Adam on noise, more for gradients that agree. The paper prints densities, and a density
+is a distance; so the displacements of its arms can be read, and what matters between
+two arms, their ratio, hangs on the weights only a little.
+
+RULE, fixed when the displacements of all arms were known and before it was applied to
+any claim: a claim that compares two of SFT, OPD and RLVR is tested in the paper's
+regime where the ratio of their displacements, averaged over seeds as a logarithm, is
+no farther from the paper's than half of the paper's own distance from one.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from opd_geometry.analysis.claims import claims_table, judge
+from opd_geometry.analysis.evidence import (
+    LAYERS,
+    Levels,
+    last,
+    over_matrices,
+    with_every_null,
+)
+from opd_geometry.analysis.statements import ARMS, CLAIMS, Claim
+from opd_geometry.analysis.unplaced import load, paper_displacements
+
+NOT_TESTED = "regime not tested"
+# The pairs whose order the paper reads as the objectives'.
+PAIRS = (("opd", "rlvr"), ("sft", "opd"))
+WRONG_REWARDS = "rlvr-flip-45"  # in RLVR's place: nearer to the paper's ratio
+ASKED = (*ARMS, WRONG_REWARDS)  # arms that the table below may read
+WORLDS = ("published", "pretrained")
+
+
+class Regime(NamedTuple):
+    """A pair's ratio of displacements, here and in the paper."""
+
+    arm: str
+    other: str
+    here: float
+    paper: float
+
+    @property
+    def reached(self) -> bool:
+        """By the rule above; False where nothing was measured.
+
+        >>> Regime("opd", "rlvr", 2.0, 3.5).reached, Regime("a", "b", 1.8, 3.5).reached
+        (True, False)
+        """
+        if math.isnan(self.here):
+            return False
+        away = abs(math.log(self.here / self.paper))
+        return away <= abs(math.log(self.paper)) / 2
+
+    def __str__(self) -> str:
+        reached = "reached" if self.reached else "not reached"
+        return (
+            f"{self.arm} over {self.other} {self.here:.2f}, "
+            f"the paper {self.paper:.2f}: {reached}"
+        )
+
+
+def paper_ratios() -> dict[tuple[str, str], float]:
+    """Ratio of the displacements that the paper's densities stand for, a pair."""
+    theirs = paper_displacements(
+        load()["decay"], size=1.0
+    )  # it leaves a ratio as it is
+    return {(a, b): float(theirs[a] / theirs[b]) for a, b in PAIRS}
+
+
+def regimes(
+    claim: Claim, levels: Levels, paper: Mapping[tuple[str, str], float]
+) -> list[Regime]:
+    """The regime of every pair of arms that a claim compares.
+
+    Args:
+        claim: one of ``CLAIMS``.
+        levels: of a tidy table with the metric ``displacement``.
+        paper: of ``paper_ratios``.
+
+    Returns:
+        Empty for a claim about one arm; NaN where displacements were not measured.
+    """
+    pairs = [pair for pair in PAIRS if set(pair) <= set(claim.arms)]
+    return [Regime(*pair, _ratio(levels, *pair), paper[pair]) for pair in pairs]
+
+
+def _ratio(levels: Levels, arm: str, other: str) -> float:
+    """Of two arms' displacements at the end, mean of logarithms over shared seeds."""
+    paths = [over_matrices(levels, x, "displacement", LAYERS) for x in (arm, other)]
+    ends = [last(path) for path in paths if len(path)]
+    return (
+        float(np.exp(np.log(ends[0] / ends[1]).mean())) if len(ends) == 2 else math.nan
+    )
+
+
+def claims_in_worlds(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every claim in every world: ``claims.claims_table``, and its regime there.
+
+    Args:
+        tables: profile to its tidy table, the book's main world first.
+
+    Returns:
+        The rows of ``claims_table`` with, after the id, world (the profile), and at the
+        end regime (a text, empty for a claim about one arm), verdict_in_regime (the
+        verdict, or ``NOT_TESTED`` where a pair did not reach the paper's), and
+        verdict_with_wrong_rewards with regime_with_wrong_rewards (the same with
+        ``WRONG_REWARDS`` in RLVR's place; empty for a claim that does not name RLVR).
+
+    Raises:
+        ValueError: as ``claims_table``.
+    """
+    paper, parts = paper_ratios(), []
+    for profile, table in tables.items():
+        findings = claims_table(table, profile)
+        levels = Levels(with_every_null(table))
+        noisy = levels.with_arm("rlvr", WRONG_REWARDS)
+        rows = [
+            _in_regime(claim, verdict, levels, noisy, paper)
+            for claim, verdict in zip(CLAIMS, findings["verdict"], strict=True)
+        ]
+        findings.insert(1, "world", profile)
+        parts.append(findings.join(pd.DataFrame(rows)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _in_regime(
+    claim: Claim,
+    verdict: str,
+    levels: Levels,
+    noisy: Levels,
+    paper: Mapping[tuple[str, str], float],
+) -> dict[str, str]:
+    pairs = regimes(claim, levels, paper)
+    inside = verdict == "not measured" or all(pair.reached for pair in pairs)
+    names = "rlvr" in claim.arms
+    changed = [p for p in regimes(claim, noisy, paper) if p.other == "rlvr"]
+    return {
+        "regime": "; ".join(map(str, pairs)),
+        "verdict_in_regime": verdict if inside else NOT_TESTED,
+        "verdict_with_wrong_rewards": judge(claim, noisy).verdict if names else "",
+        "regime_with_wrong_rewards": "; ".join(map(str, changed)),
+    }
