@@ -39,7 +39,7 @@ from opd_geometry.training.policy import (
     policy_steps,
     step_generator,
 )
-from opd_geometry.training.rollout import encode_prompts, packed_logits, sample
+from opd_geometry.training.rollout import encode_prompts, packed_outputs, sample
 
 OURS = PROFILES["pretrained"].policy
 ROW_TOKENS = 700  # of the recipe's rows: shorter passes were slower
@@ -162,7 +162,7 @@ def recipe_steps(
 
 def scored(scorer: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of every token but the first, (B, T - 1)."""
-    logits = packed_logits(scorer, ids[:, :-1], lengths, ROW_TOKENS)
+    logits = packed_outputs(scorer, ids[:, :-1], lengths, ROW_TOKENS)
     return losses.token_log_probs(logits, ids[:, 1:])
 
 

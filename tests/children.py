@@ -4,31 +4,35 @@ There a run can be killed, limited or raced without harm to the tests. Functions
 passed by name, so they have to be in a module that both sides can import.
 """
 
+import logging
 import os
 import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from io import StringIO
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 
+import dask
 import torch
+from distributed import Nanny, Scheduler, SpecCluster
 from rich.console import Console
 
 from opd_geometry import cli, files
-from opd_geometry.experiments import profiles, runs, schedule
+from opd_geometry.experiments import measure, profiles, runs, schedule
 from opd_geometry.experiments.runs import ProjectionConfig, Run
 from opd_geometry.training import evaluation, models
 from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.optimizer import OptimizerConfig
 from opd_geometry.training.policy import PolicyConfig
+from opd_geometry.training.rollout import Rollout, completion_log_probs
 from opd_geometry.training.sft import SFTConfig
 
 SHAPE = ModelConfig(width=32, layers=1, head_size=16)
@@ -121,7 +125,7 @@ def _call(
     files.CHECKOUT_DATA = Path(data)  # nothing is committed in the checkout
     os.environ["ACCELERATE_USE_CPU"] = "1"  # the same bits need the same processor
     os.dup2(os.open(f"{data}.stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-    threading.Thread(target=schedule._end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     evaluate_less()
     # A background job starts with SIGINT ignored, and its children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -129,6 +133,13 @@ def _call(
         sender.send(function(*arguments))
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         sender.send(error)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def ensure_counting(run: Run, log: Path) -> Path:
@@ -224,6 +235,11 @@ def _limit_files(most_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
 
+def workers_by(method: str) -> None:
+    """How Dask starts a worker's process: ``fork``, which is quick, or ``spawn``."""
+    dask.config.set({"distributed.worker.multiprocessing-method": method})
+
+
 def train_all(
     asked: list[Run], jobs: int, method: str = "fork"
 ) -> tuple[dict[Run, str], list[str]]:
@@ -237,29 +253,81 @@ def train_all(
         What it returns, and the lines that it printed.
     """
     os.setsid()  # for signals to all processes, as a terminal sends them
-    schedule.get_context = lambda _: get_context(method)
+    workers_by(method)
     said = StringIO()
     failed = schedule.train_all("smoke", asked, jobs, Console(file=said))
     return failed, said.getvalue().splitlines()
 
 
 def train_all_but(killed: str, asked: list[Run], jobs: int) -> dict[Run, str]:
-    """The same, where the system kills the worker of an arm after its first step."""
+    """The same, where the system kills an arm's worker before it stores a step."""
+    _kill_workers_of(killed, steps=range(100), log=None)
+    return train_all(asked, jobs)[0]
+
+
+def train_all_killed_once(
+    killed: str, asked: list[Run], jobs: int, log: Path
+) -> dict[Run, str]:
+    """The same, where an arm's worker is killed once, in its sixth step.
+
+    Every step of the arm that is taken adds its number to a log.
+    """
+    _kill_workers_of(killed, steps=[5], log=log)
+    return train_all(asked, jobs)[0]
+
+
+def _kill_workers_of(arm: str, steps: Collection[int], log: Path | None) -> None:
     loop = runs.loop_of
 
     def deadly(run: Run, *arguments: Any) -> Any:
-        for metrics in loop(run, *arguments):
+        first = arguments[-1]
+        for step, metrics in enumerate(loop(run, *arguments), first):
+            if run.arm == arm:
+                before = log.read_text().split() if log and log.exists() else []
+                if log:
+                    log.write_text(" ".join([*before, str(step)]))
+                if step in steps and str(step) not in before:
+                    os.kill(os.getpid(), signal.SIGKILL)
             yield metrics
-            if run.arm == killed:
-                os.kill(os.getpid(), signal.SIGKILL)
 
     runs.loop_of = deadly
-    return train_all(asked, jobs)[0]
+
+
+def train_on_cluster(
+    asked: list[Run], homes: list[dict[str, str]]
+) -> tuple[dict[Run, str], list[str]]:
+    """``schedule.train_all`` on a running cluster.
+
+    Args:
+        asked: the runs.
+        homes: the environment of each of its workers.
+
+    Returns:
+        What it returns, and the processes that trained.
+    """
+    workers_by("fork")
+    ensure, place = runs.ensure, Path(os.environ["OPD_GEOMETRY_DATA"])
+
+    def noting(run: Run) -> Path:
+        home = os.environ.get("HOME", "")
+        (place / f"trained-{run.arm}").write_text(f"{os.getpid()} {home}")
+        return ensure(run)
+
+    measure.ensure = schedule.ensure = noting
+    workers = {
+        name: {"cls": Nanny, "options": {"nthreads": 1, "env": env}}
+        for name, env in enumerate(homes)
+    }
+    head = {"cls": Scheduler, "options": {"dashboard_address": None}}
+    with SpecCluster(workers, head, silence_logs=logging.CRITICAL) as cluster:
+        address, said = cluster.scheduler_address, StringIO()
+        failed = schedule.train_all("smoke", asked, None, Console(file=said), address)
+    return failed, [path.read_text() for path in sorted(place.glob("trained-*"))]
 
 
 def command(method: str, *arguments: str) -> tuple[int, str, str]:
     """``opd-geometry`` at a tiny profile smoke; its exit code, stdout and stderr."""
-    schedule.get_context = lambda _: get_context(method)
+    workers_by(method)
     profiles.PROFILES["smoke"] = replace(
         profiles.PROFILES["smoke"],
         student=SHAPE,
@@ -298,6 +366,26 @@ def peak_of_measuring(before: Path, after: Path) -> int:
     pairs.measure_tensors(small, small + 0.01 * torch.randn(300, 300))
     held = _peak_kib()
     pairs.measure_checkpoints(before, after)
+    return (_peak_kib() - held) * 1024
+
+
+def peak_of_scoring(vocabulary: int, tokens: int) -> int:
+    """Bytes that scoring so many tokens adds to what the process held before."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3Config(**shape, **heads, vocab_size=vocabulary)
+    model = Qwen3ForCausalLM(config).eval()
+    groups, length = 8, tokens // 8
+    ids = torch.randint(vocabulary, (groups, length))
+    prompts = torch.ones(groups, 4, dtype=torch.int64)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = Rollout(prompts, prompts, ids, mask, torch.zeros(ids.shape), 1)
+    held = _peak_kib()
+    with torch.no_grad():
+        log_probs = completion_log_probs(model, batch)
+    assert -20 < log_probs.mean() < -9  # log V = 11.9
     return (_peak_kib() - held) * 1024
 
 

@@ -383,7 +383,9 @@ def pretended(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Nothing is trained or judged; what was asked for is kept."""
     asked: list[Any] = []
 
-    def train(profile: str, wanted: list[runs.Run], jobs: int) -> dict[runs.Run, str]:
+    def train(
+        profile: str, wanted: list[runs.Run], jobs: int, *_: Any
+    ) -> dict[runs.Run, str]:
         asked.append((profile, sorted({run.arm for run in wanted}), jobs))
         return {}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_geometry.training import losses, policy, tasks
+from opd_geometry.training import rollout as rollouts
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, adamw, bfloat16_copy
 from opd_geometry.training.policy import PolicyConfig, draw_prompts, policy_steps
@@ -20,6 +21,7 @@ from opd_geometry.training.rollout import (
     completion_log_probs,
     completion_logits,
     encode_prompts,
+    sample,
 )
 
 TOKENIZER = character_tokenizer()
@@ -169,6 +171,26 @@ def test_a_step_follows_the_gradient_of_its_objective(
     assert metrics["grad_norm"] == pytest.approx(expected.item(), rel=1e-4)
     gap = (ours.detach() - theirs)[rollout.mask].mean().item() if alpha else 0.0
     assert metrics["gap"] == pytest.approx(gap, rel=1e-4)
+
+
+def test_the_full_vocabulary_in_chunks_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = tiny()
+    ids, mask = encode_prompts(["c:23+45-12=", "g:48,18="], TOKENIZER)
+    written = sample(
+        student,
+        *(ids, mask),
+        group_size=2,
+        max_new_tokens=9,
+        eos_token_id=TOKENIZER.eos_token_id,
+        generator=torch.Generator().manual_seed(0),
+    )
+    loss, gap = policy.full_vocabulary_loss(OPD, student, TEACHER, written)
+    monkeypatch.setattr(rollouts, "MOST_LOGITS", 300)
+    ours, other = policy.full_vocabulary_loss(OPD, student, TEACHER, written)
+    torch.testing.assert_close((ours, other), (loss, gap))
+    torch.testing.assert_close(gradients(student, ours), gradients(student, loss))
 
 
 def test_the_sampled_estimator_expects_the_full_one() -> None:

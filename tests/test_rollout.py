@@ -1,9 +1,12 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
+from children import Child
 from scipy import stats
 from torch import Tensor
 from transformers import (
@@ -468,3 +471,55 @@ def test_texts_stop_before_the_end_and_hide_nothing() -> None:
         "68,56",
         "68,<pad>6#56",
     ]
+
+
+# --- large vocabularies --------------------------------------------------------------
+
+
+def scored(model: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities, and the gradient of a sum of them with other weights each."""
+    model.zero_grad()
+    log_probs = completion_log_probs(model, rollout, temperature=0.7)
+    weights = torch.linspace(-1, 2, log_probs.numel()).view_as(log_probs)
+    (log_probs * weights).sum().backward()
+    return log_probs.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("most", [1, 53 * 7, 53 * 64])
+def test_scoring_in_chunks_changes_nothing(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = qwen(seed=2)
+    rollout = sample(
+        model,
+        *(IDS, MASK),
+        group_size=3,
+        max_new_tokens=LONGEST,
+        eos_token_id=EOS,
+        generator=torch.Generator().manual_seed(0),
+    )
+    whole, gradients = scored(model, rollout)
+    monkeypatch.setattr(rollouts, "MOST_LOGITS", most)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.numel()))
+    ours, theirs = scored(model, rollout)
+    torch.testing.assert_close(ours, whole)
+    torch.testing.assert_close(theirs, gradients, rtol=1e-4, atol=1e-4)
+    assert max(seen) <= max(53, most)
+
+
+def test_logits_that_are_not_the_heads_alone_are_made_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capped = Gemma3TextConfig(final_logit_softcapping=0.5, **SMALL)
+    model = sharpened(Gemma3ForCausalLM(capped))
+    monkeypatch.setattr(rollouts, "MOST_LOGITS", 1)
+    assert not rollouts.scores_in_chunks(model, 100)
+    assert rollouts.scores_in_chunks(MODEL, 100)
+
+
+def test_peak_of_scoring_with_a_large_vocabulary(tmp_path: Path) -> None:
+    vocabulary, tokens = 151_936, 4096
+    peak = Child(tmp_path, children.peak_of_scoring, vocabulary, tokens).result()
+    whole = 2 * 4 * vocabulary * tokens  # logits and their log-softmax, float32
+    assert peak < whole / 10

@@ -3,6 +3,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -228,14 +230,66 @@ def test_killed_worker_is_a_failure_of_its_run_alone(trained: Path, data: Path) 
         shutil.rmtree(runs.run_directory(run))
     failed = Child(data, children.train_all_but, "opd", [OPD, RLVR], 2).result()
     assert failed.keys() == {OPD}
-    assert "SIGKILL" in failed[OPD]
+    assert "4 workers died while trying to run it" in failed[OPD]
     assert runs.is_done(RLVR)
     assert Child(data, children.train_all, [OPD], 1).result()[0] == {}
     assert schedule.failure(OPD) == ""
 
 
+def test_a_killed_worker_costs_the_steps_since_the_last_state(
+    trained: Path, data: Path
+) -> None:
+    shutil.copytree(trained, data)
+    whole = runs.run_directory(OPD)
+    shutil.rmtree(whole)
+    log = data / "steps"
+    asked = [OPD, replace(RLVR, seed=1)]
+    call = ("opd", asked, 2, log)
+    assert Child(data, children.train_all_killed_once, *call).result() == {}
+    # killed in step 5, before its state was stored: that one is taken again
+    assert log.read_text().split() == [*"012345", *"56789"]
+    for stored in whole.glob("checkpoints/*/model.safetensors"):
+        theirs = trained / stored.relative_to(data)
+        assert stored.read_bytes() == theirs.read_bytes()
+    assert len(list(whole.glob("checkpoints/*"))) == 1 + len(OPD.checkpoint_steps())
+
+
+def test_workers_with_homes_of_their_own_and_one_folder(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, data)
+    asked = [replace(run, seed=1) for run in (ANCHOR, RLVR)]
+    homes = [{"HOME": str(tmp_path / name)} for name in "ab"]
+    failed, notes = Child(data, children.train_on_cluster, asked, homes).result()
+    assert failed == {}
+    assert {note.split()[1] for note in notes} == {home["HOME"] for home in homes}
+    assert all(runs.is_done(run) for run in asked)
+
+    # a worker whose folder is another says so at once
+    other = [{"OPD_GEOMETRY_DATA": str(tmp_path / "elsewhere")}]
+    new = replace(ANCHOR, seed=2)
+    failed, _ = Child(data, children.train_on_cluster, [new], other).result()
+    assert f"cannot see it below {tmp_path / 'elsewhere'}" in failed[new]
+    assert "expected one data folder for all" in failed[new]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_cluster_that_cannot_be_reached_is_one_line(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "CONNECT_SECONDS", 0.2)
+    for address in ("tcp://127.0.0.1:9", "nowhere"):
+        with pytest.raises(ValueError, match=f"no cluster answers at {address}") as got:
+            schedule.train_all("smoke", [ANCHOR], cluster=address)
+        assert "\n" not in str(got.value)
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9")
+    with pytest.raises(ValueError, match="no cluster answers"):
+        schedule.train_all("smoke", [ANCHOR])
+    assert not runs.run_directory(ANCHOR).exists()
+
+
 @pytest.mark.parametrize(
-    ("name", "method"), [("SIGINT", "spawn"), ("SIGTERM", "fork"), ("SIGKILL", "spawn")]
+    ("name", "method"), [("SIGINT", "fork"), ("SIGTERM", "fork"), ("SIGKILL", "spawn")]
 )
 def test_no_worker_outlives_the_scheduler(name: str, method: str, data: Path) -> None:
     endless = replace(ANCHOR, train=replace(children.LESSONS, steps=10**6))
@@ -246,20 +300,61 @@ def test_no_worker_outlives_the_scheduler(name: str, method: str, data: Path) ->
     assert child.process.pid is not None
     send = os.killpg if name == "SIGINT" else os.kill
     send(child.process.pid, getattr(signal, name))
-    expected = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
-    if name in expected:
-        with pytest.raises(expected[name]):
+    if name == "SIGINT":
+        with pytest.raises(KeyboardInterrupt):
             child.result()
     else:
         child.result()
-        assert child.was_killed
+        assert child.process.exitcode == -getattr(signal, name)
     soon(lambda: not any(runs.is_running(run) for run in asked), "the workers end")
     assert [r.state for r in schedule.plan(asked)] == ["to do"] * 2
     # the terminal's signal reached the workers, too: they had nothing to say to it
-    assert data.with_name("data.stderr").read_text() == ""
+    assert "Traceback" not in data.with_name("data.stderr").read_text()
     n_steps = [runs.progress(run)["step"] for run in asked]
     time.sleep(0.2)
     assert [runs.progress(run)["step"] for run in asked] == n_steps
+
+
+def test_one_run_is_trained_without_workers(
+    trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, data)
+    monkeypatch.setattr(schedule, "measure_run", lambda run, _: run)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    said = StringIO()
+    assert schedule.train_all("smoke", [RLVR], 2, Console(file=said)) == {}
+    assert "rlvr-s0" in said.getvalue()
+
+    def fail(run: Run, rank: int) -> None:
+        raise ValueError("no\nroom")
+
+    monkeypatch.setattr(schedule, "measure_run", fail)
+    said = Console(file=StringIO())
+    assert schedule.train_all("smoke", [RLVR], 1, said) == {RLVR: "no room"}
+    assert schedule.failure(RLVR) == "no room"
+
+
+def test_an_array_script_names_every_run(tmp_path: Path) -> None:
+    given = ["--profile", "smoke", "--student", "a b"]
+    script = schedule.slurm_script([OPD, replace(RLVR, seed=3)], given, 4)
+    assert "#SBATCH --array=0-1%4\n" in script
+    (tmp_path / "opd-geometry").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "opd-geometry").chmod(0o755)
+    said = subprocess.run(
+        ["bash", "-c", script],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_ARRAY_TASK_ID": "1",
+            "OPD_GEOMETRY_DATA": "there",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert said[1:] == [*given, "--jobs", "1", "--arms", "rlvr", "--seeds", "3"]
+    without = subprocess.run(["bash", "-c", script], env={}, capture_output=True)
+    assert without.returncode != 0
+    assert b"name a folder that all machines see" in without.stderr
 
 
 def test_jobs_have_to_be_positive(data: Path) -> None:
@@ -272,20 +367,10 @@ def test_finished_runs_need_no_process(
 ) -> None:
     shutil.copytree(trained, data)
     measure_run(OPD, 2)
-    monkeypatch.setattr(schedule, "_start", None)
+    monkeypatch.setattr(schedule, "_work", None)
     said = StringIO()
     assert schedule.train_all("smoke", [OPD], 1, Console(file=said)) == {}
     assert said.getvalue().count("done in") == 3
-
-
-def test_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
-    before = dict(os.environ)
-    with schedule.environment(schedule.WORKER_ENVIRONMENT):
-        assert os.environ["OMP_NUM_THREADS"] == "1"
-        assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
-    assert dict(os.environ) == before
 
 
 # --- progress --------------------------------------------------------------------
@@ -308,11 +393,11 @@ def test_a_line_says_steps_accuracy_and_time_left(data: Path) -> None:
 
 def test_log_has_a_line_now_and_then(on_trained: Path) -> None:
     said = StringIO()
-    with schedule._Display(Console(file=said, width=40)) as display:
+    with schedule._Display(Console(file=said, width=40), 2) as display:
         for _ in range(5):
-            display.running([OPD, RLVR], 2)
+            display.running([OPD, RLVR])
         display.said[OPD] -= schedule.LOG_SECONDS
-        display.running([OPD, RLVR], 2)
+        display.running([OPD, RLVR])
         display.ended(OPD, "")
         display.ended(RLVR, "[red]a reason[/red] that is longer than forty columns")
     lines = said.getvalue().splitlines()
@@ -324,8 +409,8 @@ def test_log_has_a_line_now_and_then(on_trained: Path) -> None:
 def test_terminal_shows_every_running_run(on_trained: Path) -> None:
     said = StringIO()
     console = Console(file=said, force_terminal=True, width=60, color_system=None)
-    with schedule._Display(console) as display:
-        display.running([OPD, RLVR], 3)
+    with schedule._Display(console, 3) as display:
+        display.running([OPD, RLVR])
     shown = said.getvalue()
     assert "opd-s0" in shown
     assert "rlvr-s0" in shown

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_geometry.training import sft, tasks
+from opd_geometry.training import rollout, sft, tasks
 from opd_geometry.training.losses import sft_loss
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, adamw
-from opd_geometry.training.rollout import packed_logits
+from opd_geometry.training.rollout import packed_outputs
 from opd_geometry.training.sft import SFTConfig, draw_batch, encode_pairs, sft_steps
 
 TOKENIZER = character_tokenizer()
@@ -232,7 +232,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(row_tokens: int) 
     gradients = []
     for logits in (
         model(input_ids=ids).logits,
-        packed_logits(model, ids, lengths, row_tokens),
+        packed_outputs(model, ids, lengths, row_tokens),
     ):
         loss = sft_loss(logits, tokens[:, 1:], mask)
         found = torch.autograd.grad(loss, list(model.parameters()))
@@ -240,15 +240,27 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(row_tokens: int) 
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("row_tokens", [0, 60])
+def test_a_large_vocabulary_in_chunks_gives_the_same_step(
+    row_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, steps=2, row_tokens=row_tokens)
+    model, wanted = trained(config)
+    monkeypatch.setattr(rollout, "MOST_LOGITS", 500)
+    ours, metrics = trained(config)
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in wanted])
+    torch.testing.assert_close(weights(ours), weights(model), rtol=1e-3, atol=1e-5)
+
+
 def test_a_sequence_sees_none_of_its_neighbours() -> None:
     """Another neighbour in the row changes no logit; another own token does."""
     model = tiny()
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
     lengths = torch.tensor([4, 3])
-    base = packed_logits(model, ids, lengths, 100)
+    base = packed_outputs(model, ids, lengths, 100)
     other = ids.clone()
     other[0, 1] = 20
-    moved = packed_logits(model, other, lengths, 100)
+    moved = packed_outputs(model, other, lengths, 100)
     assert torch.equal(moved[1], base[1])
     assert not torch.equal(moved[0, 1:], base[0, 1:])
     alone = model(input_ids=ids[1:, :3]).logits

@@ -129,6 +129,15 @@ def _jobs(command: Command) -> Command:
     )(command)
 
 
+def _cluster(command: Command) -> Command:
+    return click.option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Of a running Dask scheduler, whose workers do it; they share the data "
+        "folder. By default workers of this machine.",
+    )(command)
+
+
 def _origin(command: Command) -> Command:
     return click.option(
         "--from",
@@ -150,8 +159,15 @@ def _origin(command: Command) -> Command:
 @_jobs
 @_origin
 @_student
+@_cluster
 def run(
-    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+    profile: str,
+    arms: str,
+    seeds: str,
+    jobs: int,
+    origin: str,
+    student: str | None,
+    cluster: str | None,
 ) -> int:
     """Train and measure runs, several at a time, with what they need.
 
@@ -164,8 +180,10 @@ def run(
       opd-geometry run --profile laptop --arms opd,rlvr --seeds 0-4 --jobs 2
       opd-geometry run --arms all --seeds 0-2 --from scratch
       opd-geometry run --profile pretrained --student path/to/model --arms opd --jobs 1
+      opd-geometry run --arms all --seeds 0-4 --jobs 16 --cluster tcp://head:8786
     """
-    return _train(profile, _asked(profile, arms, seeds, origin, student), jobs)
+    asked = _asked(profile, arms, seeds, origin, student)
+    return _train(profile, asked, jobs, cluster)
 
 
 @commands.command()
@@ -175,8 +193,15 @@ def run(
 @_jobs
 @_origin
 @_student
+@click.option("--slurm", is_flag=True, help="Print a SLURM array script of the runs.")
 def plan(
-    profile: str, arms: str, seeds: str, jobs: int, origin: str, student: str | None
+    profile: str,
+    arms: str,
+    seeds: str,
+    jobs: int,
+    origin: str,
+    student: str | None,
+    slurm: bool,
 ) -> None:
     """List runs, their steps and the time they would take.
 
@@ -185,10 +210,18 @@ def plan(
       opd-geometry plan --profile laptop --arms opd,rlvr --seeds 0-4
       opd-geometry plan --arms reader --from scratch --jobs 4
       opd-geometry plan --profile pretrained --student gemma-3-270m-q4_k_m.gguf
+      opd-geometry plan --profile gpu --slurm > runs.sbatch
     """
     from opd_geometry.experiments.schedule import plan as plan_runs
+    from opd_geometry.experiments.schedule import slurm_script
 
-    _print_plan(plan_runs(_asked(profile, arms, seeds, origin, student)), jobs)
+    asked = _asked(profile, arms, seeds, origin, student)
+    if slurm:
+        given = ["--profile", profile, "--from", origin]
+        given += ["--student", student] if student else []
+        click.echo(slurm_script(asked, given, jobs), nl=False)
+    else:
+        _print_plan(plan_runs(asked), jobs)
 
 
 @commands.command()
@@ -269,11 +302,13 @@ def _print_plan(rows: "list[Row]", jobs: int) -> None:
         click.echo(f"Memory: about {memory / 1e9:.1f} GB a run.")
 
 
-def _train(profile: str, runs: "list[Run]", jobs: int) -> int:
+def _train(
+    profile: str, runs: "list[Run]", jobs: int, cluster: str | None = None
+) -> int:
     """Train, and say in one line each what failed; the exit code."""
     from opd_geometry.experiments.schedule import train_all
 
-    failed = train_all(profile, runs, jobs)
+    failed = train_all(profile, runs, jobs, None, cluster)
     for one, reason in failed.items():
         _complain(f"{one.name}: {reason}", 1)
     return 1 if failed else 0

@@ -18,6 +18,7 @@ but for the seven digits that are committed. Elsewhere a run rounds otherwise an
 its own way, which is why the unit is a spread of seeds and not a digit.
 """
 
+import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,6 @@ from opd_geometry.experiments.measure import (
 )
 from opd_geometry.experiments.profiles import settings_of
 from opd_geometry.experiments.runs import Run, data_directory, provenance
-from opd_geometry.experiments.schedule import environment
 from opd_geometry.files import clear_write_errors
 from opd_geometry.geometry.comparison import METRICS
 from opd_geometry.sources import library_digest
@@ -118,13 +118,26 @@ def apart() -> Iterator[Path]:
                 f"another audit is at work in {place}: expected none; wait until it is "
                 "done"
             ) from error
-    with alone, environment({"OPD_GEOMETRY_DATA": str(place)}):
+    with alone, _data_in(place):
         with clear_write_errors(place):
             for name in LENT:
                 if not (place / name).exists():
                     (place / name).unlink(missing_ok=True)  # where it once was
                     (place / name).symlink_to(shelf / name)
         yield place
+
+
+@contextmanager
+def _data_in(place: Path) -> Iterator[None]:
+    """What is trained within, here and in workers started within, goes there."""
+    before = os.environ.get("OPD_GEOMETRY_DATA")
+    os.environ["OPD_GEOMETRY_DATA"] = str(place)
+    try:
+        yield
+    finally:
+        os.environ.pop("OPD_GEOMETRY_DATA")
+        if before is not None:
+            os.environ["OPD_GEOMETRY_DATA"] = before
 
 
 def clear(place: Path) -> None:

@@ -6,7 +6,7 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opd_geometry.experiments.runs import (
@@ -44,6 +44,7 @@ class Profile:
         arms: what ``all`` stands for.
         shelf: name under which base and teacher are stored in data/checkpoints, if so.
         own_base_from: the first seed with a base of its own; None: all share one.
+        resources: what a run asks of a cluster's worker, such as ``{"GPU": 1}``.
     """
 
     student: ModelConfig | Student
@@ -58,6 +59,7 @@ class Profile:
     arms: tuple[str, ...]
     shelf: str | None = None
     own_base_from: int | None = None
+    resources: Mapping[str, float] | None = None
 
 
 def _pretraining(steps: int, rate: float) -> SFTConfig:

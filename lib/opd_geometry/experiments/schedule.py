@@ -1,27 +1,27 @@
-"""Many runs at once: what they need, what they cost, one process each, their progress.
+"""Many runs at once: what they need, what they cost, Dask's workers, their progress.
 
 A run starts as soon as what it needs is finished, the one that most work waits for
-first. Each trains and measures in a process of its own with one thread, so a run that
+first. Each trains and measures in a worker process with one thread, so a run that
 fails, or that the system kills, leaves the others alone and blocks only what needs it.
+What has been done stands in the runs' directories and nowhere else.
 """
 
 import json
+import logging
 import os
+import platform
+import shlex
 import signal
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 import psutil
@@ -68,6 +68,7 @@ WORKER_ENVIRONMENT = {
 }
 REFRESH_SECONDS = 1.0  # of the display on a terminal
 LOG_SECONDS = 30.0  # between the lines of a run in a log
+CONNECT_SECONDS = 10.0  # a cluster has to answer
 
 
 @dataclass(frozen=True)
@@ -278,13 +279,13 @@ def memory_bytes(run: Run) -> float | None:
     return BYTES_A_PARAMETER * student.parameters + BYTES_BESIDE
 
 
-def check_memory(rows: Iterable[Row], jobs: int) -> None:
+def check_memory(left: Iterable[Run], jobs: int) -> None:
     """Refuse to start what the machine's free memory cannot hold.
 
     Raises:
         ValueError: one line with both numbers.
     """
-    needed = [memory_bytes(row.run) or 0.0 for row in rows if row.state != "done"]
+    needed = [memory_bytes(run) or 0.0 for run in left]
     wanted = sum(sorted(needed)[-jobs:])
     free = psutil.virtual_memory().available
     if wanted > free:
@@ -299,36 +300,47 @@ def check_memory(rows: Iterable[Row], jobs: int) -> None:
 
 
 def train_all(
-    profile: str, runs: Iterable[Run], jobs: int, console: Console | None = None
+    profile: str,
+    runs: Iterable[Run],
+    jobs: int | None = None,
+    console: Console | None = None,
+    cluster: str | None = None,
 ) -> dict[Run, str]:
     """Train and measure the runs, after training what they need, several at a time.
 
-    Ctrl-C and SIGTERM end the workers; so does the end of this process, however it
-    comes. What they had stored is resumed the next time.
+    Dask's workers do it: processes of this machine that end with this one, or those of
+    a running cluster. A run whose worker is lost goes on elsewhere from its last state.
+    One run alone is trained in this process, which starts nothing.
 
     Args:
-        profile: decides K of the measurements.
+        profile: decides K of the measurements, and what a run asks of its worker.
         runs: the runs asked for.
-        jobs: how many run at a time, a process and a thread each.
+        jobs: how many run at a time, a process and a thread each; None for every core,
+            or every worker of the cluster.
         console: where progress goes: a live display on a terminal, else a line a run
             now and then; stderr if None.
+        cluster: address of a running Dask scheduler whose workers share the data
+            folder; None for the one in DASK_SCHEDULER_ADDRESS, or workers of our own.
 
     Returns:
         The runs that are not finished and measured now, with one line why: they
         failed, or something they need did.
 
     Raises:
-        ValueError: jobs smaller than 1.
+        ValueError: jobs smaller than 1, too little memory, or no cluster there.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs {jobs}: expected 1 or more, the number of cores to use")
-    asked = set(runs)
+    cluster = cluster or os.environ.get("DASK_SCHEDULER_ADDRESS")
+    asked, settings = set(runs), settings_of(profile)
     rows = plan(asked)
-    check_memory(rows, jobs)
-    first, rank = priorities(rows), settings_of(profile).rank
+    first = priorities(rows)
+    ranks = {row.run: settings.rank if row.run in asked else None for row in rows}
+    left = {run for run, rank in ranks.items() if not is_finished(run, rank)}
     order = TopologicalSorter({row.run: row.run.needs for row in rows})
     order.prepare()
     ready: list[Run] = []
+    running: dict[Run, Any] = {}  # to their futures
     failed: dict[Run, str] = {}
 
     def end(run: Run, reason: str) -> None:
@@ -337,21 +349,28 @@ def train_all(
         display.ended(run, reason)
         order.done(run)
 
-    with _Display(console or Console(stderr=True)) as display, _workers() as workers:
+    display = _Display(console or Console(stderr=True), len(rows))
+    with display, _client(left, jobs, cluster) as client:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()], key=lambda run: -first[run])
-            while ready and len(workers) < jobs:
+            # no more than there are workers: when one dies, Dask blames its queue too
+            while ready and len(running) < _slots(client, jobs):
                 run = ready.pop(0)
                 missing = [needed.name for needed in run.needs if needed in failed]
                 if missing:
                     end(run, f"needs {missing[0]}, which is not finished")
-                elif is_finished(run, rank if run in asked else None):
+                elif run not in left:
                     end(run, "")
+                elif client is None:
+                    with display.watching(run):
+                        reason = _work(run, ranks[run])
+                    end(run, reason)
                 else:
-                    workers[run] = _start(run, rank if run in asked else None)
-            display.running(workers, len(rows))
-            for run in _ended(workers):
-                end(run, _outcome(run, workers.pop(run)))
+                    asks = settings.resources if cluster else None
+                    running[run] = _start(client, run, ranks[run], asks)
+            display.running(running)
+            for run in _ended(running):
+                end(run, _outcome(run, running.pop(run)))
     return failed
 
 
@@ -360,75 +379,76 @@ def is_finished(run: Run, rank: int | None) -> bool:
     return is_done(run) and (rank is None or is_measured(run, rank))
 
 
-# --- workers ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Worker:
-    process: BaseProcess
-    reasons: Connection  # carries (one line, traceback) if the run fails
-
-
 @contextmanager
-def _workers() -> Iterator[dict[Run, _Worker]]:
-    """The running workers; those left at the end, or at SIGTERM, are ended."""
-    workers: dict[Run, _Worker] = {}
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield workers
-    finally:
-        for worker in workers.values():
-            worker.process.terminate()
-        for worker in workers.values():
-            worker.process.join()
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+def _client(
+    left: Collection[Run], jobs: int | None, cluster: str | None
+) -> Iterator[Any]:
+    """Dask's client of the cluster, or of workers of our own; None for one run alone.
 
-
-def _start(run: Run, rank: int | None) -> _Worker:
-    context = get_context("spawn")
-    reasons, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(run, rank, sender), name=run.name, daemon=True
-    )
-    with environment(WORKER_ENVIRONMENT), _no_interrupt():
-        process.start()
-    sender.close()
-    return _Worker(process, reasons)
-
-
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for what is started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits, and never reaches a process started within.
-
-    The terminal sends it to all; only the parent should answer, by ending the others.
+    Our own end with this process, however it ends.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    n_workers = min(jobs or os.cpu_count() or 1, len(left))
+    if not cluster:
+        check_memory(left, n_workers)
+    if not left or (n_workers == len(left) == 1 and not cluster):
+        yield None
+        return
+    from distributed import Client, LocalCluster  # half a second
+
+    if cluster:
+        try:
+            client = Client(cluster, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no cluster answers at {cluster} ({' '.join(str(error).split())}): "
+                "expected the address that dask scheduler prints, such as "
+                "tcp://host:8786"
+            ) from error
+        with client:
+            yield client
+        return
+    with (
+        LocalCluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            memory_limit=None,  # no worker is paused or ended for what it holds
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+            env=WORKER_ENVIRONMENT,
+        ) as own,
+        Client(own) as client,
+    ):
+        try:
+            yield client
+        except BaseException:  # what they do is not waited for
+            for nanny in own.workers.values():
+                nanny.auto_restart = False
+                os.kill(nanny.pid, signal.SIGKILL)
+            raise
 
 
-def _work(run: Run, rank: int | None, reasons: Connection) -> None:
-    """What a worker does: train, measure, say in one line what went wrong."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _slots(client: Any, jobs: int | None) -> int:
+    """Runs at a time; a cluster's workers come and go."""
+    return 1 if client is None else jobs or max(1, sum(client.nthreads().values()))
+
+
+def _start(
+    client: Any, run: Run, rank: int | None, resources: Mapping[str, float] | None
+) -> Any:
+    with suppress(OSError):  # which the worker meets as well, and says
+        run_directory(run).mkdir(parents=True, exist_ok=True)
+    key = f"{run.name}-{uuid4().hex}"
+    return client.submit(_work, run, rank, True, key=key, resources=resources)
+
+
+def _work(run: Run, rank: int | None, begun_elsewhere: bool = False) -> str:
+    """What a worker does: train, measure; what went wrong in one line, or nothing."""
+    if begun_elsewhere and not begun(run):
+        return (
+            f"the worker on {platform.node()} cannot see it below {data_directory()}: "
+            "expected one data folder for all; start the workers with "
+            "OPD_GEOMETRY_DATA naming it"
+        )
     try:
         with one_thread():
             if rank is None:
@@ -438,43 +458,67 @@ def _work(run: Run, rank: int | None, reasons: Connection) -> None:
     except Exception as error:
         expected = isinstance(error, ValueError | OSError)
         kind = "" if expected else f"{type(error).__name__}: "
-        line = " ".join(str(error).split())
-        reasons.send((kind + line, traceback.format_exc()))
-        sys.exit(1)
+        return _failed(run, kind + " ".join(str(error).split()), traceback.format_exc())
+    clear_failure(run)
+    return ""
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, even by kill -9."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _ended(workers: Mapping[Run, _Worker]) -> list[Run]:
-    """Runs whose process has ended, after waiting a moment for the first."""
-    if not workers:
-        return []
-    ended = wait([w.process.sentinel for w in workers.values()], REFRESH_SECONDS)
-    return [run for run, w in workers.items() if w.process.sentinel in ended]
-
-
-def _outcome(run: Run, worker: _Worker) -> str:
-    """Why the run failed, also recorded in its directory; empty if it did not."""
-    worker.process.join()
-    record, code = run_directory(run) / "failed.json", worker.process.exitcode
-    if code == 0:
-        clear_failure(run)
-        return ""
-    try:
-        reason, details = worker.reasons.recv()
-    except EOFError:  # it had no time to say
-        name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-        reason, details = f"its process was ended by {name}; is memory short?", ""
+def _failed(run: Run, reason: str, details: str = "") -> str:
+    """The reason, once it is recorded in the run's directory."""
+    record = run_directory(run) / "failed.json"
     with suppress(OSError):  # the reason may be that nothing can be written here
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"reason": reason, "traceback": details})
-    return str(reason)
+    return reason
+
+
+def _ended(running: Mapping[Run, Any]) -> list[Run]:
+    """Runs that have ended, after waiting a moment for the first."""
+    if not running:
+        return []
+    from distributed import wait
+
+    with suppress(TimeoutError):
+        wait([*running.values()], REFRESH_SECONDS, "FIRST_COMPLETED")
+    return [run for run, future in running.items() if future.done()]
+
+
+def _outcome(run: Run, future: Any) -> str:
+    """Why the run failed; empty if it did not."""
+    from distributed import KilledWorker
+
+    if future.status == "finished":
+        return str(future.result())
+    error = future.exception() if future.status == "error" else None
+    if isinstance(error, KilledWorker):
+        died = f"{error.allowed_failures + 1} workers died while trying to run it"
+        return _failed(run, f"{died}; is memory short?")
+    return _failed(run, f"the cluster has lost it ({error or future.status})")
+
+
+def slurm_script(runs: Sequence[Run], options: Sequence[str], jobs: int) -> str:
+    """An array job for SLURM, a run a task, for those who want no scheduler of ours.
+
+    A task trains what its run needs as well; tasks that need the same wait at its lock.
+
+    Args:
+        runs: the runs asked for.
+        options: of ``opd-geometry run``, the same for all.
+        jobs: tasks at a time.
+    """
+    asked = "\n".join(f'  "--arms {run.arm} --seeds {run.seed}"' for run in runs)
+    return f"""#!/bin/bash
+#SBATCH --job-name=opd-geometry
+#SBATCH --array=0-{len(runs) - 1}%{jobs}
+#SBATCH --requeue
+# What a task may take, and of what, depends on the machine: --time, --gres, --mem.
+# Ended by its time limit, a run goes on from its last state when submitted again.
+: "${{OPD_GEOMETRY_DATA:?name a folder that all machines see}}"
+runs=(
+{asked}
+)
+exec opd-geometry run {shlex.join(options)} --jobs 1 ${{runs[SLURM_ARRAY_TASK_ID]}}
+"""
 
 
 # --- progress --------------------------------------------------------------------
@@ -483,8 +527,9 @@ def _outcome(run: Run, worker: _Worker) -> str:
 class _Display:
     """One line a running run: redrawn on a terminal, now and then in a log."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         self.console = console
+        self.total = total
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.n_ended = 0
         self.said: dict[Run, float] = {}
@@ -494,18 +539,31 @@ class _Display:
             self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def running(self, runs: Iterable[Run], total: int) -> None:
+    @contextmanager
+    def watching(self, run: Run) -> Iterator[None]:
+        """Keep showing a run that this process is busy with."""
+        ended = threading.Event()
+
+        def show() -> None:
+            self.running([run])
+            while not ended.wait(REFRESH_SECONDS):
+                self.running([run])
+
+        watcher = threading.Thread(target=show, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+    def running(self, runs: Iterable[Run]) -> None:
         if self.console.is_terminal:
             lines = [progress_line(run) for run in runs]
-            lines.append(f"{self.n_ended} of {total} runs ended")
+            lines.append(f"{self.n_ended} of {self.total} runs ended")
             shown = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
             self.live.update(shown, refresh=True)
             return

@@ -326,7 +326,7 @@ def policy_loss(
     if weights is not None:
         _require_same_shape(log_probs=log_probs, weights=weights)
         loss = loss * weights.detach()
-    return _sequence_mean(loss, live, n_sequences)
+    return sequence_mean(loss, live, n_sequences)
 
 
 def reverse_kl(
@@ -367,15 +367,23 @@ def reverse_kl(
     _require_same_shape(student_states=student_logits[..., 0], mask=mask)
     live = mask.bool()
     hidden = ~live.unsqueeze(-1)
-    student = _at_least_float32(student_logits.masked_fill(hidden, 0.0))
-    teacher = _at_least_float32(teacher_logits.detach().masked_fill(hidden, 0.0))
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    student = student_logits.masked_fill(hidden, 0.0)
+    teacher = teacher_logits.detach().masked_fill(hidden, 0.0)
+    return sequence_mean(token_reverse_kl(student, teacher), live, n_sequences)
+
+
+def token_reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The inner sum of ``reverse_kl``: (..., v) logits to (...) nats, float32."""
+    log_p = _at_least_float32(student_logits).log_softmax(-1)
+    log_q = _at_least_float32(teacher_logits).log_softmax(-1)
     # 0 log 0 = 0: a vocabulary padded with -inf adds nothing, on either side.
     gap = (log_p.detach() - log_q).masked_fill(log_p.detach().isneginf(), 0.0)
-    return _sequence_mean((log_p.exp() * gap).sum(-1), live, n_sequences)
+    return (log_p.exp() * gap).sum(-1)
 
 
-def _sequence_mean(values: Tensor, live: Tensor, n_sequences: int | None) -> Tensor:
+def sequence_mean(
+    values: Tensor, live: Tensor, n_sequences: int | None = None
+) -> Tensor:
     """Mean over the live tokens of each row, then sum over rows / n_sequences."""
     rows = live.shape[0] if n_sequences is None else n_sequences
     if rows < 1:

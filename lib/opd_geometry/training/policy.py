@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,9 +36,12 @@ from opd_geometry.training.rollout import (
     Rollout,
     completion_log_probs,
     completion_logits,
+    completion_states,
     decode_completions,
     encode_prompts,
+    in_chunks,
     sample,
+    scores_in_chunks,
 )
 
 if TYPE_CHECKING:
@@ -419,6 +422,8 @@ def full_vocabulary_loss(
 ) -> tuple[Tensor, Tensor]:
     """Reverse KL over the vocabulary on the visited states, and the sampled gap."""
     assert teacher is not None
+    if scores_in_chunks(model, piece.mask.numel()):
+        return _full_vocabulary_loss_in_chunks(config, model, teacher, piece)
     with torch.no_grad():
         theirs = completion_logits(teacher, piece) / config.temperature
     ours = completion_logits(model, piece) / config.temperature
@@ -427,6 +432,31 @@ def full_vocabulary_loss(
     return (
         losses.reverse_kl(ours, theirs, piece.mask),
         gap.masked_fill(~piece.mask, 0.0),
+    )
+
+
+def _full_vocabulary_loss_in_chunks(
+    config: PolicyConfig, model: Any, teacher: Any, piece: Rollout
+) -> tuple[Tensor, Tensor]:
+    """The same, with the logits of a few tokens at a time."""
+    head, other = model.get_output_embeddings(), teacher.get_output_embeddings()
+
+    def score(ours: Tensor, theirs: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(ours) / config.temperature
+        with torch.no_grad():
+            scored = other(theirs) / config.temperature
+            gap = losses.token_log_probs(logits, tokens)
+            gap = gap - losses.token_log_probs(scored, tokens)
+        return torch.stack([losses.token_reverse_kl(logits, scored), gap], dim=-1)
+
+    with torch.no_grad():
+        theirs = completion_states(teacher, piece)
+    ours = completion_states(model, piece)
+    columns = head.weight.shape[0]
+    kl, gap = in_chunks(score, columns, ours, theirs, piece.completions).unbind(-1)
+    return (
+        losses.sequence_mean(kl, piece.mask),
+        gap.detach().masked_fill(~piece.mask, 0.0),
     )
 
 

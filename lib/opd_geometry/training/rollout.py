@@ -7,12 +7,14 @@ known, prompt and group are laid out as one row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from opd_geometry.training.losses import token_log_probs
 from opd_geometry.training.models import frame
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 # faster, while an accelerator wants to be kept busy. No result depends on it.
 _TOKENS_PER_PASS = {"cpu": 1024}
 _MANY_TOKENS = 32768
+# Logits that may exist at once: with more, they are made and scored a chunk of tokens
+# at a time, and once more for the gradient. No vocabulary of a thousand comes near.
+MOST_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -233,11 +238,37 @@ def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     Raises:
         ValueError: a layer of the model decides by itself whom a token sees.
     """
+    return _completion_outputs(model, rollout, logits_of)
+
+
+def completion_states(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """Last hidden states where ``completion_logits`` has logits, (B, T, width)."""
+    return _completion_outputs(model, rollout, states_of)
+
+
+def logits_of(model: Any, **inputs: Any) -> Tensor:
+    """A model's logits, (rows, tokens, V)."""
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def states_of(model: Any, **inputs: Any) -> Tensor:
+    """A model's last hidden states, (rows, tokens, width)."""
+    states: Tensor = model.base_model(**inputs).last_hidden_state
+    return states
+
+
+Outputs = Callable[..., Tensor]  # of a model and its inputs, (rows, tokens, columns)
+
+
+def _completion_outputs(
+    model: PreTrainedModel, rollout: Rollout, outputs: Outputs
+) -> Tensor:
     width = rollout.mask.shape[1]
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
     parts = _passes(rollout)
-    logits = [_one_pass(model, rollout.take(part)) for part in parts]
-    padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in logits]
+    read = [_one_pass(model, rollout.take(part), outputs) for part in parts]
+    padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in read]
     rows = torch.cat([rollout.rows_of(part) for part in parts])
     return torch.cat(padded)[rows.argsort()]
 
@@ -250,17 +281,18 @@ def _passes(rollout: Rollout) -> tuple[Tensor, ...]:
     return tokens.argsort(stable=True).split(max(1, budget // longest))
 
 
-def _one_pass(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """``completion_logits`` in one forward pass, (B, T, V)."""
+def _one_pass(model: PreTrainedModel, rollout: Rollout, outputs: Outputs) -> Tensor:
+    """``completion_logits`` or ``completion_states`` in one forward pass."""
     ids, positions, visible, source = _pack(rollout)
-    logits = model(
+    read = outputs(
+        model,
         input_ids=ids,
         attention_mask=_as_model_mask(visible, model),
         position_ids=positions,
         use_cache=False,
-    ).logits
+    )
     prompt = torch.arange(len(source), device=ids.device) // rollout.group_size
-    return logits[prompt[:, None], source]
+    return read[prompt[:, None], source]
 
 
 def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -298,10 +330,14 @@ def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, positions, visible, source
 
 
-def packed_logits(
-    model: PreTrainedModel, ids: Tensor, lengths: Tensor, row_tokens: int
+def packed_outputs(
+    model: PreTrainedModel,
+    ids: Tensor,
+    lengths: Tensor,
+    row_tokens: int,
+    outputs: Outputs = logits_of,
 ) -> Tensor:
-    """Logits of sequences of which several share a row, each seeing itself alone.
+    """Outputs of sequences of which several share a row, each seeing itself alone.
 
     Equal to a forward pass over padded rows of their own, without the padding;
     differentiable.
@@ -311,6 +347,7 @@ def packed_logits(
         ids: (B, T) int64, right-padded.
         lengths: (B,) int64 tokens of each sequence, at least 1.
         row_tokens: a row ends before the sequence that would make it longer.
+        outputs: what else to take of the model, such as its hidden states.
 
     Returns:
         (B, T, V); zero on padding.
@@ -332,12 +369,13 @@ def packed_logits(
     sequence = torch.arange(len(ids), device=ids.device)
     owner[rows, places] = sequence[:, None].expand_as(real)[real]
     visible = (owner[:, :, None] == owner[:, None, :]).tril()
-    logits = model(
+    logits = outputs(
+        model,
         input_ids=packed,
         attention_mask=_as_model_mask(visible, model),
         position_ids=positions,
         use_cache=False,
-    ).logits
+    )
     unpacked = logits.new_zeros(*ids.shape, logits.shape[-1])
     unpacked[real] = logits[rows, places]
     return unpacked
@@ -400,6 +438,69 @@ def completion_log_probs(
     Returns:
         (B, T) float32, in nats; 0 where ``rollout.mask`` is false.
     """
-    logits = completion_logits(model, rollout) / temperature
-    log_probs = token_log_probs(logits, rollout.completions)
+    if scores_in_chunks(model, rollout.mask.numel()):
+        states = completion_states(model, rollout)
+        log_probs = chunked_log_probs(model, states, rollout.completions, temperature)
+    else:
+        logits = completion_logits(model, rollout) / temperature
+        log_probs = token_log_probs(logits, rollout.completions)
     return log_probs.masked_fill(~rollout.mask, 0.0)
+
+
+# --- large vocabularies --------------------------------------------------------------
+
+
+def scores_in_chunks(model: Any, tokens: int) -> bool:
+    """Whether a model's logits for so many tokens would be too many at once.
+
+    They cannot be made in chunks where the model does more to them than its head: then
+    they exist whole, as they do where accelerate casts what the whole model gives.
+    """
+    head = model.get_output_embeddings()
+    if tokens * head.weight.shape[0] <= MOST_LOGITS:
+        return False
+    if hasattr(model, "_original_forward"):
+        return False
+    with torch.no_grad():
+        one = torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device)
+        theirs = logits_of(model, input_ids=one)
+        return torch.allclose(head(states_of(model, input_ids=one)), theirs, rtol=1e-3)
+
+
+def chunked_log_probs(
+    model: Any, states: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """``losses.token_log_probs`` of a model's logits, which never exist whole.
+
+    Args:
+        model: whose head turns states into logits.
+        states: (B, T, width) last hidden states.
+        tokens: (B, T) int64.
+        temperature: logits are divided by it.
+
+    Returns:
+        (B, T) float32, in nats; differentiable.
+    """
+    head = model.get_output_embeddings()
+
+    def score(states: Tensor, tokens: Tensor) -> Tensor:
+        return token_log_probs(head(states) / temperature, tokens)
+
+    return in_chunks(score, head.weight.shape[0], states, tokens)
+
+
+def in_chunks(score: Callable[..., Tensor], columns: int, *of_tokens: Tensor) -> Tensor:
+    """What ``score`` gives for every token, made for a few tokens at a time.
+
+    Args:
+        score: of tensors (n, ...) the result (n, ...); called again for the gradient.
+        columns: of the logits that it makes.
+        of_tokens: (B, T, ...) each.
+
+    Returns:
+        (B, T, ...).
+    """
+    size = max(1, MOST_LOGITS // columns)
+    chunks = zip(*(x.flatten(0, 1).split(size) for x in of_tokens), strict=True)
+    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat(scored).unflatten(0, of_tokens[0].shape[:2])

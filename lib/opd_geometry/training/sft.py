@@ -28,7 +28,13 @@ from opd_geometry.training.optimizer import (
     learning_rate,
     set_learning_rate,
 )
-from opd_geometry.training.rollout import packed_logits
+from opd_geometry.training.rollout import (
+    chunked_log_probs,
+    logits_of,
+    packed_outputs,
+    scores_in_chunks,
+    states_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,12 +132,7 @@ def sft_steps(
         for tokens, learned in parts:
             ids = tokens.to(accelerator.device)
             mask = learned[:, 1:].to(accelerator.device)
-            if config.row_tokens:
-                lengths = last_places(mask) + 1
-                logits = packed_logits(student, ids[:, :-1], lengths, config.row_tokens)
-            else:
-                logits = student(input_ids=ids[:, :-1]).logits
-            loss = sft_loss(logits, ids[:, 1:], mask, denominator=total)
+            loss = batch_loss(student, ids, mask, total, config.row_tokens)
             accelerator.backward(loss)
             loss_sum += loss.item()
         norm = float(
@@ -144,6 +145,31 @@ def sft_steps(
         compute.refresh()
         optimizer.zero_grad()
         yield {"loss": loss_sum, "grad_norm": norm, "learning_rate": rate}
+
+
+def batch_loss(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, total: float, row_tokens: int = 0
+) -> Tensor:
+    """``losses.sft_loss`` of a model on sequences, however large its vocabulary.
+
+    Args:
+        model: which learns.
+        ids: (B, T + 1) int64, right-padded.
+        mask: (B, T) bool, true on the tokens after the first that are learned.
+        total: the loss's denominator.
+        row_tokens: see ``SFTConfig``.
+    """
+    in_chunks = scores_in_chunks(model, mask.numel())
+    outputs = states_of if in_chunks else logits_of
+    if row_tokens:
+        lengths = last_places(mask) + 1
+        read = packed_outputs(model, ids[:, :-1], lengths, row_tokens, outputs)
+    else:
+        read = outputs(model, input_ids=ids[:, :-1])
+    if not in_chunks:
+        return sft_loss(read, ids[:, 1:], mask, denominator=total)
+    tokens = ids[:, 1:].masked_fill(~mask, 0)
+    return -chunked_log_probs(model, read, tokens).masked_fill(~mask, 0.0).sum() / total
 
 
 def last_places(mask: Tensor) -> Tensor:
