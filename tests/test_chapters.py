@@ -220,7 +220,7 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     table = pd.DataFrame(rows, columns=measure.COLUMNS)
     said = chapters.limits_text(table, ["opd", "rlvr"], ["sparsity"])
     assert said == (
-        "Detection limits: any two arms part, at n = 3, from 2.5 points (update "
+        "Detection limits: the widest pair of arms, at n = 3, 2.5 points (update "
         "sparsity)."
     )
     said = chapters.limits_text(table, ["opd"], ["principal_overlap"])

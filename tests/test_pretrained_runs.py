@@ -108,6 +108,13 @@ def test_headroom_is_asked_for_before_training(
     if not words:
         runs.check_headroom(opd)
         return
+    if "teacher" in words:  # unless it was taught something else: to disagree
+        assert isinstance(opd.teacher, Run)
+        guesses = (("careful", 0.1), ("guess", 0.9))
+        taught = replace(opd.teacher.train, qualities=guesses)
+        guesser = replace(opd.teacher, arm="guesser", train=taught)
+        judged(guesser, 0.06)
+        runs.check_headroom(replace(opd, teacher=guesser))
     with pytest.raises(ValueError, match=words) as raised:
         runs.check_headroom(opd)
     assert "\n" not in str(raised.value)

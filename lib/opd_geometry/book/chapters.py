@@ -531,8 +531,8 @@ def limits_text(
         roles: of the matrices averaged over.
 
     Returns:
-        What parts any two arms at this n, and the smallest place that one update would
-        show at the book's student.
+        The half-width of the widest interval between two arms at this n, and the
+        smallest place that one update would show at the book's student.
     """
     arms, metrics = list(arms), list(metrics)
     levels = levels_of(table, arms)
@@ -551,7 +551,7 @@ def limits_text(
     n = min((n for limit, n in found.values() if not math.isnan(limit)), default=0)
     said = []
     if parts:
-        said.append(f"any two arms part, at n = {n}, from {', '.join(parts)}")
+        said.append(f"the widest pair of arms, at n = {n}, {', '.join(parts)}")
     elif len(arms) > 1:
         said.append("one seed parts no arms")
     if placed:

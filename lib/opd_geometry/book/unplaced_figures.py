@@ -194,7 +194,7 @@ def _draw_possible(
     ax.set_xlabel(words[unit], fontsize=SMALL)
     if unit == GAIN:
         ax.set_xscale("log")
-        ticks = [0.1, 0.33, 0.5, 0.8, 1, 1.25, 2, 3, 10]
+        ticks = [0.1, 0.33, 0.5, 1, 2, 3, 10]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.xaxis.set_minor_formatter(NullFormatter())
 

@@ -34,8 +34,11 @@ FLIPPED = {"rlvr": 0, "rlvr-flip-30": 30, "rlvr-flip-45": 45, "rlvr-coin": 50}
 LOCK_MARKS = {"turned increments": "D", "walk": "^"}
 
 
+MARKS = {"-": "o", "--": "D", ":": "v", "-.": "s"}  # by an arm's dash
+
+
 def _mark(arm: str) -> str:
-    return "o" if ARM_STYLES[arm].dash == "-" else "D"
+    return MARKS[ARM_STYLES[arm].dash]
 
 
 def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
@@ -155,6 +158,8 @@ def flips(found: pd.DataFrame, metrics: Sequence[str], beside: Sequence[str]) ->
             ax.set_title(LABELS[metric])
             ax.set_xticks([0, 25, 50], ["0", "25", "50"])
             ax.tick_params(labelsize=SMALL)
+            # in full: an offset above the axis would touch the title
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
             place_labels(ax)
         for ax in list(axes.flat)[len(metrics) :]:
             ax.remove()

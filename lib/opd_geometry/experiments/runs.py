@@ -712,7 +712,8 @@ def check_headroom(run: Run) -> None:
     """Refuse to post-train a pretrained student that has nothing to win, or no start.
 
     Its anchor's sampled accuracy, and the teacher's, are those of their last
-    evaluation: at least ``ABLE``, at most ``FULL``, and the teacher's ``AHEAD``.
+    evaluation: at least ``ABLE``, at most ``FULL``, and the teacher's ``AHEAD``, unless
+    most of what it was taught are guesses: it is there to disagree.
 
     Raises:
         ValueError: one line with the scores.
@@ -736,7 +737,9 @@ def check_headroom(run: Run) -> None:
         )
     if run.train.needs_teacher and isinstance(run.teacher, Run):
         theirs = last_accuracy(run.teacher, task)
-        if theirs is not None and theirs < ours + AHEAD:
+        taught = dict(getattr(run.teacher.train, "qualities", ()))
+        willing = taught.get("guess", 0.0) <= sum(taught.values()) / 2
+        if theirs is not None and theirs < ours + AHEAD and willing:
             raise ValueError(
                 f"the teacher samples {theirs:.3f} of {task} right and the student "
                 f"{ours:.3f}: expected the teacher ahead by {AHEAD}; train it longer"
