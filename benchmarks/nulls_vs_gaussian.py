@@ -23,6 +23,7 @@ from opd_geometry.printing import print_table
 EARLIER = "534ea8d"
 SIZES = "128x128,512x512,1024x1024,4096x512,2048x2048"
 STEPS = (1, 2, 3, 4, 5)
+WALK = (20, 40, 60, 80, 100)  # checkpoints of a walk
 LARGE = 2**21  # entries, from which on every call is timed once
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +44,11 @@ def calls(rows: int, cols: int) -> dict[str, Callable[[], object]]:
     def follow(**how: bool) -> Callable[[], object]:
         return lambda: pairs.follow_tensors(w, run.__getitem__, STEPS, **how)
 
+    def walk() -> None:
+        optimizer = pairs.locking.Optimizer((1e-4,) * max(WALK))
+        for _, total in pairs.locking.walking(w.shape, optimizer, WALK, generator):
+            pairs.gram.leading_right(total, 16, 16, rough=True)
+
     if not hasattr(c, "compare_turned"):
         before = c.reference(w)
         c.compare(before, after)
@@ -55,6 +61,7 @@ def calls(rows: int, cols: int) -> dict[str, Callable[[], object]]:
     return {
         "trajectory": follow(readout=False),
         "trajectory_readout": follow(),
+        "walk": walk,
         "shuffled": lambda: c.compare_shuffled(before, after, 0),
         "turned": lambda: c.compare_turned(before, after, 0),
         "energy": lambda: c.compare(before, after, c.ENERGY),
@@ -123,6 +130,7 @@ def main(sizes: str, threads: int, only: str | None) -> None:
                     / best["earlier_trajectory"],
                     "with_readout_over_earlier": best["trajectory_readout"]
                     / best["earlier_trajectory"],
+                    "walk_over_earlier": best["walk"] / best["earlier_trajectory"],
                 }
             )
             record("nulls", table[-1:], ["size"])

@@ -236,7 +236,6 @@ def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     w = gaussian(500, 270)
     whole = gram.decompose(w, 20)
     monkeypatch.setattr(gram, "CHUNK_ENTRIES", 270 * 33)
-    monkeypatch.setattr(gram, "BLOCK", 64)
     parts = gram.decompose(w, 20)
     torch.testing.assert_close(parts.spectrum, whole.spectrum)
     assert largest_angle_deg(parts.left, whole.left) < 1e-8

@@ -172,3 +172,25 @@ def test_walks_that_cannot_be():
             locking.walk((4, 4), [1e-3] * 8, **options, generator=generator())
     with pytest.raises(ValueError, match="rank 0"):
         locking.walk((4, 4), [1e-3], (1,), generator(), rank=0)
+    for bad in (((), (0.9, 0.999)), ((1e-3,), (0.9, 1.0)), ((1e-3,), (math.nan, 0.9))):
+        with pytest.raises(ValueError, match="expected"):
+            locking.Optimizer(*bad)
+
+
+def test_rows_that_walk_alone_walk_as_all_do(monkeypatch):
+    whole = locking.walk((20, 7), CONSTANT, (3, T), generator(1), betas=ADAM)
+    monkeypatch.setattr(locking, "CHUNK_ENTRIES", 50)
+    parts = locking.walk((20, 7), CONSTANT, (3, T), generator(1), betas=ADAM)
+    for step, total in whole.items():
+        assert torch.equal(parts[step], total)
+
+
+def test_a_common_rotation_changes_no_similarity():
+    deltas = {t: gaussian(50, 4, seed=t) @ gaussian(4, 30, seed=7) for t in (1, 2, 3)}
+    added = locking.increments(deltas)
+    sums = locking.Increments((50, 30), generator(), first=False)
+    path = {step: sums.add(change).clone() for step, change in added.items()}
+    assert torch.equal(path[1], deltas[1])
+    for step, change in locking.increments(path).items():
+        kept, own = torch.linalg.svdvals(change), torch.linalg.svdvals(added[step])
+        torch.testing.assert_close(kept, own, rtol=0, atol=1e-5 * float(own[0]))

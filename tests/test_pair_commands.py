@@ -182,6 +182,64 @@ def test_trajectory_against_another_training(
     assert str(tmp_path / "no") in said
 
 
+def test_a_trajectory_walks_where_the_rates_are_known(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = [str(save(tmp_path / f"checkpoint-{n}", model(n))) for n in (2, 4, 6)]
+    out = tmp_path / "t.csv"
+    command = ["trajectory", pair[0], *later, "--k", "4", "--out", str(out)]
+    command += ["--roles", "k", "--no-readout", "--force"]
+
+    def walked(*options: str) -> tuple[pd.DataFrame, str]:
+        assert cli.main([*command, *options]) == 0
+        return tables.read_table(out), capsys.readouterr().err
+
+    none, said = walked()
+    assert none["walk_similarity_to_end"].isna().all()
+    assert none["increments_similarity_to_end"].notna().all()
+    (line,) = (x for x in said.splitlines() if x.startswith("No walk"))
+    assert "no trainer_state.json" in line
+    assert "give --lr" in line
+    options = ["--lr", "1e-2", "--lr-scheduler", "linear", "--warmup-steps", "1"]
+    found, said = walked(*options, "--betas", "0.9,0.95")
+    assert found["walk_similarity_to_end"].between(0.1, 1.001).all()
+    assert (found["walk_stable_rank"] >= 1.0).all()
+    (line,) = (x for x in said.splitlines() if x.startswith("Walk: "))
+    assert "linear from 0.01, 1 steps of warm-up, down to 0 at step 6" in line
+    assert "betas 0.9,0.95" in line
+    off, _ = walked(*options, "--no-walk")
+    assert off["walk_similarity_to_end"].isna().all()
+    assert off["displacement"].notna().all()
+    _, said = walked("--lr", "1e-9")
+    assert "went farther than all steps in one direction" in said
+    history = [{"step": n, "learning_rate": 1e-2} for n in (2, 4, 6)]
+    state = Path(later[-1]) / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": history}))
+    left, said = walked()
+    assert left["walk_similarity_to_end"].notna().all()
+    assert "learning rates of 3 of 6 steps in" in said
+    for wrong, told in (
+        (["--warmup-steps", "2"], "without --lr"),
+        (["--lr", "1", "--max-steps", "3"], "--max-steps 3"),
+        (["--lr", "1", "--betas", "0.9"], "--betas 0.9, expected two"),
+        (["--lr", "1", "--betas", "0.9,2"], "betas (0.9, 2.0)"),
+    ):
+        assert cli.main([*command, *wrong]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert told in last
+
+
+def test_a_distance_that_no_steps_can_go_is_said(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["measure", *pair, "--out", str(tmp_path / "t.csv"), "--force"]
+    command += ["--metrics", "cheap", "--no-null", "--steps", "4"]
+    for lr, warned in (("1e-9", True), ("10", False)):
+        assert cli.main([*command, "--lr", lr]) == 0
+        said = capsys.readouterr().out
+        assert ("went farther than all steps in one direction" in said) == warned
+
+
 def test_two_files_are_a_pair(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

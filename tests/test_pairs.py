@@ -358,15 +358,15 @@ def test_skipped_and_missing_tensors_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: {k: v[:5].clone() for k, v in t.items()}, "differ in shape"),
-        (lambda t: {f"other.{k}": v for k, v in t.items()}, "no matrix in common"),
+        (lambda t: {k: v[:5].clone() for k, v in t.items()}, r"differ in shape.* /"),
+        (lambda t: {f"teacher.{k}": v for k, v in t.items()}, "no matrix in common"),
         (
             lambda t: {k: v for k, v in t.items() if "embed" in k},
             "1 matrices in common",
         ),
         (
             lambda t: t | {"model.embed_tokens.weight": noise(30, 18, seed=0)},
-            r"embed_tokens.weight: \(30, 16\) before and \(30, 18\) after",
+            r"embed_tokens.weight: \(30, 16\) in .*a and \(30, 18\) in .*b",
         ),
     ],
 )
@@ -460,7 +460,9 @@ def test_trajectory_table(tmp_path: Path) -> None:
     w = model()[name]
     updates = {n: model(n)[name].double() - w.double() for n in (1, 2, 3)}
     stream = comparison.generator_of(comparison.null_seed(0, name, 0))
-    turned = locking.turned_increments(updates, stream)
+    sums = locking.Increments(w.shape, stream, first=False)
+    added = locking.increments(updates)
+    turned = {n: sums.add(change).clone() for n, change in added.items()}
     parts = {n: locking.decomposed(delta) for n, delta in turned.items()}
     shared = locking.similarities(parts, locking.top_right(parts[3], 4), 4)
     assert row["increments_similarity_to_end"] == pytest.approx(shared[2], rel=1e-4)
@@ -480,6 +482,47 @@ def test_trajectory_table(tmp_path: Path) -> None:
     assert note.startswith("2 checkpoints, expected 3 or more for the null of turned")
     assert "\n" not in note
     pd.testing.assert_frame_equal(pairs.trajectory(origin, paths, k=4, jobs=2), table)
+
+
+def followed(path: dict[int, Tensor], optimizer: locking.Optimizer) -> dict[str, float]:
+    """The first of a path's rows, its weights being float32."""
+    w = 0.02 * noise(*path[min(path)].shape, seed=9)
+    rows = pairs.follow_tensors(
+        w,
+        lambda s: w + path[s].float(),
+        sorted(path),
+        readout=False,
+        optimizer=optimizer,
+    )
+    assert rows[-1]["walk_similarity_to_end"] == pytest.approx(1)
+    return rows[0]
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (300, 96), (96, 300)])
+def test_a_walk_lies_on_its_null_and_what_locks_above(shape: tuple[int, int]) -> None:
+    """Adam on noise is its own null; what keeps one direction is far above it."""
+    steps = (12, 24, 36, 48, 60)
+    optimizer = locking.Optimizer(tuple(1e-3 * (1 - t / 60) for t in range(60)))
+    own = torch.Generator().manual_seed(4)
+    walk = {s: d.clone() for s, d in locking.walking(shape, optimizer, steps, own)}
+    of_walk = followed(walk, optimizer)
+    null = of_walk["walk_similarity_to_end"]
+    assert of_walk["similarity_to_end"] == pytest.approx(null, abs=0.06)
+    assert null > of_walk["increments_similarity_to_end"]  # moments outlast segments
+    assert of_walk["stable_rank"] == pytest.approx(of_walk["walk_stable_rank"], rel=0.3)
+    place = noise(shape[0], 16, seed=5) @ noise(16, shape[1], seed=6)
+    locked = {s: 1e-4 * s * place + 0.1 * walk[s].float() for s in steps}
+    of_locked = followed(locked, optimizer)
+    assert of_locked["similarity_to_end"] > of_locked["walk_similarity_to_end"] + 0.15
+
+
+def test_a_walk_asks_for_a_rate_a_step(tmp_path: Path) -> None:
+    origin = save(tmp_path / "base", model())
+    paths = [save(tmp_path / f"step_{n}", model(n)) for n in (1, 2, 3)]
+    short = locking.Optimizer((1e-3,) * 2)
+    with pytest.raises(ValueError, match="of 2 steps for a run of 3") as error:
+        pairs.plan_trajectory(origin, paths, optimizer=short)
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
@@ -519,7 +562,7 @@ def test_a_run_is_held_against_other_trainings(tmp_path: Path) -> None:
         4,
         roles=["down"],
         readout=False,
-        lr=1e-3,
+        optimizer=locking.Optimizer((1e-3,) * 3),
         against={"itself": (origin, paths[2]), "stage": (older, origin)},
     )
     table = pairs.run_plan(plan)

@@ -35,6 +35,27 @@ def test_noise_of_any_sizes_has_no_signal() -> None:
     assert found["signal"] == pytest.approx(0.0, abs=0.005)
 
 
+@pytest.mark.parametrize("mean", [0.25, 0.5, 1.0, 2.0])
+def test_of_few_gradients_it_is_low_by_what_is_said(mean: float) -> None:
+    true = mean**2 / (1 + mean**2)
+    for n in (16, 64):
+        bias = drawn(mean, n, 200_000)["signal"] / true - 1
+        assert bias == pytest.approx(-2 * (1 - true) ** 2 / n, abs=0.01)
+
+
+def test_tiny_gradients_are_not_lost() -> None:
+    found = []
+    for size in (1.0, 2.0**-90, 2.0**60):
+        model = torch.nn.Linear(2, 1, bias=False)
+        collector = signal.Collector(model)
+        for values in ([0.0, 0.0], [1.5, -3.0], [2.5, 1.0]):
+            model.weight.grad = torch.tensor([values]) * size
+            collector.step()
+        sums = collector.total[model.weight], collector.squares[model.weight]
+        found.append(signal.signal(*sums, 2))
+    assert found[0] == found[1] == found[2]
+
+
 def test_entries_without_a_gradient_do_not_count() -> None:
     total, squares = torch.tensor([4.0, 0.0]), torch.tensor([4.0, 0.0])
     assert signal.signal(total, squares, 4)["signal"] == 1.0
@@ -126,3 +147,10 @@ def test_a_ceiling_counts_the_rates_of_its_steps() -> None:
     moved = float(((rates * steps).sum(1) ** 2).mean() / rates.square().sum()) ** 0.5
     assert judged.ceiling(steady, rates.tolist()) == pytest.approx(moved, rel=0.01)
     assert judged.ceiling(-0.01, rates.tolist()) == 1.0
+    for bad in (float("nan"), 1.5):
+        with pytest.raises(ValueError, match="expected a number up to 1"):
+            judged.ceiling(bad, rates.tolist())
+    for wrong in ([], [0.0, 0.0], [float("nan")]):
+        with pytest.raises(ValueError, match="learning rates") as error:
+            judged.ceiling(0.5, wrong)
+        assert "\n" not in str(error.value)

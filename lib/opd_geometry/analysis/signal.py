@@ -39,6 +39,7 @@ from opd_geometry.analysis.evidence import (
 )
 from opd_geometry.experiments.profiles import build, settings_of
 from opd_geometry.experiments.runs import Run
+from opd_geometry.geometry.locking import unit_of
 from opd_geometry.training.optimizer import learning_rate
 
 APART = 1.1
@@ -67,11 +68,19 @@ def ceiling(signal: float, rates: Iterable[float]) -> float:
     Returns:
         Root mean square change over sqrt(sum lr^2), 1 or more.
 
+    Raises:
+        ValueError: a signal that is no number or above 1, or rates that are none.
+
     >>> ceiling(0.0, [1.0] * 9), ceiling(1.0, [1.0] * 9)
     (1.0, 3.0)
     """
-    rates = np.array(list(rates))
-    steps = rates.sum() ** 2 / np.square(rates).sum()
+    if not signal <= 1.0:
+        raise ValueError(
+            f"signal {signal!r}, expected a number up to 1: leave out matrices "
+            "without a gradient"
+        )
+    each = list(rates)
+    steps = sum(each) ** 2 / unit_of(each) ** 2
     return float(np.sqrt(1.0 + max(0.0, signal) * (steps - 1.0)))
 
 

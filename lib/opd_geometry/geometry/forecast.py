@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_geometry.geometry import bits, comparison, gram, krylov
+from opd_geometry.geometry import bits, comparison, gram, krylov, locking
 from opd_geometry.geometry.comparison import ANGLES, reference
 from opd_geometry.geometry.pairs import (
     GROUPS,
@@ -30,12 +30,14 @@ class Speed:
     iteration: float  # an entry, of `krylov.spread`
     noise: float  # an entry of a Gaussian null
     reading: float  # a byte of the checkpoints' files
+    walk: float = 0.0  # an entry and step of a walk
 
 
 PROBE = 768  # side of the matrices that are timed
 # How much slower a tridiagonalisation is, a flop, once it has left the caches: about
 # this much, and up to twice, between the probe's side and 4096.
 OUT_OF_CACHE = 1.5
+PROBE_STEPS = 4  # of a walk
 PROBE_BYTES = 2**26  # of a file that are read, about
 
 
@@ -63,6 +65,9 @@ def probe_speed(plan: Plan) -> Speed:
     norm = bits.difference_norm(w, other)
     iteration = _seconds(lambda: krylov.spread(w, other, norm, 16, PROBE // 8))
     noise = _seconds(lambda: comparison.null_weights(before, other, 0))
+    optimizer = locking.Optimizer((1.0,) * PROBE_STEPS)
+    walked = locking.walking(w.shape, optimizer, [PROBE_STEPS], generator)
+    walk = _seconds(lambda: next(walked)) / PROBE_STEPS
     cube, square = PROBE**3, PROBE**2
     return Speed(
         cheap / square,
@@ -72,6 +77,7 @@ def probe_speed(plan: Plan) -> Speed:
         iteration / square,
         noise / square,
         _reading(plan),
+        walk / square,
     )
 
 
@@ -90,43 +96,40 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def projected_seconds(
-    plan: Plan,
-    speed: Speed,
-    metrics: Collection[str] | None,
-    null: bool,
-    jobs: int = 1,
+    plan: Plan, speed: Speed, metrics: Collection[str], null: bool, jobs: int = 1
 ) -> float:
     """About how long a plan takes.
 
     Args:
         plan: of `plan_pair` or `plan_trajectory`.
         speed: of `probe_speed`.
-        metrics: that are measured of a pair; None: those of each task.
+        metrics: that are measured of a pair.
         null: whether its null is.
         jobs: processes, which share the arithmetic, but read from one disk.
     """
+    asked, iterated = set(parse_metrics(metrics)), MIDDLE in metrics
+    turns = len(asked & {*ANGLES, "nss"}) > 0
+    whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
+    whole = max(whole, int("principal_overlap" in asked))
+    spread = bool(asked & {*OF_UPDATE})
     seconds = 0.0
     for task in plan.tasks:
         short, long = sorted(task.shape)
         product, cube = short * short * long, short**3
         if isinstance(task, TrajectoryTask):
             n = len(task.steps)
+            if task.optimizer is not None and task.walk and n >= locking.LEAST:
+                seconds += max(task.steps) * speed.walk * short * long
             if task.iterated:
                 seconds += (2 * n + 1) * speed.iteration * short * long
                 continue
             seconds += n * (4 * speed.product * product + 3 * speed.values * cube)
             continue
-        asked, iterated = {*task.metrics}, task.iterated
-        if metrics is not None:
-            asked, iterated = {*parse_metrics(metrics)}, MIDDLE in metrics
-        turns = len(asked & {*ANGLES, "nss"}) > 0
-        whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
-        whole = max(whole, int("principal_overlap" in asked))
         seconds += short * long * (speed.cheap + (speed.noise + 3 * speed.cheap) * null)
         seconds += whole * (speed.product * product + speed.reduction * cube)
         if iterated:
             seconds += speed.iteration * short * long
-        elif asked & {*OF_UPDATE}:
+        elif spread:
             seconds += speed.product * product / 1.6 + speed.values * cube
     reading = speed.reading * sum(task.n_bytes for task in plan.tasks)
     return seconds / jobs + reading

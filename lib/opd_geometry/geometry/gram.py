@@ -30,7 +30,8 @@ TAIL_SHARE = 0.25  # with more small values than this, an SVD is cheaper
 # Smaller matrices are decomposed whole, which costs milliseconds.
 DIRECT_SIDE = 256
 CHUNK_ENTRIES = 2**24  # converted to float64 at a time, 128 MiB
-BLOCK = 512  # columns of the Gram matrix at a time: only its upper half is computed
+SMALLEST = 32  # sides up to it are decomposed whole for a few vectors, too
+FEW = 16  # vectors of a tridiagonal matrix that LAPACK is asked for one at a time
 EPS = torch.finfo(torch.float64).eps
 ROUNDING = 100 * EPS  # of eigenvalues, relative to s_1^2
 SUBSPACE_TOLERANCE = 1e-8  # of eigenvalues that are not checked against all
@@ -161,9 +162,9 @@ def leading_values(w: Tensor, top: int) -> Tensor:
     """
     check_rank(top, w.shape, "top")
     if min(w.shape) > DIRECT_SIDE:
-        squares = _eigenvalues(gram(w)).cpu()
+        squares = _reduced(gram(w)).eigenvalues()
         if _well_above_rounding(squares, top):
-            return squares[:top].sqrt()
+            return squares.flip(0)[:top].sqrt()
     return torch.linalg.svdvals(finite_matrix(w, "w"))
 
 
@@ -191,17 +192,10 @@ def leading_right(
     check_rank(top, w.shape, "top")
     check_rank(k, (top,))
     found = _roughly(w, top, k) if rough else None
+    if found is None and min(w.shape) > SMALLEST:
+        found = _closely(w, top, k)
     if found is not None:
         return found
-    if min(w.shape) > DIRECT_SIDE:
-        rows = _Rows.of(w)
-        products = _products(rows)
-        squares = _eigenvalues(products).cpu()
-        products = products.cpu()
-        if _well_above_rounding(squares, top):
-            right = _iterated_right(rows, products, squares, k)
-            if right is not None:
-                return squares[:top].sqrt(), right
     _, s, vh = svd(w)
     floor = float(s[0]) * max(w.shape) * EPS
     return s, vh[:k].T.contiguous() if int((s > floor).sum()) >= k else None
@@ -212,21 +206,44 @@ def _roughly(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
 
     The largest value is right to 1e-6 of itself, the smallest to 1e-3 at worst.
     """
-    size = float(w.abs().max())
+    size = float(torch.linalg.vector_norm(w, math.inf))
     if not math.isfinite(size):
         finite_matrix(w, "w")
     size = size or 1.0
     # Scaled: squares of what is tiny are zero.
     unit = over(w, size)
     tall = unit if unit.shape[0] >= unit.shape[1] else unit.T
-    products = tall.T @ tall
-    squares, inner = _largest(products, k, ROUGH_TOLERANCE)
+    products = _squares_of(tall.numpy())
     if top > k:
-        squares = torch.linalg.eigvalsh(products).flip(0)[:top]
+        reduced = _Tridiagonal.of(products)
+        ascending = reduced.eigenvalues()
+        squares = ascending.flip(0)[:top]
+    else:
+        squares, inner = _largest(_whole(products), k, ROUGH_TOLERANCE)
     if float(squares[top - 1]) <= STEEP * float(squares[0]):
         return None
+    if top > k:
+        inner = reduced.eigenvectors(ascending, 0, k)[1]
+    inner = inner.to(tall.dtype)
     right = inner if tall is unit else torch.linalg.qr(tall @ inner).Q
     return squares.double().sqrt() * size, right.double()
+
+
+def _closely(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
+    """As `leading_right` from one tridiagonalisation; None where squaring loses it."""
+    rows = _Rows.of(w)
+    products = _products(rows)
+    upper = products.cpu().triu()
+    reduced = _reduced(products)
+    squares = reduced.eigenvalues()
+    if not _well_above_rounding(squares, top):
+        return None
+    _, inner = reduced.eigenvectors(squares, 0, k)
+    images = upper @ inner + upper.triu(1).T @ inner
+    lengths = (inner * images).sum(0).clamp_min(0.0).sqrt()
+    values = squares.flip(0).clamp_min(0.0).sqrt()
+    error = _subspace_error_deg(images - inner * lengths**2, lengths, values)
+    return (values[:top], _as_right(rows, inner)) if error <= ANGLE_ERROR_DEG else None
 
 
 def right_subspace(w: Tensor, k: int, rough: bool = False) -> Tensor | None:
@@ -249,9 +266,7 @@ def right_subspace(w: Tensor, k: int, rough: bool = False) -> Tensor | None:
     if found is not None:
         return found[1]
     rows = _Rows.of(w)
-    upper = _products(rows).cpu()
-    symmetric = upper.triu_() + upper.triu(1).T
-    values, vectors = _largest(symmetric, k)
+    values, vectors = _largest(_whole(_products(rows).cpu()), k)
     if float(values[k - 1]) <= ROUNDING * float(values[0]):
         return None
     return _as_right(rows, vectors)
@@ -279,40 +294,14 @@ def _largest(
     return torch.from_numpy(squares[::-1].copy()), vectors
 
 
-def _eigenvalues(upper: Tensor) -> Tensor:
-    """Descending, of a symmetric matrix given by its upper triangle."""
-    return torch.linalg.eigvalsh(upper, UPLO="U").flip(0)
+def _whole(upper: Tensor) -> Tensor:
+    """A symmetric matrix from its upper triangle, which is overwritten."""
+    return upper.triu_() + upper.triu(1).T
 
 
-def _well_above_rounding(squares: Tensor, top: int) -> bool:
+def _well_above_rounding(ascending: Tensor, top: int) -> bool:
     """Whether rounding, 1e-14 s_1^2, moves no value down to s_top by 1e-9 of itself."""
-    return float(squares[top - 1]) > 1e-5 * float(squares[0])
-
-
-def _iterated_right(
-    rows: _Rows, upper: Tensor, squares: Tensor, k: int
-) -> Tensor | None:
-    """Top-k right vectors by Lanczos iteration; None where they are not certain.
-
-    The iteration is checked against the eigenvalues, which are all known, so it cannot
-    have missed one.
-    """
-    symmetric = upper.triu_() + upper.triu(1).T
-    start = np.random.default_rng(0).standard_normal(len(squares))
-    try:
-        _, found = scipy.sparse.linalg.eigsh(symmetric.numpy(), k, v0=start, tol=0)
-    except scipy.sparse.linalg.ArpackError:
-        return None
-    inner = torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(found[:, ::-1]))).Q
-    images = symmetric @ inner
-    lengths = (inner * images).sum(0).clamp_min(0.0).sqrt()
-    if float((lengths**2 - squares[:k]).abs().max()) > ROUNDING * float(squares[0]):
-        return None
-    residuals = images - inner * lengths**2
-    error = _subspace_error_deg(residuals, lengths, squares.clamp_min(0.0).sqrt())
-    if error > ANGLE_ERROR_DEG:
-        return None
-    return _as_right(rows, inner)
+    return float(ascending[-top]) > 1e-5 * float(ascending[-1])
 
 
 def _as_right(rows: _Rows, inner: Tensor) -> Tensor:
@@ -343,13 +332,28 @@ def gram(w: Tensor) -> Tensor:
 
 def _products(rows: _Rows) -> Tensor:
     n = rows.tall.shape[1]
-    device = _device.get() or "cpu"
-    products = torch.empty(n, n, dtype=torch.float64, device=device)
-    for n_before, chunk in enumerate(rows.chunks()):
-        for i in range(0, n, BLOCK):
-            block, left = products[i : i + BLOCK, i:], chunk[:, i : i + BLOCK].T
-            torch.addmm(block, left, chunk[:, i:], beta=float(n_before > 0), out=block)
-    return products
+    if device := _device.get():
+        products = torch.zeros(n, n, dtype=torch.float64, device=device)
+        for chunk in rows.chunks():
+            products.addmm_(chunk.T, chunk)
+        return products
+    total = None
+    for chunk in rows.chunks():
+        total = _squares_of(chunk.numpy(), total)
+    assert total is not None
+    return total
+
+
+def _squares_of(x: np.ndarray, before: Tensor | None = None) -> Tensor:
+    """before + x^T x, its upper triangle alone: BLAS's syrk does half of a product."""
+    (rank_k,) = scipy.linalg.get_blas_funcs(("syrk",), (x,))
+    a, transposed = (x, 1) if x.flags.f_contiguous else (x.T, 0)
+    if before is None:
+        found = rank_k(1.0, a, trans=transposed, lower=1)
+    else:  # a Fortran array without a copy: its lower triangle is our upper one
+        total = before.numpy().T
+        found = rank_k(1.0, a, 1.0, total, trans=transposed, lower=1, overwrite_c=1)
+    return torch.from_numpy(found.T)
 
 
 def _decompose_directly(w: Tensor, k: int, lowest: int) -> Decomposition:
@@ -376,8 +380,7 @@ def _degrees(sine: float) -> float:
 def _decompose_gram(w: Tensor, k: int, lowest: int) -> Decomposition | None:
     """As `decompose`; None where squaring has lost what the answer needs."""
     rows = _Rows.of(w)
-    kind = _Tridiagonal if _device.get() is None else _Diagonal
-    reduced = kind.of(_products(rows))
+    reduced = _reduced(_products(rows))
     squares = reduced.eigenvalues()
     largest = float(squares[-1])
     if largest <= 0.0:
@@ -442,6 +445,11 @@ def _with_small_values(rows: _Rows, values: Tensor, tail: Tensor) -> Tensor:
     return values.sort(descending=True).values
 
 
+def _reduced(upper: Tensor) -> "_Diagonal | _Tridiagonal":
+    """A symmetric matrix, given by its upper triangle, which is overwritten."""
+    return (_Tridiagonal if _device.get() is None else _Diagonal).of(upper)
+
+
 @dataclass(frozen=True)
 class _Diagonal:
     """All eigenvalues with all vectors, as a device computes them."""
@@ -481,11 +489,17 @@ class _Tridiagonal:
         """Of a symmetric matrix, given by its upper triangle, which is overwritten."""
         n = upper.shape[0]
         # The transpose is a Fortran array without a copy: upper becomes lower.
-        packed, diagonal, beside, scales, _ = scipy.linalg.lapack.dsytrd(
-            upper.numpy().T, lower=1, lwork=64 * n, overwrite_a=1
+        dense = upper.numpy().T
+        (reduce,) = scipy.linalg.get_lapack_funcs(("sytrd",), (dense,))
+        packed, diagonal, beside, scales, _ = reduce(
+            dense, lower=1, lwork=64 * n, overwrite_a=1
         )
-        reflectors = torch.from_numpy(packed)
-        return _Tridiagonal(diagonal, beside, reflectors, torch.from_numpy(scales))
+        return _Tridiagonal(
+            diagonal.astype(np.float64),
+            beside.astype(np.float64),
+            torch.from_numpy(packed),
+            torch.from_numpy(scales),
+        )
 
     def eigenvalues(self) -> Tensor:
         """All, ascending."""
@@ -502,26 +516,32 @@ class _Tridiagonal:
     ) -> tuple[Tensor, Tensor]:
         """Orthonormal vectors of some of all ascending values.
 
-        One at a time, as LAPACK does it, takes longer than all at once and
-        orthonormalising them after (by Cholesky, exact enough for what is nearly
+        More than a few, one at a time as LAPACK does it, take longer than all at once
+        and orthonormalising them after (by Cholesky, exact enough for what is nearly
         orthonormal); where that fails, LAPACK does it.
 
         Returns:
             (n, lowest) of the lowest, ascending; (n, highest), largest first.
         """
         theta = torch.cat([values[:lowest], values[len(values) - highest :].flip(0)])
-        small = _twisted_vectors(self.diagonal, self.beside, theta.numpy())
-        basis = torch.from_numpy(small)
-        overlap = basis.T @ basis
-        distance = (overlap - torch.eye(len(overlap), dtype=torch.float64)).abs().max()
-        if float(distance) < INDEPENDENT:
-            root = torch.linalg.cholesky(overlap)
-            basis = torch.linalg.solve_triangular(root.T, basis, upper=True, left=False)
-        else:
+        basis = None if len(theta) <= FEW else self._vectors_at_once(theta)
+        if basis is None:
             basis = self._lapack_vectors(lowest, highest)
+        basis = basis.to(self.reflectors.dtype)
         below = self.reflectors[1:, :-1]
         basis[1:] = torch.ormqr(below, self.scales, basis[1:])
         return basis[:, :lowest], basis[:, lowest:].contiguous()
+
+    def _vectors_at_once(self, theta: Tensor) -> Tensor | None:
+        basis = torch.from_numpy(
+            _twisted_vectors(self.diagonal, self.beside, theta.numpy())
+        )
+        overlap = basis.T @ basis
+        distance = (overlap - torch.eye(len(overlap), dtype=torch.float64)).abs().max()
+        if float(distance) >= INDEPENDENT:
+            return None
+        root = torch.linalg.cholesky(overlap)
+        return torch.linalg.solve_triangular(root.T, basis, upper=True, left=False)
 
     def _lapack_vectors(self, lowest: int, highest: int) -> Tensor:
         n = len(self.diagonal)

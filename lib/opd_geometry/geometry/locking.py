@@ -5,7 +5,8 @@ itself: the end contains the beginning. Two random subspaces, K / n, are therefo
 null for it. These are, each a trajectory {step: W_t - W_0} to be measured as the run's
 own:
 
-- `walk`: the run's optimizer and learning rates on gradients that are pure noise;
+- `walk`: the run's optimizer and learning rates on gradients that are pure noise, as
+  `walking` one checkpoint at a time;
 - `Increments`: what the run added between its checkpoints, each turned by a
   rotation of its own, so that sizes, spectra and their order stay and nothing returns;
 - `scaled_end`: only for what is read from bf16: the last update, scaled to the norm of
@@ -14,7 +15,8 @@ own:
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -24,6 +26,39 @@ from opd_geometry.geometry import bits, gram, nulls, spectra
 from opd_geometry.geometry.spectra import finite_matrix
 
 LEAST = 3  # checkpoints: with two, the one before the end is the only increment
+CHUNK_ENTRIES = 2**15  # of a walk that are taken through all steps while in a cache
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam, as its authors and every trainer have them
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a run took its steps with, as far as a walk needs it.
+
+    Attributes:
+        rates: learning rate of every step, from the first on.
+        betas: of Adam; None for plain steps of gradient descent.
+        eps: of Adam.
+        origin: where that is known from, in words.
+
+    Raises:
+        ValueError: no rate, one below 0 or no number, all zero, or betas out of range.
+    """
+
+    rates: tuple[float, ...]
+    betas: tuple[float, float] | None = BETAS
+    eps: float = EPS
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        unit_of(self.rates)
+        if self.betas and not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(
+                f"betas {self.betas}, expected two from 0 to below 1, such as 0.9,0.999"
+            )
+
+    def farthest(self, step: int) -> float:
+        """The displacement of a run whose every step went the same way."""
+        return sum(self.rates[:step]) / unit_of(self.rates[:step])
 
 
 def walk(
@@ -33,13 +68,16 @@ def walk(
     generator: torch.Generator,
     *,
     rank: int | None = 1,
-    betas: tuple[float, float] | None = (0.9, 0.999),
-    eps: float = 1e-8,
+    betas: tuple[float, float] | None = BETAS,
+    eps: float = EPS,
 ) -> dict[int, Tensor]:
     """Where a run's optimizer goes on gradients that are pure noise.
 
     D_t = sum over the segments between checkpoints of c sum_s move_s, c so that the
-    segment is as long as the run's own
+    segment is as long as the run's own; a move is Adam's on g:
+
+    g = sum_{i <= rank} x_i y_i^T, x and y Gaussian; m <- b1 m + (1 - b1) g,
+    v <- b2 v + (1 - b2) g^2, -lr m / (1 - b1^t) sqrt(1 - b2^t) / (sqrt(v) + eps)
 
     Args:
         shape: (n_rows, n_cols).
@@ -47,7 +85,9 @@ def walk(
         steps: after which the walk is kept, from 1 to len(rates); with the length of
             the run's own way since the one before, or as they come.
         generator: a CPU generator; give every matrix noise of its own.
-        rank, betas, eps: as `moves`.
+        rank: of a step's gradient; None for Gaussian noise of full rank.
+        betas: of Adam; None for plain steps of gradient descent.
+        eps: of Adam.
 
     Returns:
         Step to the sum of the moves, (n_rows, n_cols) float64.
@@ -55,73 +95,81 @@ def walk(
     Raises:
         ValueError: a step out of range, or rank below 1.
 
-    Source: ours.
+    Source: ours; Kingma and Ba (2015), section 2, for Adam.
     """
-    if not steps or min(steps) < 1 or max(steps) > len(rates):
-        raise ValueError(
-            f"steps {sorted(steps)} of a walk of {len(rates)}, expected some from 1 "
-            "to its length: one learning rate a step"
-        )
-    total, found = torch.zeros(*shape, dtype=torch.float64), {}
-    own = torch.zeros(*shape)
-    taken = moves(shape, rates[: max(steps)], generator, rank, betas, eps)
-    for step, move in enumerate(taken, 1):
-        own += move
-        if step in steps:
-            change = own.double()
-            wanted = steps[step] if isinstance(steps, Mapping) else None
-            factor = 1.0 if wanted is None else wanted / float(change.norm())
-            total = total + change * factor
-            found[step] = total
-            own = torch.zeros(*shape)
-    return found
+    optimizer = Optimizer(tuple(rates), betas, eps)
+    walked = walking(shape, optimizer, steps, generator, rank)
+    return {step: total.clone() for step, total in walked}
 
 
-def moves(
+def walking(
     shape: Sequence[int],
-    rates: Sequence[float],
+    optimizer: Optimizer,
+    steps: Mapping[int, float] | Sequence[int],
     generator: torch.Generator,
     rank: int | None = 1,
-    betas: tuple[float, float] | None = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> Iterator[Tensor]:
-    """The steps that an optimizer makes of noise, one after the other.
-
-    g = sum_{i <= rank} x_i y_i^T, x and y Gaussian; m <- b1 m + (1 - b1) g,
-    v <- b2 v + (1 - b2) g^2, -lr m / (1 - b1^t) sqrt(1 - b2^t) / (sqrt(v) + eps)
-
-    Args:
-        shape: (n_rows, n_cols).
-        rates: learning rate of every step.
-        generator: a CPU generator.
-        rank: of a step's gradient; None for Gaussian noise of full rank.
-        betas: of Adam; None for plain steps of gradient descent.
-        eps: of Adam.
+) -> Iterator[tuple[int, Tensor]]:
+    """As `walk`, one checkpoint after the other.
 
     Yields:
-        (n_rows, n_cols) float32.
-
-    Raises:
-        ValueError: a rank below 1.
-
-    Source: Kingma and Ba (2015), section 2, for Adam.
+        Step and the sum of the moves, to which the next ones are added in place.
     """
+    if not steps or min(steps) < 1 or max(steps) > len(optimizer.rates):
+        raise ValueError(
+            f"steps {sorted(steps)} of a walk of {len(optimizer.rates)}, expected some "
+            "from 1 to its length: one learning rate a step"
+        )
     if rank is not None and rank < 1:
         raise ValueError(f"rank {rank!r}, expected at least 1, or None for full rank")
+    total = torch.zeros(*shape, dtype=torch.float64)
     m, v = torch.zeros(*shape), torch.zeros(*shape)
-    for t, rate in enumerate(rates, 1):
-        if rank is None:
-            gradient = torch.randn(*shape, generator=generator)
-        else:
-            left = torch.randn(shape[0], rank, generator=generator)
-            gradient = left @ torch.randn(rank, shape[1], generator=generator)
+    n_rows = max(1, CHUNK_ENTRIES // shape[1])
+    for before, step in pairwise([0, *sorted(steps)]):
+        own = torch.zeros(*shape)
+        noise = [_noise(shape, rank, generator) for _ in range(before, step)]
+        # Rows know nothing of one another, so some of them walk alone, in a cache.
+        for start in range(0, shape[0], n_rows):
+            part = slice(start, start + n_rows)
+            gradients = (x[part] if y is None else x[part] @ y for x, y in noise)
+            _advance(own[part], m[part], v[part], gradients, optimizer, before)
+        change = own.double()
+        if isinstance(steps, Mapping) and float(change.norm()) > 0.0:
+            change *= steps[step] / float(change.norm())
+        total += change
+        yield step, total
+
+
+def _noise(
+    shape: Sequence[int], rank: int | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Factors of a gradient, or all of it."""
+    if rank is None:
+        return torch.randn(*shape, generator=generator), None
+    left = torch.randn(shape[0], rank, generator=generator)
+    return left, torch.randn(rank, shape[1], generator=generator)
+
+
+def _advance(
+    own: Tensor,
+    m: Tensor,
+    v: Tensor,
+    gradients: Iterator[Tensor],
+    optimizer: Optimizer,
+    taken: int,
+) -> None:
+    """Add the moves of some steps, of which so many were taken before, in place."""
+    move, root = torch.empty_like(own), torch.empty_like(own)
+    betas, rates = optimizer.betas, islice(optimizer.rates, taken, None)
+    both = zip(gradients, rates, strict=False)
+    for t, (gradient, rate) in enumerate(both, 1 + taken):
         if betas is None:
-            yield -rate * gradient
+            own.add_(gradient, alpha=-rate)
             continue
         m.lerp_(gradient, 1 - betas[0])
         v.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         scale = math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
-        yield -(rate * scale) * m / (v.sqrt() + eps)
+        torch.mul(m, -(rate * scale), out=move)
+        own.add_(move.div_(torch.sqrt(v, out=root).add_(optimizer.eps)))
 
 
 def check_length(steps: Sequence[int]) -> None:
@@ -154,10 +202,7 @@ def turned_increments(
         ValueError: NaN or inf.
     """
     sums = Increments(deltas[min(deltas)].shape, generator)
-    return {
-        step: sums.add(finite_matrix(deltas[step], f"the update at step {step}"))
-        for step in sorted(deltas)
-    }
+    return {step: sums.add(d).clone() for step, d in increments(deltas).items()}
 
 
 class Increments:
@@ -171,24 +216,31 @@ class Increments:
     Args:
         shape: (n_rows, n_cols).
         generator: a CPU generator.
+        first: whether the first is turned, too. A rotation that all have in common
+            changes neither a spectrum nor a similarity, so what asks for these alone
+            need not pay for it.
 
     Source: ours.
     """
 
-    def __init__(self, shape: Sequence[int], generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: Sequence[int], generator: torch.Generator, first: bool = True
+    ) -> None:
         self._total = torch.zeros(*shape, dtype=torch.float64)
-        self._before = self._total
-        self._generator = generator
+        self._generator, self._turns = generator, first
+        self.n_moved = 0  # changes that were not zero
 
-    def add(self, delta: Tensor) -> Tensor:
-        """The turned sum up to this checkpoint.
+    def add(self, change: Tensor) -> Tensor:
+        """The turned sum up to this checkpoint, to which the next are added in place.
 
         Args:
-            delta: W_t - W_0, float64 and finite; not to be written to afterwards.
+            change: W_t - W_s, s the checkpoint before, float64 and finite.
         """
-        change, self._before = delta - self._before, delta
         if bool(change[0].any()) or bool(change.any()):
-            self._total = nulls.turned(change, self._generator).add_(self._total)
+            turned = nulls.turned(change, self._generator) if self._turns else change
+            self._total += turned
+            self._turns = True
+            self.n_moved += 1
         return self._total
 
 
@@ -311,10 +363,19 @@ def displacement(
     """
     values = spectra.finite_float64(delta, "delta")
     each = [rates] * (steps or 0) if isinstance(rates, float | int) else list(rates)
-    unit = math.sqrt(float(np.square(each).sum()))
-    if not 0.0 < unit < np.inf or min(each) < 0.0:
+    return bits.norm(values) / math.sqrt(values.numel()) / unit_of(each)
+
+
+def unit_of(rates: Sequence[float]) -> float:
+    """How far Adam goes on pure noise: sqrt(sum_t lr_t^2).
+
+    Raises:
+        ValueError: no step, a rate below 0 or all zero, NaN or inf.
+    """
+    unit = math.sqrt(float(np.square(rates).sum()))
+    if not 0.0 < unit < np.inf or min(rates) < 0.0:
         raise ValueError(
-            f"learning rates {rates!r} over {len(each)} steps, expected one or more, "
-            "none below 0 and not all 0"
+            f"learning rates {list(rates[:3])} and so on over {len(rates)} steps, "
+            "expected one or more, none below 0 and not all 0"
         )
-    return bits.norm(values) / math.sqrt(values.numel()) / unit
+    return unit

@@ -58,7 +58,7 @@ from opd_geometry.geometry.comparison import (
 )
 from opd_geometry.geometry.matching import ROTARY
 from opd_geometry.geometry.nulls import is_stored_difference
-from opd_geometry.geometry.readings import of_parts
+from opd_geometry.geometry.readings import of_parts, too_far
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
@@ -145,6 +145,9 @@ TRAJECTORY_COLUMNS = (
     "similarity_to_end",
     "similarity_null",
     "increments_similarity_to_end",
+    "increments_stable_rank",
+    "walk_similarity_to_end",
+    "walk_stable_rank",
     "similarity_of_weights",
     "stable_rank_error",
     "hill_alpha_error",
@@ -313,7 +316,8 @@ def follow_tensors(
     *,
     readout: bool = True,
     against: Mapping[str, Tensor] | None = None,
-    lr: float | None = None,
+    optimizer: locking.Optimizer | None = None,
+    walk: bool = True,
     iterated: bool = False,
 ) -> list[Row]:
     """How the update of one matrix spreads and settles over a run.
@@ -327,12 +331,13 @@ def follow_tensors(
         steps: ascending; the last is the end.
         k: K, cut to the smaller side of the matrix.
         settings: its hill_k counts.
-        seed: of the rotations.
+        seed: of the rotations and of the walk.
         readout: also what is read from weights stored in bf16, and what rounding alone
             makes of it.
         against: name to another update of the same shape: another arm's, another
             seed's or the preceding stage's.
-        lr: learning rate, for the displacement.
+        optimizer: what took the steps; gives the displacement and the walk.
+        walk: whether it walks, which takes as long as so many steps of Adam.
         iterated: spectra and subspaces by `krylov.spread`, about and with errors.
 
     Returns:
@@ -340,11 +345,13 @@ def follow_tensors(
         hill_alpha, similarity_to_end (0 to 1), each also with ``_bf16`` behind it, of
         bf16(W_t) - bf16(W_0), and with ``rounding_`` before that, of the last update
         scaled to the step's norm (`locking.scaled_end`); similarity_null = K / n_cols,
-        that of random subspaces; increments_similarity_to_end, that of the run's own
-        increments, each turned by itself (`locking.Increments`), of three steps or
-        more; similarity_of_weights, that of W_0's top-K right subspace with the end;
-        similarity_to_NAME, that of each step with another update; displacement in
-        units of lr sqrt(step). NaN where there is no such value.
+        that of random subspaces; stable rank and similarity of three steps or more,
+        with ``increments_`` of the run's own increments, each turned by itself
+        (`locking.Increments`), with ``walk_`` of its optimizer on noise, each segment
+        as long as the run's (`locking.walk`); similarity_of_weights, that of W_0's
+        top-K right subspace with the end; similarity_to_NAME, that of each step with
+        another update; displacement in units of sqrt(sum lr^2). NaN where there is no
+        such value.
 
     Raises:
         ValueError: shapes differ or a value is not finite.
@@ -352,39 +359,61 @@ def follow_tensors(
     Source: arXiv:2606.07082 Figures 4 and 5 (K = 16).
     """
     k = min(k, *w_before.shape)
-    end = comparison.difference(w_before, later(steps[-1]))
-    null = locking.Increments(w_before.shape, comparison.generator_of(seed))
+    last = later(steps[-1])
+    end = comparison.difference(w_before, last)
     spread_of = _about if iterated else _spread_of
+    stored = _Stored(w_before, end) if readout else None
+    locks = len(steps) >= locking.LEAST
+    walks = walk and locks and optimizer is not None
+    generator = comparison.generator_of(seed)
+    null = locking.Increments(w_before.shape, generator, first=False)
 
-    def top(w: Tensor, rough: bool = False) -> Tensor | None:
-        if iterated:
-            return _about(w, k, settings)[1]
-        return gram.right_subspace(w, k, rough)
+    def top(w: Tensor) -> Tensor | None:
+        return _about(w, k, settings)[1] if iterated else gram.right_subspace(w, k)
 
     others = {n: top(other) for n, other in (against or {}).items()}
     rows: list[Row] = []
     paths: dict[str, list[Tensor | None]] = {}
+    lengths: dict[int, float] = {}
+    before: Tensor | None = None
     for step in steps:
-        w = later(step)
-        delta = comparison.difference(w_before, w)
-        values, subspace = spread_of(delta, k, settings)
-        moved = values["frobenius_norm"] > 0.0
-        found = {"similarity_to_end": subspace}
-        if len(steps) >= locking.LEAST:
-            turned = top(null.add(delta), True) if moved else None
-            found["increments_similarity_to_end"] = turned
-        if readout:
-            stored = _stored_path(w_before, w, delta, end, (k, settings), spread_of)
-            for name, (spread, basis) in stored.items():
-                values |= {name.format(n): v for n, v in spread.items()}
-                found[name.format("similarity_to_end")] = basis
-        if lr is not None:
-            values["displacement"] = locking.displacement(delta, lr, step)
+        w, delta = (last, end) if step == steps[-1] else (later(step), None)
+        delta = comparison.difference(w_before, w) if delta is None else delta
+        own = spread_of(delta, k, settings)
+        values, subspace = own[0].copy(), own[1]
+        found = {"{}": own}
+        if locks:
+            change = delta if before is None else delta - before
+            before, total = delta, null.add(change)
+            lengths[step] = bits.norm(change) if walks else math.nan
+            found["increments_{}"] = (
+                own if null.n_moved < 2 else _leading(total, k, settings, iterated)
+            )
+            del change
+        if stored is not None:
+            same, scale = stored.shows(w), values["frobenius_norm"]
+            seen = own if same else spread_of(stored.of(w), k, settings, True)
+            found |= {"{}_bf16": seen, "rounding_{}_bf16": seen}
+            if delta is not end:
+                alone = stored.scaled(scale)
+                found["rounding_{}_bf16"] = spread_of(alone, k, settings, True)
+        for name, (spread, basis) in found.items():
+            values |= {name.format(n): v for n, v in spread.items()}
+            paths.setdefault(name.format("similarity_to_end"), []).append(basis)
+        if optimizer is not None:
+            rates = optimizer.rates[:step]
+            values["displacement"] = locking.displacement(delta, rates)
         for name, other in others.items():
             values[f"similarity_to_{name}"] = _shared(subspace, other)
         rows.append({"step": step, **values})
-        for name, basis in found.items():
-            paths.setdefault(name, []).append(basis)
+    del stored, null, before, delta
+    if walks and optimizer is not None:
+        noise = comparison.generator_of(seed, "walk")
+        walked = locking.walking(w_before.shape, optimizer, lengths, noise)
+        for row, (_, total) in zip(rows, walked, strict=True):
+            spread, basis = _leading(total, k, settings, iterated)
+            row["walk_stable_rank"] = spread["stable_rank"]
+            paths.setdefault("walk_similarity_to_end", []).append(basis)
     of_weights = _shared(top(w_before), paths["similarity_to_end"][-1])
     for i, row in enumerate(rows):
         row |= {name: _shared(path[i], path[-1]) for name, path in paths.items()}
@@ -396,34 +425,54 @@ def follow_tensors(
 Spread = tuple[dict[str, float], Tensor | None]  # values, and the top right subspace
 
 
-def _stored_path(
-    w_before: Tensor,
-    w: Tensor,
-    delta: Tensor,
-    end: Tensor,
-    how: tuple[int, Settings],
-    spread_of: Callable[..., Spread],
-) -> dict[str, Spread]:
-    """What bf16 shows of an update, and of the last one at the same norm.
+class _Stored:
+    """What bf16 shows of a run's updates, and of the last one at their norms.
 
-    Returns:
-        Form of a column's name to the spread.
+    In float32, which holds the difference of two bf16 numbers next to one another.
+
+    Args:
+        w_before: W_0.
+        end: the last update, float64.
     """
-    found = {"{}_bf16": spread_of(bits.stored_difference(w_before, w), *how, True)}
-    last = bits.norm(end)
-    if last > 0.0:
-        # In float32, as an optimizer keeps its weights.
-        scaled = w_before.float() + (end * (bits.norm(delta) / last)).float()
-        stored = bits.stored_difference(w_before, scaled)
-        found["rounding_{}_bf16"] = spread_of(stored, *how, True)
-    return found
+
+    def __init__(self, w_before: Tensor, end: Tensor) -> None:
+        self._dtype = w_before.dtype
+        self._before = bits.to_bfloat16(w_before).float()
+        grid = w_before.dtype == torch.bfloat16
+        self._origin = self._before if grid else w_before.float()
+        self._end, self._norm = end.float(), bits.norm(end)
+
+    def shows(self, w: Tensor) -> bool:
+        """Whether the update is its own readout, both weights being stored in bf16."""
+        return w.dtype == self._dtype == torch.bfloat16
+
+    def of(self, w: Tensor) -> Tensor:
+        """bf16(W) - bf16(W_0)."""
+        return bits.to_bfloat16(w).float().sub_(self._before)
+
+    def scaled(self, norm: float) -> Tensor:
+        """That of the last update at the norm of another one, as `scaled_end`."""
+        if self._norm == 0.0:
+            return torch.zeros_like(self._end)
+        return self.of((self._end * (norm / self._norm)).add_(self._origin))
+
+
+def _leading(w: Tensor, k: int, settings: Settings, iterated: bool) -> Spread:
+    """Stable rank and top subspace of a null's update."""
+    if iterated:
+        return _about(w, k, settings)
+    norm = bits.norm(w)
+    if norm == 0.0:
+        return {"stable_rank": math.nan}, None
+    values, subspace = gram.leading_right(w, k, k, rough=True)
+    return {"stable_rank": max(1.0, (norm / float(values[0])) ** 2)}, subspace
 
 
 def _shared(a: Tensor | None, b: Tensor | None) -> float:
-    """Sim_K, NaN where there is no subspace."""
+    """Sim_K of two bases from here, NaN where there is no subspace."""
     if a is None or b is None:
         return math.nan
-    return spectra.subspace_similarity(a, b)
+    return min(1.0, float((a.T @ b).square().sum()) / a.shape[1])
 
 
 def _spread_of(
@@ -618,7 +667,8 @@ class TrajectoryTask:
     settings: Settings
     readout: bool = True
     against: tuple[tuple[str, StoredPair], ...] = ()  # name, other update
-    lr: float | None = None
+    optimizer: locking.Optimizer | None = None
+    walk: bool = True
     iterated: bool = False
     device: str | None = None
 
@@ -673,6 +723,11 @@ class TrajectoryTask:
                 f"{len(self.steps)} checkpoints, expected {locking.LEAST} or more for "
                 "the null of turned increments: it is empty"
             )
+        if self.optimizer is not None:
+            farthest = map(self.optimizer.farthest, self.steps)
+            went = [row.get("displacement", math.nan) for row in found]
+            n = sum(a > b for a, b in zip(went, farthest, strict=True))
+            notes.append(too_far(n, len(went)).removeprefix(" Warning: "))
         blank = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
         words = {"note": "; ".join(filter(None, notes))}
         return [blank | identity | row | words for row in found]
@@ -694,7 +749,8 @@ class TrajectoryTask:
             null_seed(0, self.name, 0),
             readout=self.readout,
             against={name: _update_of(name, pair) for name, pair in self.against},
-            lr=self.lr,
+            optimizer=self.optimizer,
+            walk=self.walk,
             iterated=self.iterated,
         )
 
@@ -868,7 +924,8 @@ def plan_trajectory(
     *,
     readout: bool = True,
     against: Mapping[str, tuple[Source, Source]] | None = None,
-    lr: float | None = None,
+    optimizer: locking.Optimizer | None = None,
+    walk: bool = True,
     iterated: bool | None = False,
 ) -> Plan:
     """Every matrix that all checkpoints of a run have in common with the first.
@@ -884,7 +941,7 @@ def plan_trajectory(
         readout: as `follow_tensors`.
         against: name to start and end of another training, whose matrices have the same
             names; adds a column similarity_to_NAME.
-        lr: learning rate; adds the displacement.
+        optimizer, walk: as `follow_tensors`.
         iterated: as `follow_tensors`; None: from `LARGE` entries on.
 
     Raises:
@@ -898,6 +955,11 @@ def plan_trajectory(
         raise ValueError(
             f"steps {numbers}, expected one or more and no two alike; name each "
             "checkpoint once, or say the steps with --steps"
+        )
+    if optimizer is not None and len(optimizer.rates) < max(numbers):
+        raise ValueError(
+            f"learning rates of {len(optimizer.rates)} steps for a run of "
+            f"{max(numbers)}, expected one a step; give them all, or none"
         )
     order = sorted(zip(numbers, checkpoints, strict=True), key=lambda pair: pair[0])
     first = open_checkpoint(before)
@@ -929,7 +991,8 @@ def plan_trajectory(
             tuple(
                 (other, there[name]) for other, there in others.items() if name in there
             ),
-            lr,
+            optimizer,
+            walk,
             iterated,
         )
         for name in common
@@ -939,7 +1002,8 @@ def plan_trajectory(
         "files": [_fingerprint(c) for c in (first, *opened.values(), *read)],
         "readout": readout,
         "against": [*others],
-        "lr": lr,
+        "optimizer": asdict(optimizer) if optimizer else None,
+        "walk": walk,
         "steps": [step for step, _ in order],
         "k": k,
         "hill_k": settings.hill_k,
@@ -1005,7 +1069,7 @@ def _paired(
                 f"{side.path} has no weight matrix, expected a model's weights, some "
                 "of them of two dimensions; check that it is the whole checkpoint"
             )
-    refuse_shapes(found.differing)
+    refuse_shapes(found.differing, before, after)
     # A part that one side lacks (a text model of a multimodal one) does not count.
     common = {pair.before.part for pair in found.pairs}
     readable = [

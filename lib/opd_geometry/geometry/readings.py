@@ -280,9 +280,22 @@ def how_far(table: pd.DataFrame, lr: float | None, steps: int | None) -> str:
     entries = chosen["rows"].astype(float) * chosen["cols"].astype(float)
     moved = math.sqrt(float((norms**2).sum()) / float(entries[norms.notna()].sum()))
     units = moved / (lr * math.sqrt(steps))
+    each = norms / entries**0.5 / (lr * steps)
     return (
         f"{said}, or {units:.3g} lr √T a weight (1: {steps} independent steps of "
         f"{lr:g}; {math.sqrt(steps):.3g}: all in one direction)."
+        + too_far(int((each > 1.0).sum()), len(each))
+    )
+
+
+def too_far(n: int, total: int) -> str:
+    """That weights went farther than steps of at most lr can take them, if they did."""
+    if not n:
+        return ""
+    return (
+        f" Warning: {n} of {total} went farther than all steps in one direction, which "
+        "Adam's cannot by more than a little: correct the learning rate or the number "
+        "of steps, or these are not the ends of one training."
     )
 
 
