@@ -23,8 +23,8 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
 NAMES = ["01_unplaced", "02_collapse", "03_equal_norm", "04_rank"]
 NAMES += ["05_real_model"]
-NAMES += ["06_controls", "07_regimes", "08_exclusions", "09_your_checkpoints"]
-NAMES += ["10_choices", "11_bounds"]
+NAMES += ["06_directions", "07_controls", "08_regimes", "09_exclusions"]
+NAMES += ["10_your_checkpoints", "11_choices", "12_bounds"]
 SECTIONS = [
     "The question",
     "The runs",

@@ -221,15 +221,15 @@ QUOTED: dict[str, set[float]] = {
     "04_rank": {63, 299},
     # millions of parameters, rows of the vocabulary, matrices, steps
     "05_real_model": {0.8, 270, 1024, 126, 40},
-    "06_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
+    "07_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
     # the widest gap of Table 1; ratios and billions of parameters
-    "07_regimes": {0.055, 1.75, 14},
+    "08_regimes": {0.055, 1.75, 14},
     # thousands of prompts, updates a round, and an answer worked out from the print
     # steps at which those runs were locked and ended; millions of parameters
     "confinement": {10, 40, 1e-8},
     "reproduce": {270, 1024},
-    "09_your_checkpoints": {60},  # how many matrices the exercise samples
-    "08_exclusions": {17, 37.5, 0.54, 0.64, 0.7},
+    "10_your_checkpoints": {60},  # how many matrices the exercise samples
+    "09_exclusions": {17, 37.5, 0.54, 0.64, 0.7},
 }
 
 

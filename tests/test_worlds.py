@@ -170,3 +170,24 @@ def test_an_arm_parts_by_its_direction_and_stays_by_its_subspace(
     assert found["cosine"].tolist() == [cosine]
     assert found["direction_parts"].tolist() == [parts]
     assert found["subspace_stays"].tolist() == [stays]
+
+
+def test_increments_are_compared_window_by_window() -> None:
+    rows = [
+        pair("rlvr", "opd", seed, "cosine", value) | {"start": start, "stop": stop}
+        for seed, shift in ((0, -0.1), (1, 0.1))
+        for start, stop, value in ((0, 10, 0.8 + shift), (10, 40, 0.4 + shift))
+    ]
+    rows += [r | {"matrix": "b", "value": r["value"] + 0.1} for r in rows]
+    rows += [pair("rlvr", "sft", 0, "cosine", 9.0) | {"start": 0, "stop": 10}]
+    found = worlds.along_the_way(pd.DataFrame(rows))
+    assert found["other"].tolist() == ["rlvr", "rlvr"]
+    assert found["n_pairs"].tolist() == [2, 2]
+    np.testing.assert_allclose(found["cosine"], [0.85, 0.45])
+    np.testing.assert_allclose(found[["start", "stop"]], [[0, 0.25], [0.25, 1]])
+    figure = world_figures.along_the_way({"x": found}, ["rlvr", "sft"])
+    assert isinstance(figure, Figure)
+    ends = pd.DataFrame(
+        {"other": ["rlvr"], "cosine": [0.8], "low": [0.7], "high": [0.9]}
+    ).assign(subspace=0.5)
+    assert isinstance(world_figures.directions({"x": ends}), Figure)

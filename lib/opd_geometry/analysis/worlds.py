@@ -122,6 +122,33 @@ def parted(
     )
 
 
+def along_the_way(windows: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
+    """Cosine of an arm's increments with those of others, window by window.
+
+    Args:
+        windows: of ``ends.committed_windows``.
+        arm: one of each pair.
+
+    Returns:
+        One row another arm (the same arm: from another seed's anchor) and window:
+        other, start, stop (shares of training), n_pairs, cosine (mean over matrices,
+        then pairs; null 0) with low and high, its 95 % interval over pairs.
+    """
+    rows = windows.astype({"arm": str, "other_arm": str})
+    ours = rows[(rows["arm"] == arm) | (rows["other_arm"] == arm)]
+    other = ours["other_arm"].where(ours["arm"] == arm, ours["arm"])
+    keys = [other.rename("other"), "start", "stop", "seed", "other_seed"]
+    of_pair = ours.groupby(keys, sort=False)["value"].mean()
+    found = [
+        (*place, len(values), *interval(values))
+        for place, values in of_pair.groupby(level=["other", "start", "stop"])
+    ]
+    columns = ["other", "start", "stop", "n_pairs", "cosine", "low", "high"]
+    table = pd.DataFrame(found, columns=columns)
+    end = table["stop"].max()
+    return table.assign(start=table["start"] / end, stop=table["stop"] / end)
+
+
 def weights_by_world(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Properties of the matrices that runs start from: a row a property.
 

@@ -25,7 +25,7 @@ PARTS = {
     "How much, and where": ("03_equal_norm", ("Table 1", "Figure 2", "Figure 3")),
     "When, and in how many directions": ("04_rank", ("Figure 4", "Figure 5")),
     "What it depends on": (
-        "06_controls",
+        "07_controls",
         ("Figure 6", "Figures 6", "Figure 7", "Figures 7"),
     ),
 }
@@ -36,7 +36,7 @@ WORLDS = {
     "pretrained": "a real language model, Gemma 3 270M",
 }
 UNTESTED = "regime not tested"
-CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
+CHAPTER_OF = {"sparsity-robust": "08_regimes"}  # where it is not that of its part
 FILTER = """
 <fieldset class="board-filter" hidden>
 <legend>Show</legend>

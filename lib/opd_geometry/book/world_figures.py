@@ -211,3 +211,93 @@ def foretold(worlds: Mapping[str, pd.DataFrame]) -> Figure:
             known.values(), known, loc="outside upper left", ncols=4, frameon=False
         )
     return figure
+
+
+def directions(worlds: Mapping[str, pd.DataFrame], arm: str = "opd") -> Figure:
+    """Who ends in an arm's direction, a panel a world.
+
+    Args:
+        worlds: name to the table of ``collapse.directions``.
+        arm: whose direction.
+
+    Returns:
+        A row another arm: cosine of the updates with its 95 % interval filled, overlap
+        of their leading right subspaces hollow; grey the line of unrelated updates.
+    """
+    arms = list(dict.fromkeys(a for t in worlds.values() for a in t["other"]))
+    with styled():
+        size = (WIDTH, 1.2 + 0.3 * len(arms))
+        figure, axes = plt.subplots(
+            1, len(worlds), figsize=size, sharex=True, sharey=True, squeeze=False
+        )
+        for ax, (world, table) in zip(axes[0], worlds.items(), strict=True):
+            ax.axvline(0.0, color=GREY, ls=":", lw=1.2)
+            for row in table.to_dict("records"):
+                y, colour = arms.index(row["other"]), ARM_STYLES[row["other"]].colour
+                ax.plot([row["low"], row["high"]], [y, y], color=colour, lw=1.4)
+                ax.plot(row["cosine"], y, "o", color=colour, ms=6)
+                ax.plot(row["subspace"], y, "D", color=colour, mfc="none", ms=5)
+            ax.set_title(world)
+        same = f"{ARM_STYLES[arm].label}, another seed"
+        names = [same if a == arm else ARM_STYLES[a].label for a in arms]
+        axes[0][0].set_yticks(range(len(arms)), names)
+        axes[0][0].invert_yaxis()
+        figure.supxlabel(
+            f"shared with {ARM_STYLES[arm].label} (dotted: unrelated updates)",
+            fontsize=10,
+            color=TEXT,
+        )
+        keys = [
+            Line2D([], [], color=TEXT, marker="o", ls="", ms=6),
+            Line2D([], [], color=TEXT, marker="D", mfc="none", ls="", ms=5),
+        ]
+        names = ["cosine of the updates", "overlap of their leading subspaces"]
+        figure.legend(keys, names, loc="outside upper left", ncols=2, frameon=False)
+    return figure
+
+
+def along_the_way(
+    worlds: Mapping[str, pd.DataFrame], arms: Sequence[str], arm: str = "opd"
+) -> Figure:
+    """When a direction is shared: cosine of increments over training, a panel a world.
+
+    Args:
+        worlds: name to the table of ``worlds.along_the_way``.
+        arms: the others, a line each.
+        arm: whose increments.
+
+    Returns:
+        A line an arm through its windows' ends; grey the line of unrelated increments.
+    """
+    with styled():
+        figure, axes = plt.subplots(
+            1, len(worlds), figsize=(WIDTH, 3.6), sharey=True, squeeze=False
+        )
+        for ax, (world, table) in zip(axes[0], worlds.items(), strict=True):
+            ax.axhline(0.0, color=GREY, ls=":", lw=1.2)
+            for name in arms:
+                rows, look = table[table["other"] == name], ARM_STYLES[name]
+                if len(rows):
+                    label = f"{look.label}, another seed" if name == arm else look.label
+                    ax.plot(
+                        100 * rows["stop"],
+                        rows["cosine"],
+                        look.dash,
+                        marker=_mark(name),
+                        color=look.colour,
+                        ms=4,
+                        label=label,
+                    )
+            ax.set_title(world)
+            ax.set_xlim(0, 104)
+        axes[0][0].set_ylabel(f"cosine with {ARM_STYLES[arm].label}'s increment")
+        figure.supxlabel("end of the window (% of training)", fontsize=10, color=TEXT)
+        known = {
+            label: line
+            for ax in axes[0]
+            for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            known.values(), known, loc="outside upper left", ncols=3, frameon=False
+        )
+    return figure
