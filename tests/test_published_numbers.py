@@ -221,6 +221,8 @@ QUOTED: dict[str, set[float]] = {
     "04_rank": {63, 299},
     # millions of parameters, rows of the vocabulary, matrices, steps
     "05_real_model": {0.8, 270, 1024, 126, 40},
+    # a case by hand, and bounds on what chance gives
+    "06_directions": {0.85, 0.8, 0.92, 0.87, 0.72, 0.02, 0.01},
     "07_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
     # the widest gap of Table 1; ratios and billions of parameters
     "08_regimes": {0.055, 1.75, 14},
