@@ -105,6 +105,37 @@ def _other_adapter(folder: Path) -> Path:
     return folder
 
 
+def _mlx(folder: Path) -> Path:
+    name = "model.layers.0.self_attn.q_proj.lora_"
+    factors = {f"{name}a": torch.ones(32, 4), f"{name}b": torch.ones(4, 32)}
+    save_file(factors, folder / "adapters.safetensors")
+    return folder
+
+
+def _megatron_names(folder: Path) -> Path:
+    """Fused by groups, gate above up, a padded vocabulary; config.json beside them."""
+    state, found = _moved().state_dict(), {}
+    padding = torch.zeros(24, 32, dtype=torch.bfloat16)
+    embed, head = state["model.embed_tokens.weight"], state["lm_head.weight"]
+    found["embedding.word_embeddings.weight"] = torch.cat([embed, padding])
+    found["output_layer.weight"] = torch.cat([head, padding])
+    for i in range(TINY["num_hidden_layers"]):
+        theirs, ours = f"decoder.layers.{i}", f"model.layers.{i}"
+        q, k, v = (state[f"{ours}.self_attn.{x}_proj.weight"] for x in "qkv")
+        grouped = [q.reshape(2, 16, 32), k.reshape(2, 8, 32), v.reshape(2, 8, 32)]
+        qkv = torch.cat(grouped, 1).reshape(-1, 32)
+        halves = [state[f"{ours}.mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        back = state[f"{ours}.self_attn.o_proj.weight"]
+        down = state[f"{ours}.mlp.down_proj.weight"]
+        found[f"{theirs}.self_attention.linear_qkv.weight"] = qkv
+        found[f"{theirs}.self_attention.linear_proj.weight"] = back
+        found[f"{theirs}.mlp.linear_fc1.weight"] = torch.cat(halves)
+        found[f"{theirs}.mlp.linear_fc2.weight"] = down
+    save_file(found, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return folder
+
+
 def _quantised(folder: Path) -> Path:
     state = _moved().state_dict()
     found = {}
@@ -247,6 +278,14 @@ ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
         False,
     ),
     ("PEFT", "an adapter of another kind (VeRA)", PEFT, _other_adapter, False),
+    (
+        "PEFT",
+        "LoRA that began as PiSSA (OLoRA, QA-LoRA, ... alike)",
+        PEFT,
+        _adapter(init_lora_weights="pissa"),
+        False,
+    ),
+    ("MLX", "LoRA in another library's form", "", _mlx, False),
     ("FP8 exports", "codes and scales", TORCH, _quantised, False),
     ("FP8 exports", "the same, with --dequantise", TORCH, _quantised, True),
     (
@@ -278,6 +317,13 @@ ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
         "torch_dist (.distcp, common.pt)",
         "",
         _megatron,
+        False,
+    ),
+    (
+        "Megatron",
+        "its names, fused qkv and fc1, a padded vocabulary, beside config.json",
+        "",
+        _megatron_names,
         False,
     ),
     (

@@ -254,12 +254,12 @@ def sample(folder: Path, _: Path) -> list[dict]:
             continue
         plan = pairs.plan_pair(*(folder / side for side in pair))
         speed = forecast.probe_speed(plan)
-        whole = forecast.projected_seconds(plan, speed, None, True)
-        least = len({task.pair.before.role for task in plan.tasks}) * sampling.EACH
-        for n in (least, 2 * least):
-            some, _design = sampling.sampled(plan, n)
-            taken = forecast.projected_seconds(some, speed, None, True)
-            case = f"{n} of {len(plan.tasks)}, {what}, forecast"
+        whole = forecast.projected_seconds(plan, speed, ["all"], True)
+        layers = sampling.layers_of(plan)
+        for n in (16, 28):
+            some, _design = sampling.sampled(layers, n)
+            taken = forecast.projected_seconds(some, speed, ["all"], True)
+            case = f"{n} of {len(layers.tasks)}, {what}, forecast"
             rows.append(_row("sample", case, whole, taken))
     return rows
 
@@ -323,6 +323,8 @@ def main() -> None:
     for name in options.parts.split(","):
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
+            for link, place in zip(REAL, options.real or (), strict=False):
+                (Path(folder) / link).symlink_to(place.resolve())
             rows = PARTS[name](Path(folder), options.earlier.resolve())
         record("pairs", rows, ["part", "case"])
         print(pd.DataFrame(rows).to_string(index=False))

@@ -593,6 +593,32 @@ def test_pipes_and_folders_in_the_place_of_files_are_refused(tmp_path: Path) -> 
             open_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["x.gguf", "model_world_size_1_rank_0.pt", "pytorch_model.bin", ".metadata"]
+)
+def test_a_pipe_under_a_trainers_name_is_not_waited_for(
+    name: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, 3, None])
+def test_a_family_is_a_word(value: object, tmp_path: Path) -> None:
+    config = {"model_type": value, "quantization_config": value}
+    stored = {"layers.0.q_proj.weight": noise(4, 4)}
+    assert len(open_checkpoint(save(tmp_path, stored, config)).cuts) == 1
+
+
+def test_the_base_of_an_adapter_may_be_of_no_user(tmp_path: Path) -> None:
+    _, adapter, _ = _adapted(tmp_path, _qwen)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "~nobody-of-that-name/base"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert "updates alone" in open_checkpoint(adapter).notes[0]
+
+
 def test_absurd_layers_are_outside_of_the_blocks(tmp_path: Path) -> None:
     name = f"layers.{10**30}.q_proj.weight"
     found = open_checkpoint(save(tmp_path, {name: noise(4, 4)})).cuts[name]
@@ -628,6 +654,13 @@ def test_every_error_names_its_file(tmp_path: Path) -> None:
             said = str(error)
         assert not said or re.search(r"model\.safetensors", said)
         assert "\n" not in said
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04", b"\x80\x02}q\x00."])
+def test_what_is_no_archive_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin (cannot be|holds)"):
+        open_checkpoint(tmp_path)
 
 
 def test_the_page_and_the_readme_are_of_the_committed_table() -> None:

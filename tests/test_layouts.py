@@ -499,6 +499,44 @@ def test_llamas_own_values_and_outputs_are_in_the_same_order(tmp_path: Path) -> 
     assert any("rows in another order" in note for note in plan.notes)
 
 
+def test_megatrons_names_and_padded_vocabulary(tmp_path: Path) -> None:
+    """Fused by groups and gate above up, with rows that no token has."""
+    config = {"hidden_size": WIDTH, "num_attention_heads": HEADS}
+    config |= {"num_key_value_heads": GROUPS, "tie_word_embeddings": False}
+    qkv, fc1, vocabulary = noise(GROUPED, WIDTH), noise(48, WIDTH), noise(20, WIDTH)
+    core = {
+        "embedding.word_embeddings.weight": torch.cat([vocabulary, noise(12, WIDTH)]),
+        "decoder.layers.0.self_attention.linear_qkv.weight": qkv,
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": noise(WIDTH),
+        "decoder.layers.0.self_attention.linear_proj.weight": noise(WIDTH, WIDTH),
+        "decoder.layers.0.mlp.linear_fc1.weight": fc1,
+        "decoder.layers.0.mlp.linear_fc2.weight": noise(WIDTH, 24),
+        "output_layer.weight": torch.cat([2 * vocabulary, noise(12, WIDTH)]),
+    }
+    q, k, v = by_group(qkv)
+    theirs = {
+        "model.embed_tokens.weight": vocabulary,
+        "lm_head.weight": 2 * vocabulary,
+        "model.layers.0.self_attn.o_proj.weight": noise(WIDTH, WIDTH),
+        "model.layers.0.mlp.gate_proj.weight": fc1[:24],
+        "model.layers.0.mlp.up_proj.weight": fc1[24:],
+        "model.layers.0.mlp.down_proj.weight": noise(WIDTH, 24),
+    }
+    theirs |= {
+        f"model.layers.0.self_attn.{n}_proj.weight": w
+        for n, w in zip("qkv", (q, k, v), strict=True)
+    }
+    before = save(tmp_path / "hf", theirs, config)
+    plan = pairs.plan_pair(before, save(tmp_path / "core", core, config))
+    assert len(plan.tasks) == len(theirs)
+    for task in plan.tasks:
+        assert torch.equal(*task.pair.read()), task.name
+    noted = [
+        t.pair.before.role for t in plan.tasks if "another vocabulary" in t.pair.note
+    ]
+    assert sorted(noted) == ["embed", "head"]
+
+
 def test_llamas_own_queries_are_in_another_order() -> None:
     own = {
         "layers.0.attention.wq.weight": (8, 8),

@@ -339,6 +339,7 @@ def test_tables_that_are_none_are_one_line(
     assert "has no column similarity_to_end" in said(steps)
     assert "has no rows, expected one a matrix" in said(pair.head(0))
     assert "column nss holds" in said(pair.assign(nss="much"))
+    assert "twice, expected each matrix once" in said(pd.concat([pair, pair]))
     assert "rows without matrix" in said(pair.assign(matrix=np.nan))
     assert "rows without layer" in said(pair.assign(layer=np.nan))
     assert "column rows holds 0, expected whole numbers" in said(pair.assign(rows=0))

@@ -8,7 +8,7 @@ import pytest
 from test_pairs import model, save
 
 from opd_geometry import cli
-from opd_geometry.geometry import forecast, pairs, sampling, tables
+from opd_geometry.geometry import pairs, sampling, tables
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -99,30 +99,22 @@ def test_an_undefined_value_is_no_zero() -> None:
     assert found.loc["nss", "mean"] == pytest.approx(table["nss"].mean(), rel=1e-12)
 
 
-def test_of_a_vocabulary_only_what_is_cheap_is_measured(tmp_path: Path) -> None:
-    """It is alone in its role, and can take longer than all layers together."""
+def test_embedding_and_head_are_drawn_only_where_they_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    """They are alone in their roles, and can take longer than all layers together."""
     places = [save(tmp_path / str(i), model(i)) for i in range(2)]
     plan = pairs.plan_pair(*places)
-    some, design = sampling.sampled(plan, 18)
-    of_role = {task.pair.before.role: task for task in some.tasks}
-    assert {*of_role["embed"].metrics} == {*pairs.CHEAP}
-    assert of_role["q"].metrics == tuple(pairs.METRICS)
-    table = pairs.run_plan(some)
-    outer = table["role"].isin(sampling.VOCABULARY)
-    assert table.loc[outer, "nss"].isna().all()
-    assert table.loc[outer, "sparsity_bf16"].notna().all()
-    found = sampling.estimates(table, design)
-    full = pairs.run_plan(plan)
-    layers = full[~full["role"].isin(sampling.VOCABULARY)]
-    assert found.loc["nss", "mean"] == pytest.approx(layers["nss"].mean(), rel=1e-12)
-    norms = full["frobenius_norm"].mean()
-    assert found.loc["frobenius_norm", "mean"] == pytest.approx(norms, rel=1e-12)
-    speed = forecast.Speed(0, 0, 1, 0, 0, 0, 0)  # of tridiagonalisations alone
-    seconds = forecast.projected_seconds(some, speed, None, False)
-    cubes = [min(task.shape) ** 3 for task in some.tasks if "nss" in task.metrics]
-    assert seconds == 2 * sum(cubes)
-    spectra, _ = sampling.sampled(pairs.plan_pair(*places, metrics=["nss"]), 18)
-    assert "embed" not in {task.pair.before.role for task in spectra.tasks}
+    layers = sampling.layers_of(plan)
+    left_out = {t.pair.before.role for t in plan.tasks if t not in layers.tasks}
+    assert left_out
+    assert left_out <= {*sampling.VOCABULARY}
+    asked = pairs.plan_pair(*places, roles=["q", "embed"])
+    assert sampling.layers_of(asked).tasks == asked.tasks
+    out = tmp_path / "t.csv"
+    arguments = ["measure", *map(str, places), "--out", str(out), "--metrics", "cheap"]
+    assert cli.main([*arguments, "--no-null", "--quiet", "--sample", "16"]) == 0
+    assert not {*tables.read_table(out)["role"]} & {*sampling.VOCABULARY}
 
 
 def test_the_command_measures_a_sample(

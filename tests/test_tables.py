@@ -214,6 +214,15 @@ def test_two_processes_do_not_write_one_table(tmp_path: Path) -> None:
         assert list(partial.done) == ["a"]
 
 
+def test_a_partial_table_is_a_file(tmp_path: Path) -> None:
+    """A pipe would be waited for, whatever is asked for."""
+    out = tmp_path / "t.csv"
+    os.mkfifo(tables.partial_path(out))
+    for force, resume in ((False, True), (True, False), (False, False)):
+        with pytest.raises(ValueError, match=r"t.csv.partial is no regular file"):
+            tables.check_output(out, force, resume)
+
+
 def test_an_empty_partial_table_is_begun_anew(tmp_path: Path) -> None:
     out = tmp_path / "t.csv"
     tables.partial_path(out).touch()

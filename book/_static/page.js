@@ -36,6 +36,15 @@ const frame = () => {
     box.append(table);
   }
 };
+// Paper cannot be unfolded.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const part of folded) part.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const part of folded) part.open = false;
+});
 addEventListener("DOMContentLoaded", open);
 addEventListener("DOMContentLoaded", frame);
 addEventListener("load", mark);

@@ -253,6 +253,12 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
                 f"{path}: column {name} holds bytes, expected text; measure again"
             )
         table[name] = table[name].astype(str)
+    twice = table.duplicated([n for n in ("matrix", "step") if n in base])
+    if twice.any():
+        raise ValueError(
+            f"{path} has {visible(table['matrix'][twice.idxmax()])} twice, expected "
+            "each matrix once (and step, of a run); measure again"
+        )
     own = [*METRICS, *RENAMED, *ENERGY]
     nulls = [f"{null}_{name}" for null in NULLS for name in own]
     for name in table.columns.intersection([*own, *nulls, *base]):

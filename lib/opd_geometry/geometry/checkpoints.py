@@ -9,6 +9,7 @@ stacked or turned is split (see `layouts`) and a head that equals the embedding 
 counted again. Whatever else a file holds is listed by `list_skipped` with the reason.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -328,8 +329,8 @@ def _with_adapter(
 
 def _known_base(adapter: Adapter) -> Path | None:
     """The base that the adapter's config names, where it is a path on this machine."""
-    place = Path(adapter.base).expanduser() if adapter.base else None
-    return place if place is not None and place.exists() else None
+    place = Path(os.path.expanduser(adapter.base))  # of no such user: as it is
+    return place if adapter.base and place.exists() else None
 
 
 def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
@@ -704,7 +705,7 @@ def list_pairs(
             _refuse_missing(absent or (skipped if i == 0 else []), side, other)
     if not found.pairs and not found.differing:
         raise ValueError(diagnosis(a, b, found))
-    refuse_shapes(found.differing)
+    refuse_shapes(found.differing, a, b)
     return found.pairs
 
 
@@ -788,7 +789,9 @@ def _refuse_missing(absent: list[str], side: Checkpoint, other: Checkpoint) -> N
     )
 
 
-def refuse_shapes(differing: list[tuple[Matrix, Matrix]]) -> None:
+def refuse_shapes(
+    differing: list[tuple[Matrix, Matrix]], before: Checkpoint, after: Checkpoint
+) -> None:
     """Refuse matrices of one name and two shapes.
 
     Raises:
@@ -797,9 +800,9 @@ def refuse_shapes(differing: list[tuple[Matrix, Matrix]]) -> None:
     if differing:
         a, b = differing[0]
         raise ValueError(
-            f"{len(differing)} matrices differ in shape, first {a.name}: {a.shape} "
-            f"before and {b.shape} after, expected equal sizes: two checkpoints of one "
-            "architecture; leave their roles out with --roles"
+            f"{len(differing)} matrices differ in shape, first {a.name}: {a.shape} in "
+            f"{before.path} and {b.shape} in {after.path}, expected equal sizes: two "
+            "checkpoints of one architecture; leave their roles out with --roles"
         )
 
 

@@ -193,10 +193,16 @@ def _safetensors(path: Path, notes: list[str]) -> list[Stored] | None:
     return _without_index(path, files, notes)
 
 
+# What is a file in every checkpoint: a pipe of that name would be waited for.
+FILES = re.compile(
+    r"(model|pytorch_model|adapter_model)[\w.-]*\.(safetensors|bin|json)|config\.json|"
+    r"adapter_config\.json|\.metadata|model_world_size_.*\.pt|.*\.(gguf|distcp)"
+)
+
+
 def _refuse_folders(path: Path) -> None:
-    for name in (WHOLE_NAME, INDEX_NAME, "config.json", ADAPTER_CONFIG):
-        place = path / name
-        if place.exists() and not place.is_file():
+    for place in sorted(path.iterdir()):
+        if FILES.fullmatch(place.name) and place.exists() and not place.is_file():
             raise ValueError(f"{place} is no regular file, expected one; remove it")
 
 

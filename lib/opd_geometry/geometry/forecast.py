@@ -96,21 +96,22 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def projected_seconds(
-    plan: Plan,
-    speed: Speed,
-    metrics: Collection[str] | None,
-    null: bool,
-    jobs: int = 1,
+    plan: Plan, speed: Speed, metrics: Collection[str], null: bool, jobs: int = 1
 ) -> float:
     """About how long a plan takes.
 
     Args:
         plan: of `plan_pair` or `plan_trajectory`.
         speed: of `probe_speed`.
-        metrics: that are measured of a pair; None: those of each task.
+        metrics: that are measured of a pair.
         null: whether its null is.
         jobs: processes, which share the arithmetic, but read from one disk.
     """
+    asked, iterated = set(parse_metrics(metrics)), MIDDLE in metrics
+    turns = len(asked & {*ANGLES, "nss"}) > 0
+    whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
+    whole = max(whole, int("principal_overlap" in asked))
+    spread = bool(asked & {*OF_UPDATE})
     seconds = 0.0
     for task in plan.tasks:
         short, long = sorted(task.shape)
@@ -124,17 +125,11 @@ def projected_seconds(
                 continue
             seconds += n * (4 * speed.product * product + 3 * speed.values * cube)
             continue
-        asked, iterated = {*task.metrics}, task.iterated
-        if metrics is not None:
-            asked, iterated = {*parse_metrics(metrics)}, MIDDLE in metrics
-        turns = len(asked & {*ANGLES, "nss"}) > 0
-        whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
-        whole = max(whole, int("principal_overlap" in asked))
         seconds += short * long * (speed.cheap + (speed.noise + 3 * speed.cheap) * null)
         seconds += whole * (speed.product * product + speed.reduction * cube)
         if iterated:
             seconds += speed.iteration * short * long
-        elif asked & {*OF_UPDATE}:
+        elif spread:
             seconds += speed.product * product / 1.6 + speed.values * cube
     reading = speed.reading * sum(task.n_bytes for task in plan.tasks)
     return seconds / jobs + reading

@@ -10,7 +10,7 @@ role and a layer. Orders that a family has to itself are in the tables below.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -291,11 +291,12 @@ def layout_of(
         config: of the language model.
         shapes: name to shape of every tensor.
     """
-    turned = config.get("model_type") in CONV1D
-    if not config.get("model_type"):
+    layout = Layout(config, shapes)
+    turned = layout.model_type in CONV1D
+    if not layout.model_type:
         fused = [s for n, s in shapes.items() if n.endswith(".c_attn.weight")]
         turned = any(len(s) == 2 and s[1] == 3 * s[0] for s in fused)
-    return Layout(config, shapes, turned)
+    return replace(layout, turned=turned)
 
 
 # --- matrices ----------------------------------------------------------------------

@@ -40,7 +40,7 @@ ROOTS = {
     "student",
     "state_dict",
 }
-# Hub names -> names of transformers 5.
+# Names of the hub and of Megatron -> names of transformers 5.
 RENAMED = {
     "block_sparse_moe": "mlp",
     "feed_forward": "mlp",
@@ -50,6 +50,11 @@ RENAMED = {
     "w2": "down_proj",
     "tok_embeddings": "embed_tokens",
     "unembed_tokens": "lm_head",
+    "self_attention": "self_attn",
+    "linear_proj": "o_proj",
+    "linear_fc2": "down_proj",
+    "word_embeddings": "embed_tokens",
+    "output_layer": "lm_head",
 }
 # Their queries and keys have the rows of each head in another order than transformers'
 # own (rotary embedding by pairs, not by halves), so these are never matched by path.
@@ -91,7 +96,7 @@ def normal_form(name: str) -> str:
 ANCHORS = {"layers", "layer", "h", "blocks", "block", "embed_tokens", "wte", "lm_head"}
 ANCHORS |= {"norm", "ln_f", "final_layernorm", "word_embeddings", "embed_in"}
 OTHER_MODELS = (
-    "encoder decoder vision visual image video audio speech talker mtp nextn draft "
+    "encoder depth vision visual image video audio speech talker mtp nextn draft "
     "teacher ref reference critic reward value ema old tower projector qformer merger "
     "connector cross"
 )

@@ -1071,7 +1071,7 @@ def _paired(
                 f"{side.path} has no weight matrix, expected a model's weights, some "
                 "of them of two dimensions; check that it is the whole checkpoint"
             )
-    refuse_shapes(found.differing)
+    refuse_shapes(found.differing, before, after)
     # A part that one side lacks (a text model of a multimodal one) does not count.
     common = {pair.before.part for pair in found.pairs}
     readable = [

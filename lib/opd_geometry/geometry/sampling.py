@@ -3,7 +3,7 @@
 The matrices of a role, in the order of their layers, are cut into blocks of neighbours,
 and two of each block are drawn. So every role and every depth is there, and how far the
 two of a block lie apart says how well the mean is known. Embedding and head have no
-neighbours: of them everything cheap is measured and enters the means, and nothing else.
+neighbours and can take longer than all layers: they are left out unless asked for.
 """
 
 import math
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from opd_geometry.geometry.pairs import CHEAP, COLUMNS, METRICS, PairTask, Plan, Task
+from opd_geometry.geometry.pairs import COLUMNS, METRICS, Plan
 from opd_geometry.geometry.readings import student
 
 EACH = 2  # matrices drawn of a block: the fewest that show a spread
 STRATA = ("stratum", "stratum_size", "stratum_drawn")
-VOCABULARY = ("embed", "head")  # one of each, as costly as many layers
+VOCABULARY = ("embed", "head")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,14 @@ def draw(found: Sequence[Stratum], seed: int) -> Iterator[tuple[int, int]]:
             yield number, stratum.members[place]
 
 
+def layers_of(plan: Plan) -> Plan:
+    """A plan less embedding and head, unless its roles were asked for by name."""
+    if plan.description["roles"] is not None:
+        return plan
+    roles = {task.name: task.pair.before.role for task in plan.tasks}
+    return plan.without([name for name, role in roles.items() if role in VOCABULARY])
+
+
 def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
     """A plan of some of its matrices, and what each of them stands for.
 
@@ -96,9 +104,8 @@ def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
         seed: of the draw.
 
     Returns:
-        The smaller plan, where embedding and head have the metrics `pairs.CHEAP` alone,
-        and by matrix the columns `STRATA`: the number of its stratum, how many matrices
-        that holds and how many of them are drawn.
+        The smaller plan, and by matrix the columns `STRATA`: the number of its stratum,
+        how many matrices that holds and how many of them are drawn.
 
     Raises:
         ValueError: as `strata`.
@@ -116,19 +123,10 @@ def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
         )
         for place, number in chosen.items()
     }
-    tasks = [_cheap(plan.tasks[place]) for place in sorted(chosen)]
-    tasks = [task for task in tasks if task.metrics]
+    tasks = [plan.tasks[place] for place in sorted(chosen)]
     description = {**plan.description, "sample": n, "sample_seed": seed}
     smaller = replace(plan, tasks=tasks, description=description)
     return smaller, pd.DataFrame.from_dict(rows, orient="index", columns=[*STRATA])
-
-
-def _cheap(task: Task) -> PairTask:
-    """The same, of an embedding or head without what needs singular values."""
-    assert isinstance(task, PairTask)
-    if task.pair.before.role not in VOCABULARY:
-        return task
-    return replace(task, metrics=tuple(m for m in task.metrics if m in CHEAP))
 
 
 def estimates(table: pd.DataFrame, design: pd.DataFrame) -> pd.DataFrame:

@@ -55,7 +55,13 @@ def check_output(
         raise ValueError(
             f"{out} exists, expected a new file; pass --force to replace it"
         )
-    if partial_path(out).exists() and not (force or resume):
+    partial = partial_path(out)
+    if partial.exists() and not partial.is_file():
+        raise ValueError(
+            f"{partial} is no regular file, expected the rows of an interrupted "
+            "measurement or nothing; remove it"
+        )
+    if partial.exists() and not (force or resume):
         raise ValueError(
             f"{partial_path(out)} is left from an interrupted measurement; go on from "
             "it with --resume, or start anew with --force"

@@ -77,7 +77,7 @@ def _load(file: Path) -> Any:
         )
     except pickle.UnpicklingError as error:
         raise ValueError(_refused(file, str(error))) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged pickle may raise anything at all
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{file} cannot be read ({said}), expected a whole file of torch.save; "
