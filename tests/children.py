@@ -26,11 +26,11 @@ from distributed import Nanny, Scheduler, SpecCluster
 from rich.console import Console
 
 from opd_geometry import cli, files
-from opd_geometry.experiments import measure, profiles, runs, schedule
+from opd_geometry.experiments import forecast, measure, profiles, runs, schedule
 from opd_geometry.experiments.runs import ProjectionConfig, Run
 from opd_geometry.training import evaluation, models
 from opd_geometry.training.models import ModelConfig
-from opd_geometry.training.optimizer import OptimizerConfig
+from opd_geometry.training.optimizer import OptimizerConfig, adamw
 from opd_geometry.training.policy import PolicyConfig
 from opd_geometry.training.rollout import Rollout, completion_log_probs
 from opd_geometry.training.sft import SFTConfig
@@ -387,6 +387,28 @@ def peak_of_scoring(vocabulary: int, tokens: int) -> int:
         log_probs = completion_log_probs(model, batch)
     assert -20 < log_probs.mean() < -9  # log V = 11.9
     return (_peak_kib() - held) * 1024
+
+
+def peak_of_a_step(place: Path) -> tuple[int, float]:
+    """Bytes that one step of distillation needs, models included, and the forecast."""
+    import at_scale
+
+    at_scale.save_model(place / "model", width=1024)
+    rows = at_scale.save_problems(place / "problems.jsonl")
+    profile = (
+        f"gpu:student={place / 'model'},teacher={place / 'model'},"
+        f"policy.dataset={rows},policy.mixed_precision=no,policy.steps=1,"
+        "policy.prompts_per_step=2,policy.group_size=2,policy.max_new_tokens=32"
+    )
+    run = replace(profiles.build(profile, "opd", 0), start=runs.stored(place / "model"))
+    said = forecast.memory_bytes(run)
+    assert said is not None
+    held = _peak_kib()
+    model, tokenizer = runs.starting_model(run)
+    optimizer = adamw(model, run.train.optimizer)
+    for _ in runs.loop_of(run, model, tokenizer, optimizer, 0):
+        pass
+    return (_peak_kib() - held) * 1024, said
 
 
 def _peak_kib() -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_students import gemma, qwen  # noqa: F401 (fixtures)
 
-from opd_geometry.experiments import measure, runs, schedule
+from opd_geometry.experiments import forecast, measure, runs, schedule
 from opd_geometry.experiments.profiles import PROFILES
 from opd_geometry.experiments.runs import ProjectionConfig, Run
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
@@ -124,9 +124,9 @@ def test_too_little_memory_is_said_before_anything_starts(
     opd: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = replace(opd.start, start=replace(opd.start.start, parameters=10**8))  # type: ignore[arg-type,union-attr]
-    assert schedule.memory_bytes(large) == pytest.approx(3.2e9)
+    assert forecast.memory_bytes(large) == pytest.approx(3.2e9)
     free = SimpleNamespace(available=2e9)
-    monkeypatch.setattr(schedule.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(forecast.psutil, "virtual_memory", lambda: free)
     with pytest.raises(ValueError, match=r"need about 3\.2 GB of memory and 2\.0 GB"):
         schedule.train_all("pretrained", [large], 1)
     assert not runs.run_directory(large).exists()

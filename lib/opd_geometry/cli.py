@@ -92,7 +92,10 @@ def _cores() -> int:
 
 def _profile(command: Command) -> Command:
     return click.option(
-        "--profile", default="laptop", show_default=True, help="Size of the runs."
+        "--profile",
+        default="laptop",
+        show_default=True,
+        help="Size of the runs; with other values as NAME:FIELD=VALUE,...",
     )(command)
 
 
@@ -221,7 +224,10 @@ def plan(
         given += ["--student", student] if student else []
         click.echo(slurm_script(asked, given, jobs), nl=False)
     else:
-        _print_plan(plan_runs(asked), jobs)
+        from opd_geometry.experiments.profiles import settings_of
+
+        gpus = int((settings_of(profile).resources or {}).get("GPU", 1))
+        _print_plan(plan_runs(asked), jobs, gpus)
 
 
 @commands.command()
@@ -281,18 +287,46 @@ def _asked(
     ]
 
 
-def _print_plan(rows: "list[Row]", jobs: int) -> None:
-    """Runs with their time each, and that of all of them."""
-    from opd_geometry.experiments.schedule import memory_bytes, total_seconds
+def _print_plan(rows: "list[Row]", jobs: int, gpus: int = 1) -> None:
+    """Runs with what each takes, and the time of all of them."""
+    from opd_geometry.experiments.forecast import H100, forecast, memory_bytes
+    from opd_geometry.experiments.schedule import total_seconds
 
+    taken = [forecast(row.run, gpus) for row in rows]
+    large = any(taken)
+    columns = ["tokens", "memory a GPU"] if large else []
     print_table(
-        ["run", "steps", "estimated time", "state"],
+        ["run", "steps", *columns, "estimated time", "state"],
         [
-            [row.run.name, str(row.steps), duration(row.seconds), row.state]
-            for row in rows
+            [
+                row.run.name,
+                str(row.steps),
+                *(
+                    [f"{f.tokens:.2e}", f"{f.memory / 1e9:.0f} GB"]
+                    if f
+                    else [""] * large * 2
+                ),
+                duration(f.seconds if f and row.seconds is None else row.seconds),
+                row.state,
+            ]
+            for row, f in zip(rows, taken, strict=True)
         ],
     )
     _print_reasons(rows)
+    if large:
+        waiting = [f for r, f in zip(rows, taken, strict=True) if r.state != "done"]
+        took = duration(sum(f.seconds for f in waiting if f))
+        click.echo(
+            f"{_tally(rows)}. {gpus} x {H100.name} a run, one run after another: about "
+            f"{took}, counted from shapes and rates; nothing was timed."
+        )
+        for row, f in zip(rows, taken, strict=True):
+            if f and f.memory > H100.memory:
+                click.echo(
+                    f"{row.run.name}: more than such a GPU has; lower "
+                    "policy.max_new_tokens, policy.prompts_per_step or sft.micro_batch"
+                )
+        return
     known = [row for row in rows if row.seconds_left is not None]
     left = duration(total_seconds(known, jobs) if known else None)
     least = "at least " if 0 < len(known) < len(rows) else ""
@@ -393,7 +427,8 @@ def pairs(profile: str, arms: str, seeds: str, student: str | None) -> int:
     """Publish where finished runs end relative to each other.
 
     Pairs of arms from one anchor, and of one arm's seeds: cosine, shared subspaces and
-    masks of their final updates, beside what two unrelated updates share.
+    masks of their final updates, beside what two unrelated updates share; and the
+    cosine of what they added between checkpoints.
 
     \b
     Examples:
@@ -415,6 +450,7 @@ def pairs(profile: str, arms: str, seeds: str, student: str | None) -> int:
             "seed, or two seeds of one arm; train with opd-geometry run"
         )
     table = ends.pair_table(found, settings_of(profile).rank)
+    ends.commit_windows(profile, ends.window_table(found))
     click.echo(f"{len(found)} pairs are now in {ends.commit_pairs(profile, table)}")
     return 0
 

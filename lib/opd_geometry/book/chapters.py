@@ -39,7 +39,7 @@ from opd_geometry.experiments.profiles import (
     build,
     parse_seeds,
 )
-from opd_geometry.experiments.runs import Run, is_done
+from opd_geometry.experiments.runs import Run, Stored, is_done
 from opd_geometry.experiments.schedule import train_all
 from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.students import Student
@@ -147,7 +147,11 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     except ValueError as error:
         raise ParameterError(str(error)) from None
     student = names.get("student") or ""
-    if student and not isinstance(PROFILES[str(profile)].student, Student):
+    try:
+        settings = PROFILES[str(profile)]
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    if student and isinstance(settings.student, ModelConfig):
         raise ParameterError(f"student {student!r}: profile {profile} takes none")
     return Parameters(str(profile), numbers, str(source), jobs, str(student))
 
@@ -678,8 +682,10 @@ def profile_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _size(model: ModelConfig | Student) -> str:
+def _size(model: ModelConfig | Student | Stored) -> str:
     """How large a model is, in words."""
+    if isinstance(model, Stored):
+        return model.source.partition("@")[0]
     if isinstance(model, Student):
         return f"{model.parameters / 1e6:.0f} million pretrained parameters"
     return f"{model.layers} layers of width {model.width}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opd_geometry.experiments.runs import Run, starting_model
 from opd_geometry.training import tasks
+from opd_geometry.training.data import as_pairs, draw
 from opd_geometry.training.sft import encode_pairs
 
 TEXTS = 256
@@ -47,9 +48,12 @@ def input_covariances(run: Run, names: Container[str]) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear) and f"{name}.weight" in names:
             watch(f"{name}.weight")
     rng = np.random.default_rng([run.seed, STREAM])
-    pairs = tasks.draw_demonstrations(
-        TEXTS, run.train.benchmarks[:1], {"careful": 1.0}, rng
-    )
+    if run.train.dataset is not None:
+        pairs = as_pairs(draw(run.train.dataset, TEXTS, rng), tokenizer)
+    else:
+        pairs = tasks.draw_demonstrations(
+            TEXTS, run.train.benchmarks[:1], {"careful": 1.0}, rng
+        )
     with torch.no_grad():
         for pair in pairs:
             tokens, _ = encode_pairs([pair], tokenizer)

@@ -6,8 +6,9 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 from opd_geometry.experiments.runs import (
     ProjectionConfig,
@@ -16,6 +17,7 @@ from opd_geometry.experiments.runs import (
     stored,
     students_directory,
 )
+from opd_geometry.training.data import DataConfig, digest_of
 from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.optimizer import OptimizerConfig
 from opd_geometry.training.policy import PolicyConfig
@@ -34,7 +36,8 @@ class Profile:
     """Sizes and budgets of every stage.
 
     Attributes:
-        student, teacher: shapes, or a pretrained model that both begin with.
+        student, teacher: shapes, a pretrained model that both begin with, or whole
+            models as they are stored, of which the teacher is trained no further.
         base, base_annealing: pretraining of the student; the second half draws more
             running totals. teacher_base: pretraining of the teacher.
         sft: the SFT arm, whose final checkpoint is the anchor.
@@ -47,8 +50,8 @@ class Profile:
         resources: what a run asks of a cluster's worker, such as ``{"GPU": 1}``.
     """
 
-    student: ModelConfig | Student
-    teacher: ModelConfig | Student
+    student: ModelConfig | Student | Stored
+    teacher: ModelConfig | Student | Stored
     base: SFTConfig | None
     base_annealing: SFTConfig | None
     teacher_base: SFTConfig | None
@@ -336,12 +339,153 @@ _PRETRAINED = Profile(
     rank=2,
     arms=PRETRAINED_ARMS,
 )
-PROFILES = {
-    "smoke": _SMOKE,
-    "laptop": _LAPTOP,
-    "published": _PUBLISHED,
-    "pretrained": _PRETRAINED,
-}
+DAPO = DataConfig(
+    "BytedTsinghua-SIA/DAPO-Math-17k@main",
+    source="BytedTsinghua-SIA/DAPO-Math-17k@main",
+    answer="reward_model.ground_truth",
+)
+DEMONSTRATIONS = DataConfig(
+    "open-r1/OpenR1-Math-220k@main",
+    source="open-r1/OpenR1-Math-220k@main",
+    prompt="problem",
+    response="solution",
+)
+# The paper's settings on one GPU of 80 GB, smaller in model, length and steps.
+_GPU = Profile(
+    student=Stored("Qwen/Qwen3-1.7B@main", "main"),
+    teacher=Stored("Qwen/Qwen3-8B@main", "main"),
+    base=None,
+    base_annealing=None,
+    teacher_base=None,
+    sft=SFTConfig(
+        OptimizerConfig(1e-5, "cosine", 50, 0.1, (0.9, 0.95), fused=True),
+        steps=500,
+        batch_sequences=64,
+        micro_batch=4,
+        mixed_precision="bf16-copy",
+        dataset=DEMONSTRATIONS,
+        longest=4096,
+        gradient_checkpointing=True,
+    ),
+    teacher_sft=SFTConfig(OptimizerConfig(1e-5), steps=0, batch_sequences=1),
+    policy=PolicyConfig(
+        OptimizerConfig(1e-6, warmup_steps=4, fused=True),
+        steps=299,
+        prompts_per_step=8,
+        group_size=8,
+        max_new_tokens=3072,
+        micro_prompts=1,
+        mixed_precision="bf16-copy",
+        gap_from="scoring",
+        dataset=DAPO,
+        gradient_checkpointing=True,
+    ),
+    rank=16,
+    arms=("sft", "opd", "rlvr"),
+    resources={"GPU": 1},
+)
+# Tables 2 to 5 and the checkpoints of arXiv:2606.07082.
+_PAPER = replace(
+    _GPU,
+    student=Stored("Qwen/Qwen3-8B-Base@main", "main"),
+    teacher=Stored("Qwen/Qwen3-32B@main", "main"),
+    sft=replace(
+        _GPU.sft,
+        optimizer=OptimizerConfig(1e-5, "cosine", 538, 0.1, (0.9, 0.95), fused=True),
+        steps=5375,
+        batch_sequences=256,
+        longest=16384,
+    ),
+    policy=replace(
+        _GPU.policy,
+        optimizer=OptimizerConfig(1e-6, warmup_steps=0, fused=True),
+        steps=299,
+        max_new_tokens=8192,
+        checkpoints=(63, 127, 191, 255, 299),
+    ),
+    arms=("sft", "opd", "rlvr-paper"),
+    resources={"GPU": 8},
+)
+
+
+class Profiles(dict[str, Profile]):
+    """Presets by name; ``NAME:FIELD=VALUE,...`` is one with other values.
+
+    >>> PROFILES["gpu:policy.steps=3,policy.optimizer.learning_rate=1e-5"].policy.steps
+    3
+    """
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).partition(":")[0])
+
+    def __missing__(self, name: str) -> Profile:
+        known, _, given = name.partition(":")
+        if known == name or known not in self:
+            raise ValueError(f"unknown profile {known!r}; expected {_or(self)}")
+        settings = self[known]
+        for part in given.split(","):
+            field, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(
+                    f"profile {name}: {part!r} sets nothing; expected FIELD=VALUE such "
+                    "as policy.steps=10"
+                )
+            settings = _with(settings, field.strip(), value.strip(), name)
+        return settings
+
+
+def _with(settings: Any, field: str, value: str, name: str) -> Any:
+    """A configuration with one field, perhaps of a field, set to what a text says."""
+    first, _, rest = field.partition(".")
+    known = sorted(f.name for f in fields(settings))
+    if first not in known:
+        raise ValueError(f"profile {name}: no setting {first!r}; expected {_or(known)}")
+    now = getattr(settings, first)
+    if rest:
+        if not is_dataclass(now):
+            raise ValueError(f"profile {name}: {first} has no setting {rest!r}")
+        new = _with(now, rest, value, name)
+    else:
+        new = _read(settings, first, now, value, name)
+    return replace(settings, **{first: new})
+
+
+def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
+    if isinstance(now, Stored):
+        return stored(value)
+    if isinstance(now, Student):
+        return describe(value, students_directory())
+    if isinstance(settings, DataConfig) and field == "source":
+        return value
+    if isinstance(now, DataConfig):
+        return replace(now, digest=digest_of(value), source=value)
+    one: Any = type(now[0]) if isinstance(now, tuple) and now else int
+    readers: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "bool": {"true": True, "false": False}.__getitem__,
+        "tuple": lambda text: tuple(one(part) for part in text.split("+") if part),
+    }
+    kind = type(now).__name__
+    try:
+        return readers[kind](value)
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"profile {name}: {field} {value!r} is no {kind}; it is {now!r} there"
+        ) from None
+
+
+PROFILES = Profiles(
+    {
+        "smoke": _SMOKE,
+        "laptop": _LAPTOP,
+        "published": _PUBLISHED,
+        "pretrained": _PRETRAINED,
+        "gpu": _GPU,
+        "paper": _PAPER,
+    }
+)
 PUBLISHED = "published"  # whose committed measurements the published pages print
 
 # What a reader's own run trains: each kind of arm and one control of each kind.
@@ -470,8 +614,10 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
     settings = PROFILES[profile]
     if not student:
         return settings
+    if isinstance(settings.student, Stored):
+        return replace(settings, student=stored(student))
     if not isinstance(settings.student, Student):
-        takers = [k for k, v in PROFILES.items() if isinstance(v.student, Student)]
+        takers = [k for k, v in PROFILES.items() if not _is_shape(v.student)]
         raise ValueError(
             f"profile {profile} trains its students from scratch and takes no student "
             f"{student}; expected profile {_or(takers)} with one"
@@ -480,7 +626,11 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
     return replace(settings, student=model, teacher=model)
 
 
-def _base(settings: Profile, shape: ModelConfig | Student, seed: int) -> Run:
+def _is_shape(model: ModelConfig | Student | Stored) -> bool:
+    return isinstance(model, ModelConfig)
+
+
+def _base(settings: Profile, shape: ModelConfig | Student | Stored, seed: int) -> Run:
     if settings.base is None or settings.base_annealing is None:
         raise ValueError(
             "no base is trained here: expected the pretrained model itself"
@@ -490,7 +640,12 @@ def _base(settings: Profile, shape: ModelConfig | Student, seed: int) -> Run:
     return Run("base", seed, settings.base_annealing, early)
 
 
-def _teacher(settings: Profile, shape: ModelConfig | Student) -> Run:
+def _teacher(settings: Profile, shape: ModelConfig | Student | Stored) -> Run:
+    if isinstance(shape, Stored):
+        raise ValueError(
+            "the teacher of this profile is a whole model that is trained no further: "
+            "expected other arms"
+        )
     if settings.teacher_base is None or isinstance(shape, Student):
         return Run("teacher", 0, settings.teacher_sft, shape)
     grown = Run("teacher-base", 0, settings.teacher_base, shape)
@@ -507,7 +662,7 @@ def _shared_base(
     settings: Profile, seed: int, from_scratch: bool
 ) -> Run | Stored | Student:
     """The base that seeds share, committed unless from scratch, or the seed's own."""
-    if isinstance(settings.student, Student):
+    if isinstance(settings.student, Student | Stored):
         return settings.student
     base_seed = _base_seed(settings, seed)
     if from_scratch or settings.shelf is None or base_seed:
@@ -516,6 +671,8 @@ def _shared_base(
 
 
 def _shared_teacher(settings: Profile, from_scratch: bool) -> Run | Stored:
+    if isinstance(settings.teacher, Stored):
+        return settings.teacher
     if from_scratch or settings.shelf is None:
         return _teacher(settings, settings.teacher)
     return stored(f"checkpoints/{settings.shelf}-teacher")
@@ -572,8 +729,8 @@ def _other_task(settings: Profile, arm: str, seed: int) -> Run:
     return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
 
 
-def _scaled(shape: ModelConfig | Student, factor: float) -> ModelConfig:
-    if isinstance(shape, Student):
+def _scaled(shape: ModelConfig | Student | Stored, factor: float) -> ModelConfig:
+    if not isinstance(shape, ModelConfig):
         raise ValueError("a pretrained model has the size it has; expected other arms")
     return replace(shape, width=round(factor * shape.width))
 

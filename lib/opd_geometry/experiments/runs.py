@@ -68,6 +68,7 @@ from opd_geometry.geometry.projection import (
     random_subspace,
 )
 from opd_geometry.training import evaluation, tasks
+from opd_geometry.training.data import DataConfig
 from opd_geometry.training.models import (
     ModelConfig,
     build_model,
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
 
 RECIPE = 1  # raised when the same description would train to other weights
 CHECKPOINT_FRACS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+HELD_OUT = "held-out"  # the part of a dataset that accuracy is measured on
 BRANCH_FRAC = 0.2  # projected runs take over here (the paper's "about 20 %")
 
 
@@ -205,6 +207,8 @@ class Run:
     def checkpoint_steps(self) -> list[int]:
         """Steps after which a checkpoint is stored, the last one included."""
         steps = self.train.steps
+        if isinstance(self.train, PolicyConfig) and self.train.checkpoints:
+            return sorted({min(steps, s) for s in (*self.train.checkpoints, steps)})
         return sorted({max(1, round(frac * steps)) for frac in CHECKPOINT_FRACS})
 
     def branch_step(self) -> int:
@@ -352,8 +356,25 @@ def ensure(run: Run) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory / "lock", run.name), one_thread():
             if not is_done(run):  # another process may have finished it meanwhile
-                _train(run, directory)
+                with _clear_memory_errors(run):
+                    _train(run, directory)
     return directory
+
+
+@contextmanager
+def _clear_memory_errors(run: Run) -> Iterator[None]:
+    """Name the setting to lower where a GPU's memory is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        policy = isinstance(run.train, PolicyConfig)
+        setting = "micro_prompts" if policy else "micro_batch"
+        given = getattr(run.train, setting)
+        raise ValueError(
+            f"out of GPU memory with {setting} {given}: lower it (it changes memory "
+            "and no result), or max_new_tokens, or take a smaller teacher; what was "
+            "stored is resumed"
+        ) from error
 
 
 def is_running(run: Run) -> bool:
@@ -528,9 +549,10 @@ def loop_of(
         )
     teacher = None
     if run.teacher is not None and run.train.needs_teacher:
-        teacher, theirs = load_model(_location(run.teacher))
+        own = torch.bfloat16 if run.train.dataset else torch.float32
+        teacher, theirs = load_model(_location(run.teacher), own)
         check_same_vocabulary(tokenizer, theirs)
-        if run.train.mixed_precision == "bf16-copy":
+        if run.train.mixed_precision == "bf16-copy" and own == torch.float32:
             teacher = bfloat16_copy(teacher)
     return policy_steps(
         run.train,
@@ -597,6 +619,8 @@ def _evaluate(
     """
     if is_lean(run):
         return _evaluate_lean(run, bfloat16_copy(model), tokenizer, step)
+    if run.train.dataset is not None:
+        return _evaluate_held_out(run, run.train.dataset, model, tokenizer)
     if step < run.train.steps:
         return {"accuracy/chain": evaluation.accuracy(model, tokenizer, "chain")}
     scores = {
@@ -605,6 +629,31 @@ def _evaluate(
     }
     greedy = evaluation.accuracy(model, tokenizer, "chain", temperature=0)
     return {**scores, "greedy/chain": greedy}
+
+
+HELD_OUT_PROBLEMS = 64
+
+
+def _evaluate_held_out(
+    run: Run,
+    dataset: DataConfig,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, float]:
+    """Sampled accuracy on a dataset's held-out problems, at the training's length."""
+    longest = run.train.max_new_tokens if isinstance(run.train, PolicyConfig) else 1024
+    low = model
+    if run.train.mixed_precision == "bf16-copy":
+        low = bfloat16_copy(model)
+    score = evaluation.accuracy(
+        low,
+        tokenizer,
+        dataset,
+        problems=HELD_OUT_PROBLEMS,
+        samples=1,
+        max_new_tokens=longest,
+    )
+    return {f"accuracy/{HELD_OUT}": score}
 
 
 LEAN_PROBLEMS = 128, 256, 512  # on the way, at the end, at the end of the trained task
@@ -649,6 +698,8 @@ def trained_task(run: Run) -> str:
     >>> trained_task(build("smoke", "opd", 0))
     'chain'
     """
+    if run.train.dataset is not None:
+        return HELD_OUT
     return run.train.benchmarks[0] if is_lean(run) else "chain"
 
 

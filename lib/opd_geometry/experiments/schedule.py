@@ -24,11 +24,11 @@ from typing import Any
 from uuid import uuid4
 
 import pandas as pd
-import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from opd_geometry.experiments.forecast import check_memory
 from opd_geometry.experiments.measure import (
     committed_provenance,
     is_measured,
@@ -50,13 +50,11 @@ from opd_geometry.experiments.runs import (
     is_done,
     is_running,
     one_thread,
-    origin,
     progress,
     recorded,
     run_directory,
 )
 from opd_geometry.printing import duration
-from opd_geometry.training.students import Student
 
 # Read when a worker imports torch and transformers, hence set before it starts.
 WORKER_ENVIRONMENT = {
@@ -264,36 +262,6 @@ def total_seconds(rows: Iterable[Row], jobs: int) -> float | None:
         return None
     work = sum(seconds for seconds in left if seconds is not None)
     return max([work / jobs, *priorities(rows).values()])
-
-
-# Bytes a parameter of a pretrained student: float32 weights, gradient and two moments,
-# two bf16 copies of the size of a model, student and teacher; and the rest.
-BYTES_A_PARAMETER, BYTES_BESIDE = 20, 1.2e9
-
-
-def memory_bytes(run: Run) -> float | None:
-    """Memory that a run's process needs; None where it is small, or unknown."""
-    student = origin(run)
-    if not isinstance(student, Student) or not student.parameters:
-        return None
-    return BYTES_A_PARAMETER * student.parameters + BYTES_BESIDE
-
-
-def check_memory(left: Iterable[Run], jobs: int) -> None:
-    """Refuse to start what the machine's free memory cannot hold.
-
-    Raises:
-        ValueError: one line with both numbers.
-    """
-    needed = [memory_bytes(run) or 0.0 for run in left]
-    wanted = sum(sorted(needed)[-jobs:])
-    free = psutil.virtual_memory().available
-    if wanted > free:
-        raise ValueError(
-            f"{jobs} runs at a time need about {wanted / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free: expected as much; use fewer --jobs, or a "
-            "smaller student"
-        )
 
 
 # --- doing it --------------------------------------------------------------------

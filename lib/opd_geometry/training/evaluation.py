@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from opd_geometry.training import tasks
+from opd_geometry.training.data import (
+    DataConfig,
+    TextProblem,
+    as_prompt,
+    held_out,
+    verify,
+)
 from opd_geometry.training.rollout import decode_completions, encode_prompts, sample
 
 if TYPE_CHECKING:
@@ -16,7 +24,7 @@ if TYPE_CHECKING:
 def accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    benchmark: str,
+    benchmark: str | DataConfig,
     *,
     problems: int = 256,
     samples: int = 2,
@@ -28,7 +36,7 @@ def accuracy(
 
     Args:
         model, tokenizer: what is evaluated.
-        benchmark: a key of ``tasks.BENCHMARKS``.
+        benchmark: a key of ``tasks.BENCHMARKS``, or a dataset.
         problems: how many held-out problems; the same ones for every model.
         samples: completions per problem (n of avg@n); 1 when greedy.
         temperature: 0 decodes greedily.
@@ -38,8 +46,13 @@ def accuracy(
     Returns:
         Accuracy in [0, 1]; its standard error is at most 0.5 / sqrt(problems).
     """
-    questions = tasks.held_out(benchmark, problems)
-    ids, mask = encode_prompts([q.prompt for q in questions], tokenizer)
+    questions: Sequence[tasks.Problem | TextProblem]
+    if isinstance(benchmark, DataConfig):
+        questions = held_out(benchmark, problems)
+    else:
+        questions = tasks.held_out(benchmark, problems)
+    prompts = [as_prompt(question, tokenizer) for question in questions]
+    ids, mask = encode_prompts(prompts, tokenizer)
     device = next(model.parameters()).device
     rollout = sample(
         model,
@@ -54,7 +67,7 @@ def accuracy(
     texts = decode_completions(rollout, tokenizer)
     ended = rollout.ended(tokenizer.eos_token_id).tolist()
     right = [
-        end and tasks.verify(questions[i // rollout.group_size], text)
+        end and verify(questions[i // rollout.group_size], text)
         for i, (text, end) in enumerate(zip(texts, ended, strict=True))
     ]
     return sum(right) / len(right)

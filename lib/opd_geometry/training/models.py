@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,14 +244,36 @@ def check_same_vocabulary(
         ValueError: the first token on which the two vocabularies differ.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = sorted(t for t in ours.keys() | theirs if ours.get(t) != theirs.get(t))
+    every = ours.keys() | theirs.keys()
+    differing = [token for token in every if ours.get(token) != theirs.get(token)]
     if differing:
-        token = differing[0]
+        token = min(
+            differing, key=lambda t: (min(ours.get(t, 1e9), theirs.get(t, 1e9)), t)
+        )
         raise ValueError(
-            f"student and teacher tokenizers differ: token {token!r} is "
+            f"student and teacher tokenizers differ ({len(ours)} and {len(theirs)} "
+            f"tokens): token {token!r} is "
             f"{ours.get(token)} for one and {theirs.get(token)} for the other; a "
             "teacher scores its student's tokens, so both need one vocabulary"
         )
+
+
+@contextmanager
+def recomputing(model: Any, on: bool) -> Iterator[None]:
+    """Within, a gradient needs a layer's inputs only: the layer is computed again.
+
+    Sampling, which needs the cache that this does without, goes on outside of it.
+    """
+    if on and not model.is_activation_checkpointing:
+        model.activation_checkpointing_enable()
+    layers = [m for m in model.modules() if on and hasattr(m, "gradient_checkpointing")]
+    for layer in layers:  # the flag alone: no dropout of what is inside comes on
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def save_model(

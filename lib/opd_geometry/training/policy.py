@@ -14,7 +14,7 @@ and take one clipped policy-gradient step. alpha = 1 is OPD, alpha = 0 is RLVR.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.training import losses, tasks
+from opd_geometry.training import data, losses, tasks
+from opd_geometry.training.models import recomputing
 from opd_geometry.training.optimizer import (
     PRECISIONS,
     Compute,
@@ -85,6 +86,9 @@ class PolicyConfig:
         gap_from: whose log-probabilities of its own tokens are the student's: those of
             the ``rollout``, or those of the ``scoring`` pass, which reads the tokens as
             the teacher's does. In bf16 the two differ.
+        dataset: where prompts and answers come from instead of ``benchmarks``.
+        checkpoints: steps after which the weights are stored; empty for a run's usual.
+        gradient_checkpointing: layers are computed again for the gradient.
     """
 
     optimizer: OptimizerConfig
@@ -108,6 +112,9 @@ class PolicyConfig:
     micro_prompts: int = 24
     mixed_precision: str = "no"
     gap_from: str = "rollout"
+    dataset: data.DataConfig | None = None
+    checkpoints: tuple[int, ...] = ()
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -228,7 +235,7 @@ def policy_steps(
         # 1. rollouts and rewards
         problems = draw_prompts(config, seed, step)
         prompt_ids, prompt_mask = encode_prompts(
-            [problem.prompt for problem in problems], tokenizer
+            [data.as_prompt(problem, tokenizer) for problem in problems], tokenizer
         )
         rollout = sample(
             author,
@@ -252,40 +259,43 @@ def policy_steps(
         kept = prompts_to_learn(config, signal)
         learned = rollout.mask[rollout.rows_of(kept)].sum()
         totals = {"loss": 0.0, "gap": 0.0}
-        for part in kept.split(config.micro_prompts) if len(kept) else ():
-            piece, rows = rollout.take(part), rollout.rows_of(part)
-            width = piece.mask.shape[1]
-            if config.estimator == "full":
-                loss, gap = full_vocabulary_loss(config, student, teacher, piece)
-            else:
-                log_probs = completion_log_probs(student, piece, config.temperature)
-                # teacher-written tokens have no sampling probability of the student
-                own = config.rollouts == "student" and config.gap_from == "rollout"
-                ours = piece.log_probs if own else log_probs.detach()
-                old = ours if config.ratio_to == "student" else piece.log_probs
-                gap = token_gap(config, ours, teacher, piece)
-                weights = random_weights[rows, :width]
-                if config.token_selection == "top-gap":
-                    weights = losses.top_gap_weights(gap, piece.mask, config.keep_frac)
-                advantages = torch.ones_like(gap)
-                if config.credit == "gap":
-                    advantages = losses.mix_advantages(
-                        -(gap - noise[rows]), reward_advantages[rows], config.alpha
+        with recomputing(student, config.gradient_checkpointing):
+            for part in kept.split(config.micro_prompts) if len(kept) else ():
+                piece, rows = rollout.take(part), rollout.rows_of(part)
+                width = piece.mask.shape[1]
+                if config.estimator == "full":
+                    loss, gap = full_vocabulary_loss(config, student, teacher, piece)
+                else:
+                    log_probs = completion_log_probs(student, piece, config.temperature)
+                    # teacher-written tokens have no sampling probability of the student
+                    own = config.rollouts == "student" and config.gap_from == "rollout"
+                    ours = piece.log_probs if own else log_probs.detach()
+                    old = ours if config.ratio_to == "student" else piece.log_probs
+                    gap = token_gap(config, ours, teacher, piece)
+                    weights = random_weights[rows, :width]
+                    if config.token_selection == "top-gap":
+                        weights = losses.top_gap_weights(
+                            gap, piece.mask, config.keep_frac
+                        )
+                    advantages = torch.ones_like(gap)
+                    if config.credit == "gap":
+                        advantages = losses.mix_advantages(
+                            -(gap - noise[rows]), reward_advantages[rows], config.alpha
+                        )
+                    loss = losses.policy_loss(
+                        log_probs,
+                        old,
+                        advantages,
+                        weights,
+                        piece.mask,
+                        config.clip_low,
+                        config.clip_high,
+                        n_sequences=len(rows),
                     )
-                loss = losses.policy_loss(
-                    log_probs,
-                    old,
-                    advantages,
-                    weights,
-                    piece.mask,
-                    config.clip_low,
-                    config.clip_high,
-                    n_sequences=len(rows),
-                )
-            share = len(part) / len(kept)
-            accelerator.backward(loss * share)
-            totals["loss"] += float(loss.detach()) * share
-            totals["gap"] += float(gap.sum() / learned)
+                share = len(part) / len(kept)
+                accelerator.backward(loss * share)
+                totals["loss"] += float(loss.detach()) * share
+                totals["gap"] += float(gap.sum() / learned)
 
         # 3. one optimizer step, unless no group had anything to teach
         norm = float(
@@ -314,9 +324,13 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
-def draw_prompts(config: PolicyConfig, seed: int, step: int) -> list[tasks.Problem]:
+def draw_prompts(
+    config: PolicyConfig, seed: int, step: int
+) -> Sequence[tasks.Problem | data.TextProblem]:
     """The problems of one step, the benchmarks in equal shares."""
     rng = np.random.default_rng([seed, _STREAM, step, 0])
+    if config.dataset is not None:
+        return data.draw(config.dataset, config.prompts_per_step, rng)
     names = config.benchmarks
     return [
         tasks.draw_problem(names[i % len(names)], rng)
@@ -325,12 +339,14 @@ def draw_prompts(config: PolicyConfig, seed: int, step: int) -> list[tasks.Probl
 
 
 def verify_completions(
-    problems: list[tasks.Problem], rollout: Rollout, tokenizer: PreTrainedTokenizerBase
+    problems: Sequence[tasks.Problem | data.TextProblem],
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Tensor:
     """Binary reward of every completion, (B,) float32; an unfinished one earns 0."""
     texts = decode_completions(rollout, tokenizer)
     right = [
-        float(tasks.verify(problems[i // rollout.group_size], text))
+        float(data.verify(problems[i // rollout.group_size], text))
         for i, text in enumerate(texts)
     ]
     ended = rollout.ended(tokenizer.eos_token_id)

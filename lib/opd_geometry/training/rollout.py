@@ -8,7 +8,7 @@ known, prompt and group are laid out as one row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,9 @@ _MANY_TOKENS = 32768
 # Logits that may exist at once: with more, they are made and scored a chunk of tokens
 # at a time, and once more for the gradient. No vocabulary of a thousand comes near.
 MOST_LOGITS = 2**24
+# Tokens of a row in which a prompt and its group are scored together: in a longer one
+# attention, which computes every pair, costs more than reading the prompt once each.
+LONGEST_ROW = 4096
 
 
 @dataclass(frozen=True)
@@ -266,11 +269,25 @@ def _completion_outputs(
 ) -> Tensor:
     width = rollout.mask.shape[1]
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
+    rollout = _apart_if_long(rollout)
     parts = _passes(rollout)
     read = [_one_pass(model, rollout.take(part), outputs) for part in parts]
     padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in read]
     rows = torch.cat([rollout.rows_of(part) for part in parts])
     return torch.cat(padded)[rows.argsort()]
+
+
+def _apart_if_long(rollout: Rollout) -> Rollout:
+    """The same completions, each a group of its own, if a group's row is too long."""
+    group = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1)
+    if rollout.prompt_ids.shape[1] + int(group.max()) <= LONGEST_ROW:
+        return rollout
+    return replace(
+        rollout,
+        prompt_ids=rollout.prompt_ids.repeat_interleave(rollout.group_size, 0),
+        prompt_mask=rollout.prompt_mask.repeat_interleave(rollout.group_size, 0),
+        group_size=1,
+    )
 
 
 def _passes(rollout: Rollout) -> tuple[Tensor, ...]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from opd_geometry.training import tasks
+from opd_geometry.training.data import DataConfig, as_pairs, draw
 from opd_geometry.training.losses import sft_loss
-from opd_geometry.training.models import frame
+from opd_geometry.training.models import frame, recomputing
 from opd_geometry.training.optimizer import (
     PRECISIONS,
     Compute,
@@ -60,6 +61,9 @@ class SFTConfig:
             ``optimizer.Compute``); master weights stay float32.
         row_tokens: several demonstrations share a row of at most so many tokens, each
             seeing itself alone; 0 gives each a padded row of its own.
+        dataset: where demonstrations come from instead of ``benchmarks``.
+        longest: tokens of a demonstration, which is cut behind them; 0 for any number.
+        gradient_checkpointing: layers are computed again for the gradient.
     """
 
     optimizer: OptimizerConfig
@@ -72,6 +76,9 @@ class SFTConfig:
     learn_prompt: bool = False
     mixed_precision: str = "no"
     row_tokens: int = 0
+    dataset: DataConfig | None = None
+    longest: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in PRECISIONS:
@@ -122,19 +129,21 @@ def sft_steps(
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
         # neighbours in length share a forward pass, so that little of it is padding
-        pairs = sorted(draw_batch(config, seed, step), key=lambda p: len(p[0] + p[1]))
+        batch = draw_batch(config, seed, step, tokenizer)
+        pairs = sorted(batch, key=lambda pair: len(pair[0] + pair[1]))
         parts = [
-            encode_pairs(part, tokenizer, config.learn_prompt)
+            encode_pairs(part, tokenizer, config.learn_prompt, config.longest)
             for part in batched(pairs, config.micro_batch)
         ]
         total = float(sum(learned[:, 1:].sum() for _, learned in parts))
         loss_sum = 0.0
-        for tokens, learned in parts:
-            ids = tokens.to(accelerator.device)
-            mask = learned[:, 1:].to(accelerator.device)
-            loss = batch_loss(student, ids, mask, total, config.row_tokens)
-            accelerator.backward(loss)
-            loss_sum += loss.item()
+        with recomputing(student, config.gradient_checkpointing):
+            for tokens, learned in parts:
+                ids = tokens.to(accelerator.device)
+                mask = learned[:, 1:].to(accelerator.device)
+                loss = batch_loss(student, ids, mask, total, config.row_tokens)
+                accelerator.backward(loss)
+                loss_sum += loss.item()
         norm = float(
             accelerator.clip_grad_norm_(
                 model.parameters(), config.optimizer.max_grad_norm
@@ -178,9 +187,18 @@ def last_places(mask: Tensor) -> Tensor:
     return columns.expand_as(mask).masked_fill(~mask, 0).amax(1)
 
 
-def draw_batch(config: SFTConfig, seed: int, step: int) -> list[tuple[str, str]]:
-    """The (prompt, response) pairs of one step."""
+def draw_batch(
+    config: SFTConfig,
+    seed: int,
+    step: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[tuple[str, str]]:
+    """The (prompt, response) pairs of one step; of a dataset as the tokenizer asks."""
     rng = np.random.default_rng([seed, _STREAM, step])
+    if config.dataset is not None:
+        assert tokenizer is not None
+        found = draw(config.dataset, config.batch_sequences, rng)
+        return as_pairs(found, tokenizer)
     if config.data != "demonstrations":
         annealing = config.data == "annealing"
         return tasks.draw_pretraining(config.batch_sequences, rng, annealing)
@@ -198,11 +216,13 @@ def encode_pairs(
     pairs: list[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     learn_prompt: bool = False,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Tokenize (prompt, response) pairs, right-padded, each ended by the EOS token.
 
     Prompt and response are tokenized apart, so that the boundary is where sampling
-    will put it, whatever the tokenizer merges.
+    will put it, whatever the tokenizer merges. What is longer than ``longest`` tokens
+    (0: anything may be) is cut, and then has no EOS token.
 
     Returns:
         tokens (B, T) int64 and learned (B, T) bool: true on response and EOS, and on
@@ -213,6 +233,7 @@ def encode_pairs(
     answers = tokenizer([r for _, r in pairs], add_special_tokens=False)["input_ids"]
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [[*p, *a, eos] for p, a in zip(prompts, answers, strict=True)]
+    rows = [row[: longest or None] for row in rows]
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
     position = torch.arange(longest)
