@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny_run import SIZES
 
 from opd_geometry.geometry import pairs
 
@@ -26,16 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "data" / "formats.csv"
 PAGE = ROOT / "book" / "formats.md"
 FIELDS = ("written by", "layout", "library", "read", "line")
-TINY = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "tie_word_embeddings": False,
-}
+TINY = SIZES | {"vocab_size": 40, "tie_word_embeddings": False}
 
 
 def _model() -> torch.nn.Module:

@@ -20,7 +20,7 @@ from trl import (
     SFTTrainer,
 )
 
-from opd_geometry.geometry import bits, projection, spectra, unplaced, updates
+from opd_geometry.geometry import bits, locking, projection, spectra, unplaced, updates
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.training import callback
 from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
@@ -125,6 +125,27 @@ def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, 
     return means | shares
 
 
+def rate_of(trainer: Any, step: int) -> float:
+    """What the trainer says that it took a step with."""
+    (row,) = (
+        row
+        for row in trainer.state.log_history
+        if row["step"] == step and "learning_rate" in row
+    )
+    return row["learning_rate"]
+
+
+def displaced(before: Path, after: Path, rates: list[float]) -> float:
+    found = [
+        locking.displacement(
+            read_matrix(after, m.name).double() - read_matrix(before, m.name), rates
+        )
+        for m in list_matrices(after)
+        if m.role in ("q", "k", "v", "o")
+    ]
+    return sum(found) / len(found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_logs_what_the_saved_checkpoints_say(kind: str, tmp_path: Path) -> None:
     trainer = trainer_of(kind, tmp_path)
@@ -140,6 +161,14 @@ def test_logs_what_the_saved_checkpoints_say(kind: str, tmp_path: Path) -> None:
             if step > 2 or name != "similarity_to_locked":
                 rel = 1e-3 if name == "expected_sparsity" else 1e-5  # counted by cells
                 assert row[f"geometry/{name}"] == pytest.approx(value, rel=rel), name
+        rates = [rate_of(trainer, n) for n in range(1, step + 1)]
+        assert row["geometry/displacement"] == pytest.approx(
+            displaced(tmp_path / "start", place, rates), rel=1e-5
+        )
+        norms = [x["grad_norm"] for x in trainer.state.log_history if "grad_norm" in x]
+        seen = norms[: step - 1]  # this step's is logged afterwards
+        clipped = sum(x > trainer.args.max_grad_norm for x in seen) / len(seen)
+        assert row["geometry/clipped_share"] == pytest.approx(clipped)
     assert "geometry/similarity_to_previous" not in rows[2]
     assert rows[4]["geometry/similarity_to_previous"] == pytest.approx(
         rows[4]["geometry/similarity_to_locked"]

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -49,6 +50,30 @@ def test_pairs_are_what_the_two_updates_share(
     assert found["null_similarity_right"] == RANK / a.shape[1]
     assert set(table["matrix"]) > {NAME}
     assert list(table) == ends.COLUMNS
+
+
+def test_windows_are_what_two_runs_added_between_checkpoints(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(trained))
+    found = ends.window_table([(OPD, OPD), (OPD, PROJECTED)])
+    assert list(found) == ends.WINDOW_COLUMNS
+    late = [s for s in OPD.checkpoint_steps() if s > OPD.branch_step()]
+    steps = [0, *late]  # the confined run begins at the branch
+    rows = found[(found["matrix"] == NAME) & (found["other"] == PROJECTED.key())]
+    assert list(zip(rows["start"], rows["stop"], strict=True)) == list(pairwise(steps))
+    for row in rows.itertuples():
+        a, b = (
+            read_matrix(runs.checkpoint(run, row.stop), NAME).double()
+            - read_matrix(runs.checkpoint(run, row.start), NAME).double()
+            for run in (OPD, PROJECTED)
+        )
+        expected = float((a * b).sum() / (a.norm() * b.norm()))
+        assert row.value == pytest.approx(expected)
+    itself = found[found["other"] == OPD.key()]
+    assert itself["value"].to_numpy() == pytest.approx(1.0)
+    windows = len(OPD.checkpoint_steps())
+    assert len(itself) == windows * itself["matrix"].nunique()
 
 
 def test_a_run_shares_everything_with_itself(table: pd.DataFrame) -> None:

@@ -516,6 +516,20 @@ def test_a_walk_lies_on_its_null_and_what_locks_above(shape: tuple[int, int]) ->
     assert of_locked["similarity_to_end"] > of_locked["walk_similarity_to_end"] + 0.15
 
 
+def test_steps_that_nothing_has_taken_have_no_distance() -> None:
+    """A checkpoint of step 0, and one of a first step of warm-up, whose rate is 0."""
+    w = 0.02 * noise(20, 12, seed=1)
+    moved = {step: w + 1e-4 * step * noise(20, 12, seed=2 + step) for step in range(4)}
+    optimizer = locking.Optimizer((0.0, 1e-4, 1e-4))
+    how = {"k": 2, "optimizer": optimizer, "readout": False}
+    rows = pairs.follow_tensors(w, moved.__getitem__, [0, 1, 2, 3], **how)
+    assert ["displacement" in row for row in rows] == [False, False, True, True]
+    near = [row["walk_similarity_to_end"] for row in rows]
+    assert [math.isnan(x) for x in near] == [True, True, False, False]
+    assert optimizer.farthest(1) == math.inf
+    assert optimizer.farthest(3) == pytest.approx(2**0.5)
+
+
 def test_a_walk_asks_for_a_rate_a_step(tmp_path: Path) -> None:
     origin = save(tmp_path / "base", model())
     paths = [save(tmp_path / f"step_{n}", model(n)) for n in (1, 2, 3)]

@@ -224,6 +224,26 @@ def test_the_trajectory_is_told(page: Page, folder: Path) -> None:
     assert "2 checkpoints of 8 matrices" in page.said
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_every_null_of_the_course_is_listed(folder: Path) -> None:
+    steps = pd.read_parquet(folder / "steps.parquet")
+    walked = steps.assign(
+        walk_similarity_to_end=0.25,
+        walk_stable_rank=3.0,
+        similarity_to_seed=0.5,
+        displacement=2.5,
+    )
+    page = Page(report.build_report(None, walked, "t"))
+    listed = page.tables["The course beside its nulls"]
+    rows = {row[0]: row[1:] for row in listed[1:]}
+    assert rows["a walk of its optimizer on noise"] == ["0.25", "3", "3"]
+    assert rows["the end of seed"] == ["0.5", "-", "-"]
+    own = steps[steps["step"] == 10]["similarity_to_end"].mean()
+    assert rows["your run"][0] == f"{own:.3g}"
+    assert "its increments, each turned" not in rows  # of two checkpoints there is none
+    assert "2.5 times as far as its optimizer goes on noise" in page.said
+
+
 # --- tables that lack something --------------------------------------------------
 
 

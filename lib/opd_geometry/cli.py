@@ -427,7 +427,8 @@ def pairs(profile: str, arms: str, seeds: str, student: str | None) -> int:
     """Publish where finished runs end relative to each other.
 
     Pairs of arms from one anchor, and of one arm's seeds: cosine, shared subspaces and
-    masks of their final updates, beside what two unrelated updates share.
+    masks of their final updates, beside what two unrelated updates share; and the
+    cosine of what they added between checkpoints.
 
     \b
     Examples:
@@ -449,6 +450,7 @@ def pairs(profile: str, arms: str, seeds: str, student: str | None) -> int:
             "seed, or two seeds of one arm; train with opd-geometry run"
         )
     table = ends.pair_table(found, settings_of(profile).rank)
+    ends.commit_windows(profile, ends.window_table(found))
     click.echo(f"{len(found)} pairs are now in {ends.commit_pairs(profile, table)}")
     return 0
 

@@ -9,6 +9,7 @@ few; and nothing here imports torch, which takes longer to load than a page to d
 
 import base64
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -59,6 +60,22 @@ TRAJECTORY_BASE = (
     "similarity_to_end",
 )
 COURSE = "Over training (Figures 4 and 5)"
+# What a run's course is held against: similarity to the end, and stable rank.
+COURSE_NULLS = {
+    "your run": ("similarity_to_end", "stable_rank"),
+    "its increments, each turned": (
+        "increments_similarity_to_end",
+        "increments_stable_rank",
+    ),
+    "a walk of its optimizer on noise": ("walk_similarity_to_end", "walk_stable_rank"),
+    "random subspaces": ("similarity_null", ""),
+    "the top subspace of the start": ("similarity_of_weights", ""),
+    "your run, read in bf16": ("similarity_to_end_bf16", "stable_rank_bf16"),
+    "its end at every norm, read in bf16": (
+        "rounding_similarity_to_end_bf16",
+        "rounding_stable_rank_bf16",
+    ),
+}
 COURSE_METRICS = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
 IDENTITY = ("step", "matrix", "role", "layer", "rows", "cols")  # never empty
 # Whole numbers, and where they lie in anything that was measured.
@@ -1179,15 +1196,54 @@ def _course(
                 "matrices; dotted, the nulls. Axes are shared by row.",
             ),
         ),
-        tables=_printed("Figure 4a") + _printed("Figure 4c") if pair is None else (),
+        tables=(
+            *_course_nulls(trajectory[trajectory["role"].isin(attention)]),
+            *(_printed("Figure 4a") + _printed("Figure 4c") if pair is None else ()),
+        ),
         reading=(
             "Similarity compares the top directions of the update so far with those of "
             "the whole update. It ends at 1 by definition and rises in any training "
             "that accumulates, so an early value means something only against the "
-            "null of random subspaces and against another run with as many steps.",
+            "strongest of its nulls and against another run with as many steps: a walk "
+            "of the same optimizer on noise locks in as well, by its falling rates.",
             "A norm that grows faster than the dotted line of independent steps keeps "
             "a direction.",
         ),
+    )
+
+
+def _course_nulls(trajectory: pd.DataFrame) -> tuple[Table, ...]:
+    """Similarity to the end and stable rank beside every null that was measured."""
+    others = [n for n in trajectory if n.startswith("similarity_to_")]
+    named = COURSE_NULLS | {
+        f"the end of {name.removeprefix('similarity_to_')}": (name, "")
+        for name in others
+        if name not in ("similarity_to_end", "similarity_to_end_bf16")
+    }
+    wanted = [n for pair in named.values() for n in pair if n in trajectory]
+    means = trajectory.groupby("step")[list(dict.fromkeys(wanted))].mean()
+
+    def at(name: str, place: int) -> str:
+        value = means[name].iloc[place] if name in means else math.nan
+        return "-" if math.isnan(value) else _short(float(value))
+
+    cells = [
+        (label, at(near, 0), at(rank, 0), at(rank, -1))
+        for label, (near, rank) in named.items()
+    ]
+    rows = tuple(row for row in cells if {*row[1:]} != {"-"})
+    if len(rows) < 2:
+        return ()
+    went = ""
+    if "displacement" in trajectory and trajectory["displacement"].notna().any():
+        last = trajectory[trajectory["step"] == trajectory["step"].max()]
+        went = (
+            f"At the end it went {_short(float(last['displacement'].mean()))} times as "
+            "far as its optimizer goes on noise."
+        )
+    columns = ("", "similarity at first", "stable rank at first", "at the end")
+    return (
+        Table("The course beside its nulls", columns, rows, (rows[0][0],), note=went),
     )
 
 

@@ -17,17 +17,20 @@ One row a pair of runs, matrix and metric:
 
 Runs from one anchor share W_0; from two anchors the masks are of two matrices, and what
 rounding shares is taken on the first one's.
+
+``window_table`` asks the first of these along the way, of what two runs added between
+two checkpoints.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
 
-from opd_geometry.experiments.runs import Run, one_thread, sound_checkpoint
+from opd_geometry.experiments.runs import Run, checkpoint, one_thread, sound_checkpoint
 from opd_geometry.experiments.shelf import commit_table, committed_table
 from opd_geometry.geometry import bits, gram, spectra, unplaced, updates
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
@@ -35,6 +38,7 @@ from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 WIDE_K = 16
 COLUMNS = ["run", "arm", "seed", "other", "other_arm", "other_seed"]
 COLUMNS += ["matrix", "role", "layer", "metric", "value"]
+WINDOW_COLUMNS = [*COLUMNS, "start", "stop"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,53 @@ def _masks(a: _End, b: _End) -> Iterator[tuple[str, float]]:
     yield "rounding_jaccard", unplaced.expected_jaccard(found, *scales)
 
 
+def window_table(pairs: Iterable[tuple[Run, Run]]) -> pd.DataFrame:
+    """Cosine of what two runs added between two checkpoints that both of them have.
+
+    <W_t' - W_t, W'_t' - W'_t> / (||W_t' - W_t|| ||W'_t' - W'_t||)
+
+    Args:
+        pairs: of finished runs of models of one shape; a pair without a shared
+            checkpoint but the start has no rows.
+
+    Returns:
+        ``WINDOW_COLUMNS``: the window goes from step start, not included, to stop; the
+        matrices are those that both runs keep along the way.
+    """
+    pairs = list(pairs)
+    rows: list[tuple[object, ...]] = []
+    with one_thread():
+        for a, b in pairs:
+            steps = _shared_steps(a, b)
+            if len(steps) < 2:
+                continue
+            whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
+            early = [sound_checkpoint(run, steps[1]) for run in (a, b)]
+            ours, theirs = ({m.name: m for m in list_matrices(at)} for at in early)
+            for matrix in [m for name, m in ours.items() if name in theirs]:
+                paths = [_path(run, matrix.name, steps) for run in (a, b)]
+                place = (matrix.name, matrix.role, matrix.layer, "cosine")
+                for window, one, other in zip(pairwise(steps), *paths, strict=True):
+                    length = float(one.norm() * other.norm())
+                    if length:
+                        cosine = float((one * other).sum()) / length
+                        rows.append((*whose, *place, cosine, *window))
+    return pd.DataFrame(rows, columns=WINDOW_COLUMNS)
+
+
+def _shared_steps(a: Run, b: Run) -> list[int]:
+    """The start, and where both have a checkpoint: a confined run has none before."""
+    steps = {*a.checkpoint_steps()} & {*b.checkpoint_steps()}
+    there = [s for s in sorted(steps) if all(checkpoint(r, s).is_dir() for r in (a, b))]
+    return [0, *there]
+
+
+def _path(run: Run, name: str, steps: list[int]) -> list[Tensor]:
+    """A matrix's increments between checkpoints."""
+    path = (read_matrix(sound_checkpoint(run, step), name).double() for step in steps)
+    return [after - before for before, after in pairwise(path)]
+
+
 def same_anchor(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
     """Pairs of runs of one seed: other arms from the same start."""
     return [
@@ -149,6 +200,16 @@ def commit_pairs(profile: str, table: pd.DataFrame) -> Path:
 def committed_pairs(profile: str) -> pd.DataFrame:
     """The committed pairs of a profile; empty when there are none."""
     return committed_table("pairs", profile, COLUMNS)
+
+
+def commit_windows(profile: str, table: pd.DataFrame) -> Path:
+    """Add windows of pairs of runs to a profile's; see ``shelf``."""
+    return commit_table("windows", profile, table, ["run", "other"])
+
+
+def committed_windows(profile: str) -> pd.DataFrame:
+    """The committed windows of a profile; empty when there are none."""
+    return committed_table("windows", profile, WINDOW_COLUMNS)
 
 
 # Whose end stands for that of another arm, in ``similarity_of_arm``.

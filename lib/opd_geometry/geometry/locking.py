@@ -57,8 +57,16 @@ class Optimizer:
             )
 
     def farthest(self, step: int) -> float:
-        """The displacement of a run whose every step went the same way."""
-        return sum(self.rates[:step]) / unit_of(self.rates[:step])
+        """The displacement of a run whose every step went the same way.
+
+        Args:
+            step: the last one.
+
+        Returns:
+            Up to sqrt(step); infinite where no rate is above 0 yet.
+        """
+        rates = self.rates[:step]
+        return sum(rates) / unit_of(rates) if any(rates) else math.inf
 
 
 def walk(

@@ -400,8 +400,7 @@ def follow_tensors(
         for name, (spread, basis) in found.items():
             values |= {name.format(n): v for n, v in spread.items()}
             paths.setdefault(name.format("similarity_to_end"), []).append(basis)
-        if optimizer is not None:
-            rates = optimizer.rates[:step]
+        if optimizer is not None and any(rates := optimizer.rates[:step]):
             values["displacement"] = locking.displacement(delta, rates)
         for name, other in others.items():
             values[f"similarity_to_{name}"] = _shared(subspace, other)
@@ -409,11 +408,14 @@ def follow_tensors(
     del stored, null, before, delta
     if walks and optimizer is not None:
         noise = comparison.generator_of(seed, "walk")
-        walked = locking.walking(w_before.shape, optimizer, lengths, noise)
-        for row, (_, total) in zip(rows, walked, strict=True):
+        taken = {step: length for step, length in lengths.items() if step > 0}
+        walked = locking.walking(w_before.shape, optimizer, taken, noise)
+        started = len(steps) - len(taken)  # a checkpoint of step 0 is no walk yet
+        paths["walk_similarity_to_end"] = [None] * started
+        for row, (_, total) in zip(rows[started:], walked, strict=True):
             spread, basis = _leading(total, k, settings, iterated)
             row["walk_stable_rank"] = spread["stable_rank"]
-            paths.setdefault("walk_similarity_to_end", []).append(basis)
+            paths["walk_similarity_to_end"].append(basis)
     of_weights = _shared(top(w_before), paths["similarity_to_end"][-1])
     for i, row in enumerate(rows):
         row |= {name: _shared(path[i], path[-1]) for name, path in paths.items()}
@@ -721,13 +723,13 @@ class TrajectoryTask:
         if len(self.steps) < locking.LEAST:
             notes.append(
                 f"{len(self.steps)} checkpoints, expected {locking.LEAST} or more for "
-                "the null of turned increments: it is empty"
+                "the null of turned increments and that of a walk: they are empty"
             )
         if self.optimizer is not None:
             farthest = map(self.optimizer.farthest, self.steps)
             went = [row.get("displacement", math.nan) for row in found]
             n = sum(a > b for a, b in zip(went, farthest, strict=True))
-            notes.append(too_far(n, len(went)).removeprefix(" Warning: "))
+            notes.append(too_far(n, len(went)).removeprefix(" Warning: ").rstrip("."))
         blank = dict.fromkeys(TRAJECTORY_COLUMNS, math.nan)
         words = {"note": "; ".join(filter(None, notes))}
         return [blank | identity | row | words for row in found]

@@ -14,6 +14,7 @@ model as for the first start (the trainer loads the checkpoint later), or give
 ``w_before``.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -74,6 +75,10 @@ class GeometryCallback(TrainerCallback):
     - ``geometry/similarity_to_previous``, ``geometry/similarity_to_locked``: Sim_K of
       dW's top-K right subspace with that of the time before, or of the lock;
     - ``geometry/similarity_null``: K / n, what two random subspaces have;
+    - ``geometry/displacement``: rms(dW) / sqrt(sum of lr^2 over the steps), about 1 for
+      gradients that are noise;
+    - ``geometry/clipped_share``: of the steps whose gradient norm the trainer logged
+      so far, those above its ``max_grad_norm``;
     - ``geometry/seconds``, ``geometry/time_share``: what this cost, also as a share of
       the time since the last one.
 
@@ -135,6 +140,7 @@ class GeometryCallback(TrainerCallback):
         self.locked: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Magnitudes] = {}  # of W_0
         self.measured_at = -1  # the step
+        self.square: float | None = 0.0  # sum of lr^2; None where steps were not seen
         self.lock_step: int | None = None  # known once training begins
         self.last = time.perf_counter()
 
@@ -160,6 +166,7 @@ class GeometryCallback(TrainerCallback):
         """Find the step of the lock, and what a resumed training had stored."""
         self.previous, self.locked, self.measured_at = {}, {}, -1
         self.magnitudes, self.lock_step = {}, None
+        self.square = 0.0 if state.global_step == 0 else None
         self._guarded(lambda: self._begin(args, state))
         self.last = time.perf_counter()
 
@@ -189,6 +196,7 @@ class GeometryCallback(TrainerCallback):
             if asked is not None and asked > state.global_step:
                 self.lock_step = asked
             return
+        self.square = said.get("square")
         stored = said.get("lock_step")
         self.lock_step = (
             stored
@@ -202,6 +210,19 @@ class GeometryCallback(TrainerCallback):
         except ValueError:
             self.origin.forget()  # nothing is measured against another W_0
             raise
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Add the learning rate that is about to be used to the unit of distance."""
+        if self.square is not None:
+            groups = getattr(kwargs.get("optimizer"), "param_groups", None)
+            rate = float(groups[0]["lr"]) if groups else math.nan
+            self.square = self.square + rate**2 if rate == rate else None
 
     def on_step_end(
         self,
@@ -240,7 +261,11 @@ class GeometryCallback(TrainerCallback):
             "locked": self.locked,
             "start": self.origin.outside_blocks(),
         }
-        said = {"w_before": self.origin.fingerprint, "lock_step": self.lock_step}
+        said = {
+            "w_before": self.origin.fingerprint,
+            "lock_step": self.lock_step,
+            "square": self.square,
+        }
         return {
             f"{group}/{name}": tensor
             for group, named in groups.items()
@@ -275,8 +300,15 @@ class GeometryCallback(TrainerCallback):
             "time_share": (ended - began) / (ended - self.last),
         }
         self.last = ended
-        values = _average(rows, self.detail, broken) | cost
+        values = _average(rows, self.detail, broken) | self._clipped() | cost
         return {f"{PREFIX}/{name}": value for name, value in values.items()}
+
+    def _clipped(self) -> dict[str, float]:
+        limit, history = self.trainer.args.max_grad_norm, self.trainer.state.log_history
+        norms = [float(row["grad_norm"]) for row in history if "grad_norm" in row]
+        if not norms or not limit:
+            return {}
+        return {"clipped_share": sum(norm > limit for norm in norms) / len(norms)}
 
     def _report(self, model: nn.Module, step: int, broken: list[str]) -> None:
         """Say once which weights are not finite, frozen, or trained only now."""
@@ -307,6 +339,9 @@ class GeometryCallback(TrainerCallback):
             "expected_sparsity": self._expected(matrix, moved),
             "similarity_null": k / matrix.shape[1],
         }
+        if self.square:
+            unit = (matrix.shape[0] * matrix.shape[1] * self.square) ** 0.5
+            values["displacement"] = moved.frobenius_norm / unit
         for name, bases in (("previous", self.previous), ("locked", self.locked)):
             if moved.right is not None and matrix.name in bases:
                 values[f"similarity_to_{name}"] = subspace_similarity(
