@@ -128,8 +128,8 @@ def step(device: str, arm: str, small: bool) -> Rows:
     train = replace(
         PROFILES["gpu"].policy,
         steps=2,
-        prompts_per_step=2 if small else 8,
-        group_size=2 if small else 8,
+        prompts_per_step=4 if small else 8,
+        group_size=4 if small else 8,
         max_new_tokens=16 if small else 512,
         dataset=None,
         alpha=1.0 if arm == "opd" else 0.0,
