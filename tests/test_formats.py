@@ -527,6 +527,13 @@ def test_no_tensor_of_a_quantised_module_is_a_matrix(
     assert quantised.module_of("a.q_proj.weight.absmax") == "a.q_proj"
 
 
+def test_scales_of_attention_say_nothing_of_its_projections(tmp_path: Path) -> None:
+    stored = {"l.attn.scales": noise(4), "l.attn.q_proj.weight": noise(4, 4)}
+    assert list(open_checkpoint(save(tmp_path, stored)).cuts) == [
+        "l.attn.q_proj.weight"
+    ]
+
+
 def test_deltas_and_flat_parameters_are_no_weights(tmp_path: Path) -> None:
     delta = save(tmp_path / "weight_v000012", {"a.weight": noise(4, 4)})
     (delta / "model.safetensors").rename(delta / "model-00001-of-00001.safetensors")

@@ -608,6 +608,7 @@ def test_what_was_matched_is_said_and_rows_lose_the_wrapper(tmp_path: Path) -> N
         ("ep0-ba2000-rank0.pt", 2000),
         ("epoch=1-step=300.ckpt", 300),
         ("checkpoint-4kb", 4),
+        ("deep-3/100", 100),
     ],
 )
 def test_the_step_is_the_number_after_its_word(path: str, step: int) -> None:

@@ -601,6 +601,7 @@ def _tied_pairs(
         [c for c in side.cuts.values() if c.matrix.role == "head"]
         for side in (before, after)
     ]
+    heads = [[c for c in h if c.matrix.part == "language"] for h in heads]
     heads = [[c for c in h if _wanted(c.matrix, roles, parts)] for h in heads]
     if len(heads[1]) == 1 and not heads[0] and before.tied:
         embed = before.cuts[before.tied]

@@ -25,6 +25,7 @@ CODES = {"U8", "I8", "U16", "I16", "U32", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0"
 CODES |= {"F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2"}
 CODES |= {"uint8", "int8", "int16", "int32", "float8_e4m3fn", "float8_e5m2"}
 
+VECTORS = "vector-quantised"
 # Last components that only a quantised module has, with the format they betray.
 MARKS = (
     ("GPTQ or AWQ", r"qweight|qzeros|g_idx"),
@@ -41,7 +42,7 @@ MARKS = (
     ("torchao", r"_weight_(qdata|scale|zero_point)"),
     ("quanto", r"weight\._(data|scale|shift|scale_and_shift)"),
     ("EXL2 or EXL3", r"q_weight|q_scale|q_perm|q_invperm|q_groups|trellis|suh|svh"),
-    ("vector-quantised", r"codes|codebooks|Qidxs|centroids|indices"),
+    (VECTORS, r"codes|codebooks|Qidxs|centroids|indices"),
     ("scaled codes", r"scales"),
 )
 _MARKS = [(form, re.compile(rf"(.+)\.(?:{leaf})")) for form, leaf in MARKS]
@@ -76,7 +77,8 @@ def reasons(tensors: Iterable[Stored], config: Mapping[str, Any]) -> dict[str, s
         name = tensor.name
         module = module_of(name)
         form = modules.get(module) or parameters.get(name)
-        form = form or modules.get(module_of(module))  # q_proj.centroids.weight
+        if modules.get(module_of(module)) == VECTORS:  # q_proj.centroids.weight
+            form = VECTORS
         if form:
             form = method if isinstance(method, str) else form
             found[name] = f"quantised ({form}): codes and scales are not weights"

@@ -77,8 +77,8 @@ def left(
     """An optimizer as a trainer of transformers wrote it down with the last checkpoint.
 
     The learning rates that it logged, joined by straight lines; betas and eps of the
-    optimizer's state, where that is there. Releases before 5 logged the rate of the
-    step that came next, so rates may be one step off.
+    optimizer's state, where that is there. A release that logs after its scheduler has
+    moved on, as older ones may, has the rates one step early.
 
     Args:
         checkpoints: step to directory.

@@ -8,7 +8,10 @@ from pathlib import Path
 NUMBER = r"(\d+(?:\.\d+(?=[km]))?)([km](?![a-z0-9]))?"
 MARKED = tuple(
     re.compile(rf"(?:{words})s?[-_=:. ]?{NUMBER}", re.IGNORECASE)
-    for words in ("step|checkpoint|ckpt|iter|iteration|(?<![a-z])ba", "epoch|ep")
+    for words in (
+        "step|checkpoint|ckpt|iter|iteration|(?<![a-z])ba",
+        "epoch|(?<![a-z])ep",
+    )
 )
 TIMES = {"": 1, "k": 10**3, "m": 10**6}  # step-1k is a thousand
 LARGEST = 10**12  # no run is longer
