@@ -65,7 +65,7 @@ def main(out: Path, minutes: float, small: bool) -> None:
     ]
     found: list[dict[str, Any]] = []
     for part, least, work in parts:
-        left = minutes - (time.monotonic() - began) / 60
+        left = max(0.0, minutes - (time.monotonic() - began) / 60)
         if left < least:
             rows = [{"reason": f"not run: {left:.1f} of {minutes:g} minutes were left"}]
         else:
