@@ -4,6 +4,7 @@ There a run can be killed, limited or raced without harm to the tests. Functions
 passed by name, so they have to be in a module that both sides can import.
 """
 
+import importlib.util
 import logging
 import os
 import resource
@@ -387,6 +388,16 @@ def peak_of_scoring(vocabulary: int, tokens: int) -> int:
         log_probs = completion_log_probs(model, batch)
     assert -20 < log_probs.mean() < -9  # log V = 11.9
     return (_peak_kib() - held) * 1024
+
+
+def on_gpu(script: Path, out: Path, minutes: float) -> None:
+    """``benchmarks/on_gpu.py`` at its small sizes, with few held-out problems."""
+    place = importlib.util.spec_from_file_location("on_gpu", script)
+    assert place is not None
+    assert place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    module.main.callback(out=out, minutes=minutes, small=True)
 
 
 def peak_of_a_step(place: Path) -> tuple[int, float]:

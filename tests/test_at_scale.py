@@ -7,11 +7,13 @@ from typing import Any
 
 import at_scale
 import children
+import pandas as pd
 import pytest
 import torch
 from children import Child
 from torch.utils.flop_counter import FlopCounterMode
 
+from opd_geometry.book import chapters
 from opd_geometry.experiments import forecast, profiles, runs
 from opd_geometry.training import data, models, rollout, verifier
 from opd_geometry.training.data import DataConfig, TextProblem
@@ -19,6 +21,8 @@ from opd_geometry.training.models import load_model, load_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, adamw
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.sft import encode_pairs
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +269,9 @@ def test_out_of_gpu_memory_names_the_setting(
 # --- profiles --------------------------------------------------------------------
 
 
-def test_every_value_of_a_profile_can_be_given(place: Path) -> None:
+def test_every_value_of_a_profile_can_be_given(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = profiles.settings_of(scaled_down(place, ",policy.checkpoints=1+2"))
     assert settings.policy.checkpoints == (1, 2)
     assert settings.sft.dataset is not None
@@ -273,6 +279,8 @@ def test_every_value_of_a_profile_can_be_given(place: Path) -> None:
     assert settings.policy.gradient_checkpointing is True
     assert settings.student == runs.stored(place / "student")
     assert settings.rank == 16
+    monkeypatch.chdir(place)
+    assert profiles.settings_of("gpu", "student").student == settings.student
     for given, words in {
         "gpu:policy.step=3": "no setting 'step'; expected",
         "gpu:policy.steps=x": "steps 'x' is no int",
@@ -283,6 +291,14 @@ def test_every_value_of_a_profile_can_be_given(place: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=words):
             profiles.settings_of(given)
+
+
+def test_a_chapter_takes_a_profile_with_other_values(place: Path) -> None:
+    given = {"profile": scaled_down(place), "seeds": "0", "source": "local", "jobs": 1}
+    assert chapters.check_parameters(given).profile == given["profile"]
+    for profile in ("gpu:policy.step=3", "gpus"):
+        with pytest.raises(chapters.ParameterError, match=r"no setting|gpus"):
+            chapters.check_parameters({**given, "profile": profile})
 
 
 def test_the_papers_profile_has_its_settings() -> None:
@@ -346,3 +362,31 @@ def test_plan_says_what_the_profiles_take(data: Path) -> None:
     assert alone is not None
     assert shared is not None
     assert alone.memory > 80e9 > shared.memory
+
+
+# --- what a GPU is asked ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("minutes", [60.0, 0.0])
+def test_the_script_for_a_gpu_runs_and_names_what_it_leaves_out(
+    minutes: float, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    Child(data, children.on_gpu, SCRIPT, out, minutes).result()
+    table = pd.read_csv(out).set_index("part")
+    assert list(table.index.unique()) == [
+        *("diagnostics", "step opd", "step rlvr"),
+        "width 32",
+    ]
+    if not minutes:
+        assert table["reason"].str.startswith("not run: 0.0 of 0 minutes").all()
+        return
+    assert table["reason"].isna().all()
+    metrics = table.loc["diagnostics"].set_index("quantity").drop("seconds")
+    assert metrics["value"].to_numpy() == pytest.approx(
+        metrics["expected"].to_numpy(), rel=1e-6, abs=1e-9
+    )
+    told = set(table.loc["width 32", "quantity"])
+    assert {name.split()[0] for name in told} == {"opd"}
+    rewards = table.loc["step rlvr"].set_index("quantity")["value"]
+    assert rewards["learned share"] > 0

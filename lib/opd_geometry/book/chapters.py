@@ -138,7 +138,8 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     """
     _check_names(names, PARAMETERS, OPTIONAL)
     profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
-    _one_of("profile", profile, PROFILES)
+    known = profile.partition(":")[0] if isinstance(profile, str) else profile
+    _one_of("profile", known, PROFILES)
     _one_of("source", source, SOURCES)
     if type(jobs) is not int or jobs < 1:
         raise ParameterError(f"jobs {jobs!r}: expected an integer, 1 or larger")

@@ -69,9 +69,10 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
         return pd.DataFrame(columns=COLUMNS)
     rows = []
     with one_thread():
-        first = next(iter(runs.values()))
-        for matrix in list_matrices(sound_checkpoint(first, 0)):
-            ends = {name: _end(run, matrix.name) for name, run in runs.items()}
+        # each file is checked once, not once a matrix
+        at = {n: [sound_checkpoint(r, s) for s in (0, None)] for n, r in runs.items()}
+        for matrix in list_matrices(next(iter(at.values()))[0]):
+            ends = {name: _end(*at[name], matrix.name) for name in runs}
             place = (matrix.name, matrix.role, matrix.layer)
             for a, b in pairs:
                 whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
@@ -80,11 +81,9 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _end(run: Run, name: str) -> _End | None:
+def _end(before: Path, after: Path, name: str) -> _End | None:
     """The matrix at the end of a run; None if it never moved."""
-    w_before, w_after = (
-        read_matrix(sound_checkpoint(run, step), name) for step in (0, None)
-    )
+    w_before, w_after = (read_matrix(place, name) for place in (before, after))
     delta = w_after.double() - w_before.double()
     if not delta.any():
         return None
@@ -141,7 +140,7 @@ def window_table(pairs: Iterable[tuple[Run, Run]]) -> pd.DataFrame:
         ``WINDOW_COLUMNS``: the window goes from step start, not included, to stop; the
         matrices are those that both runs keep along the way.
     """
-    pairs = list(pairs)
+    places: dict[tuple[str, int], Path] = {}
     rows: list[tuple[object, ...]] = []
     with one_thread():
         for a, b in pairs:
@@ -149,10 +148,12 @@ def window_table(pairs: Iterable[tuple[Run, Run]]) -> pd.DataFrame:
             if len(steps) < 2:
                 continue
             whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
-            early = [sound_checkpoint(run, steps[1]) for run in (a, b)]
-            ours, theirs = ({m.name: m for m in list_matrices(at)} for at in early)
+            both = [[_place(places, run, step) for step in steps] for run in (a, b)]
+            ours, theirs = (
+                {m.name: m for m in list_matrices(early)} for _, early, *_ in both
+            )
             for matrix in [m for name, m in ours.items() if name in theirs]:
-                paths = [_path(run, matrix.name, steps) for run in (a, b)]
+                paths = [_path(at, matrix.name) for at in both]
                 place = (matrix.name, matrix.role, matrix.layer, "cosine")
                 for window, one, other in zip(pairwise(steps), *paths, strict=True):
                     length = float(one.norm() * other.norm())
@@ -169,9 +170,16 @@ def _shared_steps(a: Run, b: Run) -> list[int]:
     return [0, *there]
 
 
-def _path(run: Run, name: str, steps: list[int]) -> list[Tensor]:
+def _place(places: dict[tuple[str, int], Path], run: Run, step: int) -> Path:
+    """A sound checkpoint, looked up where it has been asked before."""
+    if (run.name, step) not in places:
+        places[run.name, step] = sound_checkpoint(run, step)
+    return places[run.name, step]
+
+
+def _path(places: Iterable[Path], name: str) -> list[Tensor]:
     """A matrix's increments between checkpoints."""
-    path = (read_matrix(sound_checkpoint(run, step), name).double() for step in steps)
+    path = (read_matrix(place, name).double() for place in places)
     return [after - before for before, after in pairwise(path)]
 
 

@@ -164,7 +164,7 @@ def forecast(run: Run, gpus: int = 1, device: Device = H100) -> Forecast | None:
     teacher = shape_of(run.teacher.source) if isinstance(run.teacher, Stored) else None
     if run.train.needs_teacher and teacher is None:
         return None
-    return _policy(run.train, student, teacher, gpus, device)
+    return policy_forecast(run.train, student, teacher, gpus, device)
 
 
 def _supervised(
@@ -184,13 +184,14 @@ def _supervised(
     )
 
 
-def _policy(
+def policy_forecast(
     train: PolicyConfig,
     student: Shape,
     teacher: Shape | None,
     gpus: int,
     device: Device,
 ) -> Forecast:
+    """What a run of the policy loop takes, from shapes; see ``forecast``."""
     sequences = train.prompts_per_step * train.group_size
     written = sequences * train.max_new_tokens
     row, read = scored_row(train)

@@ -8,6 +8,7 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from opd_geometry.experiments.runs import (
@@ -452,13 +453,13 @@ def _with(settings: Any, field: str, value: str, name: str) -> Any:
 
 def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
     if isinstance(now, Stored):
-        return stored(value)
+        return stored(_whole_path(value))
     if isinstance(now, Student):
         return describe(value, students_directory())
     if isinstance(settings, DataConfig) and field == "source":
         return value
     if isinstance(now, DataConfig):
-        return replace(now, digest=digest_of(value), source=value)
+        return replace(now, digest=digest_of(value), source=_whole_path(value))
     one: Any = type(now[0]) if isinstance(now, tuple) and now else int
     readers: dict[str, Callable[[str], Any]] = {
         "int": int,
@@ -474,6 +475,11 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
         raise ValueError(
             f"profile {name}: {field} {value!r} is no {kind}; it is {now!r} there"
         ) from None
+
+
+def _whole_path(source: str) -> str:
+    """A file or folder seen from here, named for workers that stand elsewhere."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 PROFILES = Profiles(
@@ -615,7 +621,7 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
     if not student:
         return settings
     if isinstance(settings.student, Stored):
-        return replace(settings, student=stored(student))
+        return replace(settings, student=stored(_whole_path(student)))
     if not isinstance(settings.student, Student):
         takers = [k for k, v in PROFILES.items() if not _is_shape(v.student)]
         raise ValueError(
