@@ -72,7 +72,7 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
         # each file is checked once, not once a matrix
         at = {n: [sound_checkpoint(r, s) for s in (0, None)] for n, r in runs.items()}
         for matrix in list_matrices(next(iter(at.values()))[0]):
-            ends = {name: _end(*at[name], matrix.name) for name in runs}
+            ends = {name: _end(*at[name], name=matrix.name) for name in runs}
             place = (matrix.name, matrix.role, matrix.layer)
             for a, b in pairs:
                 whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
