@@ -72,7 +72,7 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
         # each file is checked once, not once a matrix
         at = {n: [sound_checkpoint(r, s) for s in (0, None)] for n, r in runs.items()}
         for matrix in list_matrices(next(iter(at.values()))[0]):
-            ends = {name: _end(*at[name], name=matrix.name) for name in runs}
+            ends = {name: _end(at[name], matrix.name) for name in runs}
             place = (matrix.name, matrix.role, matrix.layer)
             for a, b in pairs:
                 whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
@@ -81,9 +81,9 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _end(before: Path, after: Path, name: str) -> _End | None:
-    """The matrix at the end of a run; None if it never moved."""
-    w_before, w_after = (read_matrix(place, name) for place in (before, after))
+def _end(ends: Iterable[Path], name: str) -> _End | None:
+    """A matrix before and after a run; None if it never moved."""
+    w_before, w_after = (read_matrix(place, name) for place in ends)
     delta = w_after.double() - w_before.double()
     if not delta.any():
         return None
