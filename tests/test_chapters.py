@@ -363,3 +363,17 @@ def test_differences_are_told_field_by_field() -> None:
     )
     others = chapters.differences_table("published", ["sft"], "sft-matched")
     assert "steps: 150 → 400" in others["against sft-matched"][0]
+
+
+def test_said_numbers_have_a_minus_sign_and_names_keep_their_hyphen() -> None:
+    text = "{x:.2f} to {y}, sft-1, 1e-05, `-1` and [2]-3, -p profile"
+    said = chapters.say(text, x=-0.13, y="-2 %").data
+    assert said == "−0.13 to −2 %, sft-1, 1e-05, `-1` and [2]-3, -p profile"
+
+
+def test_a_small_profile_is_set_beside_the_committed_language_model() -> None:
+    small = chapters.Parameters("laptop", (7,), "local", 2)
+    found = chapters.of_pretrained(small)
+    assert (found.profile, found.source) == ("pretrained", "committed")
+    asked = chapters.Parameters("pretrained", (1,), "local", 2, "there")
+    assert chapters.of_pretrained(asked) is asked

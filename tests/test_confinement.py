@@ -52,11 +52,22 @@ def test_which_confinements_suffice(table: pd.DataFrame) -> None:
 
 
 def test_nothing_is_decided_where_nothing_was_gained(table: pd.DataFrame) -> None:
-    table.loc[table["step"] == 20, "value"] = 0.79
+    table.loc[table["step"] == 20, "value"] = 0.82  # no gain: it falls after
     found = confinement.sufficiency(table, "opd", "trained task")
     assert found["kept"].isna().all()
     assert set(found["outcome"]) == {"without power"}
     assert confinement.thesis(found).startswith("no test")
+
+
+def test_a_control_has_to_gain_more_than_an_arm_that_is_claimed(
+    table: pd.DataFrame,
+) -> None:
+    table.loc[table["step"] == 20, "value"] = 0.79  # 0.011 are gained
+    for family, powerless in (("opd", False), ("rlvr", True)):
+        arms = table["arm"].str.replace("opd", family)
+        found = confinement.sufficiency(table.assign(arm=arms), family, "trained task")
+        assert (found["outcome"] == "without power").all() == powerless
+        assert found["kept"].isna().all() == powerless
 
 
 def test_benchmarks_are_averaged(table: pd.DataFrame) -> None:

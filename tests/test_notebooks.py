@@ -150,7 +150,7 @@ def test_captions_carry_the_detection_limit_of_what_they_show(path: Path) -> Non
     for cell, below in pairwise(cells):
         name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "")
         if name and name not in WITHOUT_LIMIT:
-            text = below.source + str(said(below))
+            text = " ".join((below.source + str(said(below))).split())
             assert "{limits}" in text or "Detection limit" in text, name
 
 

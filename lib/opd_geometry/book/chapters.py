@@ -225,6 +225,17 @@ def _check_names(
         )
 
 
+def of_pretrained(parameters: Parameters) -> Parameters:
+    """Those of a pretrained student's runs: the committed ones where none is asked for.
+
+    Args:
+        parameters: of a chapter that sets a language model beside the small world.
+    """
+    if isinstance(PROFILES[parameters.profile].student, Student):
+        return parameters
+    return Parameters("pretrained", (0, 1, 2, 3, 4), "committed", parameters.jobs)
+
+
 def _is_given(name: str, value: object) -> bool:
     """Whether a name in a fresh notebook can be a parameter."""
     own = KERNEL_NAMES.fullmatch(name) is not None
@@ -388,6 +399,10 @@ def publish(**values: Any) -> None:
         glue(name, shown, display=False)
 
 
+# A hyphen before a number that no word, bracket or other number comes before.
+MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)")
+
+
 def say(text: str, **values: Any) -> Any:
     """A passage with numbers, as a cell's own output: readable wherever it is opened.
 
@@ -400,7 +415,8 @@ def say(text: str, **values: Any) -> Any:
         ValueError: a name without a value, or a value that its format does not fit.
     """
     try:
-        return markdown(inspect.cleandoc(text).format_map({**_published, **values}))
+        told = inspect.cleandoc(text).format_map({**_published, **values})
+        return markdown(re.sub(MINUS, "\N{MINUS SIGN}", told))
     except KeyError as error:
         raise ValueError(
             f"no value {error.args[0]!r}: publish it in a cell above, or give it here"

@@ -238,6 +238,7 @@ def directions(worlds: Mapping[str, pd.DataFrame], arm: str = "opd") -> Figure:
                 ax.plot(row["cosine"], y, "o", color=colour, ms=6)
                 ax.plot(row["subspace"], y, "D", color=colour, mfc="none", ms=5)
             ax.set_title(world)
+            ax.set_xlim(-1, 1.05)  # of a cosine, whatever an interval of two pairs says
         same = f"{ARM_STYLES[arm].label}, another seed"
         names = [same if a == arm else ARM_STYLES[a].label for a in arms]
         axes[0][0].set_yticks(range(len(arms)), names)
