@@ -94,7 +94,7 @@ def test_other_worlds_and_the_regime_stand_on_the_tile(findings: pd.DataFrame) -
     assert "inconclusive; OPD over RLVR 1.74" in text
     assert "Gemma 3 270M inconclusive (2 seeds); 1.2 / 25.2 / 19.6 %" in text
     assert tiles[0]["data-regime"] == "not reached"
-    assert {tile["data-regime"] for tile in tiles[1:]} == {"reached"}
+    assert {tile["data-regime"] for tile in tiles[1:]} == {"not asked"}
     assert "another regime" not in tiles[1].get_text(" ")
     assert f"<p>1 of {len(CLAIMS)} claims compare arms" in board.board(both, brief=True)
     assert "claims compare arms" not in board.board(findings)

@@ -49,9 +49,9 @@ def table(**displacements: float) -> pd.DataFrame:
 def test_a_ratio_is_reached_within_half_of_the_papers(
     here: float, reached: bool
 ) -> None:
-    assert regimes.Regime("a", "b", here, 4.0).reached is reached
-    assert regimes.Regime("b", "a", 1 / here, 0.25).reached is reached
-    assert not regimes.Regime("a", "b", math.nan, 4.0).reached
+    assert regimes.Regime("a", "b", here, 4.0, 2).reached is reached
+    assert regimes.Regime("b", "a", 1 / here, 0.25, 2).reached is reached
+    assert not regimes.Regime("a", "b", math.nan, 4.0, 0).reached
 
 
 def test_ratios_are_those_of_the_last_checkpoint_averaged_as_logarithms() -> None:
@@ -79,8 +79,8 @@ def test_every_claim_has_a_row_a_world_with_its_regime(
     here, there = (rows.loc[w, "sparsity-order"] for w in ("published", "pretrained"))
     assert here["verdict_in_regime"] == here["verdict"] != "not measured"
     assert there["verdict_in_regime"] == regimes.NOT_TESTED
-    assert "opd over rlvr 1.00, the paper 4.00: not reached" in there["regime"]
-    assert "sft over opd 0.25, the paper 0.25: reached" in there["regime"]
+    assert "opd over rlvr 1.00 (n = 2), the paper 4.00: not reached" in there["regime"]
+    assert "sft over opd 0.25 (n = 2), the paper 0.25: reached" in there["regime"]
     # SFT < OPD < RLVR in unchanged entries is the order where RLVR goes least far
     assert there["regime_with_wrong_rewards"].startswith("opd over rlvr 4.00")
     assert here["regime_with_wrong_rewards"].startswith("opd over rlvr 0.44")

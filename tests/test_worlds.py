@@ -180,6 +180,8 @@ def test_increments_are_compared_window_by_window() -> None:
     ]
     rows += [r | {"matrix": "b", "value": r["value"] + 0.1} for r in rows]
     rows += [pair("rlvr", "sft", 0, "cosine", 9.0) | {"start": 0, "stop": 10}]
+    wrong = pair("rlvr", "opd", 0, "cosine", 9.0) | {"start": 0, "stop": 10}
+    rows += [wrong | {"role": "gate"}, wrong | {"stop": 40}]
     found = worlds.along_the_way(pd.DataFrame(rows))
     assert found["other"].tolist() == ["rlvr", "rlvr"]
     assert found["n_pairs"].tolist() == [2, 2]

@@ -49,7 +49,8 @@ ALL_NULLS = "turned_nss"
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 TOKEN_ARMS = tuple(f"tokens-{s}-{p}" for s in ("top", "random") for p in (50, 25))
-VARIANT_ARMS = ("opd-teacher-*", "opd-width-*", "opd-task-*")
+# The paper's variants: teachers of other sizes or kinds, and no other teachers.
+VARIANT_ARMS = ("opd-teacher-[mx]*", "opd-width-*", "opd-task-*")
 CHAIN = ("accuracy/chain",)  # what every arm trains on, as the paper's AIME
 ALL_ACCURACIES = tuple(f"accuracy/{name}" for name in BENCHMARKS)
 FORMS = ("-projected", "-projected-update")  # suffixes: gradient (the paper's), update

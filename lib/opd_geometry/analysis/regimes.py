@@ -44,13 +44,14 @@ class Regime(NamedTuple):
     other: str
     here: float
     paper: float
+    n_seeds: int
 
     @property
     def reached(self) -> bool:
         """By the rule above; False where nothing was measured.
 
-        >>> Regime("opd", "rlvr", 2.0, 3.5).reached, Regime("a", "b", 1.8, 3.5).reached
-        (True, False)
+        >>> [Regime("opd", "rlvr", here, 3.5, 5).reached for here in (2.0, 1.8)]
+        [True, False]
         """
         if math.isnan(self.here):
             return False
@@ -60,7 +61,7 @@ class Regime(NamedTuple):
     def __str__(self) -> str:
         reached = "reached" if self.reached else "not reached"
         return (
-            f"{self.arm} over {self.other} {self.here:.2f}, "
+            f"{self.arm} over {self.other} {self.here:.2f} (n = {self.n_seeds}), "
             f"the paper {self.paper:.2f}: {reached}"
         )
 
@@ -87,16 +88,18 @@ def regimes(
         Empty for a claim about one arm; NaN where displacements were not measured.
     """
     pairs = [pair for pair in PAIRS if set(pair) <= set(claim.arms)]
-    return [Regime(*pair, _ratio(levels, *pair), paper[pair]) for pair in pairs]
+    found = [(pair, _ratios(levels, *pair)) for pair in pairs]
+    return [
+        Regime(*pair, float(np.exp(np.log(x).mean())), paper[pair], len(x))
+        for pair, x in found
+    ]
 
 
-def _ratio(levels: Levels, arm: str, other: str) -> float:
-    """Of two arms' displacements at the end, mean of logarithms over shared seeds."""
+def _ratios(levels: Levels, arm: str, other: str) -> pd.Series:
+    """Of two arms' displacements at the end, a number a shared seed."""
     paths = [over_matrices(levels, x, "displacement", LAYERS) for x in (arm, other)]
     ends = [last(path) for path in paths if len(path)]
-    return (
-        float(np.exp(np.log(ends[0] / ends[1]).mean())) if len(ends) == 2 else math.nan
-    )
+    return (ends[0] / ends[1]).dropna() if len(ends) == 2 else pd.Series(dtype=float)
 
 
 def claims_in_worlds(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -118,10 +121,11 @@ def claims_in_worlds(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     paper, parts = paper_ratios(), []
     for profile, table in tables.items():
         findings = claims_table(table, profile)
-        levels = Levels(with_every_null(table))
-        noisy = levels.with_arm("rlvr", WRONG_REWARDS)
+        # a displacement needs no null, so all matrices count; verdicts need them
+        levels, judged = Levels(table), Levels(with_every_null(table))
+        noisy, judged = (x.with_arm("rlvr", WRONG_REWARDS) for x in (levels, judged))
         rows = [
-            _in_regime(claim, verdict, levels, noisy, paper)
+            _in_regime(claim, verdict, levels, (noisy, judged), paper)
             for claim, verdict in zip(CLAIMS, findings["verdict"], strict=True)
         ]
         findings.insert(1, "world", profile)
@@ -133,16 +137,18 @@ def _in_regime(
     claim: Claim,
     verdict: str,
     levels: Levels,
-    noisy: Levels,
+    wrong: tuple[Levels, Levels],
     paper: Mapping[tuple[str, str], float],
 ) -> dict[str, str]:
+    """A row's columns; ``wrong``: wrong rewards, all matrices and those with nulls."""
     pairs = regimes(claim, levels, paper)
     inside = verdict == "not measured" or all(pair.reached for pair in pairs)
     names = "rlvr" in claim.arms
+    noisy, judged = wrong
     changed = [p for p in regimes(claim, noisy, paper) if p.other == "rlvr"]
     return {
         "regime": "; ".join(map(str, pairs)),
         "verdict_in_regime": verdict if inside else NOT_TESTED,
-        "verdict_with_wrong_rewards": judge(claim, noisy).verdict if names else "",
+        "verdict_with_wrong_rewards": judge(claim, judged).verdict if names else "",
         "regime_with_wrong_rewards": "; ".join(map(str, changed)),
     }

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from opd_geometry.analysis.evidence import LAYERS, Table, beside, levels_of
+from opd_geometry.analysis.evidence import ATTENTION, LAYERS, Table, beside, levels_of
 from opd_geometry.analysis.verdicts import interval
 
 # A diagnostic and the sharpest null there is for it: prefix of the null's metric.
@@ -131,10 +131,14 @@ def along_the_way(windows: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
 
     Returns:
         One row another arm (the same arm: from another seed's anchor) and window:
-        other, start, stop (shares of training), n_pairs, cosine (mean over matrices,
-        then pairs; null 0) with low and high, its 95 % interval over pairs.
+        other, start, stop (shares of training), n_pairs, cosine (mean over attention
+        matrices, which all worlds keep along the way, then pairs; null 0) with low and
+        high, its 95 % interval over pairs. A pair with one window alone has no course.
     """
-    rows = windows.astype({"arm": str, "other_arm": str})
+    rows = windows[windows["role"].isin(ATTENTION)]
+    rows = rows.astype({"arm": str, "other_arm": str})
+    whole = (rows["start"] == 0) & (rows["stop"] == windows["stop"].max())
+    rows = rows[~whole]
     ours = rows[(rows["arm"] == arm) | (rows["other_arm"] == arm)]
     other = ours["other_arm"].where(ours["arm"] == arm, ours["arm"])
     keys = [other.rename("other"), "start", "stop", "seed", "other_seed"]

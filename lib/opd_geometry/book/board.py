@@ -36,6 +36,7 @@ WORLDS = {
     "pretrained": "a real language model, Gemma 3 270M",
 }
 UNTESTED = "regime not tested"
+NOT_ASKED = "not asked"  # of a claim about one arm
 CHAPTER_OF = {"sparsity-robust": "08_regimes"}  # where it is not that of its part
 FILTER = """
 <fieldset class="board-filter" hidden>
@@ -103,7 +104,7 @@ def board(findings: pd.DataFrame, brief: bool = False) -> str:
     names = {
         "verdicts": verdicts,
         "parts": PARTS,
-        "regimes": ("reached", "not reached"),
+        "regimes": ("reached", "not reached", NOT_ASKED),
     }
     chosen = FILTER.format(**{name: _options(of) for name, of in names.items()})
     return chosen + text + SCRIPT
@@ -167,6 +168,8 @@ def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str
     alone = verdict == "inconclusive" and row["n_seeds"] == 1
     shown = "one seed: no verdict" if alone else verdict
     reached = "not reached" if row.get("verdict_in_regime") == UNTESTED else "reached"
+    if not row.get("regime") or verdict == "not measured":
+        reached = NOT_ASKED
     head = (
         f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
         f'data-part="{html.escape(part)}" data-regime="{reached}">'
