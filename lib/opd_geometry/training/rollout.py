@@ -298,10 +298,10 @@ def _completion_outputs(
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
     rollout = apart_if_long(rollout)
     parts = _passes(rollout)
+    in_step = ranks.most(len(parts)) if ranks.lies_apart(model) else len(parts)
     read = [_one_pass(model, rollout.take(part), outputs) for part in parts]
-    if ranks.lies_apart(model):  # and is read in step
-        for _ in range(ranks.most(len(parts)) - len(parts)):
-            _one_pass(model, rollout.take(parts[0]), outputs)
+    for _ in range(in_step - len(parts)):
+        _one_pass(model, rollout.take(parts[0]), outputs)
     padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in read]
     rows = torch.cat([rollout.rows_of(part) for part in parts])
     return torch.cat(padded)[rows.argsort()]
