@@ -44,6 +44,7 @@ from opd_geometry.geometry.checkpoints import (
     StoredPair,
     check_names,
     diagnosis,
+    nothing_to_measure,
     open_checkpoint,
     open_pair,
     pairing,
@@ -1067,10 +1068,7 @@ def _paired(
     found = pairing(before, after, roles, parts)
     for side, unread in zip((before, after), found.unreadable, strict=True):
         if not side.cuts and not unread:
-            raise ValueError(
-                f"{side.path} has no weight matrix, expected a model's weights, some "
-                "of them of two dimensions; check that it is the whole checkpoint"
-            )
+            raise ValueError(nothing_to_measure(side))
     refuse_shapes(found.differing, before, after)
     # A part that one side lacks (a text model of a multimodal one) does not count.
     common = {pair.before.part for pair in found.pairs}
