@@ -221,6 +221,10 @@ def _moe() -> torch.nn.Module:
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+OWN_RANKS = {
+    "rank_pattern": {"experts.down_proj": 2},
+    "alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 3},
+}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +241,9 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         (_phi3, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
         (_moe, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
         (_moe, {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]}),
+        (_qwen, {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+        (_moe, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
+        (_moe, {"target_parameters": EXPERTS, "target_modules": [], **OWN_RANKS}),
     ],
 )
 def test_a_merged_adapter_is_what_peft_merges(
@@ -294,6 +301,11 @@ def test_two_adapters_differ_by_their_updates(tmp_path: Path) -> None:
     norm = float(torch.linalg.norm((2 - 4) * b.double() @ a.double()))
     assert table.loc[f"{module}.weight", "frobenius_norm"] == pytest.approx(norm)
     assert table["sparsity_bf16"].isna().all()
+    # An update is no weight.
+    base = tmp_path / "1" / "base"
+    for order in ((first, base), (base, open_checkpoint(first))):
+        with pytest.raises(ValueError, match="an update and weights cannot be comp"):
+            pairs.plan_pair(*order)
     # With a base they are weights again.
     plan = pairs.plan_pair(first, other, base=tmp_path / "1" / "base")
     assert len(plan.tasks) == 16
@@ -314,6 +326,7 @@ def test_two_adapters_differ_by_their_updates(tmp_path: Path) -> None:
         ({"init_lora_weights": "olora"}, "takes a part out of the base weights"),
         ({"use_qalora": True}, "with use_qalora, expected the plain form"),
         ({"layer_replication": [[0, 1]]}, "with layer_replication"),
+        ({"target_parameters": "mlp"}, "target_parameters = 'mlp', expected a list"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_named(

@@ -20,6 +20,7 @@ from opd_geometry.geometry.training_formats import (
 
 INDEX_NAME = "model.safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
+WHOLE_NAMES = (WHOLE_NAME, INDEX_NAME, "pytorch_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 JSON_BYTES = 2**28  # no index is larger
 # Where trainers put the weights below the directory of a step.
@@ -549,6 +550,11 @@ def describe(path: Path) -> tuple[str, str]:
     for place in sorted(path.glob("*")):
         if any(place.glob("*.safetensors")):
             return f"weights in {place.name}/", f"give {place}"
+    if weights := like(r"adapter_model\.(safetensors|bin)"):
+        return (
+            f"{weights[0]} without {ADAPTER_CONFIG}, which says how much of it counts",
+            "copy that as well",
+        )
     if foreign := like(r".*\.(msgpack|h5|onnx|npz|nemo|pdparams|tflite|mlx)"):
         return (
             f"{foreign[0]}, a format of another framework",
