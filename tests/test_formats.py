@@ -478,6 +478,44 @@ def test_mxfp4_is_made_weights_by_transformers(tmp_path: Path) -> None:
             assert torch.equal(cut.read(), whole[expert][:, rows].T)
 
 
+@pytest.mark.parametrize(
+    ("form", "size", "strategy"),
+    [("nvfp4", 16, "tensor_group"), ("mxfp4", 32, "group")],
+)
+def test_two_codes_in_a_byte_are_made_weights_by_their_library(
+    form: str, size: int, strategy: str, tmp_path: Path
+) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils.helpers import generate_gparam
+
+    said = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": size}
+    weights = QuantizationArgs(**said)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    own = f"{form}-pack-quantized"
+    library = BaseCompressor.get_value_from_registry(own)
+    w = noise(8, 64).bfloat16()
+    groups = w.float().reshape(8, -1, size)
+    state, ends = {"weight": w}, (groups.amin(-1), groups.amax(-1))
+    if form == "nvfp4":
+        scale = generate_gparam(w.float().amin(), w.float().amax()).reshape(1)
+        state["weight_global_scale"] = scale
+        state["weight_scale"] = calculate_qparams(*ends, weights, scale)[0]
+    else:
+        state["weight_scale"] = calculate_qparams(*ends, weights)[0]
+    codes = library.compress(dict(state), scheme)
+    expected = library.decompress(dict(codes), scheme)["weight"]
+    config = {"quant_method": "compressed-tensors", "format": own}
+    config |= {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}}
+    tensors = {f"layers.0.q_proj.{name}": code for name, code in codes.items()}
+    place = save(tmp_path, tensors, {"quantization_config": config})
+    assert not open_checkpoint(place).cuts
+    (cut,) = open_checkpoint(place, dequantise=True).cuts.values()
+    assert (cut.matrix.shape, cut.matrix.dtype) == ((8, 64), "bfloat16")
+    assert torch.equal(cut.read(), expected)
+
+
 def test_packed_integers_are_made_weights_by_their_library(tmp_path: Path) -> None:
     helpers = pytest.importorskip(
         "compressed_tensors.compressors.pack_quantized.helpers"

@@ -549,16 +549,15 @@ def describe(path: Path) -> tuple[str, str]:
     for place in path.glob("*/adapter_config.json"):
         return f"an adapter in {place.parent.name}/", f"give {place.parent}"
     for place in sorted(path.glob("*")):
-        if any(
-            FILES.fullmatch(f.name) for f in place.glob("*") if ".json" not in f.name
-        ):
+        inside = [f.name for f in place.glob("*") if f.suffix != ".json"]
+        if any(FILES.fullmatch(name) for name in inside):
             return f"weights in {place.name}/", f"give {place}"
-    if ranks := like(r"(mp_rank|consolidated|model|rank)[._-]?(rank[._-]?)?\d+\D.*"):
-        if len(ranks) > 1:
-            return (
-                f"the shares of {len(ranks)} ranks ({ranks[0]})",
-                "merge them with the tool that wrote them",
-            )
+    ranks = like(r"(mp_rank|consolidated|model|rank)[._-]?(rank[._-]?)?\d+\D.*")
+    if len(ranks) > 1:
+        return (
+            f"the shares of {len(ranks)} ranks ({ranks[0]})",
+            "merge them with the tool that wrote them",
+        )
     if weights := like(r"adapter_model\.(safetensors|bin)"):
         return (
             f"{weights[0]} without {ADAPTER_CONFIG}, which says how much of it counts",
