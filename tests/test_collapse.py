@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis import collapse
+from opd_geometry.analysis import collapse, directions
 from opd_geometry.book import collapse_figures
 from opd_geometry.experiments.measure import COLUMNS
 
@@ -176,7 +176,7 @@ def test_a_shared_direction_is_told_from_shared_rounding() -> None:
                 rows.append((pair[0], seed, pair[1], seed, "q", metric, value))
                 rows.append((pair[0], seed, pair[1], seed, "head", metric, 9.0))
     columns = ["arm", "seed", "other_arm", "other_seed", "role", "metric", "value"]
-    found = collapse.directions(pd.DataFrame(rows, columns=columns))
+    found = directions.shared(pd.DataFrame(rows, columns=columns))
     assert list(found["other"]) == ["rlvr", "sft"]
     assert (found["n_pairs"] == 3).all()
     assert list(found["cosine"]) == pytest.approx([0.91, 0.01])

@@ -233,39 +233,6 @@ def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
 
 
-def directions(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
-    """Who moves in an arm's direction, and what masks say of it.
-
-    Args:
-        pairs: of ``ends.committed_pairs``.
-        arm: one of each pair.
-
-    Returns:
-        One row another arm from the same anchor (the same arm: from another seed's),
-        by falling cosine: other, n_pairs, cosine with low and high (95 % interval over
-        pairs; null 0), subspace and its chance (Sim_K of the top right ones), jaccard,
-        rounding (that of unrelated updates of these norms), beyond (their difference)
-        with beyond_low, beyond_high.
-    """
-    rows = pairs[pairs["role"].isin(LAYERS)].astype({"arm": str, "other_arm": str})
-    ours = rows[(rows["arm"] == arm) | (rows["other_arm"] == arm)]
-    other = ours["other_arm"].where(ours["arm"] == arm, ours["arm"])
-    keys = [other.rename("other"), ours["seed"], ours["other_seed"], ours["metric"]]
-    wide = ours.groupby(keys, observed=True)["value"].mean().unstack()
-    found = []
-    for name, of_pair in wide.groupby(level="other"):
-        means = of_pair.mean()
-        names = ("similarity_right", "null_similarity_right")
-        masks = (means["jaccard"], means["rounding_jaccard"])
-        beyond = interval(of_pair["jaccard"] - of_pair["rounding_jaccard"])
-        numbers = (*interval(of_pair["cosine"]), *means[[*names]], *masks, *beyond)
-        found.append((name, len(of_pair), *numbers))
-    columns = ["other", "n_pairs", "cosine", "low", "high", "subspace", "chance"]
-    columns += ["jaccard", "rounding", "beyond", "beyond_low", "beyond_high"]
-    table = pd.DataFrame(found, columns=columns)
-    return table.sort_values("cosine", ascending=False, ignore_index=True)
-
-
 def by_world(
     of: Callable[..., pd.DataFrame], worlds: Mapping[str, pd.DataFrame], arms: object
 ) -> pd.DataFrame:

@@ -21,14 +21,14 @@ from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge, levels_text
 from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
-from opd_geometry.analysis.power import (
+from opd_geometry.analysis.statements import claim_of
+from opd_geometry.analysis.unplaced.power import (
     AS_DIFFERENCES,
     GAIN,
     detection_limit,
     difference_limit,
     own_limits,
 )
-from opd_geometry.analysis.statements import claim_of
 from opd_geometry.book.board import VERDICT_MARKS, effect_text, in_words
 from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance

@@ -29,6 +29,7 @@ from opd_geometry.geometry.layouts import (
     Matrix,
     Skipped,
     cuts_or_reason,
+    families_of,
     language_config,
     layout_of,
     matrices_in_memory,
@@ -146,6 +147,7 @@ class Checkpoint:
         notes: which files were read, where there was a choice.
         files: that hold its tensors.
         tied: name of the embedding that is the head as well, or nothing.
+        families: of the model and its parts, as config.json names them.
     """
 
     path: Path
@@ -154,6 +156,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     files: tuple[Path, ...]
     tied: str = ""
+    families: tuple[str, ...] = ()
 
 
 Source = str | Path | Checkpoint
@@ -236,7 +239,9 @@ def _contents(
                 )
     files = tuple(dict.fromkeys(f for t in stored for f in t.place.files()))
     tied = _tie(cuts, skipped, config)
-    return Checkpoint(path, _sorted(cuts), _sorted(skipped), notes, files, tied)
+    return Checkpoint(
+        path, _sorted(cuts), _sorted(skipped), notes, files, tied, families_of(config)
+    )
 
 
 def _sorted(found: Mapping[str, Item]) -> dict[str, Item]:
@@ -490,7 +495,8 @@ def pairing(
         parts: of the model, only these; None for all.
     """
     sides = before, after
-    names = match(*({**_shapes(side, roles, parts)} for side in sides))
+    shapes = _shapes(before, roles, parts), _shapes(after, roles, parts)
+    names = match(*shapes, tuple(dict.fromkeys(before.families + after.families)))
     pairs, differing = [], []
     for name, other in names.items():
         cuts = before.cuts.get(name), after.cuts.get(other)
@@ -830,6 +836,17 @@ def diagnosis(before: Checkpoint, after: Checkpoint, found: Pairing) -> str:
     ):
         said += "; " + _side_of_diagnosis(which, side, only)
     return f"{said}; {_remedy(before, after)}"
+
+
+def nothing_to_measure(side: Checkpoint) -> str:
+    """That a checkpoint has no matrix, what it has instead, and what would help."""
+    skips = [skip for skip in side.skipped.values() if skip.unreadable]
+    has = _side_of_diagnosis("it", side, []).partition(": ")[2] if skips else ""
+    remedy = _remedy(side, side) if skips else "check that it is the whole checkpoint"
+    return (
+        f"{side.path} has no weight matrix{f' but {has}' * bool(has)}, expected a "
+        f"model's weights, some of them of two dimensions; {remedy}"
+    )
 
 
 def _side_of_diagnosis(which: str, side: Checkpoint, only: list[str]) -> str:
