@@ -137,6 +137,15 @@ METRIC_LABELS = {
     "similarity_to_end": "similarity to the end, Sim_K",
     "accuracy/chain": "sampled accuracy",
 }
+# What tables show besides.
+LABELS = METRIC_LABELS | {
+    "displacement": "displacement",
+    "energy_top_left": "energy, top left of W₀",
+    "energy_top_right": "energy, top right of W₀",
+    "energy_bottom_left": "energy, bottom left of W₀",
+    "energy_bottom_right": "energy, bottom right of W₀",
+    "energy_inputs": "energy, where inputs lie",
+}
 WEIGHTED_METRICS = ("sparsity", "null_sparsity")  # by parameters, as Table 1 is
 LOG_METRICS = ("frobenius_norm", "relative_norm")
 ANNOTATED_LAYERS = 12  # a map of more layers has no room for numbers

@@ -13,7 +13,7 @@ from opd_geometry.analysis.real_model import LOCK_NULLS
 from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
-    METRIC_LABELS,
+    LABELS,
     TEXT,
     legend_above,
     mark_of,
@@ -22,11 +22,6 @@ from opd_geometry.book.figures import (
     world_panels,
 )
 
-LABELS = METRIC_LABELS | {
-    "energy_top_right": "energy, top right of W₀",
-    "energy_inputs": "energy, where inputs lie",
-    "displacement": "displacement",
-}
 LOCK_MARKS = {"turned increments": "D", "walk": "^"}
 
 

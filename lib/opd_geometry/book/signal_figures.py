@@ -13,7 +13,7 @@ from opd_geometry.analysis.signal import FLIPS
 from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
-    METRIC_LABELS,
+    LABELS,
     SMALL,
     TEXT,
     WIDTH,
@@ -26,7 +26,6 @@ from opd_geometry.book.figures import (
     world_panels,
 )
 
-LABELS = METRIC_LABELS | {"displacement": "displacement"}
 FLIPPED = {"rlvr": 0, "rlvr-flip-30": 30, "rlvr-flip-45": 45, "rlvr-coin": 50}
 
 
