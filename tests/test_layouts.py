@@ -83,6 +83,7 @@ FUSED = [
     ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value", 3 * WIDTH, by_head),
     ("bloom", "h.0.self_attention.query_key_value", 3 * WIDTH, by_head),
     ("chatglm", "encoder.layers.0.self_attention.query_key_value", GROUPED, stacked),
+    ("chatglm ", "encoder.layers.0.self_attention.query_key_value", GROUPED, stacked),
     ("falcon", "h.0.self_attention.query_key_value", (HEADS + 2) * SIDE, one_key),
     ("gpt_bigcode", "transformer.h.0.attn.c_attn", (HEADS + 2) * SIDE, one_key),
     ("internlm2", "model.layers.0.attention.wqkv", GROUPED, by_group),
@@ -107,6 +108,9 @@ def test_fused_projections_are_split_in_the_order_of_their_family(
         "num_key_value_heads": GROUPS,
         "multi_query_group_num": GROUPS,
     }
+    if family.endswith(" "):  # converted by someone who named its groups as others do
+        config |= {"model_type": family.strip()}
+        del config["multi_query_group_num"]
     w = noise(rows, WIDTH)
     found = open_checkpoint(save(tmp_path, {f"{module}.weight": w}, config)).cuts
     expected = dict(zip("qkv", split(w), strict=True))
@@ -206,6 +210,23 @@ def test_stacks_beside_the_experts(tmp_path: Path) -> None:
             for i in range(2)
         },
     }
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+def test_a_stack_of_experts_is_turned_as_gate_and_up_lie_beside_down(
+    in_out: bool, tmp_path: Path
+) -> None:
+    """Experts of a width of their own, where hidden_size would tell the wrong order."""
+    width, inner = 8, 8
+    gate_up, down = noise(2, 2 * inner, width), noise(2, width, inner, seed=1)
+    stored = [w.mT if in_out else w for w in (gate_up, down)]
+    stack = "model.layers.0.mlp.experts"
+    tensors = {f"{stack}.gate_up_proj": stored[0], f"{stack}.down_proj": stored[1]}
+    config = {"hidden_size": 2 * inner, "model_type": "muse_spark"}
+    cuts = open_checkpoint(save(tmp_path, tensors, config)).cuts
+    assert torch.equal(cuts[f"{stack}.1.gate_proj.weight"].read(), gate_up[1, :inner])
+    assert torch.equal(cuts[f"{stack}.1.up_proj.weight"].read(), gate_up[1, inner:])
+    assert torch.equal(cuts[f"{stack}.0.down_proj.weight"].read(), down[0])
 
 
 def test_falcon_by_groups_and_by_heads(tmp_path: Path) -> None:
@@ -339,6 +360,38 @@ def test_a_role_needs_its_parent_and_a_matrix_has_a_part(
 ) -> None:
     assert layouts.role_of(path.split(".")) == role
     assert layouts.part_of(path.split("."), {}) == part
+
+
+@pytest.mark.parametrize(
+    ("path", "config", "part"),
+    [
+        # An encoder of a plain name beside a language model of its own.
+        ("model.encoder.layers.0.to_q", {"model_type": "granite_speech"}, "audio"),
+        ("model.encoder.layers.0.attn.to_q", {"model_type": "x"}, "other"),
+        (
+            "model.decoder.layers.0.mlp.up_proj",
+            {"model_type": "x"},
+            "language",
+        ),
+        ("model.dit.layers.0.mlp.up_proj", {"model_type": "pi0"}, "other"),
+        ("model.protein_encoder.model.layer.0.attention.query", {}, "other"),
+        ("model.language_model.layers.0.self_attn.q_proj", {}, "language"),
+        ("mlp_AR.linear_1", {"model_type": "paddleocr_vl"}, "projector"),
+    ],
+)
+def test_a_tower_beside_a_language_model_is_no_part_of_it(
+    path: str, config: dict, part: str, tmp_path: Path
+) -> None:
+    tensors = {f"{path}.weight": noise(8, 8)}
+    tensors["model.language_model.layers.0.self_attn.k_proj.weight"] = noise(8, 8)
+    cuts = open_checkpoint(save(tmp_path, tensors, config)).cuts
+    assert cuts[f"{path}.weight"].matrix.part == part
+
+
+def test_an_encoder_by_itself_is_a_language_model(tmp_path: Path) -> None:
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    (cut,) = open_checkpoint(save(tmp_path, {name: noise(8, 8)})).cuts.values()
+    assert (cut.matrix.part, cut.matrix.role) == ("language", "q")
 
 
 def test_layers_beyond_the_models_own_predict_further_tokens() -> None:
@@ -572,6 +625,53 @@ def test_hub_names_are_those_of_transformers_5(hub: str, new: str) -> None:
     assert matching.match({before: (4, 4)}, {after: (4, 4)}) == {before: after}
 
 
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gpt_neox", {}),  # embed_out
+        ("aria_text", {"moe_num_experts": 2, "moe_num_shared_experts": 1}),  # fc1, fc2
+        ("hy_v3", {"num_experts": 2, "num_experts_per_tok": 1}),  # router.gate
+        ("laguna", {"num_experts": 2, "num_experts_per_tok": 1}),  # shared_expert
+    ],
+)
+def test_a_file_of_the_hub_is_paired_with_what_the_model_holds_in_memory(
+    family: str, more: dict, tmp_path: Path
+) -> None:
+    """As transformers saves a model, and as a trainer that shards it does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = AutoConfig.for_model(family).to_dict()
+    sizes = {k: v for k, v in TINY.items() if known.get(k) is not None}
+    config = AutoConfig.for_model(family, **sizes, **more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "hub")
+    held = {name: w.detach() for name, w in model.named_parameters()}
+    save(
+        tmp_path / "memory",
+        held,
+        json.loads((tmp_path / "hub/config.json").read_text()),
+    )
+    for order in (("hub", "memory"), ("memory", "hub")):
+        found = checkpoints.pairing(*(open_checkpoint(tmp_path / n) for n in order))
+        assert found.measured == 1.0
+        for pair in found.pairs:
+            assert torch.equal(*pair.read())
+            assert pair.cuts[0].matrix.role == pair.cuts[1].matrix.role
+
+
 def test_what_was_matched_is_said_and_rows_lose_the_wrapper(tmp_path: Path) -> None:
     tensors = {name: noise(*shape) for name, shape in MODEL.items()}
     tensors["lm_head.weight"] = noise(30, 8, seed=5)
@@ -728,6 +828,16 @@ def test_shards_without_an_index_and_disjoint_files(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "ep")
 
 
+def test_pickled_shards_without_an_index(tmp_path: Path) -> None:
+    for i, names in enumerate((sorted(NEW)[::2], sorted(NEW)[1::2]), 1):
+        place = tmp_path / f"pytorch_model-0000{i}-of-00002.bin"
+        torch.save({name: NEW[name] for name in names}, place)
+    assert is_new(tmp_path)
+    place.unlink()
+    with pytest.raises(ValueError, match="holds no"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_tensor_in_two_shards_comes_from_where_the_index_says(tmp_path: Path) -> None:
     path = sharded(tmp_path, NEW, 2, INDEX)
     name = sorted(NEW)[0]  # in the first
@@ -765,6 +875,22 @@ def test_a_tensor_in_two_shards_comes_from_where_the_index_says(tmp_path: Path) 
             lambda p: [(p / n).write_text("") for n in ("common.pt", "__0_0.distcp")],
             "Megatron's torch_dist",
         ),
+        (
+            lambda p: [(p / f"mp_rank_0{r}_model_states.pt").touch() for r in "01"],
+            "the shares of 2 ranks .*merge them with the tool",
+        ),
+        (
+            lambda p: (p / "adapter_model.bin").touch(),
+            "bin without adapter_config.json",
+        ),
+        (
+            lambda p: [(p / "dcp").mkdir(), (p / "dcp" / ".metadata").touch()],
+            "weights in dcp/, expected a checkpoint; give .*/dcp",
+        ),
+        (
+            lambda p: [save(p, OLD, file=f"model-rank-{r}.safetensors") for r in "01"],
+            "merge them with the tool that wrote them if each is the share of a rank",
+        ),
     ],
 )
 def test_a_folder_without_weights_says_what_it_has_and_what_helps(
@@ -775,6 +901,17 @@ def test_a_folder_without_weights_says_what_it_has_and_what_helps(
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_has_no_matrix_says_what_it_has_instead(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", {"layers.0.q_proj.weight": noise(8, 8)})
+    flat = save(tmp_path / "flat", {"_flat_param": noise(64)})
+    said = (
+        "flat has no weight matrix but 1 skipped .*a flat parameter of FSDP.*FULL_STATE"
+    )
+    for order in ((base, flat), (flat, base), (flat, flat)):
+        with pytest.raises(ValueError, match=said):
+            pairs.plan_pair(*order)
 
 
 def test_one_diagnosis_names_both_sides(tmp_path: Path) -> None:

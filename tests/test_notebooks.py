@@ -113,6 +113,16 @@ def test_cells_fit_on_a_page(path: Path) -> None:
 
 
 @each_notebook
+def test_every_table_says_what_it_is(path: Path) -> None:
+    cells = [cell for cell in code(read(path)) if "lead" not in tags(cell)]
+    shown = [o.get("data", {}) for cell in cells for o in cell.outputs]
+    tables = [x["text/html"] for x in shown if "<table" in x.get("text/html", "")]
+    captions = [re.findall("<caption>(.+?)</caption>", x) for x in tables]
+    assert all(len(found) == 1 for found in captions)
+    assert len({found[0] for found in captions}) == len(captions)  # none twice
+
+
+@each_notebook
 def test_keeps_the_anatomy(path: Path) -> None:
     text = prose(read(path))
     titles = re.findall(r"^# (.+)$", text, re.MULTILINE)
@@ -152,6 +162,16 @@ def test_captions_carry_the_detection_limit_of_what_they_show(path: Path) -> Non
         if name and name not in WITHOUT_LIMIT:
             text = " ".join((below.source + str(said(below))).split())
             assert "{limits}" in text or "Detection limit" in text, name
+
+
+@each_notebook
+def test_captions_say_their_n(path: Path) -> None:
+    cells = read(path).cells
+    for cell, below in pairwise(cells):
+        name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "")
+        if name and name != "fig-own-cost":  # times of one machine
+            text = " ".join((below.source + str(said(below))).split())
+            assert re.search(r"\bn = |\{n(_\w+)?\}|\{seeds\}", text), name
 
 
 @each_notebook

@@ -154,7 +154,7 @@ def test_rotations_by_transforms_look_uniform(n, axis):
         assert abs(np.mean(drawn > 0) - 0.5) < 0.01
 
 
-def test_transforms_turn_subspaces_as_uniform_rotations_do(monkeypatch):
+def test_transforms_turn_subspaces_as_uniform_rotations_do():
     """Angles, spectral shift and Sim_K of turned sums, by either kind of rotation."""
     n, k = 96, 12
     w = 0.02 * gaussian(n, n)
@@ -163,15 +163,15 @@ def test_transforms_turn_subspaces_as_uniform_rotations_do(monkeypatch):
     u, s, _ = torch.linalg.svd(w)
     found = {}
     for side in (0, n):
-        monkeypatch.setattr(nulls, "UNIFORM_SIDE", side)
         drawn = []
         for seed in range(24):
-            after = w + nulls.turned(delta, generator(seed))
+            after = w + nulls.turned(delta, generator(seed), side)
             u_after, s_after, _ = torch.linalg.svd(after)
             angles = spectra.angles_between_deg(u[:, :k], u_after[:, :k])
             shift = spectra.normalised_spectral_shift(s, s_after)
-            path = locking.turned_increments(run, generator(seed))
-            parts = {t: locking.decomposed(d) for t, d in path.items()}
+            sums = locking.Increments((n, n), generator(seed), False, side)
+            changes = locking.increments(run).items()
+            parts = {t: locking.decomposed(sums.add(d)) for t, d in changes}
             end = locking.top_right(parts[1.0], k)
             early = locking.similarities(parts, end, k)[0.1]
             drawn.append((float(angles.mean()), shift, early))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis.origins import Origin
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced.origins import Origin
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = ROOT / "data" / "checkpoints" / "laptop-sft-s0"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis import power as pw
-from opd_geometry.analysis import printed as pr
-from opd_geometry.analysis import unplaced as un
+from opd_geometry.analysis.unplaced import measured as un
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced import power as pw
+from opd_geometry.analysis.unplaced import printed as pr
 from opd_geometry.book import unplaced_figures
 from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.experiments.runs import data_directory

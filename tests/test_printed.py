@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from opd_geometry.analysis import consistency
-from opd_geometry.analysis import one_distance as od
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis import printed as pr
-from opd_geometry.analysis import unplaced as un
+from opd_geometry.analysis import exclusions
+from opd_geometry.analysis.unplaced import measured as un
+from opd_geometry.analysis.unplaced import one_distance as od
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced import printed as pr
 from opd_geometry.geometry import unplaced as closed
 from opd_geometry.geometry import updates
 from opd_geometry.geometry.spectra import stable_rank
@@ -151,7 +151,7 @@ def test_a_gain_between_kinds_of_matrices_is_found_again() -> None:
 
 
 def test_every_work_that_prints_two_numbers_is_asked() -> None:
-    table = consistency.printed("related")
+    table = exclusions.printed("related")
     sets = [og.synthetic("Gaussian", 0, {"q": (64, 64)})]
     pairs = od.related_pairs(sets, {"rlvr": (0.0, 1.0), "sft": (0.0, 1.0)})
     asked = {name for pair in pairs for name in pair.work.split(" and ")}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from opd_geometry.analysis import sweeps
+from opd_geometry.analysis import regimes
 from opd_geometry.book import rank_figures
 from opd_geometry.book.figures import ARM_STYLES
 
@@ -47,7 +47,7 @@ def test_a_run_and_its_null_lie_at_their_means() -> None:
 
 def test_a_course_lies_at_its_factor_and_groups_are_apart() -> None:
     table = planted((0, 1, 2))
-    apart = sweeps.courses_apart(table, ["rlvr", "opd", "sft"], "opd")
+    apart = regimes.courses_apart(table, ["rlvr", "opd", "sft"], "opd")
     np.testing.assert_allclose(apart["factor"], [1.5, 1.0])
     assert list(apart["n_seeds"]) == [3, 3]
     groups = {"one": {"opd": "OPD itself"}, "other": {"rlvr": "reward"}}
@@ -62,6 +62,6 @@ def test_a_course_lies_at_its_factor_and_groups_are_apart() -> None:
 def test_refuses_a_table_without_its_arms() -> None:
     with pytest.raises(ValueError, match="none of the arms sft"):
         rank_figures.null_dots(planted(), ["sft"], {"a": ("first", {"nss": "x"})})
-    apart = sweeps.courses_apart(planted(), ["rlvr"], "opd")
+    apart = regimes.courses_apart(planted(), ["rlvr"], "opd")
     with pytest.raises(ValueError, match="none of the arms sft"):
         rank_figures.course_dots(apart, {"a": {"sft": "SFT"}}, 1.1)

@@ -168,7 +168,7 @@ def test_a_caption_goes_to_its_figure() -> None:
         site.as_page(v4.new_notebook(cells=[figure, caption]))
 
 
-def test_a_page_folds_code_drops_what_shows_nothing_and_captions_tables() -> None:
+def test_a_page_folds_code_and_long_tables_and_drops_what_shows_nothing() -> None:
     v4 = nbformat.v4
 
     def cell(source: str, *tags: str, **data: str) -> nbformat.NotebookNode:
@@ -176,15 +176,18 @@ def test_a_page_folds_code_drops_what_shows_nothing_and_captions_tables() -> Non
         return v4.new_code_cell(source, metadata={"tags": [*tags]}, outputs=outputs)
 
     kept = {"application/papermill.record/text/plain": "1"}
-    table = {"text/html": "<table class='x'><tr></tr></table>"}
+    caption = "<caption>Rows &amp; more</caption>"
+    table = {"text/html": f"<table class='x'>{caption}<tr></tr></table>"}
+    long = {"text/html": table["text/html"].replace("<tr>", 10 * "<tr>")}
     cells = [
         v4.new_markdown_cell("# Title\n\n## Rows & more"),
         cell("publish()", **kept),
         cell("show()", **table),
+        cell("show(long)", **long),
         cell("print(1)", **{"text/plain": "1"}),
         cell("say()", "hide-input", "lead", **table),
     ]
-    title, first, published, shown, printed = site.as_page(
+    title, first, published, shown, folded, printed = site.as_page(
         v4.new_notebook(cells=cells)
     ).cells
     assert title.source.startswith("# Title")
@@ -192,8 +195,8 @@ def test_a_page_folds_code_drops_what_shows_nothing_and_captions_tables() -> Non
     assert published.metadata["tags"] == ["remove-cell"]
     assert shown.metadata["tags"] == ["hide-input"]
     assert printed.metadata["tags"] == []
-    html = shown.outputs[0].data["text/html"]
-    assert html.startswith("<table class='x'><caption>Rows &amp; more</caption>")
+    assert folded.metadata["tags"] == ["hide-cell"]
+    assert folded.metadata["mystnb"]["code_prompt_show"] == "Rows & more"
 
 
 def test_the_first_page_gets_the_first_figure_that_is_there(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def _options(command: Command) -> Command:
                 "part",
                 metavar="NAMES",
                 help="Only these parts of the model: language, vision, audio, talker, "
-                "mtp, projector; default: all are measured, and the summary is of the "
+                "mtp, projector, other (another tower); default: all are measured, and "
+                "the summary is of the "
                 "language model.",
             ),
             click.option(

@@ -16,21 +16,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
 from opd_geometry.analysis.claims import Finding, claim_card, judge, levels_text
 from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
-from opd_geometry.analysis.power import (
+from opd_geometry.analysis.statements import claim_of
+from opd_geometry.analysis.unplaced.power import (
     AS_DIFFERENCES,
     GAIN,
     detection_limit,
     difference_limit,
     own_limits,
 )
-from opd_geometry.analysis.statements import claim_of
 from opd_geometry.book.board import VERDICT_MARKS, effect_text, in_words
-from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS, with_minus
+from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import (
@@ -350,8 +351,12 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     """A table as it is shown: numbers of a few digits, arms and metrics by name."""
 
     def shown(value: object) -> object:
+        if value == "<NA>":  # of an integer that is not there
+            return "–"
         if isinstance(value, str):
-            return in_words(value)
+            return LABELS.get(value) or in_words(value)
+        if isinstance(value, (bool, np.bool_)):
+            return "yes" if value else "no"
         if not isinstance(value, float):
             return value
         return "–" if math.isnan(value) else with_minus(f"{value:.{digits}g}")
@@ -360,14 +365,15 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
         metric = str(name).removeprefix("null_")
         if name in ARM_STYLES:
             return ARM_STYLES[str(name)].label
-        if metric in METRIC_LABELS:
-            null = ", null" if metric != name else ""
-            return METRIC_LABELS[metric] + null
-        return name
+        if metric in LABELS:
+            return LABELS[metric] + (", null" if metric != name else "")
+        # n_seeds is a count of seeds
+        plain = isinstance(name, str)
+        return str(name).removeprefix("n_").replace("_", " ") if plain else name
 
     # The name of an index would take a row of its own; that of the columns stands in
     # the corner above it.
-    kinds = {"arm": [*ARM_STYLES], "diagnostic": [*METRIC_LABELS]}
+    kinds = {"arm": [*ARM_STYLES], "diagnostic": [*LABELS]}
     outer = frame.index.get_level_values(0)
     kind = [k for k, known in kinds.items() if outer.isin(known).any()]
     corner = str(frame.index.name or (kind[0] if kind else "row"))
@@ -464,8 +470,12 @@ class Table:
 
 
 def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
-    """``rounded``, with a caption that says what the rows are."""
-    return Table(rounded(frame, digits), caption, index=True)
+    """``rounded``, with a caption that says what the rows are.
+
+    An index that only counts the rows is left out.
+    """
+    counts = isinstance(frame.index, pd.RangeIndex)
+    return Table(rounded(frame, digits), caption, index=not counts)
 
 
 def html(frame: pd.DataFrame, caption: str = "") -> Table:
@@ -557,14 +567,14 @@ def limits_text(
     found = {name: difference_limit(levels, arms, name, read) for name in metrics}
     known, placed = set(own_limits()["metric"]), []
     parts = [
-        f"{_limit_text(name, limit)} ({METRIC_LABELS.get(name, name)})"
+        f"{_limit_text(name, limit)} ({LABELS.get(name, name)})"
         for name, (limit, _) in found.items()
         if not math.isnan(limit)
     ]
     for name in metrics:
         if name in known:
             limit = detection_limit(name, [GAIN])
-            placed.append(f"{limit} ({METRIC_LABELS.get(name, name)})")
+            placed.append(f"{limit} ({LABELS.get(name, name)})")
     n = min((n for limit, n in found.values() if not math.isnan(limit)), default=0)
     said = []
     if parts:

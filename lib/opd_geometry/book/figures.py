@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
@@ -135,6 +136,15 @@ METRIC_LABELS = {
     "hill_alpha": "Hill exponent",
     "similarity_to_end": "similarity to the end, Sim_K",
     "accuracy/chain": "sampled accuracy",
+}
+# What tables show besides.
+LABELS = METRIC_LABELS | {
+    "displacement": "displacement",
+    "energy_top_left": "energy, top left of W₀",
+    "energy_top_right": "energy, top right of W₀",
+    "energy_bottom_left": "energy, bottom left of W₀",
+    "energy_bottom_right": "energy, bottom right of W₀",
+    "energy_inputs": "energy, where inputs lie",
 }
 WEIGHTED_METRICS = ("sparsity", "null_sparsity")  # by parameters, as Table 1 is
 LOG_METRICS = ("frobenius_norm", "relative_norm")
@@ -510,6 +520,55 @@ def plain_log_ticks(axis: XAxis | YAxis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def panel_row(
+    count: int, height: float, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A row of panels across the page, whose rows mean the same; height in inches."""
+    figure, axes = plt.subplots(
+        1, count, figsize=(WIDTH, height), sharex=sharex, sharey=True, squeeze=False
+    )
+    return figure, list(axes[0])
+
+
+def name_rows(ax: Axes, names: Sequence[str], **look: Any) -> None:
+    """Names at the rows 0, 1, ... from the top of the leftmost panel."""
+    ax.set_yticks(range(len(names)), names, **look)
+    ax.invert_yaxis()
+
+
+def world_panels(
+    worlds: Iterable[str], height: float, xlabel: str, sharex: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A panel a world, under its name, with one label for what all show across."""
+    names = list(worlds)
+    figure, axes = panel_row(len(names), height, sharex)
+    for ax, name in zip(axes, names, strict=True):
+        ax.set_title(name)
+    figure.supxlabel(xlabel, fontsize=10, color=TEXT)
+    return figure, axes
+
+
+def legend_above(figure: Figure, keys: Mapping[str, Artist], ncols: int) -> None:
+    """One legend over all panels: name to what it looks like."""
+    place: Any = {"loc": "outside upper left", "ncols": ncols, "frameon": False}
+    figure.legend(list(keys.values()), list(keys), **place)
+
+
+def labelled(axes: Iterable[Axes]) -> dict[str, Artist]:
+    """What has a label in any of the panels, once a label."""
+    found = [ax.get_legend_handles_labels() for ax in axes]
+    return {
+        label: line
+        for lines, labels in found
+        for line, label in zip(lines, labels, strict=True)
+    }
+
+
+def mark_of(arm: str) -> str:
+    """The marker that goes with an arm's dash."""
+    return {"-": "o", "--": "D", ":": "v", "-.": "s"}[ARM_STYLES[arm].dash]
 
 
 def share_vertical(row: Sequence[Axes]) -> None:

@@ -111,7 +111,7 @@ def course_dots(
     """How far arms leave one arm's trajectory, a row an arm (for Figures 7 and 9).
 
     Args:
-        apart: of ``sweeps.courses_apart``.
+        apart: of ``regimes.courses_apart``.
         groups: name of a group to its arms, and their names in the figure.
         margin: the factor within which a trajectory is kept.
 

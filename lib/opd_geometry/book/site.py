@@ -37,6 +37,7 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.~*/-])/(?:home|root|Users|tmp|mnt|opt|private|var|work|workspace"
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
+LONGEST_TABLE = 9  # rows that are shown unfolded, the head among them
 FOLDED = {"hide-input", "remove-input", "remove-cell", "hide-output", "hide-cell"}
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
@@ -403,8 +404,9 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
             cell.metadata["tags"] = ["remove-cell"]
         elif _draws(cell) and not FOLDED & {*_tags(cell)}:
             cell.metadata["tags"] = [*_tags(cell), "hide-input"]
+    for cell in rest:
+        _name_fold(cell)
     notebook.cells = [*rest[:1], *first, *rest[1:]]
-    _caption_tables(notebook)
     return notebook
 
 
@@ -423,19 +425,24 @@ def _draws(cell: NotebookNode) -> bool:
     return any(kinds & {*o.get("data", {})} for o in cell.get("outputs", []))
 
 
-def _caption_tables(notebook: NotebookNode) -> None:
-    """A table without a caption has the title of its section for one."""
-    section = title_of(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            found = re.findall(r"^##? (.+)$", cell.source, re.MULTILINE)
-            section = found[-1] if found else section
-        for output in cell.get("outputs", []):
-            text = output.get("data", {}).get("text/html", "")
-            if "<table" in text and "<caption" not in text:
-                caption = f"<caption>{html.escape(section)}</caption>"
-                whole = re.sub(r"(<table[^>]*>)", rf"\1{caption}", text)
-                output["data"]["text/html"] = whole
+def _name_fold(cell: NotebookNode) -> None:
+    """Fold a long table under its caption, and call every fold what is in it."""
+    html_texts = [o.data["text/html"] for o in cell.get("outputs", []) if _is_table(o)]
+    if not html_texts:
+        return
+    tags, folded = {*_tags(cell)}, {"hide-output", "hide-cell"}
+    if max(text.count("<tr") for text in html_texts) > LONGEST_TABLE:
+        tags = tags - {"hide-input"} | {"hide-cell"}
+    if tags & folded:
+        (caption,) = re.findall("<caption>(.*?)</caption>", html_texts[0]) or [""]
+        prompt = html.unescape(caption) or "Show code cell {type}"
+        cell.metadata.setdefault("mystnb", {})["code_prompt_show"] = prompt
+        cell.metadata["mystnb"]["code_prompt_hide"] = prompt
+    cell.metadata["tags"] = sorted(tags)
+
+
+def _is_table(output: NotebookNode) -> bool:
+    return "<table" in output.get("data", {}).get("text/html", "")
 
 
 def read_config(path: Path) -> dict[str, Any]:

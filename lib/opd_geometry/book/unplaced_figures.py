@@ -1,7 +1,7 @@
 """Figures of what an update without place gives, and of what a placed one would show.
 
-In the book's one style (see ``figures``); tables of ``analysis.unplaced`` and
-``analysis.power`` in.
+In the book's one style (see ``figures``); tables of the package
+``analysis.unplaced`` in.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from opd_geometry.analysis.power import FAMILIES, GAIN, POWER, SHARE
+from opd_geometry.analysis.unplaced.power import FAMILIES, GAIN, POWER, SHARE
 from opd_geometry.book import figures
 from opd_geometry.book.figures import ARM_STYLES, PURPLE, WIDTH, styled
 
@@ -31,7 +31,7 @@ def on_bands(rows: pd.DataFrame) -> Figure:
     """Every printed number of place on the band of an update without any.
 
     Args:
-        rows: of ``unplaced.against``: panel, label, arm, printed, low, high (pretrained
+        rows: of ``measured.against``: panel, label, arm, printed, low, high (pretrained
             weights), wide_low, wide_high (any weights tried), neutral.
 
     Returns:

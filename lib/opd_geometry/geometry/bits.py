@@ -147,9 +147,10 @@ def norm(w: Tensor) -> float:
     Args:
         w: any shape, any floating dtype.
     """
-    buffer = torch.empty(CHUNK_ENTRIES, dtype=torch.float64)
+    if w.dtype == torch.float64:
+        return float(torch.linalg.vector_norm(w))
     square = 0.0
     for (chunk,) in chunks(w):
-        values = buffer[: chunk.numel()].copy_(chunk)
+        values = chunk.double()
         square += float(torch.dot(values, values))
     return square**0.5

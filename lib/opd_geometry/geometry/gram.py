@@ -206,7 +206,7 @@ def _roughly(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
 
     The largest value is right to 1e-6 of itself, the smallest to 1e-3 at worst.
     """
-    size = float(torch.linalg.vector_norm(w, math.inf))
+    size = max(float(end.abs()) for end in torch.aminmax(w))
     if not math.isfinite(size):
         finite_matrix(w, "w")
     size = size or 1.0
@@ -219,7 +219,7 @@ def _roughly(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
         ascending = reduced.eigenvalues()
         squares = ascending.flip(0)[:top]
     else:
-        squares, inner = _largest(_whole(products), k, ROUGH_TOLERANCE)
+        squares, inner = _largest(products, k, ROUGH_TOLERANCE)
     if float(squares[top - 1]) <= STEEP * float(squares[0]):
         return None
     if top > k:
@@ -233,13 +233,11 @@ def _closely(w: Tensor, top: int, k: int) -> tuple[Tensor, Tensor] | None:
     """As `leading_right` from one tridiagonalisation; None where squaring loses it."""
     rows = _Rows.of(w)
     products = _products(rows)
-    upper = products.cpu().triu()
-    reduced = _reduced(products)
-    squares = reduced.eigenvalues()
+    upper = products.cpu().clone()
+    squares, inner = _reduced(products).leading(top, k)
     if not _well_above_rounding(squares, top):
         return None
-    _, inner = reduced.eigenvectors(squares, 0, k)
-    images = upper @ inner + upper.triu(1).T @ inner
+    images = _times(upper, inner)
     lengths = (inner * images).sum(0).clamp_min(0.0).sqrt()
     values = squares.flip(0).clamp_min(0.0).sqrt()
     error = _subspace_error_deg(images - inner * lengths**2, lengths, values)
@@ -266,19 +264,22 @@ def right_subspace(w: Tensor, k: int, rough: bool = False) -> Tensor | None:
     if found is not None:
         return found[1]
     rows = _Rows.of(w)
-    values, vectors = _largest(_whole(_products(rows).cpu()), k)
+    values, vectors = _largest(_products(rows).cpu(), k)
     if float(values[k - 1]) <= ROUNDING * float(values[0]):
         return None
     return _as_right(rows, vectors)
 
 
 def _largest(
-    symmetric: Tensor, k: int, tolerance: float = SUBSPACE_TOLERANCE
+    upper: Tensor, k: int, tolerance: float = SUBSPACE_TOLERANCE
 ) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues, descending, with orthonormal vectors."""
-    n = len(symmetric)
+    """Largest eigenvalues, descending, with orthonormal vectors.
+
+    Of a symmetric matrix, given by its upper triangle, which is overwritten.
+    """
+    n = len(upper)
     if n > DIRECT_SIDE and k < n // 4:
-        dense = symmetric.numpy()
+        dense = _whole(upper).numpy()
         start = np.random.default_rng(0).standard_normal(n).astype(dense.dtype)
         try:
             values, found = scipy.sparse.linalg.eigsh(dense, k, v0=start, tol=tolerance)
@@ -287,8 +288,9 @@ def _largest(
             return torch.from_numpy(values[order].copy()), vectors
         except scipy.sparse.linalg.ArpackError:
             pass
+    # The transpose is a Fortran array without a copy: upper becomes lower.
     squares, found = scipy.linalg.eigh(
-        symmetric.numpy(), subset_by_index=(n - k, n - 1), check_finite=False
+        upper.numpy().T, subset_by_index=(n - k, n - 1), check_finite=False
     )
     vectors = torch.from_numpy(found[:, ::-1].copy())
     return torch.from_numpy(squares[::-1].copy()), vectors
@@ -297,6 +299,15 @@ def _largest(
 def _whole(upper: Tensor) -> Tensor:
     """A symmetric matrix from its upper triangle, which is overwritten."""
     return upper.triu_() + upper.triu(1).T
+
+
+def _times(upper: Tensor, x: Tensor) -> Tensor:
+    """A symmetric matrix, given by its upper triangle, times another one."""
+    # The transposes are Fortran arrays without a copy: upper becomes lower.
+    dense, columns = upper.numpy().T, x.contiguous().numpy().T
+    (product,) = scipy.linalg.get_blas_funcs(("symm",), (dense, columns))
+    found = product(1.0, dense, columns.T, lower=1)
+    return torch.from_numpy(np.ascontiguousarray(found))
 
 
 def _well_above_rounding(ascending: Tensor, top: int) -> bool:
@@ -474,6 +485,10 @@ class _Diagonal:
         largest = self.vectors[:, n - highest :].flip(1).cpu().contiguous()
         return self.vectors[:, :lowest].cpu(), largest
 
+    def leading(self, top: int, k: int) -> tuple[Tensor, Tensor]:
+        """As `_Tridiagonal.leading`."""
+        return self.eigenvalues(), self.eigenvectors(self.values, 0, k)[1]
+
 
 @dataclass(frozen=True)
 class _Tridiagonal:
@@ -526,11 +541,32 @@ class _Tridiagonal:
         theta = torch.cat([values[:lowest], values[len(values) - highest :].flip(0)])
         basis = None if len(theta) <= FEW else self._vectors_at_once(theta)
         if basis is None:
-            basis = self._lapack_vectors(lowest, highest)
+            n = len(values)
+            ends = ((0, lowest), (n - highest, n))
+            low, high = (self._lapack(*end)[1] for end in ends)
+            basis = torch.cat([low, high.flip(1)], dim=1)
+        basis = self._turned_back(basis)
+        return basis[:, :lowest], basis[:, lowest:].contiguous()
+
+    def leading(self, top: int, k: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenvalues, one more than top if there is, and top-k vectors.
+
+        Returns:
+            (top + 1,) or more, ascending; (n, k), largest first.
+        """
+        n = len(self.diagonal)
+        if top > FEW:
+            values = self.eigenvalues()
+            return values, self.eigenvectors(values, 0, k)[1]
+        values, basis = self._lapack(max(0, n - top - 1), n)
+        return values, self._turned_back(basis.flip(1)[:, :k].contiguous())
+
+    def _turned_back(self, basis: Tensor) -> Tensor:
+        """Q x, in place if it is of the same dtype."""
         basis = basis.to(self.reflectors.dtype)
         below = self.reflectors[1:, :-1]
         basis[1:] = torch.ormqr(below, self.scales, basis[1:])
-        return basis[:, :lowest], basis[:, lowest:].contiguous()
+        return basis
 
     def _vectors_at_once(self, theta: Tensor) -> Tensor | None:
         basis = torch.from_numpy(
@@ -543,20 +579,19 @@ class _Tridiagonal:
         root = torch.linalg.cholesky(overlap)
         return torch.linalg.solve_triangular(root.T, basis, upper=True, left=False)
 
-    def _lapack_vectors(self, lowest: int, highest: int) -> Tensor:
-        n = len(self.diagonal)
-        parts = [
-            scipy.linalg.eigh_tridiagonal(
-                self.diagonal,
-                self.beside,
-                select="i",
-                select_range=(first, last - 1),
-                lapack_driver="stemr",
-            )[1][:, ::order]
-            for first, last, order in ((0, lowest, 1), (n - highest, n, -1))
-            if last > first
-        ]
-        return torch.from_numpy(np.concatenate(parts, axis=1))
+    def _lapack(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Some of all ascending eigenvalues, one at a time, with their vectors."""
+        if last == first:
+            nothing = torch.empty(len(self.diagonal), 0, dtype=torch.float64)
+            return nothing[0], nothing
+        values, vectors = scipy.linalg.eigh_tridiagonal(
+            self.diagonal,
+            self.beside,
+            select="i",
+            select_range=(first, last - 1),
+            lapack_driver="stemr",
+        )
+        return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def _twisted_vectors(

@@ -20,13 +20,13 @@ from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored
 
 # --- parts -------------------------------------------------------------------------
 
-PARTS = ("language", "vision", "audio", "talker", "mtp", "projector")
+PARTS = ("language", "vision", "audio", "talker", "mtp", "projector", "other")
 # The first that has a component of the path, talkers before the towers inside them.
 PART_OF = (
     ("talker", r"talker\w*|code2wav|token2wav|code_predictor|tts\w*|vocoder"),
     (
         "projector",
-        r"\w*_projector|projector|merger|deepstack_merger_list|aligner|gen_aligner|"
+        r"\w*_projector|projector|(patch_)?merger|mlp_AR|deepstack_merger_list|aligner|gen_aligner|"
         r"generation_aligner|connector|resampler\w*|abstractor|q_?former|embed_vision|"
         r"embed_audio|vision_language_adapter|(language|modality)_projection|"
         r"(vision|visual|image|img|image_to_text|audio|speech|sound)_"
@@ -44,8 +44,27 @@ PART_OF = (
         r"(acoustic|semantic)_(tokenizer|encoder)\w*|whisper\w*",
     ),
     ("mtp", r"mtp\w*|nextn\w*|eagle\w*|medusa\w*"),
+    (
+        "other",
+        r"(protein|molecule|graph|point(_?cloud)?|time_?series|(word_)?timestamp|action|"
+        r"motion|depth|touch|sensor)_(tower|model|encoder|backbone|expert)|dit|"
+        r"gemma_expert|expert_model|diffusion_(head|model)",
+    ),
 )
 _PART_OF = tuple((part, re.compile(pattern)) for part, pattern in PART_OF)
+# Added to a config: of the whole, which family; and whether the language model has a
+# path of its own.
+WHOLE_FAMILY, BESIDE_LANGUAGE = "whole model_type", "beside a language_model"
+# What an encoder of that plain name encodes, by the family.
+ENCODES = {
+    "granite_speech": "audio",
+    "granite_speech_plus": "audio",
+    "speech-encoder-decoder": "audio",
+    "vision-encoder-decoder": "vision",
+    "pix2struct": "vision",
+    "pp_formulanet": "vision",
+}
+LANGUAGE = re.compile(r"language_model|text_model|text_decoder|llm|language_backbone")
 
 
 def part_of(modules: list[str], config: Mapping[str, Any]) -> str:
@@ -53,7 +72,8 @@ def part_of(modules: list[str], config: Mapping[str, Any]) -> str:
 
     Args:
         modules: the path's components.
-        config: of the language model: layers beyond its own predict further tokens.
+        config: of the language model: layers beyond its own predict further tokens, and
+            an encoder beside a language model of its own is another tower.
 
     >>> part_of("model.visual.merger.mlp.0".split("."), {})
     'projector'
@@ -61,6 +81,10 @@ def part_of(modules: list[str], config: Mapping[str, Any]) -> str:
     for part, pattern in _PART_OF:
         if any(pattern.fullmatch(module) for module in modules):
             return part
+    if "encoder" in modules[:2] and not any(map(LANGUAGE.fullmatch, modules)):
+        family = str(config.get(WHOLE_FAMILY))
+        if family in ENCODES or config.get(BESIDE_LANGUAGE):
+            return ENCODES.get(family, "other")
     if "decoder" not in modules and "encoder" not in modules:
         n_layers = count(config, "num_hidden_layers")
         if n_layers and count(config, "num_nextn_predict_layers"):
@@ -151,6 +175,8 @@ def role_of(modules: list[str], model_type: object = None) -> str:
     if modules[-1] == "linear" and len(modules) > 1:  # a layer within a wrapper's
         modules = modules[:-1]
     leaf = modules[-1]
+    if "experts" in modules and in_attention(modules):  # of attention: JetMoE
+        return "expert_other"
     if "experts" in modules:
         return EXPERT_ROLES.get(_mlp_role(leaf, model_type), "expert_other")
     if in_attention(modules):
@@ -230,7 +256,7 @@ def count(config: Mapping[str, Any], name: str) -> int | None:
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config with its language model's part on top, wherever that lies."""
-    found = config
+    found = {**config, WHOLE_FAMILY: config.get("model_type")}
     for _ in range(len(LANGUAGE_KEYS)):
         inner = next(
             (found[key] for key in LANGUAGE_KEYS if isinstance(found.get(key), dict)),
@@ -245,6 +271,13 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
         found = {**found, **_sizes_within(found)}
     attention = found.get("attn_config")  # MPT, DBRX
     return {**found, **attention} if isinstance(attention, dict) else found
+
+
+def families_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The families that a config names, of the whole and then of its parts."""
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    said = [each.get("model_type") for each in (config, *inner)]
+    return tuple(dict.fromkeys(name for name in said if isinstance(name, str)))
 
 
 def _sizes_within(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +324,8 @@ def layout_of(
         config: of the language model.
         shapes: name to shape of every tensor.
     """
-    layout = Layout(config, shapes)
+    within = any(LANGUAGE.fullmatch(m) for name in shapes for m in name.split("."))
+    layout = Layout({**config, BESIDE_LANGUAGE: within}, shapes)
     turned = layout.model_type in CONV1D
     if not layout.model_type:
         fused = [s for n, s in shapes.items() if n.endswith(".c_attn.weight")]
@@ -313,7 +347,7 @@ class Matrix:
         layer: index of the block, -1 outside of the blocks.
         shape: (n_rows, n_cols), rows are outputs.
         dtype: stored dtype, as torch names it, such as "bfloat16".
-        part: of the model: language, vision, audio, talker, mtp or projector.
+        part: of the model: language, vision, audio, talker, mtp, projector or other.
     """
 
     name: str
@@ -492,7 +526,7 @@ def _qkv_order(leaf: str, layout: Layout) -> str:
         if config.get("new_decoder_architecture") is True or family == "RefinedWeb":
             return BY_GROUP
         return STACKED if config.get("multi_query", True) else BY_HEAD
-    if family == "chatglm" and "multi_query_group_num" not in config:
+    if family == "chatglm" and count(config, "num_key_value_heads") is None:
         return BY_HEAD  # the first of that name
     if family.startswith("bailing"):
         return STACKED
@@ -610,7 +644,9 @@ def _fused_halves(
 ) -> tuple[str, str] | None:
     """Names of the halves of a tensor that holds gate above up."""
     if modules[-1] == "gate_up_proj":
-        return "gate_proj", "up_proj"
+        # Phi-4's audio encoder has them the other way round.
+        turned = modules[-2] in ("feed_forward_in", "feed_forward_out")
+        return ("up_proj", "gate_proj") if turned else ("gate_proj", "up_proj")
     back = GATED.get(modules[-1])
     if back is None or in_attention(modules):
         return None
@@ -641,6 +677,11 @@ EXPERTS_IN_OUT = {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe_text"}
 EXPERTS_INTERLEAVED = {"gpt_oss"}
 # Granite's stacks lie in block_sparse_moe itself, under names of their own.
 STACK_ALIASES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+FUSED_STACKS = (  # gate and up in one stack, and the way back; the last is Aria's
+    ("gate_up_proj", "down_proj"),
+    ("input_linear", "output_linear"),
+    ("fc1", "fc2"),
+)
 
 
 def _stack_position(modules: list[str]) -> int | None:
@@ -667,7 +708,11 @@ def _expert_cuts(
         leaf = STACK_ALIASES.get(leaf, leaf)
     # As saved after MXFP4 was made into bf16, under the name of its codes.
     leaf = leaf.removesuffix("_blocks")
-    in_out = _stored_in_out(leaf, n_first, n_second, layout)
+    in_out = _beside(modules[: stacked + 1], layout)
+    if in_out is None:
+        in_out = _stored_in_out(leaf, n_first, n_second, layout)
+    elif leaf in ("fc1", "fc2"):
+        leaf = {"fc1": "gate_up_proj", "fc2": "down_proj"}[leaf]
     if leaf != "gate_up_proj":
         # A plain stack needs no splitting, so an unknown order costs only the
         # names of its two sides.
@@ -707,6 +752,7 @@ def _expert_cut(
     role = _mlp_role(leaf, layout.model_type)
     if stack[-1] != "shared_experts":  # which every token passes
         role = EXPERT_ROLES.get(role, "expert_other")
+        role = "expert_other" if in_attention([*stack, leaf]) else role
     matrix = Matrix(
         name=name,
         role=role,
@@ -716,6 +762,27 @@ def _expert_cut(
         part=part_of(stack, layout.config),
     )
     return Cut(matrix, tensor, rows, expert, bool(in_out))
+
+
+def _beside(stack: list[str], layout: Layout) -> bool | None:
+    """Whether experts are stored as (in, out), by gate and up against down.
+
+    (2 I, H) and (H, I), or (H, 2 I) and (I, H): no sizes fit both. None where one of
+    the two is not there.
+    """
+    for leaves in FUSED_STACKS:
+        up, down = (_stack_shape(".".join([*stack, x]), layout) for x in leaves)
+        if up and down:
+            out_in = up[1:] == (2 * down[2], down[1])
+            return None if out_in == (up[1:] == (down[2], 2 * down[1])) else not out_in
+    return None
+
+
+def _stack_shape(name: str, layout: Layout) -> tuple[int, ...] | None:
+    for known in (name, f"{name}.weight", f"{name}_blocks"):
+        if len(layout.shapes.get(known, ())) == 3:
+            return layout.shapes[known]
+    return None
 
 
 def _stored_in_out(

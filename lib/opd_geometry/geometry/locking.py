@@ -16,7 +16,7 @@ own:
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from opd_geometry.geometry import bits, gram, nulls, spectra
 from opd_geometry.geometry.spectra import finite_matrix
 
 LEAST = 3  # checkpoints: with two, the one before the end is the only increment
-CHUNK_ENTRIES = 2**15  # of a walk that are taken through all steps while in a cache
+CHUNK_ENTRIES = 2**17  # of a walk that are taken through all steps while in a cache
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam, as its authors and every trainer have them
 
 
@@ -85,7 +85,7 @@ def walk(
     segment is as long as the run's own; a move is Adam's on g:
 
     g = sum_{i <= rank} x_i y_i^T, x and y Gaussian; m <- b1 m + (1 - b1) g,
-    v <- b2 v + (1 - b2) g^2, -lr m / (1 - b1^t) sqrt(1 - b2^t) / (sqrt(v) + eps)
+    v <- b2 v + (1 - b2) g^2, -lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
         shape: (n_rows, n_cols).
@@ -138,7 +138,7 @@ def walking(
         # Rows know nothing of one another, so some of them walk alone, in a cache.
         for start in range(0, shape[0], n_rows):
             part = slice(start, start + n_rows)
-            gradients = (x[part] if y is None else x[part] @ y for x, y in noise)
+            gradients = [(x[part], y) for x, y in noise]
             _advance(own[part], m[part], v[part], gradients, optimizer, before)
         change = own.double()
         if isinstance(steps, Mapping) and float(change.norm()) > 0.0:
@@ -161,23 +161,41 @@ def _advance(
     own: Tensor,
     m: Tensor,
     v: Tensor,
-    gradients: Iterator[Tensor],
+    gradients: Sequence[tuple[Tensor, Tensor | None]],
     optimizer: Optimizer,
     taken: int,
 ) -> None:
-    """Add the moves of some steps, of which so many were taken before, in place."""
-    move, root = torch.empty_like(own), torch.empty_like(own)
-    betas, rates = optimizer.betas, islice(optimizer.rates, taken, None)
-    both = zip(gradients, rates, strict=False)
-    for t, (gradient, rate) in enumerate(both, 1 + taken):
-        if betas is None:
+    """Add the moves of some steps, of which so many were taken before, in place.
+
+    By the kernel of torch.optim.Adam(fused=True): in Python, an optimizer's checks
+    would take longer than the move of a small matrix.
+    """
+    product, t = torch.empty_like(own), torch.tensor(float(taken))
+    for (x, y), rate in zip(gradients, optimizer.rates[taken:], strict=False):
+        if y is None:
+            gradient = x
+        elif x.shape[1] == 1:
+            gradient = torch.mul(x, y, out=product)
+        else:
+            gradient = torch.mm(x, y, out=product)
+        if optimizer.betas is None:
             own.add_(gradient, alpha=-rate)
             continue
-        m.lerp_(gradient, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-        scale = math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
-        torch.mul(m, -(rate * scale), out=move)
-        own.add_(move.div_(torch.sqrt(v, out=root).add_(optimizer.eps)))
+        torch._fused_adam_(
+            [own],
+            [gradient],
+            [m],
+            [v],
+            [],
+            [t.add_(1.0)],
+            lr=rate,
+            beta1=optimizer.betas[0],
+            beta2=optimizer.betas[1],
+            weight_decay=0.0,
+            eps=optimizer.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def check_length(steps: Sequence[int]) -> None:
@@ -227,15 +245,21 @@ class Increments:
         first: whether the first is turned, too. A rotation that all have in common
             changes neither a spectrum nor a similarity, so what asks for these alone
             need not pay for it.
+        uniform_side: of `nulls.turned`.
 
     Source: ours.
     """
 
     def __init__(
-        self, shape: Sequence[int], generator: torch.Generator, first: bool = True
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        first: bool = True,
+        uniform_side: int = nulls.UNIFORM_SIDE,
     ) -> None:
         self._total = torch.zeros(*shape, dtype=torch.float64)
         self._generator, self._turns = generator, first
+        self._uniform_side = uniform_side
         self.n_moved = 0  # changes that were not zero
 
     def add(self, change: Tensor) -> Tensor:
@@ -245,8 +269,9 @@ class Increments:
             change: W_t - W_s, s the checkpoint before, float64 and finite.
         """
         if bool(change[0].any()) or bool(change.any()):
-            turned = nulls.turned(change, self._generator) if self._turns else change
-            self._total += turned
+            if self._turns:
+                change = nulls.turned(change, self._generator, self._uniform_side)
+            self._total += change
             self._turns = True
             self.n_moved += 1
         return self._total

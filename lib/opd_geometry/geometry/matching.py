@@ -2,13 +2,14 @@
 
 Exact names come first. What is left is matched by a normal form of the path, which
 leaves off what wrappers put there and writes hub names as transformers 5 does; what is
-left then by its tail, from the blocks on, whatever stands before. A match counts only
-where it is one to one and both have the same shape.
+left then by its tail, from the blocks on, whatever stands before; and the last by what
+transformers itself renames when it loads that family. A match counts only where it is
+one to one and both have the same shape.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 # Put into the path by a wrapper, wherever it is.
 WRAPPERS = {
@@ -55,6 +56,7 @@ RENAMED = {
     "linear_fc2": "down_proj",
     "word_embeddings": "embed_tokens",
     "output_layer": "lm_head",
+    "shared_experts": "shared_expert",
 }
 # Their queries and keys have the rows of each head in another order than transformers'
 # own (rotary embedding by pairs, not by halves), so these are never matched by path.
@@ -129,23 +131,67 @@ def unwrapped(name: str) -> str:
 
 
 def match(
-    before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]
+    before: Mapping[str, tuple[int, ...]],
+    after: Mapping[str, tuple[int, ...]],
+    families: Collection[str] = (),
 ) -> dict[str, str]:
     """Names of one checkpoint to those of another.
 
     Args:
         before, after: name to shape.
+        families: of models, as config.json names them, outermost first.
 
     Returns:
         Every name that both have, then those whose normal forms agree, one to one and
         with equal shapes; in the order of ``before``.
     """
     found = {name: name for name in before if name in after}
-    if len(found) in (len(before), len(after)):
-        return found
-    for form_of in (normal_form, tail_form):
-        found |= _by_form(before, after, found, form_of)
+    for step in (lambda: normal_form, lambda: tail_form, lambda: loaded_form(families)):
+        if len(found) not in (len(before), len(after)):
+            found |= _by_form(before, after, found, step())
     return {name: found[name] for name in before if name in found}
+
+
+def loaded_form(families: Collection[str]) -> Callable[[str], str]:
+    """The tail of a name after the renamings of transformers' own loader.
+
+    Only where a tensor is renamed and not changed: no order of rows is.
+
+    >>> loaded_form(["gpt_neox"])("gpt_neox.embed_out.weight")
+    'lm_head.weight'
+    """
+    if not families:
+        return tail_form
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    known: list[str] = [*families]
+    for family in families:
+        known += _classes_of(family)
+    rules = [
+        rule
+        for family in dict.fromkeys(known)
+        for rule in conversion_mapping.get_checkpoint_conversion_mapping(family) or ()
+        if type(rule) in (PrefixChange, WeightRenaming)
+    ]
+
+    def form(name: str) -> str:
+        for rule in rules:
+            name = rule.rename_source_key(name)[0]
+        return tail_form(name)
+
+    return form
+
+
+def _classes_of(family: str) -> list[str]:
+    """Names of the family's classes, under which some renamings stand."""
+    from transformers.models.auto import modeling_auto
+
+    found: list[str] = []
+    for table in ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
+        names = getattr(modeling_auto, table).get(family, ())
+        found += [names] if isinstance(names, str) else names
+    return found
 
 
 def _by_form(

@@ -32,6 +32,7 @@ from opd_geometry.geometry.spectra import (
 )
 
 UNIFORM_SIDE = 384  # of the longer side; up to it, rotations are uniform
+SHORT_SIDE = 64  # the same where many are drawn
 ROUNDS = 3  # of permutation, signs and cosine transform beyond it
 
 
@@ -155,13 +156,15 @@ def shuffled(delta: Tensor, generator: torch.Generator) -> Tensor:
 # --- turned ----------------------------------------------------------------------
 
 
-def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
+def turned(
+    delta: Tensor, generator: torch.Generator, uniform_side: int = UNIFORM_SIDE
+) -> Tensor:
     """The update's own singular values with random singular vectors.
 
     P delta Q^T, P and Q independent and random orthogonal
 
-    Up to a longer side of `UNIFORM_SIDE` a rotation is uniform (Haar). Beyond it, where
-    that would take longer than the diagnostics, it is `ROUNDS` times a random
+    Up to a longer side of ``uniform_side`` a rotation is uniform (Haar). Beyond it,
+    where that would take longer than the diagnostics, it is `ROUNDS` times a random
     permutation, random signs and a discrete cosine transform: orthogonal, and with
     entries that cannot be told from those of a uniform one. Neither is ever formed, nor
     a singular vector of delta. In float32, so singular values are kept to 1e-6 of the
@@ -170,6 +173,7 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         delta: (n_rows, n_cols), not zero.
         generator: a CPU generator; the same state gives the same null.
+        uniform_side: from 1; a smaller one is faster.
 
     Returns:
         Float64 matrix of the same shape and norm; add it to w_before.
@@ -186,7 +190,7 @@ def turned(delta: Tensor, generator: torch.Generator) -> Tensor:
     del delta  # a caller may have kept none
     unit = bits.over(values, size)
     del values
-    rotate = _reflected if max(unit.shape) <= UNIFORM_SIDE else _transformed
+    rotate = _reflected if max(unit.shape) <= uniform_side else _transformed
     result = rotate(unit, generator).double()
     result *= size / float(torch.linalg.vector_norm(result))
     return result.contiguous()
@@ -228,13 +232,17 @@ def _transformed(x: Tensor, generator: torch.Generator) -> Tensor:
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     values = x.numpy()
     other = np.empty_like(values)
-    for axis, n in enumerate(x.shape):
-        for _ in range(ROUNDS):
-            np.take(values, rng.permutation(n), axis, out=other, mode="clip")
-            signs = rng.choice(np.array([-1.0, 1.0], values.dtype), n)
-            other *= signs[:, None] if axis == 0 else signs
-            other = scipy.fft.dct(other, axis=axis, norm="ortho", overwrite_x=True)
-            values, other = other, values
+    signs = np.array([-1.0, 1.0], values.dtype)
+    turns = [
+        [(rng.permutation(n), rng.choice(signs, n)) for _ in range(ROUNDS)]
+        for n in x.shape
+    ]
+    for (rows, left), (columns, right) in zip(*turns, strict=True):
+        np.take(values, rows, 0, out=other, mode="clip")
+        np.take(other, columns, 1, out=values, mode="clip")
+        values *= left[:, None]
+        values *= right
+        values = scipy.fft.dctn(values, norm="ortho", overwrite_x=True)
     return torch.from_numpy(values)
 
 

@@ -29,6 +29,7 @@ from opd_geometry.geometry import (
     krylov,
     locking,
     low_rank,
+    nulls,
     spectra,
     unplaced,
 )
@@ -43,6 +44,7 @@ from opd_geometry.geometry.checkpoints import (
     StoredPair,
     check_names,
     diagnosis,
+    nothing_to_measure,
     open_checkpoint,
     open_pair,
     pairing,
@@ -57,7 +59,6 @@ from opd_geometry.geometry.comparison import (
     reference,
 )
 from opd_geometry.geometry.matching import ROTARY
-from opd_geometry.geometry.nulls import is_stored_difference
 from opd_geometry.geometry.readings import of_parts, too_far
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
@@ -283,7 +284,7 @@ def _nulls(
         found |= comparison.compare_null(before, w_after, seed, wanted)
     if names(comparison.ENERGY):
         found |= comparison.energy_by_chance(before)
-    if (wanted := names(SHUFFLED_METRICS)) and not is_stored_difference(w_after):
+    if (wanted := names(SHUFFLED_METRICS)) and not nulls.is_stored_difference(w_after):
         found |= comparison.compare_shuffled(before, w_after, seed, wanted)
     if wanted := names(TURNED_METRICS):
         found |= comparison.compare_turned(before, w_after, seed, wanted)
@@ -366,7 +367,7 @@ def follow_tensors(
     locks = len(steps) >= locking.LEAST
     walks = walk and locks and optimizer is not None
     generator = comparison.generator_of(seed)
-    null = locking.Increments(w_before.shape, generator, first=False)
+    null = locking.Increments(w_before.shape, generator, False, nulls.SHORT_SIDE)
 
     def top(w: Tensor) -> Tensor | None:
         return _about(w, k, settings)[1] if iterated else gram.right_subspace(w, k)
@@ -596,7 +597,7 @@ class PairTask:
         notes = [_warning(values)]
         if not (self.null and {*asked} & {*EXPECTED_METRICS}):
             return values, "", notes
-        source = "density" if is_stored_difference(w_after) else "norm"
+        source = "density" if nulls.is_stored_difference(w_after) else "norm"
         return values, source, notes + _remarks(origin, values)
 
 
@@ -1067,10 +1068,7 @@ def _paired(
     found = pairing(before, after, roles, parts)
     for side, unread in zip((before, after), found.unreadable, strict=True):
         if not side.cuts and not unread:
-            raise ValueError(
-                f"{side.path} has no weight matrix, expected a model's weights, some "
-                "of them of two dimensions; check that it is the whole checkpoint"
-            )
+            raise ValueError(nothing_to_measure(side))
     refuse_shapes(found.differing, before, after)
     # A part that one side lacks (a text model of a multimodal one) does not count.
     common = {pair.before.part for pair in found.pairs}

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis import confinement, evidence
+from opd_geometry.analysis import controls, evidence
 from opd_geometry.analysis.evidence import ALL_ACCURACIES
-from opd_geometry.book import contrast_figures
+from opd_geometry.book import controls_figures
 from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
@@ -36,7 +36,7 @@ def table() -> pd.DataFrame:
 
 def test_which_confinements_suffice(table: pd.DataFrame) -> None:
     table.loc[table["arm"] == "opd-projected", "value"] += 0.015
-    found = confinement.sufficiency(table, "opd", "trained task").set_index("arm")
+    found = controls.sufficiency(table, "opd", "trained task").set_index("arm")
     assert found["outcome"].to_dict() == {
         "opd-projected": "suffices",
         "opd-projected-random": "falls short",
@@ -53,10 +53,10 @@ def test_which_confinements_suffice(table: pd.DataFrame) -> None:
 
 def test_nothing_is_decided_where_nothing_was_gained(table: pd.DataFrame) -> None:
     table.loc[table["step"] == 20, "value"] = 0.82  # no gain: it falls after
-    found = confinement.sufficiency(table, "opd", "trained task")
+    found = controls.sufficiency(table, "opd", "trained task")
     assert found["kept"].isna().all()
     assert set(found["outcome"]) == {"without power"}
-    assert confinement.thesis(found).startswith("no test")
+    assert controls.thesis(found).startswith("no test")
 
 
 def test_a_control_has_to_gain_more_than_an_arm_that_is_claimed(
@@ -65,7 +65,7 @@ def test_a_control_has_to_gain_more_than_an_arm_that_is_claimed(
     table.loc[table["step"] == 20, "value"] = 0.79  # 0.011 are gained
     for family, powerless in (("opd", False), ("rlvr", True)):
         arms = table["arm"].str.replace("opd", family)
-        found = confinement.sufficiency(table.assign(arm=arms), family, "trained task")
+        found = controls.sufficiency(table.assign(arm=arms), family, "trained task")
         assert (found["outcome"] == "without power").all() == powerless
         assert found["kept"].isna().all() == powerless
 
@@ -74,7 +74,7 @@ def test_benchmarks_are_averaged(table: pd.DataFrame) -> None:
     harder = table["metric"] == "accuracy/base"
     confined = table["arm"] == "opd-projected"
     table.loc[harder & confined, "value"] -= 0.7
-    found = confinement.sufficiency(table, "opd", "all benchmarks").set_index("arm")
+    found = controls.sufficiency(table, "opd", "all benchmarks").set_index("arm")
     np.testing.assert_allclose(found.loc["opd-projected", "difference"], -0.12)
     assert found.loc["stopped", "outcome"] == "open"  # measured on one task only
 
@@ -91,17 +91,17 @@ def test_benchmarks_are_averaged(table: pd.DataFrame) -> None:
 def test_the_thesis_needs_the_own_subspace_and_no_other(
     outcomes: dict[str, str], said: str
 ) -> None:
-    every = dict.fromkeys(confinement.FOREIGN, "falls short")
+    every = dict.fromkeys(controls.FOREIGN, "falls short")
     every |= {"stopped": "falls short"} | outcomes
     rows = pd.DataFrame({"confined": list(every), "outcome": list(every.values())})
-    assert confinement.thesis(rows) == said
+    assert controls.thesis(rows) == said
 
 
 # --- figures ---------------------------------------------------------------------
 
 
 def test_dots_stand_at_what_is_lost(table: pd.DataFrame) -> None:
-    (ax,) = contrast_figures.subspace_dots(table, ["opd"]).axes
+    (ax,) = controls_figures.subspace_dots(table, ["opd"]).axes
     dots = {
         float(line.get_ydata()[0]): float(line.get_xdata()[0])
         for line in ax.lines
@@ -120,7 +120,7 @@ def test_dots_stand_at_what_is_lost(table: pd.DataFrame) -> None:
 
 
 def test_every_benchmark_has_a_row(table: pd.DataFrame) -> None:
-    (ax,) = contrast_figures.benchmark_dots(table, ["opd"], ["", "-random"]).axes
+    (ax,) = controls_figures.benchmark_dots(table, ["opd"], ["", "-random"]).axes
     assert len(ax.get_yticklabels()) == len(ALL_ACCURACIES)
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert len(dots) == 3 * len(ALL_ACCURACIES)

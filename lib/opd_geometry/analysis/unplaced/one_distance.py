@@ -12,10 +12,10 @@ import pandas as pd
 import scipy.optimize
 import scipy.stats
 
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis import printed as pr
-from opd_geometry.analysis.consistency import joint, printed, printed_shares
-from opd_geometry.analysis.origins import Origin
+from opd_geometry.analysis.exclusions import joint, printed, printed_shares
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced import printed as pr
+from opd_geometry.analysis.unplaced.origins import Origin
 from opd_geometry.geometry import gram, spectra
 from opd_geometry.geometry import unplaced as closed
 

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis import sensitivity
-from opd_geometry.analysis.claims import judge
-from opd_geometry.analysis.sensitivity import (
+from opd_geometry.analysis import choices
+from opd_geometry.analysis.choices import (
     CHOICES,
     HANGS,
     NULL,
@@ -17,6 +16,7 @@ from opd_geometry.analysis.sensitivity import (
     Choice,
     Reading,
 )
+from opd_geometry.analysis.claims import judge
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.experiments.measure import COLUMNS
 
@@ -81,8 +81,8 @@ def turning() -> pd.DataFrame:
 
 
 def test_an_order_that_turns_hangs_on_the_choice(turning: pd.DataFrame) -> None:
-    compared = sensitivity.compared(turning, ["sft", "opd"], [HILL])
-    found = sensitivity.fates(compared).set_index(["arm", "other"])
+    compared = choices.compared(turning, ["sft", "opd"], [HILL])
+    found = choices.fates(compared).set_index(["arm", "other"])
     assert found.loc[("sft", "opd"), ["signs", "fate"]].to_list() == ["<>", HANGS]
     assert found.loc[(NULL, "opd"), ["signs", "fate"]].to_list() == ["<<", STAYS]
     assert (NULL, "sft") not in found.index  # it has no null
@@ -94,21 +94,21 @@ def test_an_order_that_turns_hangs_on_the_choice(turning: pd.DataFrame) -> None:
 
 
 def test_the_rule() -> None:
-    assert sensitivity.fate("><") == sensitivity.fate("?<?>") == HANGS
-    assert sensitivity.fate(">>") == sensitivity.fate("<") == STAYS
-    assert sensitivity.fate("?") == sensitivity.fate(">?") == OPEN
+    assert choices.fate("><") == choices.fate("?<?>") == HANGS
+    assert choices.fate(">>") == choices.fate("<") == STAYS
+    assert choices.fate("?") == choices.fate(">?") == OPEN
 
 
 def test_counts_fates(turning: pd.DataFrame) -> None:
-    found = sensitivity.fates(sensitivity.compared(turning, ["sft", "opd"], [HILL]))
-    counts = sensitivity.tally(found).loc[("hill_alpha", "k")]
+    found = choices.fates(choices.compared(turning, ["sft", "opd"], [HILL]))
+    counts = choices.tally(found).loc[("hill_alpha", "k")]
     assert counts.to_dict() == {STAYS: 1, OPEN: 0, HANGS: 1}
 
 
 def test_shares_are_compared_as_they_are() -> None:
     table = planted({"sft": {"sparsity": 0.2}, "opd": {"sparsity": 0.5}})
     choice = Choice("sparsity", "x", (Reading("x", "sparsity"),), "x")
-    (difference,) = sensitivity.compared(table, ["sft", "opd"], [choice])["difference"]
+    (difference,) = choices.compared(table, ["sft", "opd"], [choice])["difference"]
     assert difference == pytest.approx(0.3)
 
 
@@ -120,7 +120,7 @@ def test_reads_which_matrices_how_weighted_and_when() -> None:
     def read(early: bool = False, **reading: object) -> float:
         chosen = Reading("", "nss", **reading)  # type: ignore[arg-type]
         choice = Choice("nss", "", (chosen,), "", early=early)
-        return float(sensitivity.level(table, "opd", choice, chosen).mean())
+        return float(choices.level(table, "opd", choice, chosen).mean())
 
     assert read() == pytest.approx(1.5)
     assert read(roles=("q",)) == pytest.approx(1.0)
@@ -131,14 +131,14 @@ def test_reads_which_matrices_how_weighted_and_when() -> None:
 def test_leaves_out_an_arm_that_never_moved_and_refuses_a_table_without_any() -> None:
     table = planted({"sft": {"nss": 1.0}, "opd": {"nss": 2.0}, "rlvr": {}})
     choice = Choice("nss", "x", (Reading("x", "nss"),), "x")
-    found = sensitivity.compared(table, ["sft", "opd", "rlvr"], [choice])
+    found = choices.compared(table, ["sft", "opd", "rlvr"], [choice])
     assert found[["arm", "other"]].to_numpy().tolist() == [["sft", "opd"]]
     with pytest.raises(ValueError, match="no rows of nss for rlvr: expected a table"):
-        sensitivity.compared(table, ["rlvr"], [choice])
+        choices.compared(table, ["rlvr"], [choice])
 
 
 def test_spans_reach_from_the_smallest_to_the_largest(turning: pd.DataFrame) -> None:
-    (span,) = sensitivity.spans(turning, "sft", [HILL]).itertuples()
+    (span,) = choices.spans(turning, "sft", [HILL]).itertuples()
     assert span.default == pytest.approx(1.0)
     assert (span.smallest, span.largest) == pytest.approx((1.0, 2.0))
 
@@ -174,7 +174,7 @@ def test_reading_the_default_changes_no_verdict() -> None:
     table = ordered("nss")
     choice = Choice("nss", "x", (Reading("x", "nss"),), "x")
     claim = claim_of("drift-order")
-    again = sensitivity.reread(table, choice, choice.readings[0])
+    again = choices.reread(table, choice, choice.readings[0])
     assert judge(claim, again).effect == pytest.approx(judge(claim, table).effect)
     assert judge(claim, again).verdict == judge(claim, table).verdict
 
@@ -185,7 +185,7 @@ def test_reading_by_size_weighs_once() -> None:
     table.loc[table["metric"].eq("sparsity") & table["role"].eq("up"), "value"] *= 2
     choice = Choice("sparsity", "x", (Reading("x", "sparsity", weighted=True),), "x")
     claim = claim_of("sparsity-order")
-    again = judge(claim, sensitivity.reread(table, choice, choice.readings[0]))
+    again = judge(claim, choices.reread(table, choice, choice.readings[0]))
     assert again.effect == pytest.approx(judge(claim, table).effect)
 
 
@@ -195,7 +195,7 @@ def test_rotation_is_judged_on_the_angle_that_was_chosen() -> None:
     table = ordered(*largest, turned="angle_left_mean_deg")
     chosen = Reading("left mean", "angle_left_mean_deg")
     choice = Choice("angle_left_mean_deg", "which angle", (chosen,), "left mean")
-    again = sensitivity.reread(table, choice, chosen)
+    again = choices.reread(table, choice, chosen)
     again = again[again["step"] == 50].groupby(["arm", "metric"])["value"].mean()
     for metric in largest:
         assert again["sft", metric] == pytest.approx(1.0)
@@ -204,8 +204,8 @@ def test_rotation_is_judged_on_the_angle_that_was_chosen() -> None:
 
 
 def test_attention_and_mlp_are_all_matrices() -> None:
-    roles = {*sensitivity.ATTENTION, *sensitivity.MLP}
-    assert roles == set(sensitivity.LAYERS)
+    roles = {*choices.ATTENTION, *choices.MLP}
+    assert roles == set(choices.LAYERS)
 
 
 def test_a_claim_can_hang_on_the_choice() -> None:
@@ -213,11 +213,11 @@ def test_a_claim_can_hang_on_the_choice() -> None:
     readings = (Reading("1", "sparsity"), Reading("9", "sparsity@eta=9"))
     choice = Choice("sparsity", "η", readings, "1")
     judged = [("sparsity-order", "sparsity")]
-    found = sensitivity.verdicts_by_choice(table, judged, [choice])
+    found = choices.verdicts_by_choice(table, judged, [choice])
     assert found["value"].to_list() == ["1", "9"]
     # The claim is SFT < OPD < RLVR: turned holds, and the matched SFT lies with OPD.
     assert found["verdict"].to_list() == ["not reproduced", "explained by a control"]
-    (line,) = sensitivity.verdict_lines(found).itertuples()
+    (line,) = choices.verdict_lines(found).itertuples()
     assert line.verdicts == "not reproduced: 1; explained by a control: 9"
     assert line.fate == HANGS
 
@@ -237,7 +237,7 @@ def test_an_inconclusive_verdict_turns_nothing(verdicts: list[str], fate: str) -
     values = [str(place) for place in range(len(verdicts))]
     key = {"claim": "c", "quantity": "q", "choice": "k"}
     judged = pd.DataFrame({"value": values, "verdict": verdicts}).assign(**key)
-    (line,) = sensitivity.verdict_lines(judged).itertuples()
+    (line,) = choices.verdict_lines(judged).itertuples()
     assert line.fate == fate
 
 
@@ -247,7 +247,7 @@ def test_matrices_of_all_roles_count_for_a_claim_about_attention() -> None:
 
     def mean(reading: Reading) -> float:
         choice = Choice("stable_rank", "which matrices", (reading,), "")
-        again = sensitivity.reread(table, choice, reading)
+        again = choices.reread(table, choice, reading)
         assert set(again["role"]) == {"q"}
         again = again[(again["metric"] == "stable_rank") & (again["step"] == 50)]
         return float(again["value"].mean())
@@ -262,7 +262,7 @@ def test_a_mask_of_another_share_has_its_baseline_where_the_claim_expects_it() -
     metric = "principal_overlap@alpha=0.3"
     table = planted({"opd": {metric: 0.28, f"null_{metric}": 0.3}})
     choice = Choice("principal_overlap", "α", (Reading("0.3", metric),), "0.3")
-    again = sensitivity.reread(table, choice, choice.readings[0])
+    again = choices.reread(table, choice, choice.readings[0])
     at_end = again[again["step"] == 50].groupby("metric")["value"].mean()
     assert at_end["principal_overlap"] == pytest.approx(0.48)
     assert at_end["null_principal_overlap"] == pytest.approx(0.5)
@@ -272,8 +272,8 @@ def test_a_course_needs_more_than_the_last_checkpoint() -> None:
     table = ordered("hill_alpha", "stable_rank", turned="hill_alpha@k=2")
     last_only = (table["metric"] != "hill_alpha@k=2") | (table["step"] == 50)
     judged = [("hill-mild", "hill_alpha")]
-    found = sensitivity.verdicts_by_choice(table[last_only], judged, [HILL])
+    found = choices.verdicts_by_choice(table[last_only], judged, [HILL])
     assert (found["verdict"] == "not measured").to_list() == [True, False]
-    (line,) = sensitivity.verdict_lines(found).itertuples()
+    (line,) = choices.verdict_lines(found).itertuples()
     assert line.verdicts == f"{found['verdict'][1]}: 8"
     assert line.fate == (OPEN if found["verdict"][1] == "inconclusive" else STAYS)

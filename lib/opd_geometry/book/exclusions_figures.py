@@ -1,6 +1,6 @@
 """Figures of what does not fit together: shares that masks can hold, single seeds.
 
-In the book's one style (see ``figures``); tables of ``analysis.consistency`` in.
+In the book's one style (see ``figures``); tables of ``analysis.exclusions`` in.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opd_geometry.analysis.consistency import MASKS, closest, joint
+from opd_geometry.analysis.exclusions import MASKS, closest, joint
 from opd_geometry.book.board import in_words
 from opd_geometry.book.figures import (
     ARM_STYLES,

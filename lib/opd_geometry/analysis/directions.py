@@ -1,7 +1,4 @@
-"""One question asked of two worlds: does a real language model repeat the small one?
-
-Of a large model some nulls are taken on some of its layers alone. So a value and its
-null are always means over the same matrices, those that have both.
+"""Who shares a direction: cosines and subspaces of two arms' updates.
 
 RULE of ``parted``, fixed before any run of ``opd-teacher-guess`` was trained. Its
 teacher guesses, which the reward punishes, so teacher and reward disagree there; the
@@ -12,77 +9,43 @@ anchor's, their top right subspaces stay together: Sim_K lies above that of RLVR
 the stage before, in every seed.
 """
 
-from collections.abc import Iterable, Mapping
-
 import pandas as pd
 
-from opd_geometry.analysis.evidence import ATTENTION, LAYERS, Table, beside, levels_of
+from opd_geometry.analysis.evidence import ATTENTION, LAYERS
 from opd_geometry.analysis.verdicts import interval
 
-# A diagnostic and the sharpest null there is for it: prefix of the null's metric.
-SHARPEST = {
-    "sparsity": "shuffled_",
-    "low_magnitude_overlap": "shuffled_",
-    "principal_overlap": "shuffled_",
-    "angle_right_mean_deg": "turned_",
-    "nss": "turned_",
-    "energy_top_right": "null_",
-    "energy_inputs": "null_",
-}
-EARLY = 0.2  # of training, where the paper looks for the lock
-LOCK = "similarity_to_end@K=16"
-LOCK_NULLS = {"turned increments": "increments_", "walk": "walk_"}
 
-
-def over_nulls(
-    table: Table,
-    arms: Iterable[str],
-    nulls: Mapping[str, str] = SHARPEST,
-) -> pd.DataFrame:
-    """Diagnostics of the final updates in units of their sharpest nulls.
+def shared(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
+    """Who moves in an arm's direction, and what masks say of it.
 
     Args:
-        table: tidy.
-        arms: which.
-        nulls: metric to the prefix of its null.
+        pairs: of ``ends.committed_pairs``.
+        arm: one of each pair.
 
     Returns:
-        One row an arm and metric: arm, metric, n_seeds, n_matrices, own, null, times
-        (own over null, mean over seeds) with low and high, its 95 % interval.
+        One row another arm from the same anchor (the same arm: from another seed's),
+        by falling cosine: other, n_pairs, cosine with low and high (95 % interval over
+        pairs; null 0), subspace and its chance (Sim_K of the top right ones), jaccard,
+        rounding (that of unrelated updates of these norms), beyond (their difference)
+        with beyond_low, beyond_high.
     """
-    levels, rows, arms = levels_of(table), [], list(arms)
-    for metric, prefix in nulls.items():
-        for arm in arms:
-            found = beside(levels, arm, [metric, prefix + metric])
-            if len(found):
-                own, null = found[metric], found[prefix + metric]
-                numbers = (len(found), int(found["n_matrices"].max()))
-                means = (own.mean(), null.mean())
-                rows.append((arm, metric, *numbers, *means, *interval(own / null)))
-    columns = ["arm", "metric", "n_seeds", "n_matrices", "own", "null"]
-    return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
-
-
-def locking(table: Table, arms: Iterable[str]) -> pd.DataFrame:
-    """Sim_16 of the update after a fifth of training with the last one, and its nulls.
-
-    Args:
-        table: tidy, with the nulls of ``controls.control_rows``.
-        arms: which.
-
-    Returns:
-        One row an arm: arm, n_seeds, n_matrices, own, and a column a null of
-        ``LOCK_NULLS``: means over seeds and matrices.
-    """
-    levels, rows = levels_of(table), []
-    asked = [LOCK, *(prefix + LOCK for prefix in LOCK_NULLS.values())]
-    for arm in arms:
-        found = beside(levels, arm, asked, EARLY)
-        if len(found):
-            numbers = (len(found), int(found["n_matrices"].max()))
-            rows.append((arm, *numbers, *found[asked].mean()))
-    columns = ["arm", "n_seeds", "n_matrices", "own", *LOCK_NULLS]
-    return pd.DataFrame(rows, columns=columns)
+    rows = pairs[pairs["role"].isin(LAYERS)].astype({"arm": str, "other_arm": str})
+    ours = rows[(rows["arm"] == arm) | (rows["other_arm"] == arm)]
+    other = ours["other_arm"].where(ours["arm"] == arm, ours["arm"])
+    keys = [other.rename("other"), ours["seed"], ours["other_seed"], ours["metric"]]
+    wide = ours.groupby(keys, observed=True)["value"].mean().unstack()
+    found = []
+    for name, of_pair in wide.groupby(level="other"):
+        means = of_pair.mean()
+        names = ("similarity_right", "null_similarity_right")
+        masks = (means["jaccard"], means["rounding_jaccard"])
+        beyond = interval(of_pair["jaccard"] - of_pair["rounding_jaccard"])
+        numbers = (*interval(of_pair["cosine"]), *means[[*names]], *masks, *beyond)
+        found.append((name, len(of_pair), *numbers))
+    columns = ["other", "n_pairs", "cosine", "low", "high", "subspace", "chance"]
+    columns += ["jaccard", "rounding", "beyond", "beyond_low", "beyond_high"]
+    table = pd.DataFrame(found, columns=columns)
+    return table.sort_values("cosine", ascending=False, ignore_index=True)
 
 
 def parted(
@@ -151,19 +114,3 @@ def along_the_way(windows: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
     table = pd.DataFrame(found, columns=columns)
     end = table["stop"].max()
     return table.assign(start=table["start"] / end, stop=table["stop"] / end)
-
-
-def weights_by_world(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Properties of the matrices that runs start from: a row a property.
-
-    Args:
-        tables: name of a world to the rows of one starting point.
-
-    Returns:
-        Index: the property; a column a world: mean over the matrices of the layers.
-    """
-    means = {}
-    for world, table in tables.items():
-        rows = table[table["role"].isin(LAYERS)]
-        means[world] = rows.groupby("metric", observed=True)["value"].mean()
-    return pd.DataFrame(means)

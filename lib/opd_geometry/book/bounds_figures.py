@@ -1,4 +1,4 @@
-"""Figures of what hangs on a choice, and of the bounds of the three-gate account.
+"""Figures of the bounds of the three-gate account.
 
 In the book's one style (see ``figures``); tidy tables in, figures out.
 """
@@ -12,139 +12,25 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
-from opd_geometry.analysis.gates import ANGLE, SHIFT, SILENT_DEG
-from opd_geometry.analysis.sensitivity import Choice, Reading, level
+from opd_geometry.analysis.bounds import ANGLE, SHIFT, SILENT_DEG
 from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
-    METRIC_LABELS,
     NULL_LABEL,
     SMALL,
     WIDTH,
-    place_labels,
     plain_log_ticks,
     present,
-    share_vertical,
     styled,
 )
-from opd_geometry.geometry.comparison import MASK_ALPHA
-
-NULL_KEY = "dotted, in the arm's colour: its null"
-DEFAULT_KEY = "what the other chapters use"
-AXIS_LABELS = {
-    "η": "relative tolerance η",
-    "stored in": "format of the weights",
-    "k": "k, of n directions",
-    "α": "share α of entries in the mask",
-    "r": "rank r of the mask",
-    "K": "K directions compared",
-}
-
-
-# --- a quantity over the values of a choice --------------------------------------
-
-
-def by_choice(
-    table: pd.DataFrame, arms: Sequence[str], grid: Sequence[Sequence[Choice]]
-) -> Figure:
-    """What every arm shows under every value of a choice.
-
-    Args:
-        table: tidy.
-        arms: a line each.
-        grid: rows of panels, a choice each.
-
-    Returns:
-        The figure: means over seeds as a line, the range over seeds as a band, an arm's
-        null dotted in its colour. Overlaps by the mask's share alpha are divided by it,
-        so that changes at random places lie at 1.
-
-    Raises:
-        ValueError: the table has none of the arms.
-    """
-    arms = present(table, arms)
-    columns = max(map(len, grid))
-    with styled():
-        figure, axes = plt.subplots(
-            len(grid), columns, figsize=(WIDTH, 0.5 + 2.7 * len(grid)), squeeze=False
-        )
-        named = []
-        for row, choices in zip(axes, grid, strict=True):
-            for ax, choice in zip(row, choices, strict=False):
-                _draw_choice(ax, table, arms, choice)
-            for ax in row[len(choices) :]:
-                ax.set_axis_off()
-            used = list(row[: len(choices)])
-            alike = len({choice.quantity.partition("_")[0] for choice in choices}) == 1
-            if alike:  # one quantity: one axis, and the lines are named once
-                share_vertical(used)
-            named += used[-1:] if alike else used
-        keys: list[Any] = [
-            Line2D([], [], linestyle=":", color=GREY, label=NULL_KEY),
-            Rectangle((0, 0), 1, 1, color=GREY, alpha=0.2, lw=0, label=DEFAULT_KEY),
-        ]
-        figure.legend(handles=keys, loc="outside upper left", ncols=2, frameon=False)
-        figure.draw_without_rendering()  # places the axes, which the labels measure
-        for ax in named:
-            place_labels(ax)
-    return figure
-
-
-def _draw_choice(
-    ax: Axes, table: pd.DataFrame, arms: Sequence[str], choice: Choice
-) -> None:
-    """The arms and their nulls over the values of one choice."""
-    names = [reading.value for reading in choice.readings]
-    places = range(len(names))
-    default = names.index(choice.default)
-    ax.axvline(default, color=GREY, lw=6, alpha=0.2, label="_default", zorder=0)
-    for arm in arms:
-        look = ARM_STYLES[arm]
-        seeds, null = (
-            [_drawn(table, arm, choice, reading, prefix) for reading in choice.readings]
-            for prefix in ("", "null_")
-        )
-        if any(values.empty for values in seeds):  # an arm that never moved
-            continue
-        low, mean, high = ([f(v) for v in seeds] for f in (np.min, np.mean, np.max))
-        drawn: Any = {"color": look.colour, "marker": "o", "markersize": 4}
-        ax.plot(places, mean, look.dash, label=look.label, **drawn)
-        ax.fill_between(places, low, high, color=look.colour, alpha=0.18, lw=0)
-        level_of_null = [np.mean(values) for values in null]
-        ax.plot(places, level_of_null, ":", color=look.colour, lw=1.3, label="_null")
-    if "overlap" in choice.quantity:
-        chance = 1.0 if choice.name == "α" else MASK_ALPHA
-        ax.axhline(chance, color=GREY, lw=0.8, label="_chance")
-    if choice.log:
-        ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis)
-    over = " over α" if choice.name == "α" else ""
-    ax.set(title=METRIC_LABELS[choice.quantity] + over, xlim=(-0.3, len(names) - 0.7))
-    ax.set_xlabel(AXIS_LABELS.get(choice.name, choice.name))
-    ax.set_xticks(places, [name.replace(" ", "\n") for name in names])
-
-
-def _drawn(
-    table: pd.DataFrame, arm: str, choice: Choice, reading: Reading, prefix: str
-) -> pd.Series:
-    """One number a seed, as it is drawn."""
-    values = level(table, arm, choice, reading, prefix)
-    return values / float(reading.value) if choice.name == "α" else values
-
-
-# --- the board of all comparisons ------------------------------------------------
-
-
-# --- the bounds of the three-gate account ----------------------------------------
 
 
 def against_bounds(held: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """What was measured against what each gate allows, a dot a matrix.
 
     Args:
-        held: of ``gates.held_against``.
+        held: of ``bounds.held_against``.
         arms: a colour each.
 
     Returns:
@@ -238,8 +124,8 @@ def share_of_bounds(
     """How much of what the bounds allow was used, and for whom Wedin's says anything.
 
     Args:
-        held: of ``gates.held_against``.
-        informed: of ``gates.informative``.
+        held: of ``bounds.held_against``.
+        informed: of ``bounds.informative``.
         arms: the rows, from the top.
 
     Returns:
@@ -306,7 +192,7 @@ def steering_dots(found: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """What goes with a large angle: a small gap, or a large update.
 
     Args:
-        found: of ``gates.steering``.
+        found: of ``bounds.steering``.
         arms: the rows, from the top.
 
     Returns:

@@ -11,11 +11,12 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_figures import SHAPES, colours_written, lines_named, planted
-from test_sweeps import dots
+from test_regimes_figures import dots
 
-from opd_geometry.analysis import matching
+from opd_geometry.analysis import equal_norm
 from opd_geometry.analysis.evidence import ALL_ACCURACIES, KEPT
-from opd_geometry.book import contrast_figures as figures
+from opd_geometry.book.controls_figures import benchmark_dots, subspace_dots
+from opd_geometry.book.equal_norm_figures import ladder
 from opd_geometry.book.figures import (
     ARM_STYLES,
     CONFINED_STYLES,
@@ -23,6 +24,7 @@ from opd_geometry.book.figures import (
     NULL_LABEL,
     TEXT,
 )
+from opd_geometry.book.regimes_figures import sweep, variant_dots
 
 COLOURS = {arm: to_hex(look.colour) for arm, look in ARM_STYLES.items()}
 MAIN = ("sft", "opd", "rlvr")
@@ -104,7 +106,7 @@ def check_grid(figure: Figure, xlabel: str) -> None:
 
 def rungs() -> pd.DataFrame:
     """Ratios of two pairs, the last one first; one is never equally far."""
-    end, equal = matching.AT_END, matching.AT_EQUAL_NORM
+    end, equal = equal_norm.AT_END, equal_norm.AT_EQUAL_NORM
     rows = [
         ("opd", "rlvr", "nss", end, 2.0, 1.5, 3.0, 1.8),
         ("opd", "rlvr", "nss", equal, 0.8, 0.7, 0.95, 1.1),
@@ -116,7 +118,7 @@ def rungs() -> pd.DataFrame:
 
 def test_a_rung_has_an_open_dot_at_the_end_and_a_filled_one_at_equal_norm() -> None:
     missing = {("rlvr", "rlvr-paper"): "batch"}
-    (ax,) = figures.ladder(rungs(), missing | RUNGS).axes
+    (ax,) = ladder(rungs(), missing | RUNGS).axes
     assert rows_of(ax) == ["who writes\nSFT → OPD", "reward\nOPD → RLVR"]
     np.testing.assert_allclose(dots(ax, "o"), [(0.5, -0.14), (2, 0.86), (0.8, 1.14)])
     opd, rlvr = COLOURS["opd"], COLOURS["rlvr"]  # what a change leads to
@@ -136,7 +138,7 @@ def test_a_rung_has_an_open_dot_at_the_end_and_a_filled_one_at_equal_norm() -> N
 def test_factors_have_few_plain_ticks_around_one(power: float) -> None:
     comparison = rungs()
     comparison[NUMBERS] **= power
-    figure = figures.ladder(comparison, RUNGS)
+    figure = ladder(comparison, RUNGS)
     figure.draw_without_rendering()
     (ax,) = figure.axes
     assert ax.get_xscale() == "log"
@@ -158,7 +160,7 @@ def test_what_a_confinement_costs_has_its_interval_and_its_outcome() -> None:
     worse = of_task & table["arm"].isin(CONFINED[2:])
     luck = of_task & (table["arm"] == CONFINED[3]) & (table["seed"] == 2)
     table["value"] += 0.03 * luck - 0.1 * worse
-    ax, free = figures.subspace_dots(table, ["opd", "rlvr", "sft"]).axes
+    ax, free = subspace_dots(table, ["opd", "rlvr", "sft"]).axes
     styles = [CONFINED_STYLES[suffix] for suffix in ("", "-donor", "-random")]
     assert rows_of(ax) == [look.label for look in styles]
     # 0.02 better a place in the table; the last one's seeds differ by (0, 0, 0.03).
@@ -188,7 +190,7 @@ def test_costs_on_all_benchmarks_are_another_measure() -> None:
     rest = (table["metric"] != ALL_ACCURACIES[0]) & (table["arm"] == CONFINED[1])
     table.loc[rest, "value"] -= 0.07
     for measure, cost in (("trained task", 0.02), ("all benchmarks", 0.02 - 0.06)):
-        (ax,) = figures.subspace_dots(table, ["opd"], measure).axes
+        (ax,) = subspace_dots(table, ["opd"], measure).axes
         kept = 1 + cost / (0.8 / 3)
         np.testing.assert_allclose(dots(ax, "o")[0], (kept, 0), atol=1e-12)
 
@@ -196,7 +198,7 @@ def test_costs_on_all_benchmarks_are_another_measure() -> None:
 def test_benchmarks_have_a_row_each_with_means_and_ranges() -> None:
     table = with_benchmarks(planted(("sft", *CONFINED)))
     suffixes = ("", "-pretrained", "-random")  # the second was never trained
-    sft, opd = figures.benchmark_dots(table, ["sft", "opd"], suffixes).axes
+    sft, opd = benchmark_dots(table, ["sft", "opd"], suffixes).axes
     rows = [name.removeprefix("accuracy/") for name in ALL_ACCURACIES]
     assert rows_of(sft) == rows
     assert opd.get_xlim() == (0, 1)
@@ -223,7 +225,7 @@ def test_benchmarks_have_a_row_each_with_means_and_ranges() -> None:
 def test_a_sweep_is_at_the_end_of_training_with_nulls_and_printed_values() -> None:
     printed = {("opd", "nss"): 2.5, ("rlvr", "sparsity"): 0.7, ("sft", "nss"): 9.0}
     arms, metrics = ["opd", "rlvr", "sft"], ["sparsity", "nss", "stable_rank"]
-    figure = figures.sweep(planted(RATES), arms, PLACES, metrics, "rate", printed)
+    figure = sweep(planted(RATES), arms, PLACES, metrics, "rate", printed)
     share, shift, rank = figure.axes[:3]
     by_rate = {"opd": ([0.3, 1, 3], [1, 0, 2]), "rlvr": ([1, 3], [3, 4])}
     nulls = {to_hex(n.get_color()): n for n in lines_named(shift, "_null")}
@@ -256,7 +258,7 @@ def test_a_sweep_is_at_the_end_of_training_with_nulls_and_printed_values() -> No
 
 def test_variants_show_their_seeds_in_their_colours() -> None:
     arms = {"rlvr": "reward", "opd": "teacher"}
-    ax, share = figures.variant_dots(planted(MAIN), arms, ["nss", "sparsity"], {}).axes
+    ax, share = variant_dots(planted(MAIN), arms, ["nss", "sparsity"], {}).axes
     assert (ax.get_xscale(), share.get_xscale()) == ("log", "linear")
     assert looks(ax) == [(COLOURS[arm], True) for arm in arms]
     seeds = [line for line in ax.lines if line.get_marker() == "."]
@@ -271,7 +273,7 @@ def test_variants_show_their_seeds_in_their_colours() -> None:
 
 def test_no_margin_lies_around_a_variant_where_the_first_arm_is_missing() -> None:
     arms, margins = {"off-policy": "main", "opd": "variant"}, {"nss": (0.8, 1.25)}
-    (ax,) = figures.variant_dots(planted(MAIN), arms, ["nss"], margins).axes
+    (ax,) = variant_dots(planted(MAIN), arms, ["nss"], margins).axes
     assert dots(ax, "o")
     assert not ax.patches
 
@@ -279,15 +281,13 @@ def test_no_margin_lies_around_a_variant_where_the_first_arm_is_missing() -> Non
 # --- whatever is there -------------------------------------------------------------
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "subspaces": lambda table: figures.subspace_dots(table, ["opd"]),
-    "benchmarks": lambda table: figures.benchmark_dots(table, ["opd"], ["", "-wide"]),
-    "sweep": lambda table: figures.sweep(table, ["opd"], PLACES, ["nss"], "rate"),
-    "variants": lambda table: figures.variant_dots(
+    "subspaces": lambda table: subspace_dots(table, ["opd"]),
+    "benchmarks": lambda table: benchmark_dots(table, ["opd"], ["", "-wide"]),
+    "sweep": lambda table: sweep(table, ["opd"], PLACES, ["nss"], "rate"),
+    "variants": lambda table: variant_dots(
         table, {"opd": "main", "rlvr": "reward"}, ["nss"], {"nss": (0.8, 1.25)}
     ),
-    "ladder": lambda table: figures.ladder(
-        matching.compared(table, RUNGS, ["nss"]), RUNGS
-    ),
+    "ladder": lambda table: ladder(equal_norm.compared(table, RUNGS, ["nss"]), RUNGS),
 }
 ALL = tuple(dict.fromkeys((*MAIN, *CONFINED, *RATES)))
 OF_ARMS = [name for name in FIGURES if name not in ("ladder", "board")]

@@ -17,8 +17,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from opd_geometry.analysis.equal_norm import order
 from opd_geometry.analysis.evidence import LAYERS, SAME_FACTOR
-from opd_geometry.analysis.matching import order
 from opd_geometry.analysis.verdicts import Part, Values, interval, state
 
 ANGLE, SHIFT, DENSITY = "largest angle", "spectral shift", "visible density"

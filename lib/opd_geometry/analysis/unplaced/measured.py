@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from opd_geometry.analysis import one_distance as od
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis import power as pw
-from opd_geometry.analysis import printed as pr
-from opd_geometry.analysis.consistency import printed
-from opd_geometry.analysis.origins import Origin
+from opd_geometry.analysis.exclusions import printed
+from opd_geometry.analysis.unplaced import one_distance as od
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced import power as pw
+from opd_geometry.analysis.unplaced import printed as pr
+from opd_geometry.analysis.unplaced.origins import Origin
 from opd_geometry.experiments import measure
 from opd_geometry.files import (
     clear_write_errors,

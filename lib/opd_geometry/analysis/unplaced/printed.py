@@ -15,8 +15,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis.origins import Origin
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced.origins import Origin
 from opd_geometry.geometry import gram, spectra
 from opd_geometry.geometry import unplaced as closed
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis import consistency
-from opd_geometry.analysis.consistency import (
+from opd_geometry.analysis import exclusions
+from opd_geometry.analysis.exclusions import (
     FITS,
     MASKS,
     THREE,
@@ -15,7 +15,7 @@ from opd_geometry.analysis.consistency import (
     share_interval,
     share_interval_of_means,
 )
-from opd_geometry.book import consistency_figures
+from opd_geometry.book import exclusions_figures
 from opd_geometry.experiments.choices import MASK_SHARES
 from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.geometry.comparison import MASK_ALPHA
@@ -79,10 +79,10 @@ def test_per_cent_is_refused(function: object, shares: tuple[float, float]) -> N
 
 
 def test_the_papers_numbers_allow_what_it_draws_and_not_what_it_states() -> None:
-    rows = consistency.printed_shares()
+    rows = exclusions.printed_shares()
     assert list(rows["arm"]) == ["sft", "sft", "opd", "opd", "rlvr", "rlvr"]
     assert rows["density"].tolist()[::2] == [0.9273, 0.4628, 0.2776]
-    ends = consistency.joint(rows)
+    ends = exclusions.joint(rows)
     assert ends["low"] <= 0.3 <= ends["high"] < 0.5
     assert ends["mean_low"] <= 0.3 <= ends["mean_high"] < 0.5
 
@@ -114,7 +114,7 @@ def table() -> pd.DataFrame:
 def test_a_known_share_lies_inside_its_interval(
     table: pd.DataFrame, alpha: float, prefix: str
 ) -> None:
-    rows = consistency.measured_shares(table, THREE, alpha, prefix)
+    rows = exclusions.measured_shares(table, THREE, alpha, prefix)
     assert list(dict.fromkeys(rows["arm"])) == list(THREE)
     assert list(rows["seed"][:4]) == [0, 0, 1, 1]
     for low, high in (("low", "high"), ("mean_low", "mean_high")):
@@ -131,13 +131,13 @@ def test_a_known_share_lies_inside_its_interval(
 
 def test_shares_that_were_not_measured_are_refused(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="no principal_overlap, low_magnitude_overlap"):
-        consistency.measured_shares(table, THREE, 0.4)
+        exclusions.measured_shares(table, THREE, 0.4)
 
 
 def test_shares_are_drawn_with_the_right_names(table: pd.DataFrame) -> None:
-    known = {a: consistency.measured_shares(table, THREE, a) for a in (0.3, 0.5)}
-    paper = consistency.printed_shares()
-    figure = consistency_figures.feasible_shares(
+    known = {a: exclusions.measured_shares(table, THREE, a) for a in (0.3, 0.5)}
+    paper = exclusions.printed_shares()
+    figure = exclusions_figures.feasible_shares(
         paper, {0.3: "drawn", 0.5: "stated"}, *[known] * 2
     )
     left, right = figure.axes
@@ -157,10 +157,10 @@ def test_shares_are_drawn_with_the_right_names(table: pd.DataFrame) -> None:
 def test_how_often_one_seed_contradicts_the_mean_of_nothing(n_seeds: int) -> None:
     draws = np.random.default_rng(0).normal(size=(200_000, n_seeds))
     differs = np.sign(draws[:, 0]) != np.sign(draws.mean(axis=1))
-    expected = consistency.other_side_share(n_seeds)
+    expected = exclusions.other_side_share(n_seeds)
     assert abs(differs.mean() - expected) < 0.005
     with pytest.raises(ValueError, match="n_seeds 0"):
-        consistency.other_side_share(0)
+        exclusions.other_side_share(0)
 
 
 def runs(norms: list[float], ranks: list[float]) -> pd.DataFrame:
@@ -178,17 +178,17 @@ def runs(norms: list[float], ranks: list[float]) -> pd.DataFrame:
 
 
 def test_seeds_that_say_the_opposite_are_told() -> None:
-    seeds = consistency.by_seed(runs([1.6, 1.5, 1.2], [1.0, 1.01, 1.02]))
+    seeds = exclusions.by_seed(runs([1.6, 1.5, 1.2], [1.0, 1.01, 1.02]))
     assert set(seeds["claim"]) == {"norm-decoupled"}
     norm = seeds[seeds["part"] == "norm, opd over rlvr"]
     assert norm["agrees"].tolist() == [True, True, False]
     np.testing.assert_allclose(norm["distance"], np.log([1.6, 1.5, 1.2]) - np.log(1.25))
-    read = consistency.readings(seeds).loc["norm-decoupled"]
+    read = exclusions.readings(seeds).loc["norm-decoupled"]
     assert (read["seeds"], read["for"], read["agree"]) == (3, 2, False)
-    nearest = consistency.closest(seeds)
+    nearest = exclusions.closest(seeds)
     assert set(nearest["part"]) == {"norm, opd over rlvr"}
     np.testing.assert_allclose(nearest["spreads"].std(), 1.0)
-    (axis,) = consistency_figures.one_seed(seeds).axes
+    (axis,) = exclusions_figures.one_seed(seeds).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "norm decoupled:  norm, OPD over RLVR"
     ]
@@ -197,28 +197,28 @@ def test_seeds_that_say_the_opposite_are_told() -> None:
 
 
 def test_seeds_that_all_fail_agree() -> None:
-    seeds = consistency.by_seed(runs([0.9, 0.8, 0.7], [1.0, 1.001, 1.002]))
-    read = consistency.readings(seeds).loc["norm-decoupled"]
+    seeds = exclusions.by_seed(runs([0.9, 0.8, 0.7], [1.0, 1.001, 1.002]))
+    read = exclusions.readings(seeds).loc["norm-decoupled"]
     assert (read["for"], read["agree"]) == (0, True)
-    norm = consistency.closest(seeds)
+    norm = exclusions.closest(seeds)
     assert set(norm["part"]) == {"norm, opd over rlvr"}
     assert (norm["spreads"] > 0).all()
 
 
 def test_the_closest_call_is_told_by_its_distance_whatever_its_side() -> None:
-    seeds = consistency.by_seed(runs([0.2, 0.21, 0.19], [1.0, 1.1, 1.2]))
+    seeds = exclusions.by_seed(runs([0.2, 0.21, 0.19], [1.0, 1.1, 1.2]))
     means = seeds.groupby("part")["mean"].first()
     assert means["norm, opd over rlvr"] < 0 < means["stable rank, opd over rlvr"]
-    nearest = consistency.closest(seeds)
+    nearest = exclusions.closest(seeds)
     assert set(nearest["part"]) == {"stable rank, opd over rlvr"}
 
 
 def test_one_seed_is_read_and_drawn_without_a_spread() -> None:
-    seeds = consistency.by_seed(runs([1.6], [1.0]))
+    seeds = exclusions.by_seed(runs([1.6], [1.0]))
     assert seeds["spread"].isna().all()
-    assert consistency.readings(seeds)["agree"].all()
-    assert consistency.closest(seeds).empty
-    assert consistency_figures.one_seed(seeds).axes
+    assert exclusions.readings(seeds)["agree"].all()
+    assert exclusions.closest(seeds).empty
+    assert exclusions_figures.one_seed(seeds).axes
 
 
 # --- points, printed numbers, settings ---------------------------------------------
@@ -227,23 +227,23 @@ def test_one_seed_is_read_and_drawn_without_a_spread() -> None:
 def test_a_point_that_is_not_borne_out_fits_after_all() -> None:
     kept = Point("a", "cannot both be", True, "1 is not 2", "2")
     gone = Point("b", "a choice left open", False, "1 is 1", "1")
-    table = consistency.points_table([kept, gone])
+    table = exclusions.points_table([kept, gone])
     assert list(table["kind"]) == ["cannot both be", FITS]
     assert list(table.columns) == ["point", "kind", "computed", "here instead"]
-    assert consistency.points_table([]).empty
+    assert exclusions.points_table([]).empty
 
 
 def test_printed_numbers_are_numbers_and_words() -> None:
-    settings = consistency.printed("settings").set_index(["arm", "metric"])["value"]
+    settings = exclusions.printed("settings").set_index(["arm", "metric"])["value"]
     assert settings["opd", "batch_sequences"] == 64.0
     assert settings["sft", "schedule"] == "cosine"
-    assert consistency.printed("table_1")["value"].dtype == float
+    assert exclusions.printed("table_1")["value"].dtype == float
     with pytest.raises(ValueError, match="no printed numbers 'table_9'; expected fig"):
-        consistency.printed("table_9")
+        exclusions.printed("table_9")
 
 
 def test_settings_stand_side_by_side() -> None:
-    table = consistency.settings_table("published").set_index("setting")
+    table = exclusions.settings_table("published").set_index("setting")
     assert table.loc["learning rate"].tolist() == [
         "1e-05",
         "0.0005",

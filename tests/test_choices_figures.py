@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from opd_geometry.analysis import gates
-from opd_geometry.analysis.sensitivity import Choice, Reading
-from opd_geometry.book import choice_figures as figures
+from opd_geometry.analysis import bounds
+from opd_geometry.analysis.choices import Choice, Reading
+from opd_geometry.book import bounds_figures, choices_figures
 from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
@@ -55,7 +55,7 @@ def lines(ax: Axes, label: str) -> list[np.ndarray]:
 
 
 def test_draws_means_ranges_and_nulls(table: pd.DataFrame) -> None:
-    (ax,) = figures.by_choice(table, ["sft", "opd"], [[RANK]]).axes
+    (ax,) = choices_figures.by_choice(table, ["sft", "opd"], [[RANK]]).axes
     np.testing.assert_allclose(lines(ax, "SFT"), [[0.2, 0.4]])
     np.testing.assert_allclose(lines(ax, "OPD"), [[0.5, 1.0]])
     np.testing.assert_allclose(lines(ax, "_null"), [[0.1, 0.2], [0.25, 0.5]])
@@ -68,31 +68,31 @@ def test_draws_means_ranges_and_nulls(table: pd.DataFrame) -> None:
 
 
 def test_overlaps_are_divided_by_the_masks_share(table: pd.DataFrame) -> None:
-    (ax,) = figures.by_choice(table, ["opd"], [[SHARE]]).axes
+    (ax,) = choices_figures.by_choice(table, ["opd"], [[SHARE]]).axes
     np.testing.assert_allclose(lines(ax, "OPD"), [[0.5 / 0.1, 1.0 / 0.5]])
     np.testing.assert_allclose(lines(ax, "_null"), [[0.25 / 0.1, 0.5 / 0.5]])
     np.testing.assert_allclose(lines(ax, "_chance"), [[1, 1]])
 
 
 def test_names_lines_once_in_a_row_of_one_quantity(table: pd.DataFrame) -> None:
-    left, right = figures.by_choice(table, ["opd"], [[RANK, RANK]]).axes
+    left, right = choices_figures.by_choice(table, ["opd"], [[RANK, RANK]]).axes
     assert left.get_ylim() == right.get_ylim()
     assert not left.texts
     assert [text.get_text() for text in right.texts] == ["OPD"]
-    both = figures.by_choice(table, ["opd"], [[RANK, SHARE]]).axes
+    both = choices_figures.by_choice(table, ["opd"], [[RANK, SHARE]]).axes
     assert all(ax.texts for ax in both)
 
 
 def test_leaves_out_an_arm_that_never_moved(table: pd.DataFrame) -> None:
     rest = table[(table["arm"] != "sft") | (table["metric"] != "hill_alpha")]
-    (ax,) = figures.by_choice(rest, ["sft", "opd"], [[RANK]]).axes
+    (ax,) = choices_figures.by_choice(rest, ["sft", "opd"], [[RANK]]).axes
     assert not lines(ax, "SFT")
     assert lines(ax, "OPD")
 
 
 def test_refuses_a_table_without_the_arms(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="none of the arms rlvr"):
-        figures.by_choice(table, ["rlvr"], [[RANK]])
+        choices_figures.by_choice(table, ["rlvr"], [[RANK]])
 
 
 # --- the bounds of the three-gate account -----------------------------------------
@@ -103,7 +103,7 @@ def held_of(*arms: str) -> pd.DataFrame:
     rows = []
     for place, arm in enumerate(arms, 1):
         for side, scale in (("arm", 1.0), ("null", 0.5)):
-            for gate in (gates.ANGLE, gates.SHIFT, gates.DENSITY):
+            for gate in (bounds.ANGLE, bounds.SHIFT, bounds.DENSITY):
                 for matrix in range(3):
                     share = 0.1 * scale * place * (matrix + 1)
                     used = 0.05 * place * (matrix + 1)
@@ -114,14 +114,14 @@ def held_of(*arms: str) -> pd.DataFrame:
 
 
 def test_dots_lie_at_bound_and_measured() -> None:
-    axes = figures.against_bounds(held_of("opd", "rlvr"), ["opd", "rlvr"]).axes
+    axes = bounds_figures.against_bounds(held_of("opd", "rlvr"), ["opd", "rlvr"]).axes
     for ax in axes:
         (dots,) = (line for line in ax.lines if line.get_label() == "_rlvr")
         np.testing.assert_allclose(dots.get_xdata(), [0.2, 0.4, 0.6])
         np.testing.assert_allclose(dots.get_ydata(), [0.4, 0.8, 1.2])
         (null,) = (line for line in ax.lines if line.get_label() == "_null of rlvr")
         np.testing.assert_allclose(null.get_xdata(), [0.1, 0.2, 0.3])
-        assert null.get_color() == figures.GREY
+        assert null.get_color() == bounds_figures.GREY
     assert len(axes) == 2
     (diagonal,) = lines(axes[1], "_bound")
     np.testing.assert_allclose(diagonal, axes[1].get_xlim())
@@ -137,7 +137,7 @@ def test_strips_have_their_medians_and_bars_their_shares() -> None:
     )
     held = held_of("opd", "rlvr")
     held.loc[(held["arm"] == "opd") & (held["side"] == "arm"), "used"] = np.nan
-    figure = figures.share_of_bounds(held, informed, ["opd", "rlvr"])
+    figure = bounds_figures.share_of_bounds(held, informed, ["opd", "rlvr"])
     angle, _, below = figure.axes
     (dots,) = (line for line in angle.lines if line.get_label() == "_arm rlvr")
     np.testing.assert_allclose(dots.get_xdata(), [10, 20, 30])
@@ -160,7 +160,7 @@ def test_correlations_are_drawn_with_their_intervals() -> None:
         ],
         columns=["arm", "side", "cause", "mean", "low", "high"],
     )
-    gap, update = figures.steering_dots(found, ["opd"]).axes
+    gap, update = bounds_figures.steering_dots(found, ["opd"]).axes
     assert gap.get_title() == "goes with a small gap"
     for ax, arm, null in ((gap, 0.5, 0.6), (update, -0.1, 0.0)):
         assert [x.get_xdata()[0] for x in ax.lines if x.get_label() == "_arm"] == [arm]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from opd_geometry.analysis import collapse, evidence, signal, worlds
-from opd_geometry.book import world_figures
+from opd_geometry.analysis import collapse, directions, evidence, real_model, signal
+from opd_geometry.book import directions_figures, real_model_figures, signal_figures
 from opd_geometry.experiments import measure, weights
 
 ARMS = ("opd", "rlvr")
@@ -35,20 +35,20 @@ def table() -> pd.DataFrame:
     rows = []
     for arm, times in (("opd", 2.0), ("rlvr", 3.0)):
         for seed in (0, 1):
-            for metric, prefix in worlds.SHARPEST.items():
+            for metric, prefix in real_model.SHARPEST.items():
                 rows.append(row(arm, seed, "a", 10, metric, times))
                 rows.append(row(arm, seed, "a", 10, prefix + metric, 1.0))
                 rows.append(row(arm, seed, "b", 10, metric, 99.0))
                 rows.append(row(arm, seed, "a", 2, metric, 99.0))
-            for prefix in ("", *worlds.LOCK_NULLS.values()):
+            for prefix in ("", *real_model.LOCK_NULLS.values()):
                 own = 0.8 if not prefix else 0.3
-                rows.append(row(arm, seed, "a", 2, prefix + worlds.LOCK, own))
-                rows.append(row(arm, seed, "a", 10, prefix + worlds.LOCK, 1.0))
+                rows.append(row(arm, seed, "a", 2, prefix + real_model.LOCK, own))
+                rows.append(row(arm, seed, "a", 10, prefix + real_model.LOCK, 1.0))
     return pd.DataFrame(rows, columns=measure.COLUMNS)
 
 
 def test_a_value_and_its_null_are_of_the_same_matrices_at_the_end() -> None:
-    found = worlds.over_nulls(table(), ARMS)
+    found = real_model.over_nulls(table(), ARMS)
     times = found.set_index(["arm", "metric"])["times"]
     assert set(times["opd"]) == {2.0}
     assert set(times["rlvr"]) == {3.0}
@@ -57,7 +57,7 @@ def test_a_value_and_its_null_are_of_the_same_matrices_at_the_end() -> None:
 
 
 def test_locks_are_read_after_a_fifth_of_training() -> None:
-    found = worlds.locking(table(), ("rlvr", "opd"))
+    found = real_model.locking(table(), ("rlvr", "opd"))
     assert found["arm"].tolist() == ["rlvr", "opd"]
     assert found["own"].tolist() == [0.8, 0.8]
     assert found["walk"].tolist() == [0.3, 0.3]
@@ -75,8 +75,8 @@ def test_claims_hear_of_the_matrices_that_have_nulls_alone() -> None:
 
 def test_what_is_not_there_gives_no_rows() -> None:
     bare = table()[lambda t: ~t["metric"].str.contains("_")]
-    assert worlds.over_nulls(bare, ARMS).empty
-    assert worlds.locking(bare, ARMS).empty
+    assert real_model.over_nulls(bare, ARMS).empty
+    assert real_model.locking(bare, ARMS).empty
 
 
 def test_properties_of_planted_weights() -> None:
@@ -105,7 +105,7 @@ def test_weights_are_committed_whole(
     rows = pd.DataFrame([("a", 0, "m", "q", 0, "std", 0.5)], columns=weights.COLUMNS)
     weights.commit_weights("smoke", rows)
     assert weights.committed_weights("smoke")["value"].tolist() == [0.5]
-    both = worlds.weights_by_world({"x": rows, "y": rows.assign(value=2.0)})
+    both = real_model.weights_by_world({"x": rows, "y": rows.assign(value=2.0)})
     assert both.loc["std"].to_dict() == {"x": 0.5, "y": 2.0}
 
 
@@ -127,21 +127,21 @@ def test_angles_and_their_nulls_are_of_the_same_matrices() -> None:
 
 def test_figures_hold_what_they_are_given() -> None:
     tables = {"one": table(), "two": table()}
-    ratios = {name: worlds.over_nulls(t, ARMS) for name, t in tables.items()}
-    assert isinstance(world_figures.over_nulls(ratios), Figure)
-    locks = {name: worlds.locking(t, ARMS) for name, t in tables.items()}
-    ax = world_figures.locking(locks).axes[0]
+    ratios = {name: real_model.over_nulls(t, ARMS) for name, t in tables.items()}
+    assert isinstance(real_model_figures.over_nulls(ratios), Figure)
+    locks = {name: real_model.locking(t, ARMS) for name, t in tables.items()}
+    ax = real_model_figures.locking(locks).axes[0]
     drawn = sorted(float(line.get_xdata()[0]) for line in ax.lines)
     assert drawn.count(0.8) == 2
     arms = [*signal.FLIPS, "opd"]
     found = pd.DataFrame({"arm": arms, "nss": [1.0, 2, 3, 4, 5], "seed": 0})
-    (panel,) = world_figures.flips(found, ["nss"], ["opd"]).axes
+    (panel,) = signal_figures.flips(found, ["nss"], ["opd"]).axes
     level = next(line for line in panel.lines if line.get_label() == "OPD")
     assert set(level.get_ydata()) == {5.0}
     told = pd.DataFrame(
         {"arm": ["opd"], "seed": 0, "ceiling": 3.0, "displacement": 2.0}
     )
-    figure = world_figures.foretold({"one": told})
+    figure = signal_figures.foretold({"one": told})
     assert np.isclose(figure.axes[0].lines[1].get_xdata()[0], 3.0)
 
 
@@ -165,7 +165,7 @@ def test_an_arm_parts_by_its_direction_and_stays_by_its_subspace(
         pair("rlvr", "rlvr-coin", 1, "cosine", 0.9),  # a seed without the others
         pair("opd-teacher-guess", "rlvr", 0, "cosine", 9.0) | {"role": "embed"},
     ]
-    found = worlds.parted(pd.DataFrame(rows))
+    found = directions.parted(pd.DataFrame(rows))
     assert found["seed"].tolist() == [0]
     assert found["cosine"].tolist() == [cosine]
     assert found["direction_parts"].tolist() == [parts]
@@ -182,14 +182,14 @@ def test_increments_are_compared_window_by_window() -> None:
     rows += [pair("rlvr", "sft", 0, "cosine", 9.0) | {"start": 0, "stop": 10}]
     wrong = pair("rlvr", "opd", 0, "cosine", 9.0) | {"start": 0, "stop": 10}
     rows += [wrong | {"role": "gate"}, wrong | {"stop": 40}]
-    found = worlds.along_the_way(pd.DataFrame(rows))
+    found = directions.along_the_way(pd.DataFrame(rows))
     assert found["other"].tolist() == ["rlvr", "rlvr"]
     assert found["n_pairs"].tolist() == [2, 2]
     np.testing.assert_allclose(found["cosine"], [0.85, 0.45])
     np.testing.assert_allclose(found[["start", "stop"]], [[0, 0.25], [0.25, 1]])
-    figure = world_figures.along_the_way({"x": found}, ["rlvr", "sft"])
+    figure = directions_figures.along_the_way({"x": found}, ["rlvr", "sft"])
     assert isinstance(figure, Figure)
     ends = pd.DataFrame(
         {"other": ["rlvr"], "cosine": [0.8], "low": [0.7], "high": [0.9]}
     ).assign(subspace=0.5)
-    assert isinstance(world_figures.directions({"x": ends}), Figure)
+    assert isinstance(directions_figures.shared({"x": ends}), Figure)

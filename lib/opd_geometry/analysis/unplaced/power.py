@@ -14,8 +14,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd_geometry.analysis import origins as og
-from opd_geometry.analysis import printed as pr
 from opd_geometry.analysis.evidence import (
     LAYERS,
     Table,
@@ -24,7 +22,9 @@ from opd_geometry.analysis.evidence import (
     levels_of,
     over_matrices,
 )
-from opd_geometry.analysis.origins import Origin
+from opd_geometry.analysis.unplaced import origins as og
+from opd_geometry.analysis.unplaced import printed as pr
+from opd_geometry.analysis.unplaced.origins import Origin
 from opd_geometry.analysis.verdicts import interval
 from opd_geometry.files import on_shelf
 from opd_geometry.geometry import comparison, gram

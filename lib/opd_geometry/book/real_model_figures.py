@@ -1,0 +1,93 @@
+"""Figures of a real language model beside the small world.
+
+In the book's one style (see ``figures``); tables of ``analysis.real_model`` in.
+"""
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from opd_geometry.analysis.real_model import LOCK_NULLS
+from opd_geometry.book.figures import (
+    ARM_STYLES,
+    GREY,
+    LABELS,
+    TEXT,
+    legend_above,
+    mark_of,
+    name_rows,
+    styled,
+    world_panels,
+)
+
+LOCK_MARKS = {"turned increments": "D", "walk": "^"}
+
+
+def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
+    """Diagnostics in units of their sharpest nulls, a panel a world.
+
+    Args:
+        worlds: name to the table of ``real_model.over_nulls``.
+
+    Returns:
+        A row a diagnostic, a dot an arm; grey the line where an update is its null.
+    """
+    metrics = list(dict.fromkeys(m for t in worlds.values() for m in t["metric"]))
+    arms = list(dict.fromkeys(arm for t in worlds.values() for arm in t["arm"]))
+    with styled():
+        figure, axes = world_panels(
+            worlds, 1.2 + 0.5 * len(metrics), "own over sharpest null"
+        )
+        for ax, table in zip(axes, worlds.values(), strict=True):
+            ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
+            for i, arm in enumerate(arms):
+                rows, look = table[table["arm"] == arm], ARM_STYLES[arm]
+                shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
+                y = [metrics.index(metric) + shift for metric in rows["metric"]]
+                ax.hlines(y, rows["low"], rows["high"], color=look.colour, lw=1)
+                ax.plot(rows["times"], y, mark_of(arm), color=look.colour, ms=4)
+            ax.set_xscale("log")
+            ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+            ax.minorticks_off()
+        name_rows(axes[0], [LABELS[metric] for metric in metrics])
+        dots = {
+            ARM_STYLES[arm].label: Line2D(
+                [], [], color=ARM_STYLES[arm].colour, marker=mark_of(arm), ls=""
+            )
+            for arm in arms
+        }
+        legend_above(figure, dots, ncols=4)
+    return figure
+
+
+def locking(worlds: Mapping[str, pd.DataFrame]) -> Figure:
+    """Sim_16 after a fifth of training with the end, beside its nulls.
+
+    Args:
+        worlds: name to the table of ``real_model.locking``.
+
+    Returns:
+        A panel a world, a row an arm: own filled, nulls hollow.
+    """
+    arms = list(dict.fromkeys(arm for t in worlds.values() for arm in t["arm"]))
+    with styled():
+        xlabel = "similarity with the end after a fifth of training, Sim₁₆"
+        figure, axes = world_panels(worlds, 1.2 + 0.36 * len(arms), xlabel)
+        for ax, table in zip(axes, worlds.values(), strict=True):
+            for row in table.to_dict("records"):
+                y, look = arms.index(row["arm"]), ARM_STYLES[row["arm"]]
+                ends = [row[name] for name in (*LOCK_NULLS, "own")]
+                ax.plot([min(ends), max(ends)], [y, y], color=GREY, lw=1)
+                ax.plot(row["own"], y, mark_of(row["arm"]), color=look.colour, ms=6)
+                for name, mark in LOCK_MARKS.items():
+                    ax.plot(row[name], y, mark, color=TEXT, mfc="none", ms=5)
+            ax.set_xlim(0, 1)
+        name_rows(axes[0], [ARM_STYLES[arm].label for arm in arms])
+        keys = {"own": Line2D([], [], color=TEXT, marker="o", ls="", ms=6)}
+        for name, mark in LOCK_MARKS.items():
+            hollow = Line2D([], [], color=TEXT, marker=mark, mfc="none", ls="")
+            keys[f"null: {name}"] = hollow
+        legend_above(figure, keys, ncols=3)
+    return figure
