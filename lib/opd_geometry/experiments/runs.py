@@ -84,6 +84,7 @@ from opd_geometry.training.optimizer import adamw, bfloat16_copy
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.sft import SFTConfig, sft_steps
 from opd_geometry.training.students import Student, prepare
+from opd_geometry.training.tracking import Log, tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -519,6 +520,28 @@ def _train(run: Run, directory: Path) -> None:
     state = _restore(run, directory, model, optimizer)
     if run.projection is not None:
         _confine(run, run.projection, model, optimizer)
+    usual = "tensorboard" if run.train.dataset else "none"
+    with tracked(run.name, directory / "events", usual) as log:
+        _take_steps(run, model, tokenizer, optimizer, state, log, began)
+    if not writes:
+        return
+    write_sealed_json(directory / "history.json", {"records": state["history"]})
+    write_sealed_json(directory / "done.json", {**_summary(run, state), **provenance()})
+    unseal(directory / "state.pt")
+    clear_failure(run)
+
+
+def _take_steps(
+    run: Run,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    log: Log,
+    began: float,
+) -> None:
+    """All that are left, storing what is asked and what a killed run goes on from."""
+    directory = run_directory(run)
     wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
     save_every = max(1, run.train.steps // (5 if is_lean(run) else 20))
     for metrics in loop_of(run, model, tokenizer, optimizer, state["step"]):
@@ -529,20 +552,16 @@ def _train(run: Run, directory: Path) -> None:
             with ranks.whole_weights(model):
                 scores = _evaluate(run, model, tokenizer, step)
             state["history"] += _records(step, scores)
+            metrics = metrics | scores
+        log(metrics, step)
         state["wall_seconds"] = spent + time.monotonic() - began
         # the branch first: a run that resumes after this step would not save it again
         if step == run.branch_step() and run.branch is None:
             _save_state(directory / "branch.pt", model, optimizer, state)
         if step in wanted or step % save_every == 0:
             _save_state(directory / "state.pt", model, optimizer, state)
-        if writes:
+        if ranks.index() == 0:
             write_json(directory / "progress.json", _summary(run, state))
-    if not writes:
-        return
-    write_sealed_json(directory / "history.json", {"records": state["history"]})
-    write_sealed_json(directory / "done.json", {**_summary(run, state), **provenance()})
-    unseal(directory / "state.pt")
-    clear_failure(run)
 
 
 def _check_shardable(run: Run) -> None:
