@@ -291,14 +291,14 @@ def test_a_damaged_memory_is_one_line(
     both(first)
     first.add_callback(StopAt(4))
     first.train()
-    damage(tmp_path / "checkpoint-4" / "opd_geometry_projection.safetensors")
+    damage(tmp_path / "checkpoint-4" / "opd_geometry_projection.state")
     resumed = trainer_of("sft", tmp_path)
     resumed.add_callback(ProjectionCallback(resumed, k=K, lock_at=2))
     with pytest.raises(ValueError, match=said) as caught:
         resumed.train(resume_from_checkpoint=True)
     assert "\n" not in str(caught.value)
     # the geometry loses a column, never the run
-    damage(tmp_path / "checkpoint-4" / "opd_geometry_geometry.safetensors")
+    damage(tmp_path / "checkpoint-4" / "opd_geometry_geometry.state")
     resumed = trainer_of("sft", tmp_path)
     resumed.add_callback(GeometryCallback(resumed, every=1, k=K, lock_at=2))
     with pytest.warns(UserWarning, match="the subspaces of before are lost"):

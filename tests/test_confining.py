@@ -12,6 +12,7 @@ import trainer_ranks
 from children import Child
 from schedulefree import AdamWScheduleFree
 from torch import Tensor
+from torch.nn.utils import prune
 from trainer_ranks import LOCK, SIZES, STEPS, Data, K, logged, qwen, snap, trainer
 from transformers import (
     Gemma3Config,
@@ -72,7 +73,7 @@ def confine(model: Any, folder: Path, **options: Any) -> tuple[Any, Any, At]:
         if key in options
     }
     made = trainer(model, folder, **{"save_strategy": "no"} | trainer_options)
-    confined = ProjectionCallback(made, lock_at=LOCK, k=K, **options)
+    confined = ProjectionCallback(made, lock_at=LOCK, **{"k": K} | options)
     made.add_callback(confined)
     at = At(made, confined)
     made.add_callback(at)
@@ -191,6 +192,81 @@ def test_adapters_are_refused(tmp_path: Path) -> None:
     adapted = peft.get_peft_model(qwen(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"adapters are trained .*lora_A.*; merge"):
         ProjectionCallback(trainer(adapted, tmp_path))
+
+
+def normed(model: Any, how: Callable[..., Any]) -> Any:
+    how(model.model.layers[0].self_attn.q_proj)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "how",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.orthogonal,
+        torch.nn.utils.weight_norm,
+        lambda linear: prune.random_unstructured(linear, "weight", 0.5),
+    ],
+)
+def test_parameters_that_weights_are_computed_from_are_no_weights(
+    how: Any, tmp_path: Path
+) -> None:
+    made = trainer(normed(qwen(), how), tmp_path, save_strategy="no")
+    with pytest.raises(ValueError, match=r"computed from .*q_proj.*; remove the"):
+        ProjectionCallback(made)
+    ProjectionCallback(made, roles=("v",))
+    with pytest.warns(UserWarning, match=r"q_proj.* are trained and not looked into"):
+        geometry = GeometryCallback(made, roles=None)
+    assert geometry.names is not None
+    assert len(geometry.names) == 2 * 7 + 2 - 1  # all but that one
+    assert not any("layers.0.self_attn.q_proj" in name for name in geometry.names)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "lokr", "lora and a whole module"])
+def test_adapters_are_not_looked_into(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    whole = {"modules_to_save": ["o_proj"]} if "whole" in kind else {}
+    config = {
+        "ia3": peft.IA3Config(
+            target_modules=["down_proj"], feedforward_modules=["down_proj"]
+        ),
+        "lokr": peft.LoKrConfig(target_modules=["q_proj"]),
+    }.get(kind, peft.LoraConfig(target_modules=["q_proj"], **whole))
+    made = trainer(peft.get_peft_model(qwen(), config), tmp_path)
+    if not whole:
+        with pytest.raises(ValueError, match=r"trains no matrix .*merge them"):
+            GeometryCallback(made, roles=None)
+        return
+    with pytest.warns(UserWarning, match=r"lora_A.* not looked into"):
+        geometry = GeometryCallback(made, roles=None)
+    assert geometry.names is not None
+    assert len(geometry.names) == 2
+    assert all("modules_to_save" in name for name in geometry.names)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_were_merged_as_advised_are_whole_weights(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(qwen(), peft.LoraConfig(target_modules=["q_proj"]))
+    merged = adapted.merge_and_unload().requires_grad_(True)
+    made, confined, at = confine(merged, tmp_path, form="update")
+    made.train()
+    assert max(leaks(merged, at, confined).values()) < 1e-9
+
+
+def test_tokens_that_are_added_after_the_callback_are_said(tmp_path: Path) -> None:
+    made, _, _ = confine(qwen(), tmp_path, form="update")
+    made.model.resize_token_embeddings(40)
+    with pytest.raises(ValueError, match=r"has shape \(40, 32\) and had \(32, 32\)"):
+        made.train()
+    other = trainer(qwen(), tmp_path, save_strategy="no")
+    other.add_callback(GeometryCallback(other, every=4, roles=None, detail="matrix"))
+    other.model.resize_token_embeddings(40)
+    with pytest.warns(UserWarning, match="has another shape now, and no W_0"):
+        other.train()
+    (row, *_) = [r for r in other.state.log_history if "geometry/seconds" in r]
+    assert sum(name.endswith("/frobenius_norm") for name in row) == 1 + 2 * 7
 
 
 class Masters(torch.optim.SGD):
@@ -319,7 +395,9 @@ def test_layers_that_take_turns_stay_confined_or_are_named(
 ) -> None:
     """Fixed by name: who had moved by the lock is confined in later turns, too."""
     model = qwen()
-    made, confined, at = confine(model, tmp_path, optimizer=torch.optim.AdamW)
+    stored = "steps" if every == 1 else "no"  # saving fixes no other set
+    options = {"optimizer": torch.optim.AdamW, "save_strategy": stored}
+    made, confined, at = confine(model, tmp_path, **options)
     confined.form = "update"
     made.add_callback(Lisa(model, every))
     with warnings.catch_warnings(record=True) as heard:
@@ -487,6 +565,76 @@ def test_a_training_that_stops_early_is_measured_at_its_end(tmp_path: Path) -> N
     assert rows == [4, 5]
 
 
+def test_rates_by_layer_have_units_of_their_own(tmp_path: Path) -> None:
+    """AdamW's first steps go as far as the rate, whatever the gradient."""
+    model = qwen()
+    made = trainer(model, tmp_path, save_strategy="no")
+    rates = {"q_proj": 1e-5, "k_proj": 1e-3}
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if part in n], "lr": rate}
+        for part, rate in rates.items()
+    ]
+    made.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    made.add_callback(GeometryCallback(made, every=STEPS, detail="role"))
+    made.train()
+    (row,) = [r for r in made.state.log_history if "geometry/seconds" in r]
+    for role in ("q", "k"):
+        assert 0.7 < row[f"geometry/{role}/displacement"] < 1.5
+
+
+class Blank(TrainerCallback):
+    """Other weights at the end, as of an average or a best checkpoint."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        with torch.no_grad():
+            for p in named["model"].parameters():
+                p.mul_(0.5)
+
+
+def test_what_is_loaded_at_the_end_is_held_against_the_lock(tmp_path: Path) -> None:
+    made, _, _ = confine(qwen(), tmp_path, form="update")
+    made.add_callback(Blank())
+    with pytest.warns(UserWarning, match=r"lies outside the subspace, written by"):
+        made.train()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "distance"}
+    each = {"eval_strategy": "steps", "eval_steps": 1, "greater_is_better": False}
+    other = trainer(qwen(), tmp_path, **best, **each)
+    evaluated = other.evaluate
+
+    def evaluate(*arguments: Any, **named: Any) -> Any:
+        metrics = evaluated(*arguments, **named)
+        return metrics | {"eval_distance": abs(other.state.global_step - 2)}
+
+    other.evaluate = evaluate
+    other.add_callback(ProjectionCallback(other, lock_at=LOCK, k=K, form="update"))
+    with pytest.warns(UserWarning, match=r"is of step 2, before the lock at step 3"):
+        other.train()
+
+
+def test_a_training_that_stops_before_the_lock_is_said(tmp_path: Path) -> None:
+    made = trainer(
+        qwen(), tmp_path, save_strategy="no", eval_strategy="steps", eval_steps=2
+    )
+    made.add_callback(ProjectionCallback(made, lock_at=LOCK, k=K))
+    made.add_callback(Stop())
+    with pytest.warns(UserWarning, match="before the lock at step 3: nothing was"):
+        made.train()
+
+
+def test_a_model_that_is_trained_once_more_starts_where_it_is(tmp_path: Path) -> None:
+    """W_0 was given up at the lock; the callback was made for any training."""
+    model = qwen()
+    made, confined, at = confine(model, tmp_path, form="update")
+    made.train()
+    second = snap(model)
+    with pytest.warns(UserWarning, match="W_0 are the weights of now"):
+        made.train()
+    assert max(leaks(model, at, confined).values()) < 1e-9
+    name = "model.layers.0.self_attn.q_proj.weight"
+    exact = top_right_subspace((at.weights[name] - second[name]).double(), K)
+    assert subspace_similarity(confined.bases[name], exact) == pytest.approx(1)
+
+
 # --- resumed -------------------------------------------------------------------------
 
 
@@ -535,6 +683,49 @@ def test_the_checkpoint_that_is_resumed_is_read_wherever_it_lies(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_two_callbacks_of_a_kind_remember_apart(tmp_path: Path) -> None:
+    """And in no file that engines read as weights: those take every safetensors."""
+
+    def start(folder: str) -> tuple[Any, list[Any]]:
+        made = trainer(qwen(), tmp_path / folder, save_steps=4)
+        added = [
+            GeometryCallback(made, roles=("q",), every=2, lock_at=2),
+            ProjectionCallback(made, roles=("q",), lock_at=2, k=2),
+            GeometryCallback(made, roles=("down",), every=2, lock_at=4),
+            ProjectionCallback(made, roles=("down",), lock_at=3, k=K),
+        ]
+        for one in added:
+            made.add_callback(one)
+        return made, added
+
+    made, first = start("a")
+    made.train()
+    checkpoint = tmp_path / "a" / "checkpoint-4"
+    assert [f.name for f in checkpoint.glob("*.safetensors")] == ["model.safetensors"]
+    again, second = start("b")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for one, other in zip(first, second, strict=True):
+        kind = "locked" if isinstance(one, GeometryCallback) else "bases"
+        mine, theirs = getattr(one, kind), getattr(other, kind)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], v) for name, v in theirs.items())
+
+
+def test_other_options_do_not_change_a_lock_that_is_resumed(tmp_path: Path) -> None:
+    made, _, _ = confine(qwen(), tmp_path, save_strategy="steps")
+    made.train()
+    place = str(tmp_path / "checkpoint-5")
+    again, confined, at = confine(qwen(), tmp_path, k=K + 1, roles=("q",))
+    again.remove_callback(at)
+    with pytest.warns(UserWarning, match="of the first start stay: 16 param.*K = 3,"):
+        again.train(resume_from_checkpoint=place)
+    assert len(confined.bases) == 16
+    again, confined, _ = confine(moe(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds .* where the model has no such"):
+        confined._compare({"lost": torch.eye(3)}, Path(place))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_file_is_there_before_an_upload_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,7 +733,7 @@ def test_the_file_is_there_before_an_upload_starts(
     seen = []
 
     def upload(folder: str) -> None:
-        seen.append((Path(folder) / "opd_geometry_projection.safetensors").is_file())
+        seen.append((Path(folder) / "opd_geometry_projection.state").is_file())
 
     made.args.push_to_hub = True
     monkeypatch.setattr(made, "_push_from_checkpoint", upload)

@@ -221,6 +221,10 @@ def _moe() -> torch.nn.Module:
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+OWN_RANKS = {
+    "rank_pattern": {"experts.down_proj": 2},
+    "alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 3},
+}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +241,9 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         (_phi3, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
         (_moe, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
         (_moe, {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]}),
+        (_qwen, {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+        (_moe, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
+        (_moe, {"target_parameters": EXPERTS, "target_modules": [], **OWN_RANKS}),
     ],
 )
 def test_a_merged_adapter_is_what_peft_merges(
@@ -294,6 +301,11 @@ def test_two_adapters_differ_by_their_updates(tmp_path: Path) -> None:
     norm = float(torch.linalg.norm((2 - 4) * b.double() @ a.double()))
     assert table.loc[f"{module}.weight", "frobenius_norm"] == pytest.approx(norm)
     assert table["sparsity_bf16"].isna().all()
+    # An update is no weight.
+    base = tmp_path / "1" / "base"
+    for order in ((first, base), (base, open_checkpoint(first))):
+        with pytest.raises(ValueError, match="an update and weights cannot be comp"):
+            pairs.plan_pair(*order)
     # With a base they are weights again.
     plan = pairs.plan_pair(first, other, base=tmp_path / "1" / "base")
     assert len(plan.tasks) == 16
@@ -314,6 +326,7 @@ def test_two_adapters_differ_by_their_updates(tmp_path: Path) -> None:
         ({"init_lora_weights": "olora"}, "takes a part out of the base weights"),
         ({"use_qalora": True}, "with use_qalora, expected the plain form"),
         ({"layer_replication": [[0, 1]]}, "with layer_replication"),
+        ({"target_parameters": "mlp"}, "target_parameters = 'mlp', expected a list"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_named(
@@ -463,6 +476,44 @@ def test_mxfp4_is_made_weights_by_transformers(tmp_path: Path) -> None:
         for name, rows in (("gate", slice(0, None, 2)), ("up", slice(1, None, 2))):
             cut = found[f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"]
             assert torch.equal(cut.read(), whole[expert][:, rows].T)
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "strategy"),
+    [("nvfp4", 16, "tensor_group"), ("mxfp4", 32, "group")],
+)
+def test_two_codes_in_a_byte_are_made_weights_by_their_library(
+    form: str, size: int, strategy: str, tmp_path: Path
+) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils.helpers import generate_gparam
+
+    said = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": size}
+    weights = QuantizationArgs(**said)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    own = f"{form}-pack-quantized"
+    library = BaseCompressor.get_value_from_registry(own)
+    w = noise(8, 64).bfloat16()
+    groups = w.float().reshape(8, -1, size)
+    state, ends = {"weight": w}, (groups.amin(-1), groups.amax(-1))
+    if form == "nvfp4":
+        scale = generate_gparam(w.float().amin(), w.float().amax()).reshape(1)
+        state["weight_global_scale"] = scale
+        state["weight_scale"] = calculate_qparams(*ends, weights, scale)[0]
+    else:
+        state["weight_scale"] = calculate_qparams(*ends, weights)[0]
+    codes = library.compress(dict(state), scheme)
+    expected = library.decompress(dict(codes), scheme)["weight"]
+    config = {"quant_method": "compressed-tensors", "format": own}
+    config |= {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}}
+    tensors = {f"layers.0.q_proj.{name}": code for name, code in codes.items()}
+    place = save(tmp_path, tensors, {"quantization_config": config})
+    assert not open_checkpoint(place).cuts
+    (cut,) = open_checkpoint(place, dequantise=True).cuts.values()
+    assert (cut.matrix.shape, cut.matrix.dtype) == ((8, 64), "bfloat16")
+    assert torch.equal(cut.read(), expected)
 
 
 def test_packed_integers_are_made_weights_by_their_library(tmp_path: Path) -> None:

@@ -130,6 +130,36 @@ def test_quantised_tensors_are_skipped_or_said(tmp_path: Path, side: str) -> Non
     assert (rest["frobenius_norm"] == 0).all()
 
 
+@pytest.mark.parametrize("kind", list(gguf.GGMLQuantizationType))
+def test_every_type_is_read_or_skipped_with_its_reason(
+    kind: gguf.GGMLQuantizationType, tmp_path: Path
+) -> None:
+    """As the library that owns the format makes weights of random codes."""
+    size, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    codes = np.random.default_rng(0).integers(0, 60, (4, 512 // size * n_bytes))
+    codes = codes.astype(np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "qwen3")
+    writer.add_tensor("blk.0.ffn_up.weight", codes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = open_checkpoint(tmp_path / "m.gguf", dequantise=True)
+    if not found.cuts:
+        (skip,) = found.skipped.values()
+        assert skip.unreadable
+        assert skip.reason.endswith("the gguf library has no way back to weights")
+        return
+    (cut,) = found.cuts.values()
+    w = cut.read()
+    assert str(w.dtype) == f"torch.{cut.matrix.dtype}"
+    if kind.name in ("F64", "F32", "F16", "BF16"):
+        assert torch.equal(w.view(torch.uint8), torch.from_numpy(codes))
+    else:
+        expected = torch.from_numpy(np.array(gguf.quants.dequantize(codes, kind)))
+        assert torch.equal(w, expected)
+
+
 def test_experts_are_matrices_of_their_own(tmp_path: Path) -> None:
     w = torch.randn(3, 8, 32)
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "qwen3moe")

@@ -828,6 +828,16 @@ def test_shards_without_an_index_and_disjoint_files(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "ep")
 
 
+def test_pickled_shards_without_an_index(tmp_path: Path) -> None:
+    for i, names in enumerate((sorted(NEW)[::2], sorted(NEW)[1::2]), 1):
+        place = tmp_path / f"pytorch_model-0000{i}-of-00002.bin"
+        torch.save({name: NEW[name] for name in names}, place)
+    assert is_new(tmp_path)
+    place.unlink()
+    with pytest.raises(ValueError, match="holds no"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_tensor_in_two_shards_comes_from_where_the_index_says(tmp_path: Path) -> None:
     path = sharded(tmp_path, NEW, 2, INDEX)
     name = sorted(NEW)[0]  # in the first
@@ -864,6 +874,22 @@ def test_a_tensor_in_two_shards_comes_from_where_the_index_says(tmp_path: Path) 
         (
             lambda p: [(p / n).write_text("") for n in ("common.pt", "__0_0.distcp")],
             "Megatron's torch_dist",
+        ),
+        (
+            lambda p: [(p / f"mp_rank_0{r}_model_states.pt").touch() for r in "01"],
+            "the shares of 2 ranks .*merge them with the tool",
+        ),
+        (
+            lambda p: (p / "adapter_model.bin").touch(),
+            "bin without adapter_config.json",
+        ),
+        (
+            lambda p: [(p / "dcp").mkdir(), (p / "dcp" / ".metadata").touch()],
+            "weights in dcp/, expected a checkpoint; give .*/dcp",
+        ),
+        (
+            lambda p: [save(p, OLD, file=f"model-rank-{r}.safetensors") for r in "01"],
+            "merge them with the tool that wrote them if each is the share of a rank",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -238,6 +239,37 @@ def test_the_wrapper_of_accelerate_wears_it_too(attach: Callable):
     attach(outer, {prepared[0].weight: basis()})
     train(prepared, outer, range(3))
     assert torch.equal(bare[0].weight, wrapped[0].weight)
+
+
+class Noisy(torch.optim.AdamW):
+    """A step around the parent's, which torch hooks as well: twice in all."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data += 0.01
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= 0.02 * torch.arange(p.numel()).view_as(p) / p.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_around_the_parents_is_projected_whole_and_once(dtype: torch.dtype):
+    model = small_model(dtype)
+    weight = model[0].weight
+    start = weight.detach().double()
+    optimizer = Noisy([weight], 1e-2)
+    handle = project_updates(optimizer, {weight: basis()})
+    train(model, optimizer, range(3))
+    moved = weight.detach().double() - start
+    assert float(moved.norm()) > 0.05
+    assert projection.leaked_energy(moved, basis()) < (
+        1e-9 if dtype == torch.float32 else 0.02
+    )
+    if dtype == torch.bfloat16:  # nothing was counted twice
+        coefficients = handle.locks[weight][1].double()
+        assert torch.allclose(coefficients, moved @ basis(), atol=2e-2)
 
 
 @pytest.mark.parametrize("attach", [project_gradients, project_updates])

@@ -18,7 +18,7 @@ from torch import Tensor
 from opd_geometry.geometry.directories import ADAPTER_CONFIG, json_object
 from opd_geometry.geometry.layouts import Cut, Matrix, layer_of, part_of, role_of
 from opd_geometry.geometry.matching import normal_form
-from opd_geometry.geometry.storage import Stored, header
+from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored, header
 from opd_geometry.geometry.training_formats import pickled
 
 LARGEST_ALPHA = 1e30  # far beyond any use; NaN and infinity are not below it
@@ -57,6 +57,7 @@ class Factors:
         embedding: whether the module stores (in, out), as embeddings do.
         experts: E, 0 for one matrix.
         expert: of them, which.
+        parameter: whether it is of a bare parameter (target_parameters).
     """
 
     a: Stored
@@ -66,6 +67,7 @@ class Factors:
     embedding: bool = False
     experts: int = 0
     expert: int = 0
+    parameter: bool = False
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(B, A) of the matrix (out, in), as stored and without the scaling."""
@@ -83,9 +85,9 @@ class Factors:
     def rounds_first(self) -> bool:
         """Whether PEFT rounds the update to the weights' dtype before it adds it.
 
-        So it does with embeddings and with stacks of experts, and not with others.
+        So it does with embeddings and with bare parameters, and not with others.
         """
-        return self.embedding or self.experts > 0
+        return self.parameter or (self.embedding and self.magnitude is None)
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,23 @@ class AdaptedCut(Cut):
             return w.add_(self._rows(delta).to(w.dtype))
         if self.factors.magnitude is None:
             return w.add_(self._rows(delta))
+        if self.factors.embedding:
+            return self._scaled_columns(w, delta)
         magnitude = self._rows(self.factors.magnitude.place[WHOLE].float()[:, None])
         merged = w + self._rows(delta)
         norms = torch.linalg.norm(merged, dim=1).to(merged.dtype)
         return ((magnitude[:, 0] / norms)[:, None] * merged).to(w.dtype)
+
+    def _scaled_columns(self, w: Tensor, delta: Tensor) -> Tensor:
+        """DoRA of an embedding: each column of the whole has its magnitude."""
+        assert self.base is not None
+        assert self.factors is not None
+        assert self.factors.magnitude is not None
+        whole = replace(self.base, rows=WHOLE).read()
+        norms = torch.linalg.norm(whole.T + delta.T, dim=1)
+        factor = self.factors.magnitude.place[WHOLE].float() / norms
+        merged: Tensor = (factor[None] * (w + self._rows(delta))).to(w.dtype)
+        return merged
 
     def update(self) -> tuple[Tensor, Tensor] | None:
         """s B A as (left, right) in float64; None where it is of full rank (DoRA)."""
@@ -217,7 +232,10 @@ def adapter_of(path: Path, config: dict[str, Any], tensors: list[Stored]) -> Ada
     # Innermost first: each wrapper around a stack adds one base_layer to the path.
     for module in sorted(modules, key=lambda m: -m.count("base_layer")):
         outer = module.replace(".base_layer", "")
-        update = _factors(path, config, outer, modules[module])
+        named = _parameters(path, config, outer)
+        level = len(stacks.get(outer, ()))
+        key = named[level] if level < len(named) else ""
+        update = _factors(path, config, outer, key, modules[module])
         if outer.rpartition(".")[2] == "experts":
             stacks[outer].append(update)
         else:
@@ -261,9 +279,32 @@ def refuse_foreign(path: Path, tensors: list[Stored]) -> None:
         )
 
 
+def _parameters(path: Path, config: dict[str, Any], module: str) -> list[str]:
+    """Parameters of a module that are adapted themselves, in the order of wrapping."""
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG} has target_parameters = {targets!r}, expected a "
+            "list of names; copy it again"
+        )
+    keys = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
+    own = {
+        key
+        for key, target in zip(keys, targets, strict=True)
+        if f".{key}".endswith(f".{target}")
+    }
+    # As a module lists them: what leads in before what leads out.
+    return sorted(own, key=lambda key: (key.endswith("down_proj"), key))
+
+
 def _factors(
-    path: Path, config: dict[str, Any], module: str, found: Mapping[str, Stored]
+    path: Path,
+    config: dict[str, Any],
+    module: str,
+    parameter: str,
+    found: Mapping[str, Stored],
 ) -> Factors:
+    """The update of a module, or of a parameter of it."""
     embedding = "lora_embedding_A" in found
     a = found.get("lora_embedding_A" if embedding else "lora_A")
     b = found.get("lora_embedding_B" if embedding else "lora_B")
@@ -272,7 +313,12 @@ def _factors(
             f"{path} has no pair of matrices A and B for {module}, expected both; "
             "save the adapter again"
         )
-    rank, scaling = _rank_and_scaling(path, config, module)
+    if not {a.dtype, b.dtype} <= {*FLOAT_DTYPES.values()}:
+        raise ValueError(
+            f"{path} stores {module} as {a.dtype} and {b.dtype}, expected floating "
+            "point; merge it with PEFT's merge_and_unload and give the merged copy"
+        )
+    rank, scaling = _rank_and_scaling(path, config, parameter or module)
     stack = module.rpartition(".")[2] == "experts"
     experts = a.shape[0] // rank if stack else 0
     if a.shape[0] != b.shape[1] or a.shape[0] != rank * (experts or 1):
@@ -281,7 +327,8 @@ def _factors(
             f"adapter_config.json says r = {rank}; expected one adapter's files"
         )
     magnitude = found.get("lora_magnitude_vector")
-    return Factors(a, b, scaling, magnitude, embedding, experts)
+    bare = bool(parameter) or experts > 0
+    return Factors(a, b, scaling, magnitude, embedding, experts, parameter=bare)
 
 
 def _rank_and_scaling(
@@ -351,7 +398,7 @@ def merged(
             used.add(module)
             found[name] = _adapted(cut, update, adapter)
             continue
-        module, stack_update = _of_stack(cut, stacks)
+        module, stack_update = _of_stack(cut, stacks, adapter)
         if stack_update is not None:
             used.add(module)
         found[name] = stack_update or cut
@@ -418,7 +465,7 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 def _of_stack(
-    cut: Cut, stacks: Mapping[str, tuple[str, list[Factors]]]
+    cut: Cut, stacks: Mapping[str, tuple[str, list[Factors]]], adapter: Adapter
 ) -> tuple[str, Cut | None]:
     """An expert's matrix with the update of the stack that holds it, fused or not."""
     parts = _EXPERT.fullmatch(normal_form(cut.matrix.name))
@@ -441,6 +488,12 @@ def _of_stack(
         rows = slice(0, n_out) if parts[3] == "gate_proj" else slice(n_out, None)
         if cut.rows.step == 2:
             rows = cut.rows
+    n_experts = update.experts if cut.expert is None else cut.tensor.shape[0]
+    if not int(parts[2]) < n_experts == update.experts:
+        raise ValueError(
+            f"{adapter.path} adapts {update.experts} experts of {module}, where the "
+            f"base has {n_experts} or more, expected the adapter's own base"
+        )
     expert = replace(update, expert=int(parts[2]))
     return module, AdaptedCut(
         cut.matrix,

@@ -158,6 +158,12 @@ class Checkpoint:
     tied: str = ""
     families: tuple[str, ...] = ()
 
+    @property
+    def baseless(self) -> bool:
+        """Whether it is an adapter of which only the updates are known."""
+        cuts = self.cuts.values()
+        return any(isinstance(c, AdaptedCut) and c.base is None for c in cuts)
+
 
 Source = str | Path | Checkpoint
 
@@ -182,12 +188,15 @@ def open_checkpoint(
         return path
     path = Path(path)
     if place := adapters.adapter_in(path):
-        return _with_adapter(path, adapters.read_adapter(place), base, dequantise)
-    found = directories.holdings(path)
-    config = _config(found.place)
-    stored, notes = found.tensors, found.notes
+        found = _with_adapter(path, adapters.read_adapter(place), base, dequantise)
+        aside = [n for n in directories.WHOLE_NAMES if (path / n).is_file()]
+        beside = f"{path}: {''.join(aside[:1])} beside the adapter is left aside"
+        return replace(found, notes=(*found.notes, beside)) if aside else found
+    held = directories.holdings(path)
+    config = _config(held.place)
+    stored, notes = held.tensors, held.notes
     adapters.refuse_foreign(path, stored)
-    if adapter := _unmerged(path, found.place, stored):
+    if adapter := _unmerged(path, held.place, stored):
         own = [_without_base_layer(t) for t in stored if "lora_" not in t.name]
         whole = _contents(path, own, config, notes, dequantise)
         return _with_adapter(path, adapter, whole, dequantise)
@@ -346,8 +355,14 @@ def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
             f"({adapter.base or 'not named'}), expected that; name it with --base"
         )
     files = [f for factor in adapter.factors.values() for f in factor.a.place.files()]
-    note = f"{path}: an adapter without its base, so its updates alone"
-    return Checkpoint(path, cuts, {}, (note,), tuple(dict.fromkeys(files)))
+    notes = [f"{path}: an adapter without its base, so its updates alone"]
+    n_whole = len(adapter.stacks) + len(adapter.replaced)
+    if n_whole:
+        notes.append(
+            f"{path}: {n_whole} stacks of experts or whole tensors of the adapter are "
+            "left out, whose base has to be named with --base"
+        )
+    return Checkpoint(path, cuts, {}, tuple(notes), tuple(dict.fromkeys(files)))
 
 
 def _unmerged(path: Path, place: Path, stored: list[Stored]) -> Adapter | None:
@@ -761,7 +776,15 @@ def open_pair(
     a = open_checkpoint(before, base, dequantise)
     if base is None and not isinstance(after, Checkpoint) and not _is_adapter(before):
         base = a
-    return a, open_checkpoint(after, base, dequantise)
+    b = open_checkpoint(after, base, dequantise)
+    if a.baseless != b.baseless:
+        one, other = (a, b) if a.baseless else (b, a)
+        raise ValueError(
+            f"{one.path} is an adapter whose base is not here, and {other.path} has "
+            "whole weights: an update and weights cannot be compared; name the base "
+            "with --base"
+        )
+    return a, b
 
 
 def _is_adapter(source: Source) -> bool:

@@ -20,6 +20,7 @@ from opd_geometry.geometry.training_formats import (
 
 INDEX_NAME = "model.safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
+WHOLE_NAMES = (WHOLE_NAME, INDEX_NAME, "pytorch_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 JSON_BYTES = 2**28  # no index is larger
 # Where trainers put the weights below the directory of a step.
@@ -284,7 +285,7 @@ def _despite_index(
     return _union(complete)
 
 
-SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(?:safetensors|bin)")
 
 
 def _complete_set(files: Iterable[Path]) -> list[Path]:
@@ -368,7 +369,8 @@ def _without_index(path: Path, files: list[Path], notes: list[str]) -> list[Stor
         + (
             "some shards are missing, copy it again"
             if sharded
-            else "give one of the files"
+            else "give one of the files, or merge them with the tool that wrote them "
+            "if each is the share of a rank"
         )
     )
 
@@ -485,7 +487,7 @@ def _pickles(path: Path, notes: list[str]) -> list[Stored] | None:
             )
     elif whole.is_file():
         files = [whole]
-    else:
+    elif not (files := _complete_set(path.glob("pytorch_model-*.bin"))):
         return None
     notes.append(f"{path}: {files[0].name} read by torch's loader of tensors alone")
     found: dict[str, Stored] = {}
@@ -547,8 +549,20 @@ def describe(path: Path) -> tuple[str, str]:
     for place in path.glob("*/adapter_config.json"):
         return f"an adapter in {place.parent.name}/", f"give {place.parent}"
     for place in sorted(path.glob("*")):
-        if any(place.glob("*.safetensors")):
+        inside = [f.name for f in place.glob("*") if f.suffix != ".json"]
+        if any(FILES.fullmatch(name) for name in inside):
             return f"weights in {place.name}/", f"give {place}"
+    ranks = like(r"(mp_rank|consolidated|model|rank)[._-]?(rank[._-]?)?\d+\D.*")
+    if len(ranks) > 1:
+        return (
+            f"the shares of {len(ranks)} ranks ({ranks[0]})",
+            "merge them with the tool that wrote them",
+        )
+    if weights := like(r"adapter_model\.(safetensors|bin)"):
+        return (
+            f"{weights[0]} without {ADAPTER_CONFIG}, which says how much of it counts",
+            "copy that as well",
+        )
     if foreign := like(r".*\.(msgpack|h5|onnx|npz|nemo|pdparams|tflite|mlx)"):
         return (
             f"{foreign[0]}, a format of another framework",

@@ -7,6 +7,7 @@ turns their rows in a way that is known (llama: queries and keys).
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from opd_geometry.geometry.storage import Index, Stored, count_read, handle_of
 # Families whose matrices stand in the file as in Hugging Face's checkpoints.
 AS_THEY_ARE = ("qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3")
 TURNED = ("llama",)  # rows of q and k go by pairs, for another rotary embedding
-PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SPLIT = re.compile(r".*-\d{5}-of-\d{5}\.gguf")
 OUTER = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 INNER = {
@@ -89,6 +90,21 @@ class Packed:
             w = torch.from_numpy(np.array(gguf.quants.dequantize(data, kind)))
         count_read(self.file, w.nbytes)
         return w
+
+
+@lru_cache
+def made_weights(form: str) -> bool:
+    """Whether the library can make weights of a type's codes."""
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[form]
+    block = np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8)
+    try:
+        gguf.quants.dequantize(block, kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def tensors(file: Path) -> list[Stored]:

@@ -156,19 +156,30 @@ def project_updates(
         if p.dtype.itemsize < 4
     }
     w_before: dict[Tensor, Tensor] = {}
+    inside_of = 0  # how many steps: one that calls its parent's is hooked twice
 
     def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        w_before.update((p, p.detach().clone()) for p in ready)
+        nonlocal inside_of
+        inside_of += 1
+        if not w_before:
+            w_before.update((p, p.detach().clone()) for p in ready)
 
     def after_step(_: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+        nonlocal inside_of
+        inside_of -= 1
         for parameter, basis in ready.items():
             w = basis.oriented(parameter)
-            start = basis.oriented(w_before.pop(parameter)).to(basis.v.dtype)
+            copy = w_before[parameter]
+            start = basis.oriented(copy).to(basis.v.dtype)
             delta = w.to(basis.v.dtype) - start
             if parameter in held:
                 w.copy_(_from_lock(basis, w, delta, *held[parameter]))
             else:
                 w.copy_(start + basis.inside(delta))
+            if inside_of > 0:  # the outer step goes on from here
+                copy.copy_(parameter)
+            else:
+                del w_before[parameter]
 
     return ProjectionHandle(
         (

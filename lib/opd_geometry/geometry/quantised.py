@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry.gguf_format import Packed
+from opd_geometry.geometry.gguf_format import Packed, made_weights
 from opd_geometry.geometry.storage import FLOAT_DTYPES, Index, Place, Stored
 
 # Codes of safetensors for what a packed or a small number is stored in.
@@ -85,7 +85,11 @@ def reasons(tensors: Iterable[Stored], config: Mapping[str, Any]) -> dict[str, s
             if form.startswith("stored as"):
                 found[name] = f"{form}: quantised or not a weight"
         elif isinstance(tensor.place, Packed) and tensor.place.note:
-            found[name] = f"quantised (GGUF {tensor.dtype}): --dequantise measures it"
+            found[name] = f"quantised (GGUF {tensor.dtype}): " + (
+                "--dequantise measures it"
+                if made_weights(tensor.dtype)
+                else "the gguf library has no way back to weights"
+            )
         elif tensor.dtype not in FLOAT_DTYPES.values():
             found[name] = f"stored as {tensor.dtype}: quantised or not a weight"
     return found
@@ -240,8 +244,9 @@ def dequantised(
         if tensor.name not in codes:
             continue
         if isinstance(tensor.place, Packed):
-            made.append(replace(tensor, dtype="float32"))
-            used.add(tensor.name)
+            if made_weights(tensor.dtype):
+                made.append(replace(tensor, dtype="float32"))
+                used.add(tensor.name)
         else:
             by_module[module_of(tensor.name)][tensor.name.rpartition(".")[2]] = tensor
     for module, found in by_module.items():
@@ -274,7 +279,8 @@ def _weights(
     if said.get("quant_method") == "compressed-tensors":
         return _compressed(module, found, said)
     weight = found.get("weight")
-    scale = found.get("weight_scale_inv") or found.get("weight_scale")
+    names = "weight_scale_inv", "weight_scale", "scale"
+    scale = next((found[name] for name in names if name in found), None)
     if weight is None or scale is None or weight.dtype not in FP8:
         return []
     block = _block(weight.shape, scale.shape, said)
@@ -301,6 +307,9 @@ def _block(
     return shape[0] // grid[0], shape[1] // grid[1]
 
 
+FOUR_BITS = {"nvfp4-pack-quantized", "mxfp4-pack-quantized"}
+
+
 def _compressed(
     module: str, found: Mapping[str, Stored], said: Mapping[str, Any]
 ) -> list[Stored]:
@@ -309,9 +318,16 @@ def _compressed(
         return []
     packed = found.get("weight") or found.get("weight_packed")
     scale = found.get("weight_scale")
-    if packed is None or scale is None or scale.dtype not in FLOAT_DTYPES.values():
+    if packed is None or scale is None:
         return []
     shape = packed.shape
+    if said.get("format") in FOUR_BITS and len(shape) == 2:  # two codes in a byte
+        place = Dequantised(
+            "compressed-tensors", (*found.items(),), None, json.dumps(said)
+        )
+        return [Stored(f"{module}.weight", (shape[0], 2 * shape[1]), "bfloat16", place)]
+    if scale.dtype not in FLOAT_DTYPES.values():
+        return []
     if "weight_shape" in found:
         sides = _whole(found["weight_shape"].place).tolist()
         shape = (int(sides[0]), int(sides[1]))

@@ -90,7 +90,7 @@ def _refused(file: Path, said: str) -> str:
     lines = (
         re.findall(r"WeightsUnpickler error: (.*)", said) or said.strip().splitlines()
     )
-    what = named[1] if named else lines[0] if lines else "something"
+    what = named[1] if named else " ".join(lines[:1]).strip() or "another object"
     return (
         f"{file} holds {what}, which is no tensor, expected tensors alone: nothing of "
         "it was loaded or run; save the weights with save_pretrained"

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -40,6 +40,36 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def adapters(model: nn.Module) -> list[str]:
+    """Trained parameters of adapters, which are no weights of the model themselves."""
+    by_peft = hasattr(model, "peft_config")
+    return [
+        name
+        for name in trained(model)
+        if (by_peft and ".modules_to_save." not in name)
+        or "lora_" in name
+        or ".adapter" in name
+    ]
+
+
+def reparametrised(model: nn.Module) -> list[str]:
+    """Trained parameters that weights are computed from: norms, rotations, masks."""
+    return [
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+        and (f".{name}".rpartition(".parametrizations")[1] or _computes(module, own))
+    ]
+
+
+def _computes(module: nn.Module, own: str) -> bool:
+    """Whether another attribute is made of this parameter before every forward."""
+    base, _, kind = own.rpartition("_")
+    whole = getattr(module, base, None) if kind in ("orig", "g", "v") else None
+    return isinstance(whole, Tensor) and not isinstance(whole, nn.Parameter)
+
+
 def stored_turned(model: nn.Module) -> set[str]:
     """Names of the weights that are stored as (in, out): those of GPT-2's Conv1D."""
     return {
@@ -61,6 +91,7 @@ def watched_matrices(
         model: as of `inner_model`.
         roles, max_layers: as of `watched`.
         names: only what lies in these parameters; None for all that are trained now.
+            Adapters, and what weights are computed from, are left out.
 
     Raises:
         ValueError: as `watched`.
@@ -70,7 +101,9 @@ def watched_matrices(
         names = trained(model).keys()
     config: Any = getattr(model, "config", None)
     content = config.to_dict() if hasattr(config, "to_dict") else {}
-    found = watched({n: tensors[n] for n in names}, content, roles, max_layers)
+    others = {*adapters(model), *reparametrised(model)}
+    chosen = {n: tensors[n] for n in names if n not in others}
+    found = watched(chosen, content, roles, max_layers)
     turned = stored_turned(model)
     return {
         name: _turned(matrix, tensor) if name in turned else (matrix, tensor)
@@ -168,18 +201,22 @@ class Checkpoints:
     from the checkpoint that is resumed, wherever it lies.
 
     Args:
+        owner: the callback; the second of its kind on a trainer has a file of its own.
         trainer: whose.
         kind: of the callback; part of the file's name.
         content: tensors to store now, and what to say of them.
+        finish: called when a training is over, whatever is loaded at its end.
     """
 
     def __init__(
         self,
+        owner: TrainerCallback,
         trainer: Trainer,
         kind: str,
         content: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
-        self.trainer, self.name = trainer, f"opd_geometry_{kind}.safetensors"
+        self.owner, self.trainer, self.kind = owner, trainer, kind
         self.content = content
         self.resumed: Path | None = None
         save, train = trainer.save_model, trainer.train
@@ -194,14 +231,29 @@ class Checkpoints:
             resume_from_checkpoint: Any = None, *arguments: Any, **named: Any
         ) -> Any:
             self.resumed = _checkpoint(resume_from_checkpoint, trainer.args)
-            return train(resume_from_checkpoint, *arguments, **named)
+            output = train(resume_from_checkpoint, *arguments, **named)
+            finish()
+            return output
 
         patched: Any = trainer
         patched.save_model, patched.train = save_model, train_from
 
+    @property
+    def name(self) -> str:
+        """Of the file. Not .safetensors: engines read every such file as weights."""
+        return f"opd_geometry_{self.kind}{self._number or ''}.state"
+
+    @property
+    def _number(self) -> int:
+        """How many of its kind were added to the trainer before."""
+        added = self.trainer.callback_handler.callbacks
+        alike = [other for other in added if type(other) is type(self.owner)]
+        return alike.index(self.owner) if self.owner in alike else 0
+
     def write(self, folder: Path) -> None:
         """Store the file in a checkpoint; only the first process does."""
-        if not self.trainer.args.should_save or not folder.is_dir():
+        there = self.owner in self.trainer.callback_handler.callbacks
+        if not self.trainer.args.should_save or not folder.is_dir() or not there:
             return
         tensors, said = self.content()
         draft = folder / f".{self.name}"
@@ -212,7 +264,9 @@ class Checkpoints:
     def place(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The file of the checkpoint that is resumed."""
         usual = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        return (self.resumed or usual) / self.name
+        place = (self.resumed or usual) / self.name
+        earlier = place.with_name(f"opd_geometry_{self.kind}.safetensors")
+        return earlier if earlier.is_file() and not place.is_file() else place
 
     def read(self, place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What was stored, by group and name, and what was said of it.
@@ -301,6 +355,9 @@ class Origin:
         """Take W_0 from the source, or else from the trainer's model as it is now."""
         self.model = model = inner_model(self.trainer.model)
         here = self.matrices(model)  # also refuses a model that has none
+        self.shapes = {name: m.shape for name, (m, _) in here.items()}
+        self.layers = {name: m.layer for name, (m, _) in here.items()}
+        self.forgotten = False
         self.start: Start | None = None
         self._fingerprint: dict[str, list[float]] | None = None
         if self.trainer.args.process_index != 0:
@@ -320,17 +377,24 @@ class Origin:
             self._fingerprint = self.start.fingerprint() if self.start else {}
         return self._fingerprint
 
-    def begin(self) -> None:
-        """At the start of a training: a new model object has a W_0 of its own."""
-        if self.source is None and inner_model(self.trainer.model) is not self.model:
+    def begin(self) -> str:
+        """At the start of a training: take W_0 anew where need be; why, if so.
+
+        A new model object has a W_0 of its own; one that is trained once more, after
+        W_0 was given up, has the weights that it has now.
+        """
+        forgotten = self.forgotten
+        new = inner_model(self.trainer.model) is not self.model
+        if (self.source is None and new) or forgotten:
             self.take()
+        return "new" if new else "again" * forgotten
 
     def outside_blocks(self) -> dict[str, Tensor]:
         """W_0 of what may have been drawn at random: heads, tokens that were added."""
         if self.start is None:
             return {}
-        layers = {name: m.layer for name, (m, _) in self.matrices(self.model).items()}
-        return {n: w for n, w in self.start.weights.items() if layers.get(n, -1) < 0}
+        weights, layers = self.start.weights, self.layers
+        return {name: w for name, w in weights.items() if layers.get(name, -1) < 0}
 
     def recall(
         self, stored: Mapping[str, Tensor], fingerprint: Mapping[str, Iterable[float]]
@@ -351,4 +415,4 @@ class Origin:
 
     def forget(self) -> None:
         """Free the memory."""
-        self.start, self._fingerprint = None, {}
+        self.start, self._fingerprint, self.forgotten = None, {}, True

@@ -14,7 +14,6 @@ model as for the first start (the trainer loads the checkpoint later), or give
 ``w_before``.
 """
 
-import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -40,6 +39,8 @@ from opd_geometry.training.attached import (
     Matrices,
     Once,
     Origin,
+    adapters,
+    reparametrised,
     some,
     watched_matrices,
 )
@@ -75,8 +76,8 @@ class GeometryCallback(TrainerCallback):
     - ``geometry/similarity_to_previous``, ``geometry/similarity_to_locked``: Sim_K of
       dW's top-K right subspace with that of the time before, or of the lock;
     - ``geometry/similarity_null``: K / n, what two random subspaces have;
-    - ``geometry/displacement``: rms(dW) / sqrt(sum of lr^2 over the steps), about 1 for
-      gradients that are noise;
+    - ``geometry/displacement``: rms(dW) / sqrt(sum of lr^2 over the steps), lr being
+      that of the matrix's own group; about 1 for gradients that are noise;
     - ``geometry/clipped_share``: of the steps whose gradient norm the trainer logged
       so far, those above its ``max_grad_norm``;
     - ``geometry/seconds``, ``geometry/time_share``: what this cost, also as a share of
@@ -135,12 +136,14 @@ class GeometryCallback(TrainerCallback):
         self.names: set[str] | None = None  # of the matrices, once they are settled
         self.origin = Origin(trainer, self._matrices, w_before, keep_on)
         self.names = set(self._matrices(_inner(trainer.model)))
-        self.checkpoints = Checkpoints(trainer, "geometry", self._content)
+        self._tell()
+        self.checkpoints = Checkpoints(self, trainer, "geometry", self._content)
         self.previous: dict[str, Tensor] = {}
         self.locked: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Magnitudes] = {}  # of W_0
         self.measured_at = -1  # the step
-        self.square: float | None = 0.0  # sum of lr^2; None where steps were not seen
+        # sum of lr^2 of each group of the optimizer; None where steps were not seen
+        self.squares: list[float] | None = []
         self.lock_step: int | None = None  # known once training begins
         self.last = time.perf_counter()
 
@@ -166,7 +169,6 @@ class GeometryCallback(TrainerCallback):
         """Find the step of the lock, and what a resumed training had stored."""
         self.previous, self.locked, self.measured_at = {}, {}, -1
         self.magnitudes, self.lock_step = {}, None
-        self.square = 0.0 if state.global_step == 0 else None
         self._guarded(lambda: self._begin(args, state))
         self.last = time.perf_counter()
 
@@ -183,9 +185,11 @@ class GeometryCallback(TrainerCallback):
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
         self._matrices(_inner(self.trainer.model))  # still whole, now it is wrapped
         if state.global_step == 0:
-            self.origin.begin()
+            if self.origin.begin():  # else W_0 is that of an earlier training, too
+                self.squares = []
             self.lock_step = step_of(self.lock_at, state.max_steps)
             return
+        self.squares = None
         place = self.checkpoints.place(args, state)
         try:
             kept, said = self.checkpoints.read(place)
@@ -196,7 +200,7 @@ class GeometryCallback(TrainerCallback):
             if asked is not None and asked > state.global_step:
                 self.lock_step = asked
             return
-        self.square = said.get("square")
+        self.squares = said.get("squares")
         stored = said.get("lock_step")
         self.lock_step = (
             stored
@@ -211,18 +215,32 @@ class GeometryCallback(TrainerCallback):
             self.origin.forget()  # nothing is measured against another W_0
             raise
 
-    def on_pre_optimizer_step(
+    def on_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Add the learning rate that is about to be used to the unit of distance."""
-        if self.square is not None:
-            groups = getattr(kwargs.get("optimizer"), "param_groups", None)
-            rate = float(groups[0]["lr"]) if groups else math.nan
-            self.square = self.square + rate**2 if rate == rate else None
+        """Add the learning rates that were just used to the unit of distance."""
+        optimizer = kwargs.get("optimizer")
+        groups = getattr(optimizer, "param_groups", [])
+        if self.squares is None or getattr(optimizer, "step_was_skipped", False):
+            return
+        sums = self.squares or [0.0] * len(groups)
+        rates = [float(group["lr"]) for group in groups]
+        known = len(rates) == len(sums) and all(rate == rate for rate in rates)
+        added = zip(sums, rates, strict=False)
+        self.squares = [total + rate**2 for total, rate in added] if known else None
+
+    def _square_of(self, tensor: Tensor) -> float | None:
+        """Sum of lr^2 over the steps of a matrix; None where it is not known."""
+        groups = getattr(self.trainer.optimizer, "param_groups", [])
+        place = tensor.untyped_storage().data_ptr()
+        for total, group in zip(self.squares or [], groups, strict=False):
+            if any(p.untyped_storage().data_ptr() == place for p in group["params"]):
+                return total
+        return None
 
     def on_step_end(
         self,
@@ -264,7 +282,7 @@ class GeometryCallback(TrainerCallback):
         said = {
             "w_before": self.origin.fingerprint,
             "lock_step": self.lock_step,
-            "square": self.square,
+            "squares": self.squares,
         }
         return {
             f"{group}/{name}": tensor
@@ -283,9 +301,13 @@ class GeometryCallback(TrainerCallback):
         model = _inner(self.trainer.model)
         with torch.no_grad():
             for name, (matrix, tensor) in self._matrices(model).items():
+                if matrix.shape != self.origin.shapes[name]:
+                    self.warn("shape", f"{name} has another shape now, and no W_0")
+                    continue
                 k = min(self.k, *matrix.shape)
                 moved = movement(self.start.weights[name], tensor.detach(), k)
-                rows.append((matrix, self._values(matrix, moved, k)))
+                square = self._square_of(tensor)
+                rows.append((matrix, self._values(matrix, moved, k, square)))
                 if not moved.frobenius_norm < float("inf"):
                     broken.append(name)
                 if moved.right is not None:
@@ -302,6 +324,17 @@ class GeometryCallback(TrainerCallback):
         self.last = ended
         values = _average(rows, self.detail, broken) | self._clipped() | cost
         return {f"{PREFIX}/{name}": value for name, value in values.items()}
+
+    def _tell(self) -> None:
+        """Say once what is trained and not looked into."""
+        model = _inner(self.trainer.model)
+        others = adapters(model) + reparametrised(model)
+        if others:
+            self.warn(
+                "others",
+                f"{some(others)} are trained and not looked into: adapters, or what "
+                "weights are computed from",
+            )
 
     def _clipped(self) -> dict[str, float]:
         limit, history = self.trainer.args.max_grad_norm, self.trainer.state.log_history
@@ -321,14 +354,16 @@ class GeometryCallback(TrainerCallback):
             ).items()
         }
         assert self.names is not None
-        frozen = [name for name in self.names if not now.get(name, False)]
+        frozen = [name for name in sorted(self.names) if not now.get(name, False)]
         if frozen:
             self.warn("frozen", f"step {step}: frozen since the start: {some(frozen)}")
         fresh = [n for n in now if now[n] and n not in self.names]
         if fresh and self.max_layers is None:
             self.warn("fresh", f"step {step}: trained, not looked at: {some(fresh)}")
 
-    def _values(self, matrix: Matrix, moved: Movement, k: int) -> dict[str, float]:
+    def _values(
+        self, matrix: Matrix, moved: Movement, k: int, square: float | None
+    ) -> dict[str, float]:
         """One matrix's values, NaN where one is undefined."""
         values = {
             "stable_rank": moved.stable_rank,
@@ -339,8 +374,8 @@ class GeometryCallback(TrainerCallback):
             "expected_sparsity": self._expected(matrix, moved),
             "similarity_null": k / matrix.shape[1],
         }
-        if self.square:
-            unit = (matrix.shape[0] * matrix.shape[1] * self.square) ** 0.5
+        if square:
+            unit = (matrix.shape[0] * matrix.shape[1] * square) ** 0.5
             values["displacement"] = moved.frobenius_norm / unit
         for name, bases in (("previous", self.previous), ("locked", self.locked)):
             if moved.right is not None and matrix.name in bases:

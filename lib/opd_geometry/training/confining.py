@@ -1,6 +1,6 @@
 """Training confined to the subspace of the update so far, in anyone's trainer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from opd_geometry.training.attached import (
     Matrices,
     Once,
     Origin,
+    adapters,
     for_all,
     inner_model,
+    reparametrised,
     some,
     stored_turned,
     trained,
@@ -108,11 +110,13 @@ class ProjectionCallback(TrainerCallback):
             raise ValueError(f"form {form!r}, expected {' or '.join(FORMS)}")
         self.trainer, self.lock_at, self.k, self.form = trainer, lock_at, k, form
         self.roles, self.warn = roles, Once(trainer)
-        _refuse_adapters(inner_model(trainer.model))
+        _refuse_adapters(inner_model(trainer.model), roles)
         self.names: list[str] = []
         self.turned: set[str] = set()
         self.origin = Origin(trainer, self._slices, w_before)
-        self.checkpoints = Checkpoints(trainer, "projection", self._content)
+        self.checkpoints = Checkpoints(
+            self, trainer, "projection", self._content, self._finish
+        )
         self.bases: dict[str, Tensor] = {}
         self.locked_rows: dict[str, Tensor] = {}
         self.kept_locks: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -141,7 +145,8 @@ class ProjectionCallback(TrainerCallback):
         self.release()
         optimizer = kwargs["optimizer"]
         if state.global_step == 0:
-            self.origin.begin()
+            if self.origin.begin() == "again":
+                self.warn("again", "trained once more: W_0 are the weights of now")
             self.lock_step = step_of(self.lock_at, state.max_steps)
         self._refuse(optimizer)
         if state.global_step > 0:
@@ -172,6 +177,7 @@ class ProjectionCallback(TrainerCallback):
         owned = {id(p) for group in inner.param_groups for p in group["params"]}
         for name_ in self.names:
             _refuse_parameter(name_, tensors.get(name_), owned, name)
+        self._refuse_other_shapes(tensors)
         if self.form == "gradient" and any(w in name.lower() for w in UNDOING):
             self.warn(
                 "optimizer",
@@ -179,6 +185,17 @@ class ProjectionCallback(TrainerCallback):
                 'which undoes form="gradient": most of the update will leave the '
                 'subspace; give form="update"',
             )
+
+    def _refuse_other_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a model that was changed after the callback was made."""
+        for name in self.names:
+            for key, piece in _pieces(name, tensors[name], name in self.turned):
+                if self.origin.shapes.get(key) != tuple(piece.shape):
+                    raise ValueError(
+                        f"{key} has shape {tuple(piece.shape)} and had "
+                        f"{self.origin.shapes.get(key)} when the callback was made; "
+                        "make it after tokens are added or layers changed"
+                    )
 
     def _resume(
         self, args: TrainingArguments, state: TrainerState, optimizer: Any
@@ -214,10 +231,33 @@ class ProjectionCallback(TrainerCallback):
                 f"{place} holds no locked subspaces, though step {state.global_step} "
                 "is after the lock; give the lock_at of the first start"
             )
+        self._compare(kept["locked"], place)
         self.bases, self.locked_rows = kept["locked"], kept.get("rows", {})
         self.kept_locks = (kept.get("w_lock", {}), kept.get("coefficients", {}))
         self._confine(optimizer)
         self.origin.forget()
+
+    def _compare(self, bases: dict[str, Tensor], place: Path) -> None:
+        """Hold stored subspaces against the model and what is asked for now."""
+        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        for name, v in bases.items():
+            here = tensors.get(name)
+            side = -2 if name in self.turned else -1
+            if here is None or here.ndim != v.ndim or here.shape[side] != v.shape[-2]:
+                has = "no such weight" if here is None else tuple(here.shape)
+                raise ValueError(
+                    f"{place} holds {tuple(v.shape)} for {name}, where the model has "
+                    f"{has}; resume the model that was locked"
+                )
+        other = [n for n in bases if n not in self.names]
+        ks = {v.shape[-1] for v in bases.values() if v.shape[-1] < v.shape[-2]}
+        if other or any(k != self.k for k in ks):
+            self.warn(
+                "resumed",
+                f"the subspaces of the first start stay: {len(bases)} parameters, "
+                f"K = {max(ks, default=self.k)}, where other roles or k = {self.k} "
+                "are given now",
+            )
 
     def on_step_end(
         self,
@@ -234,6 +274,10 @@ class ProjectionCallback(TrainerCallback):
         last = state.global_step == state.max_steps or control.should_training_stop
         if self.handle is not None and (control.should_log or last):
             self._log(control)
+        elif self.handle is not None and state.global_step == self.lock_step + 1:
+            leaks = self.leaks()  # whoever logs seldom hears of it as soon
+            if leaks and sum(leaks.values()) > MUCH * len(leaks):
+                self._judge(sum(leaks.values()) / len(leaks))
 
     def _lock(self, state: TrainerState, optimizer: Any) -> None:
         """Take the subspaces of the update so far, the same in all processes."""
@@ -414,6 +458,27 @@ class ProjectionCallback(TrainerCallback):
             self.handle.remove()
             self.handle = None
 
+    def _finish(self) -> None:
+        """Say so where what is there at the end is not what was confined."""
+        state, args = self.trainer.state, self.trainer.args
+        best = state.best_global_step if args.load_best_model_at_end else None
+        if self.lock_step is None:
+            return
+        if not self.bases:
+            self.warn(
+                "end",
+                f"training ended at step {state.global_step}, before the lock at step "
+                f"{self.lock_step}: nothing was confined",
+            )
+        elif best is not None and best < self.lock_step:
+            self.warn(
+                "end",
+                f"the best checkpoint, which was loaded at the end, is of step {best}, "
+                f"before the lock at step {self.lock_step}: it was not confined",
+            )
+        elif leaks := self.leaks():
+            self._judge(sum(leaks.values()) / len(leaks))
+
     def release(self) -> None:
         """Let the optimizer step freely again, and forget the bases."""
         if self.handle is not None:
@@ -491,13 +556,21 @@ def _rows(p: Tensor, is_turned: bool) -> Tensor:
 # --- refused -------------------------------------------------------------------------
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    named = [n for n in trained(model) if "lora_" in n or ".adapter" in n]
+def _refuse_adapters(model: nn.Module, roles: Collection[str] | None) -> None:
+    """Refuse a model whose parameters are not its weights."""
+    named = adapters(model)
     if named or hasattr(model, "peft_config"):
         raise ValueError(
             f"adapters are trained ({some(named, 1) or 'by peft'}): A and B confined "
             "apart would not confine B A; merge them (merge_and_unload) and train "
             "whole weights"
+        )
+    named = reparametrised(model)
+    if named and roles is None:
+        raise ValueError(
+            f"weights are computed from {some(named, 1)} (weight norm, rotation, "
+            "mask): confined parameters would not confine them; remove the "
+            "parametrization, or name other matrices with roles="
         )
 
 
