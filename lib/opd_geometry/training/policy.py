@@ -168,11 +168,6 @@ class PolicyConfig:
                 f"{self.estimator}: there is no gap of a token to add it to; use "
                 "credit gap and the sampled estimator"
             )
-        if self.sharded and self.rollouts == "teacher":
-            raise ValueError(
-                "sharded with rollouts by the teacher: its layers lie apart, and "
-                "sampling would gather them for every token; use rollouts student"
-            )
         if not self.temperature > 0.0:
             raise ValueError(
                 f"temperature {self.temperature}: expected above 0; a policy gradient "
@@ -248,6 +243,11 @@ def policy_steps(
     student.eval()  # no dropout anywhere; Qwen3 has none, other models may
     author = student if config.rollouts == "student" else teacher
     assert author is not None
+    if config.rollouts == "teacher" and ranks.lies_apart(author):
+        raise ValueError(
+            "sharded with rollouts by the teacher: its layers lie apart and would be "
+            "gathered for every token; let the student write, or set sharded=false"
+        )
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
