@@ -14,6 +14,7 @@ while sampling, reading weights and cache.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 
 from opd_geometry.experiments.runs import Run, Stored, origin
 from opd_geometry.files import on_shelf
+from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.policy import PolicyConfig
 from opd_geometry.training.rollout import LONGEST_ROW, MOST_LOGITS
 from opd_geometry.training.sft import SFTConfig
@@ -130,6 +132,14 @@ def shape_of(source: str) -> Shape | None:
         )
     except KeyError:
         return None
+
+
+def width_of(student: ModelConfig | Student | Stored) -> float:
+    """Channels of a profile's student; NaN where its shape is not known."""
+    if isinstance(student, ModelConfig):
+        return student.width
+    shape = shape_of(student.source)
+    return shape.width if shape else math.nan
 
 
 @dataclass(frozen=True)
