@@ -213,20 +213,23 @@ def policy_forecast(
         flops += teacher.forward_flops(read, row, written)
     author = student if train.rollouts == "student" or teacher is None else teacher
     item = _item(train)
-    kept = sequences * (PROMPT_TOKENS + train.max_new_tokens)
-    cache = author.cache_bytes(kept, item)
+    own = train.prompts_per_step / gpus
+    at_once = min(own, train.sampled_prompts or own)
+    rows = at_once * train.group_size
+    cache = author.cache_bytes(rows * (PROMPT_TOKENS + train.max_new_tokens), item)
     sampling = author.forward_flops(written, train.max_new_tokens / 2, written)
     moved = train.max_new_tokens * (item * author.parameters + cache / 2)
     waiting = train.max_new_tokens * author.layers * device.latency
-    seconds = (flops + sampling) / device.flops + moved / device.bandwidth
+    reading = own / at_once * (moved / device.bandwidth + waiting)
+    seconds = (flops + sampling) / device.flops / gpus + reading
     gradient = 4 * student.parameters  # which is not there while sampling
     activations = _activations(student, train.micro_prompts * row, row, train)
-    beside = max(cache / gpus - gradient, activations)
+    beside = max(cache - gradient, activations)
     return Forecast(
         train.steps * float(written),
         train.steps * (flops + sampling),
         _held(student, teacher, train, gpus) + beside,
-        train.steps * (seconds / gpus + waiting),
+        train.steps * seconds,
     )
 
 

@@ -94,6 +94,8 @@ class PolicyConfig:
         dataset: where prompts and answers come from instead of ``benchmarks``.
         checkpoints: steps after which the weights are stored; empty for a run's usual.
         gradient_checkpointing: layers are computed again for the gradient.
+        sampled_prompts: prompts whose completions a process samples at once, 0 for all
+            of its share; memory only.
         sharded: several processes split master weights, moments and the teacher's
             layers (see ``ranks``).
     """
@@ -122,6 +124,7 @@ class PolicyConfig:
     dataset: data.DataConfig | None = None
     checkpoints: tuple[int, ...] = ()
     gradient_checkpointing: bool = False
+    sampled_prompts: int = 0
     sharded: bool = False
 
     def __post_init__(self) -> None:
@@ -270,6 +273,7 @@ def policy_steps(
             generator=generator,
             temperature=config.temperature,
             share=mine,
+            at_once=config.sampled_prompts,
         )
         rewards = verify_completions(problems[mine], rollout, tokenizer)
         rollout, rewards = of_all_ranks(rollout, rewards)
