@@ -6,6 +6,7 @@ import pytest
 
 from opd_geometry.analysis import collapse, directions
 from opd_geometry.book import collapse_figures
+from opd_geometry.experiments import measure
 from opd_geometry.experiments.measure import COLUMNS
 
 MATRICES = [f"layers.{i}.{role}" for i in range(8) for role in ("q", "up")]
@@ -66,7 +67,8 @@ def test_what_is_distance_collapses_and_what_is_not_does_not(
     for name in ("sparsity", "nss"):
         row = found.loc[name]
         assert row["low"] <= row["share"] <= row["high"]
-        assert row["least"] <= row["share"] + 0.05
+        assert row["n_seeds"] == 4
+        assert row["seed_low"] - 0.05 <= row["share"] <= row["seed_high"] + 0.05
     assert "principal_overlap" not in found.index  # not in the table
 
 
@@ -191,17 +193,41 @@ def test_energies_are_in_units_of_chance() -> None:
     assert (row.place, row.times, row.n_seeds) == ("top_right", 4.0, 3)
 
 
-def test_clipped_steps_are_counted_in_old_tables_too() -> None:
-    table = at_end({"opd": {"displacement": 2.0}, "sft": {"displacement": 1.0}})
+def test_displacement_and_clipped_steps_of_every_run() -> None:
+    """Norm 6 of 9 entries is 2 each; rates of 0.3 and 0.4 make a unit of 0.5."""
     rows = []
-    for seed in range(3):
-        for step, norm in enumerate((0.5, 3.0, 2.0, 0.1)):
-            rows.append(("opd", "opd", seed, step, "", "model", -1, "grad_norm", norm))
-        rows.append(("sft", "sft", seed, 100, "", "model", -1, "clipped_frac", 0.25))
-    table = pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)])
-    found = collapse.displacements(table, ["opd", "sft"]).set_index("arm")
+    for arm, norm, clipped in (("opd", 6.0, None), ("sft", 3.0, 0.25)):
+        for seed in range(3):
+            run = (f"{arm}{seed}", arm, seed)
+            for name, entries, factor in (("a.q", 9, 1.0), ("b.up", 36, 2.0)):
+                place = (name, name[-1] if name == "a.q" else "up", 0)
+                rows.append((*run, 0, *place, "parameters", entries))
+                for step, size in ((1, 99.0), (2, norm * factor)):
+                    rows.append((*run, step, *place, "frobenius_norm", size))
+            whole = ("", "model", -1)
+            for step, rate, gradient in ((1, 0.3, 0.5), (2, 0.4, 3.0)):
+                rows.append((*run, step, *whole, "learning_rate", rate))
+                rows.append((*run, step, *whole, "grad_norm", gradient))
+            if clipped is not None:  # older tables have the norms alone
+                rows.append((*run, 2, *whole, "clipped_frac", clipped))
+            rows.append((*run, 2, "head", "head", -1, "frobenius_norm", 1e3))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    found = collapse.displacements(table, ["opd", "sft", "absent"]).set_index("arm")
     assert found["clipped"].to_dict() == {"opd": 0.5, "sft": 0.25}
-    assert found.loc["opd", "displacement"] == pytest.approx(2.0, abs=0.01)
+    moved = found["displacement"].to_dict()
+    assert moved == {"opd": pytest.approx(4.0), "sft": pytest.approx(2.0)}
+    assert found["n_seeds"].to_list() == [3, 3]
+
+
+def test_displacement_from_the_norms_is_that_of_the_weights() -> None:
+    table = measure.committed("published")
+    table = table[table["arm"].isin(["opd", "sft"]) & (table["seed"] == 0)]
+    of_weights = table[table["metric"] == "displacement"]
+    for row in collapse.displacements(table, ["opd", "sft"]).itertuples():
+        own = of_weights[of_weights["arm"] == row.arm]
+        own = own[own["role"].isin(collapse.LAYERS)]
+        own = own[own["step"] == own["step"].max()]
+        assert row.displacement == pytest.approx(own["value"].mean(), rel=1e-6)
 
 
 def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:

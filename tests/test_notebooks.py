@@ -165,6 +165,16 @@ def test_captions_carry_the_detection_limit_of_what_they_show(path: Path) -> Non
 
 
 @each_notebook
+def test_captions_say_their_n(path: Path) -> None:
+    cells = read(path).cells
+    for cell, below in pairwise(cells):
+        name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "")
+        if name and name != "fig-own-cost":  # times of one machine
+            text = " ".join((below.source + str(said(below))).split())
+            assert re.search(r"\bn = |\{n(_\w+)?\}|\{seeds\}", text), name
+
+
+@each_notebook
 def test_reads_the_same_outside_the_book(path: Path) -> None:
     """In Jupyter, on GitHub and as papermill leaves it: no mark of the book's own."""
     assert not RAW_MARK.findall(prose(read(path)))

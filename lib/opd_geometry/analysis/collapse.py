@@ -136,7 +136,8 @@ def collapse(
 
     Returns:
         One row a metric: metric, n_points, n_runs, share, low, high (95 % over runs),
-        least, most (over the seeds taken alone).
+        n_seeds, seed_low, seed_high (the 95 % t interval of the shares of the seeds,
+        each taken alone; NaN for one seed).
     """
     generator, rows = np.random.default_rng(seed), []
     for metric in metrics:
@@ -146,11 +147,12 @@ def collapse(
         runs = found["run"].astype(str).unique()
         draws = generator.multinomial(len(runs), [1 / len(runs)] * len(runs), DRAWS)
         shares = _resampled(_sums(found), runs, draws)
-        alone = [explained(part) for _, part in found.groupby("seed")]
+        alone = found.groupby("seed")[["run", "x", "y"]].apply(explained)
         low, high = np.nanpercentile(shares, [2.5, 97.5])
         numbers = (len(found), len(runs), explained(found), low, high)
-        rows.append((metric, *numbers, min(alone), max(alone)))
-    columns = ["metric", "n_points", "n_runs", "share", "low", "high", "least", "most"]
+        rows.append((metric, *numbers, len(alone), *interval(alone)[1:]))
+    columns = ["metric", "n_points", "n_runs", "share", "low", "high"]
+    columns += ["n_seeds", "seed_low", "seed_high"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -277,19 +279,21 @@ def energies(table: Table, arms: Iterable[str]) -> pd.DataFrame:
 def displacements(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     """How far arms moved in the learning rate's own unit, and how often clipped.
 
+    ||dW||_F / sqrt(n_entries) / sqrt(sum_t lr_t^2) at the end, a mean over matrices
+
     Args:
-        table: tidy, with the metrics ``displacement`` and ``clipped_frac`` or, for the
-            latter, the history's ``grad_norm``.
-        arms: which; those without a displacement give no rows.
+        table: tidy, with ``frobenius_norm`` and ``parameters`` of the matrices, and
+            the history's ``learning_rate`` with ``clipped_frac`` or ``grad_norm``.
+        arms: which; those without them give no rows.
 
     Returns:
-        One row an arm: arm, n_seeds, displacement (root mean square change over
-        sqrt(sum lr^2): about 1 for Adam on noise) with low and high, its 95 % interval
-        over seeds, clipped (share of steps).
+        One row an arm: arm, n_seeds, displacement (about 1 for Adam on noise) with low
+        and high, its 95 % interval over seeds, clipped (share of steps).
     """
-    levels, rows = levels_of(table), []
+    levels = levels_of(table)
+    of_all, rows = _displacement(levels.table), []
     for arm in arms:
-        moved = _at_end(levels, arm, "displacement")
+        moved = of_all[of_all.index.get_level_values("arm") == arm]
         clipped = last(levels.means(arm, "clipped_frac", ("model",), False))
         if clipped.empty:  # measured before there was such a row: the default limit
             norms = levels.means(arm, "grad_norm", ("model",), False)
@@ -299,6 +303,22 @@ def displacements(table: Table, arms: Iterable[str]) -> pd.DataFrame:
             rows.append((arm, len(moved), *interval(moved), clipped.mean()))
     columns = ["arm", "n_seeds", "displacement", "low", "high", "clipped"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _displacement(table: pd.DataFrame) -> Values:
+    """That of every run, by arm and seed."""
+    run = ["arm", "seed", "run"]
+    names = ["frobenius_norm", "parameters", "learning_rate"]
+    norm, size, rate = (table[table["metric"] == name] for name in names)
+    norm = norm[norm["role"].isin(LAYERS)]
+    end = norm.groupby("run", observed=True)["step"].transform("max")
+    norm, size = (
+        rows.set_index([*run, "matrix"])["value"]
+        for rows in (norm[norm["step"] == end], size)
+    )
+    each = (norm / size.reindex(norm.index) ** 0.5).groupby(level=run, observed=True)
+    squares = rate.assign(value=rate["value"] ** 2).groupby(run, observed=True)["value"]
+    return (each.mean() / squares.sum() ** 0.5).dropna().droplevel("run")
 
 
 def _at_end(levels: Levels, arm: str, metric: str) -> Values:
