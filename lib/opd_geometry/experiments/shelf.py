@@ -66,6 +66,7 @@ def committed_csv(path: Path, **options: Any) -> pd.DataFrame:
         ValueError: the file is not as it was written, or cannot be read.
     """
     try:
+        path.stat()  # a missing file is called that
         if not check_seal(path):
             raise ValueError(f"its digest {path.name}.sha256 is missing")
         table: pd.DataFrame = pd.read_csv(path, **options)
