@@ -382,7 +382,7 @@ def gaps_table(
         middle = default_rank(origin.w.shape, 8)
         old = gram.decompose(origin.w, middle + reach)
         new = gram.decompose(draw.after(place, scale), middle + reach)
-        for offset in range(-reach, reach + 1):
+        for offset in range(max(-reach, 1 - middle), reach + 1):
             k = middle + offset
             angles = [
                 spectra.angles_between_deg(
