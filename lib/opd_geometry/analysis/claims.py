@@ -401,9 +401,10 @@ def verdict_changes(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     """
     old = before.set_index(["id", "world"])["verdict"]
     new = now.set_index(["id", "world"])
+    told = new.astype(object).fillna("").to_dict("records")
     rows = [
         (*key, old.get(key, "–"), row["verdict"], _why(row))
-        for key, row in zip(new.index, new.fillna("").to_dict("records"), strict=True)
+        for key, row in zip(new.index, told, strict=True)
     ]
     gone = [(*key, old[key], "–", "") for key in old.index.difference(new.index)]
     columns = ["claim", "world", "before", "now", "why"]

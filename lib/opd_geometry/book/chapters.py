@@ -376,7 +376,9 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
     kinds = {"arm": [*ARM_STYLES], "diagnostic": [*LABELS]}
     outer = frame.index.get_level_values(0)
     kind = [k for k, known in kinds.items() if outer.isin(known).any()]
-    corner = str(frame.index.name or (kind[0] if kind else "row"))
+    corner: str | None = str(frame.index.name or (kind[0] if kind else "row"))
+    if isinstance(frame.index, pd.RangeIndex):
+        corner = None  # it only counts the rows
     named = frame.map(shown).rename(columns=label)
     if frame.index.names[0] not in ("id", "claim"):  # a claim is called as an arm is
         named = named.rename(index=label)

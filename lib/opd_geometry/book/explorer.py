@@ -28,7 +28,6 @@ from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 # As the paper averages them in its trajectories; all others over every matrix.
 OF_ATTENTION = ("stable_rank", "stable_rank_bf16", "hill_alpha", "similarity_to_end")
 MODEL = ("accuracy/chain",)
-NORMS = ("frobenius_norm", "relative_norm")
 METRICS = tuple(METRIC_LABELS)
 WORLDS = {PUBLISHED: "small", "pretrained": "language model"}
 DIGITS = 3

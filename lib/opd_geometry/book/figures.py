@@ -145,6 +145,9 @@ LABELS = METRIC_LABELS | {
     "energy_bottom_left": "energy, bottom left of W₀",
     "energy_bottom_right": "energy, bottom right of W₀",
     "energy_inputs": "energy, where inputs lie",
+    "angle_mean_deg": "mean angle (deg)",
+    "angle_max_deg": "largest angle (deg)",
+    "w0": "W₀",
 }
 WEIGHTED_METRICS = ("sparsity", "null_sparsity")  # by parameters, as Table 1 is
 LOG_METRICS = ("frobenius_norm", "relative_norm")

@@ -435,7 +435,7 @@ def _name_fold(cell: NotebookNode) -> None:
         tags = tags - {"hide-input"} | {"hide-cell"}
     if tags & folded:
         (caption,) = re.findall("<caption>(.*?)</caption>", html_texts[0]) or [""]
-        prompt = html.unescape(caption) or "Show code cell {type}"
+        prompt = html.unescape(caption) or "Show {type}"
         cell.metadata.setdefault("mystnb", {})["code_prompt_show"] = prompt
         cell.metadata["mystnb"]["code_prompt_hide"] = prompt
     cell.metadata["tags"] = sorted(tags)
