@@ -31,7 +31,8 @@ import torch
 from checkpoints_vs_protocol import matrix_pair
 from records import record, seconds
 from safetensors.torch import save_file
-from synthetic_8b import CONFIG, HIDDEN, VOCABULARY, shapes, write
+from synthetic_8b import CONFIG, HIDDEN, VOCABULARY, shapes
+from synthetic_8b import write as write_8b
 
 from opd_geometry.geometry import forecast, gram, pairs, sampling
 
@@ -269,7 +270,7 @@ SHRINK = 8  # of the sides of the pair that is measured whole
 
 def sampled(folder: Path, _: Path) -> list[dict]:
     """Samples and all matrices, measured: at an eighth of 8 B's sides, and for real."""
-    write(folder / "pair", LAYERS, SHRINK)
+    write_8b(folder / "pair", LAYERS, SHRINK)
     places = ("pair/before", "pair/after"), REAL
     rows = []
     for what, pair in zip((f"8 B over {SHRINK}", "real model"), places, strict=True):
