@@ -25,6 +25,7 @@ EARLIER = "534ea8d"
 SIZES = "128x128,512x512,1024x1024,4096x512,2048x2048"
 STEPS = (20, 40, 60, 80, 100)  # checkpoints of a run, and of its walk
 LARGE = 2**21  # entries, from which on every call is timed once
+SMALL = 2**15  # entries, up to which others on the machine are most of what is timed
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,10 +67,10 @@ def calls(rows: int, cols: int) -> dict[str, Callable[[], object]]:
 
 
 def measured(rows: int, cols: int) -> dict[str, float]:
-    """Processor seconds of every call, the smallest of five, or of large ones once."""
+    """Processor seconds of every call, the smallest of some, or of large ones once."""
     for call in calls(400, 300).values():
         call()  # the first one loads libraries
-    times = 1 if rows * cols >= LARGE else 5
+    times = 1 if rows * cols >= LARGE else 40 if rows * cols <= SMALL else 5
     return {
         name: seconds(call, times)["cpu_seconds"]
         for name, call in calls(rows, cols).items()
