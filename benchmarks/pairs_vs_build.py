@@ -14,7 +14,7 @@ seconds of its own calls, without imports. Parts:
 - pair: every diagnostic that both have of a pair at 4096 x 4096, and the cheap ones;
 - floor: a pair at 4096 x 4096 here, and the calls of LAPACK and BLAS in it alone;
 - sample: the forecast of a sample at Qwen3-8B's shapes, and of the model of --real,
-  against that of all.
+  against that of all; sampled: the same measured, at an eighth of the sides.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from checkpoints_vs_protocol import matrix_pair
 from records import record, seconds
 from safetensors.torch import save_file
 from synthetic_8b import CONFIG, HIDDEN, VOCABULARY, shapes
+from synthetic_8b import write as write_8b
 
 from opd_geometry.geometry import forecast, gram, pairs, sampling
 
@@ -251,6 +252,30 @@ def sample(folder: Path, _: Path) -> list[dict]:
     return rows
 
 
+SHRINK = 8  # of the sides of the pair that is measured whole
+
+
+def sampled(folder: Path, _: Path) -> list[dict]:
+    """Samples and all matrices, measured: at an eighth of 8 B's sides, and for real."""
+    write_8b(folder / "pair", LAYERS, SHRINK)
+    places = ("pair/before", "pair/after"), REAL
+    rows = []
+    for what, pair in zip((f"8 B over {SHRINK}", "real model"), places, strict=True):
+        if not all((folder / side).exists() for side in pair):
+            continue
+        sides = (folder / side for side in pair)
+        plan = pairs.plan_pair(*sides, metrics=["all"], dequantise=True)
+        layers = sampling.layers_of(plan)
+        some = {n: sampling.sampled(layers, n)[0] for n in (14, 28)}
+        taken = {n: seconds(lambda p=p: pairs.run_plan(p)) for n, p in some.items()}
+        whole = seconds(lambda plan=plan: pairs.run_plan(plan))["cpu_seconds"]
+        for n, times in taken.items():
+            case = f"{n} of {len(plan.tasks)}, {what}, measured"
+            rows.append(_row("sample", case, whole, times["cpu_seconds"]))
+            print(rows[-1], flush=True)
+    return rows
+
+
 def _hollow(place: Path) -> None:
     """Headers of a bf16 checkpoint at Qwen3-8B's shapes; files without blocks."""
     place.mkdir()
@@ -296,13 +321,13 @@ def _row(part: str, case: str, earlier: float, this: float) -> dict:
     }
 
 
-PARTS = {f.__name__: f for f in (tiers, small, adapters, pair, floor, sample)}
+PARTS = {f.__name__: f for f in (tiers, small, adapters, pair, floor, sample, sampled)}
 
 
 def main() -> None:
     """Run the parts and write their rows to data/benchmarks/pairs.csv."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--earlier", type=Path, required=True, help=f"at {EARLIER}")
+    parser.add_argument("--earlier", type=Path, default=ROOT, help=f"at {EARLIER}")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--real", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     options = parser.parse_args()
