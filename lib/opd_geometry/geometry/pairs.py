@@ -144,7 +144,7 @@ REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
 LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
-FORMAT = 5  # raised when the same checkpoints would give other rows
+FORMAT = 6  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -724,36 +724,20 @@ def plan_trajectory(
     """
     if k < 1:
         raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
-    numbers = steps_of(checkpoints) if steps is None else list(steps)
-    if not numbers or len({*numbers}) < len(numbers):
-        raise ValueError(
-            f"steps {numbers}, expected one or more and no two alike; name each "
-            "checkpoint once, or say the steps with --steps"
-        )
-    if optimizer is not None and len(optimizer.rates) < max(numbers):
-        raise ValueError(
-            f"learning rates of {len(optimizer.rates)} steps for a run of "
-            f"{max(numbers)}, expected one a step; give them all, or none"
-        )
-    order = sorted(zip(numbers, checkpoints, strict=True), key=lambda pair: pair[0])
+    order = _in_order(checkpoints, steps, optimizer)
     first = open_checkpoint(before)
-    opened = {step: open_pair(first, path)[1] for step, path in order}
+    opened = {step: open_pair(first, path)[1] for step, path in order.items()}
     found = {step: _paired(first, c, roles, parts) for step, c in opened.items()}
-    # By the name in the first checkpoint: a table may show another one.
-    sides = {
-        step: {pair.cuts[0].matrix.name: pair for pair in f.pairs}
-        for step, f in found.items()
-    }
-    common = [
-        name for name in sides[order[0][0]] if all(name in s for s in sides.values())
-    ]
+    sides = {step: _by_name(f) for step, f in found.items()}
+    names, *others_of = sides.values()
+    common = [name for name in names if all(name in other for other in others_of)]
     if not common:
         raise ValueError(
             f"{before} and all of {len(order)} checkpoints have no matrix in common, "
             "expected one architecture"
         )
     if iterated is None:
-        iterated = _entries(found[order[0][0]]) >= LARGE
+        iterated = _entries(found[min(order)]) >= LARGE
     others, read = _others(against or {}, roles, parts)
     tasks = [
         TrajectoryTask(
@@ -778,7 +762,7 @@ def plan_trajectory(
         "against": [*others],
         "optimizer": asdict(optimizer) if optimizer else None,
         "walk": walk,
-        "steps": [step for step, _ in order],
+        "steps": [*order],
         "k": k,
         "hill_k": settings.hill_k,
         "iterated": iterated,
@@ -799,6 +783,32 @@ def plan_trajectory(
     )
 
 
+def _in_order(
+    checkpoints: Sequence[str | Path],
+    steps: Sequence[int] | None,
+    optimizer: locking.Optimizer | None,
+) -> dict[int, str | Path]:
+    """Step to checkpoint, ascending; refused where one cannot be told from another."""
+    numbers = steps_of(checkpoints) if steps is None else list(steps)
+    if not numbers or len({*numbers}) < len(numbers):
+        raise ValueError(
+            f"steps {numbers}, expected one or more and no two alike; name each "
+            "checkpoint once, or say the steps with --steps"
+        )
+    if optimizer is not None and len(optimizer.rates) < max(numbers):
+        raise ValueError(
+            f"learning rates of {len(optimizer.rates)} steps for a run of "
+            f"{max(numbers)}, expected one a step; give them all, or none"
+        )
+    places = dict(zip(numbers, checkpoints, strict=True))
+    return {step: places[step] for step in sorted(places)}
+
+
+def _by_name(found: Pairing) -> dict[str, StoredPair]:
+    """By the name in the first checkpoint: a table may show another one."""
+    return {pair.cuts[0].matrix.name: pair for pair in found.pairs}
+
+
 def _others(
     against: Mapping[str, tuple[Source, Source]],
     roles: Collection[str] | None,
@@ -817,8 +827,7 @@ def _others(
                 "digits and _, and not end: a column will be similarity_to_NAME"
             )
         sides = open_pair(*sources)
-        pairs = _paired(*sides, roles, parts).pairs
-        found[name] = {pair.cuts[0].matrix.name: pair for pair in pairs}
+        found[name] = _by_name(_paired(*sides, roles, parts))
         read += sides
     return found, read
 
