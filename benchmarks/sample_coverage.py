@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("pair", nargs="*", default=PAIR)
     parser.add_argument("--run", help="digest of a committed run")
     parser.add_argument("--sample", type=int, default=16)
-    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=1000)
     options = parser.parse_args()
     table = of_run(options.run) if options.run else measure_checkpoints(*options.pair)
     full = sampling.estimates(table, design(table, len(table), 0))["mean"]
@@ -86,7 +86,8 @@ def main() -> None:
     found = pd.DataFrame(rows)
     print(found.round(3).to_string(index=False))
     print(f"over all metrics {found['held'].mean():.3f}")
-    print(f"in {(found['held'] >= 0.95).mean():.3f} of the metrics in 95 draws or more")
+    share = (found["held"] >= 0.95).mean()
+    print(f"in {share:.3f} of the metrics in 95 % of the draws or more")
     record("sample", rows, ["pair", "metric", "matrices", "sample"])
 
 

@@ -309,10 +309,10 @@ def train_on_cluster(
     workers_by("fork")
     ensure, place = runs.ensure, Path(os.environ["OPD_GEOMETRY_DATA"])
 
-    def noting(run: Run) -> Path:
+    def noting(run: Run, processes: int = 1) -> Path:
         home = os.environ.get("HOME", "")
         (place / f"trained-{run.arm}").write_text(f"{os.getpid()} {home}")
-        return ensure(run)
+        return ensure(run, processes)
 
     measure.ensure = schedule.ensure = noting
     workers = {

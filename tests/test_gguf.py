@@ -148,7 +148,8 @@ def test_every_type_is_read_or_skipped_with_its_reason(
     if not found.cuts:
         (skip,) = found.skipped.values()
         assert skip.unreadable
-        assert skip.reason.endswith("the gguf library has no way back to weights")
+        ends = "no way back to weights", "quantised or not a weight"  # or integers
+        assert skip.reason.endswith(ends)
         return
     (cut,) = found.cuts.values()
     w = cut.read()

@@ -14,6 +14,7 @@ from opd_geometry.analysis.unplaced import power as pw
 from opd_geometry.analysis.unplaced import printed as pr
 from opd_geometry.book import unplaced_figures
 from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.experiments.records import seal
 from opd_geometry.experiments.runs import data_directory
 from opd_geometry.geometry.comparison import MASK_ALPHA
 
@@ -219,12 +220,13 @@ def test_a_model_is_measured_whole_and_once(
     made = []
     monkeypatch.setattr(un, "make", lambda _, folder: made.append(folder) or folder)
     (folder / "placed.csv").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"placed.csv is damaged: No such file"):
         un.load(str(source))  # not whole: made again, and the stub makes nothing
     table = pd.read_csv(folder / "provenance.csv").assign(sha256="of another model")
     table.to_csv(folder / "provenance.csv", index=False)
+    seal(folder / "provenance.csv")
     stub.to_csv(folder / "placed.csv")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"expected.csv is damaged: No such file"):
         un.load(str(source))
     digest = og.sha256(source)[:8]
     assert [f.name for f in made] == [un.STUDENT, f"{un.STUDENT}-{digest}"]

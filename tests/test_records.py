@@ -32,7 +32,9 @@ from opd_geometry.experiments.records import (
     write_json,
     write_sealed_json,
 )
+from opd_geometry.experiments.shelf import committed_csv
 
+DATA = Path(__file__).parents[1] / "data"
 ODD: tuple[Any, ...] = ("3", [3], {"a": 3}, True, None, 3.5, -1, 10**30, float("nan"))
 
 
@@ -201,3 +203,32 @@ def test_a_file_system_without_locks_is_named(
 def enter(place: Path) -> None:
     with locked(place, "it"):
         raise AssertionError("there is no lock to hold")
+
+
+# --- committed tables of text ------------------------------------------------------
+
+
+def test_every_committed_table_of_text_is_as_it_was_written() -> None:
+    found = [*DATA.glob("paper/*.csv"), *DATA.glob("unplaced/**/*.csv")]
+    assert len(found) >= 17
+    for path in (*found, DATA / "claims.csv"):
+        assert check_seal(path), f"{path}: sha256sum NAME > NAME.sha256"
+
+
+def test_a_flipped_bit_in_a_table_of_text_is_one_line(tmp_path: Path) -> None:
+    draw = random.Random(4)
+    for source in (*DATA.glob("paper/*.csv"), *DATA.glob("unplaced/*.csv")):
+        path = tmp_path / source.name
+        shutil.copy(source, path)
+        with pytest.raises(ValueError, match=r"digest .* is missing; take it from"):
+            committed_csv(path)
+        shutil.copy(f"{source}.sha256", tmp_path)
+        assert len(committed_csv(path)) > 2
+        whole = source.read_bytes()
+        for _ in range(10):
+            broken = bytearray(whole)
+            broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            path.write_bytes(broken)
+            with pytest.raises(ValueError, match=rf"{path} is damaged: .*") as error:
+                committed_csv(path)
+            assert "\n" not in str(error.value)

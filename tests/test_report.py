@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from opd_geometry import cli
 from opd_geometry.book import report
 from opd_geometry.experiments import measure
-from opd_geometry.experiments.profiles import PUBLISHED
+from opd_geometry.experiments.profiles import PUBLISHED, build
 from opd_geometry.geometry import readings
 
 DATA = Path(__file__).parents[1] / "data"
@@ -567,6 +567,26 @@ def test_this_books_runs_are_those_that_are_published() -> None:
         if run.arm in report.OURS
     }
     assert found == expected != set()
+
+
+def test_a_flipped_bit_in_this_books_runs_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "measurements"
+    folder.mkdir()
+    source = measure.committed_path(build(PUBLISHED, "opd", 0))
+    listing = source.with_name("runs.csv")
+    monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path))
+    for victim, said in ((source, "another digest than"), (listing, "line 3 is cut")):
+        for file in (source, listing):
+            content = bytearray(file.read_bytes())
+            if file == victim and file == listing:
+                content[content.index(b"\n", content.index(b"\n") + 1) + 1] ^= 1
+            elif file == victim:
+                content[len(content) // 2] ^= 4
+            (folder / file.name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{victim.name} is damaged.*{said}"):
+            report.book_runs(["opd"])
 
 
 @pytest.mark.usefixtures("undrawn")

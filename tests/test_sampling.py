@@ -91,6 +91,30 @@ def test_estimates_are_unbiased_and_intervals_hold() -> None:
         assert np.mean(held[name]) > 0.86, name  # 95 % less three sigma
 
 
+def test_the_median_of_largest_angles_holds_where_their_mean_has_no_variance() -> None:
+    """As one over gaps that close linearly: tails of index two."""
+    held, missed = [], []
+    for seed in range(60):
+        table = population(seed)
+        generator = np.random.default_rng(1000 + seed)
+        angles = 0.3 / np.sqrt(generator.random(len(table)))
+        table["angle_left_max_deg"] = np.minimum(angles, 90.0)
+        full = sampling.estimates(table, design_of(table, 1000, 0))
+        name = "angle_left_max_deg (median)"
+        assert "angle_left_max_deg" not in full.index
+        true = full.loc[name]
+        assert true["low"] == true["mean"] == true["high"]
+        assert true["mean"] == pytest.approx(np.median(angles), rel=0.05)
+        design = design_of(table, 28, seed)
+        row = sampling.estimates(table[table["matrix"].isin(design.index)], design)
+        row = row.loc[name]
+        assert 0.0 <= row["low"] <= row["mean"] <= row["high"] <= 90.0
+        held.append(row["low"] <= true["mean"] <= row["high"])
+        missed.append(row["high"] < true["mean"])
+    assert np.mean(held) > 0.9
+    assert np.mean(missed) < 0.1
+
+
 def test_an_undefined_value_is_no_zero() -> None:
     table = population(1)
     table.loc[table["layer"] == 3, "nss"] = np.nan

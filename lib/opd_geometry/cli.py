@@ -226,8 +226,7 @@ def plan(
     else:
         from opd_geometry.experiments.profiles import settings_of
 
-        gpus = int((settings_of(profile).resources or {}).get("GPU", 1))
-        _print_plan(plan_runs(asked), jobs, gpus)
+        _print_plan(plan_runs(asked), jobs, settings_of(profile).processes)
 
 
 @commands.command()

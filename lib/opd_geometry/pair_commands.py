@@ -115,7 +115,7 @@ def _finite(
     type=click.IntRange(min=1),
     metavar="N",
     help="Measure N matrices of the layers, drawn by role and depth, two of each role "
-    "or more; means get 95 % intervals. At 8 B 28 take a tenth of the time. Embedding "
+    "or more; means (of largest angles the median) get 95 % intervals. Embedding "
     "and head are left out unless --roles names them.",
 )
 @click.option(

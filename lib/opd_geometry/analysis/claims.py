@@ -46,7 +46,8 @@ from opd_geometry.analysis.verdicts import (
 )
 from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.experiments.profiles import PUBLISHED, settings_of, unit_of_n
-from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.experiments.records import check_seal, sealing
+from opd_geometry.files import clear_write_errors
 from opd_geometry.training.students import Student
 
 NUMBERS = ("effect", "low", "high")
@@ -343,7 +344,7 @@ def write_claims(findings: pd.DataFrame, path: Path) -> Path:
     rounded = findings.copy()
     for column in NUMBERS:
         rounded[column] = [float(f"{value:.6g}") for value in findings[column]]
-    with clear_write_errors(path), replacing(path) as draft:
+    with clear_write_errors(path), sealing(path) as draft:
         path.parent.mkdir(parents=True, exist_ok=True)
         rounded.to_csv(draft, index=False, lineterminator="\n")
     return path
@@ -356,6 +357,7 @@ def read_claims(path: Path) -> pd.DataFrame:
         ValueError: it cannot be read, or is no claims table.
     """
     try:
+        check_seal(path)
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())

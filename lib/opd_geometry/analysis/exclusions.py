@@ -16,6 +16,7 @@ from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.analysis.verdicts import Part, interval
 from opd_geometry.experiments.profiles import build
 from opd_geometry.experiments.runs import on_shelf
+from opd_geometry.experiments.shelf import committed_csv
 from opd_geometry.geometry.comparison import MASK_ALPHA
 from opd_geometry.training.policy import PolicyConfig
 
@@ -82,7 +83,7 @@ def printed(name: str) -> pd.DataFrame:
     known = sorted(path.stem for path in folder.glob("*.csv"))
     if name not in known:
         raise ValueError(f"no printed numbers {name!r}; expected {', '.join(known)}")
-    table = pd.read_csv(folder / f"{name}.csv", dtype={"value": str})
+    table = committed_csv(folder / f"{name}.csv", dtype={"value": str})
     words = table["unit"] == "word"
     values = table["value"].astype(object)
     values[~words] = table.loc[~words, "value"].astype(float)

@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as html_text
 from pathlib import Path
@@ -40,7 +40,7 @@ from opd_geometry.experiments.profiles import (
     build,
     parse_seeds,
 )
-from opd_geometry.experiments.runs import Run, Stored, is_done
+from opd_geometry.experiments.runs import HELD_OUT, Run, Stored, is_done
 from opd_geometry.experiments.schedule import train_all
 from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.students import Student
@@ -269,11 +269,11 @@ def load(
     """
     profile, listed = parameters.profile, PROFILES[parameters.profile].arms
     absent = {arm: _absent(parameters, arm) for arm in arms}
-    optional = [arm for arm, runs in absent.items() if runs and arm not in listed]
+    optional = [arm for arm, runs in absent.items() if runs != [] and arm not in listed]
     if optional:
         print(f"left out, being no part of profile {profile}: {', '.join(optional)}")
     kept = [arm for arm in absent if arm not in optional]
-    missing = [run for arm in kept for run in absent[arm]]
+    missing = [run for arm in kept for run in absent[arm] or ()]
     if missing:
         # Not stderr, which a book must not show.
         console = Console(file=sys.stdout, force_jupyter=False, force_terminal=False)
@@ -281,9 +281,7 @@ def load(
         if failed:
             run, reason = next(iter(failed.items()))
             raise ValueError(f"{run.name} is not finished: {reason}")
-    return load_measurements(
-        profile, kept, parameters.seeds, parameters.source, parameters.student
-    )
+    return _measured(parameters, kept, parameters.seeds)
 
 
 def load_there(
@@ -300,16 +298,14 @@ def load_there(
     """
     asked: dict[tuple[int, ...], list[str]] = {}
     for arm in arms:
-        gone = {run.seed for run in _absent(parameters, arm)}
+        absent = _absent(parameters, arm)
+        if absent is None:
+            continue
+        gone = {run.seed for run in absent}
         there = tuple(seed for seed in parameters.seeds if seed not in gone)
         if there:
             asked.setdefault(there, []).append(arm)
-    found = [
-        load_measurements(
-            parameters.profile, names, seeds, parameters.source, parameters.student
-        )
-        for seeds, names in asked.items()
-    ]
+    found = [_measured(parameters, arms, seeds) for seeds, arms in asked.items()]
     if not found:
         raise ValueError(
             f"no run of profile {parameters.profile} and its arms is there: expected "
@@ -317,6 +313,21 @@ def load_there(
         )
     tables, provenance = zip(*found, strict=True)
     return pd.concat(tables, ignore_index=True), pd.concat(provenance)
+
+
+def _measured(
+    parameters: Parameters, arms: Iterable[str], seeds: Sequence[int]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What was measured; accuracy on a dataset goes by the name of the book's task."""
+    table, provenance = load_measurements(
+        parameters.profile, arms, seeds, parameters.source, parameters.student
+    )
+    on_data = table["metric"] == f"accuracy/{HELD_OUT}"
+    if on_data.any():
+        print("accuracy: on the held-out part of the profile's dataset")
+        table = table.astype({"metric": object})
+        table.loc[on_data, "metric"] = "accuracy/chain"
+    return table, provenance
 
 
 def claim_arms(claim_ids: Iterable[str]) -> list[str]:
@@ -330,15 +341,23 @@ def claim_arms(claim_ids: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(arms_matching(known, patterns)))
 
 
-def _absent(parameters: Parameters, arm: str) -> list[Run]:
-    """The asked runs of an arm that are neither committed nor finished here."""
+def _absent(parameters: Parameters, arm: str) -> list[Run] | None:
+    """The asked runs of an arm that are neither committed nor finished here.
+
+    None for an arm of models of other sizes, where the profile has one of its own.
+    """
     committed = set(committed_provenance()["run"])
+    profile, student = parameters.profile, parameters.student
     runs = []
     for seed in parameters.seeds:
         scratch = parameters.source == "scratch"
-        profile, student = parameters.profile, parameters.student
-        published = build(profile, arm, seed, student=student)
-        own = build(profile, arm, seed, scratch, student)
+        try:
+            published = build(profile, arm, seed, student=student)
+            own = build(profile, arm, seed, scratch, student)
+        except ValueError:
+            if arm in PUBLISHED_ARMS and arm not in PROFILES[profile].arms:
+                return None
+            raise
         if published.key() not in committed and not is_done(own):
             runs.append(own)
     return runs

@@ -27,6 +27,9 @@ from matplotlib.figure import Figure
 
 from opd_geometry import __version__
 from opd_geometry.book import figures
+from opd_geometry.experiments.listing import read_listing
+from opd_geometry.experiments.records import digest_of
+from opd_geometry.experiments.shelf import committed_csv
 from opd_geometry.files import clear_write_errors, on_shelf, replacing, shelves
 from opd_geometry.geometry.defaults import EXPERT_ROLES, LAYER_ROLES, MASK_ALPHA
 from opd_geometry.geometry.readings import (
@@ -373,7 +376,7 @@ def paper_numbers(file: str) -> pd.DataFrame:
     """A file of ``data/paper``; no rows where the data are not at hand."""
     path = on_shelf(Path("paper") / file)
     columns = ["item", "arm", "metric", "relation", "value", "unit"]
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
+    return committed_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
 
 
 def _arm(name: str) -> str:
@@ -404,12 +407,17 @@ def book_runs(arms: Sequence[str] = OURS) -> pd.DataFrame:
         listed = shelf / "measurements" / "runs.csv"
         if not listed.is_file():
             continue
-        runs = pd.read_csv(listed, dtype=str)
+        try:
+            runs = read_listing(listed)
+        except ValueError as error:
+            raise ValueError(
+                f"{listed} is damaged: {error}; take it from version control"
+            ) from error
         for run in runs[
             runs["arm"].isin(arms) & ~runs["run"].isin(tables)
         ].itertuples():
             path = listed.with_name(f"{run.arm}-s{run.seed}-{run.run}.parquet")
-            tables[str(run.run)] = _book_table(path)
+            tables[str(run.run)] = _book_table(path, run.table_sha256)
     # A larger student's runs stand in the same list; this book's own are the most.
     worlds = {run: frozenset(table["matrix"]) for run, table in tables.items()}
     own = Counter(worlds.values()).most_common(1)
@@ -417,7 +425,12 @@ def book_runs(arms: Sequence[str] = OURS) -> pd.DataFrame:
     return pd.concat(kept or [pd.DataFrame(columns=TIDY)], ignore_index=True)
 
 
-def _book_table(path: Path) -> pd.DataFrame:
+def _book_table(path: Path, digest: str) -> pd.DataFrame:
+    if path.is_file() and digest_of(path) != digest:
+        raise ValueError(
+            f"{path} is damaged: its content has another digest than runs.csv says; "
+            "take it from version control"
+        )
     table = read_table(path)
     missing = {*TIDY} - {*table}
     if missing:

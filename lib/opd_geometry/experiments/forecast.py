@@ -8,7 +8,9 @@ with, and S the tokens of a row, all of which attention computes:
 
 Memory is that of the master weights, their gradient and two moments in float32, bf16
 copies of student and teacher, and the larger of what sampling and what the gradient
-needs. Time is arithmetic at a rate and, while sampling, reading weights and cache.
+needs. Where several GPUs shard a run, masters, moments and the teacher's layers are
+split; the copy and the gradient are whole on each. Time is arithmetic at a rate and,
+while sampling, reading weights and cache.
 """
 
 import json
@@ -175,7 +177,7 @@ def _supervised(
     passes = 4 if train.gradient_checkpointing else 3
     flops = passes * student.forward_flops(tokens, row, tokens)
     activations = _activations(student, train.micro_batch * row, row, train)
-    memory = _held(student, None, train) / gpus + activations
+    memory = _held(student, None, train, gpus) + activations
     return Forecast(
         train.steps * float(tokens),
         train.steps * flops,
@@ -207,12 +209,13 @@ def policy_forecast(
     moved = train.max_new_tokens * (item * author.parameters + cache / 2)
     waiting = train.max_new_tokens * author.layers * device.latency
     seconds = (flops + sampling) / device.flops + moved / device.bandwidth
-    rows = train.micro_prompts * read / train.prompts_per_step
-    beside = max(cache / gpus, _activations(student, rows, row, train))
+    gradient = 4 * student.parameters  # which is not there while sampling
+    activations = _activations(student, train.micro_prompts * row, row, train)
+    beside = max(cache / gpus - gradient, activations)
     return Forecast(
         train.steps * float(written),
         train.steps * (flops + sampling),
-        _held(student, teacher, train) / gpus + beside,
+        _held(student, teacher, train, gpus) + beside,
         train.steps * (seconds / gpus + waiting),
     )
 
@@ -237,12 +240,20 @@ def _item(train: PolicyConfig | SFTConfig) -> int:
 
 
 def _held(
-    student: Shape, teacher: Shape | None, train: PolicyConfig | SFTConfig
+    student: Shape,
+    teacher: Shape | None,
+    train: PolicyConfig | SFTConfig,
+    gpus: int = 1,
 ) -> float:
     """Bytes of weights, gradient and moments, of the copy, and of the teacher."""
-    copy = 2 if train.mixed_precision == "bf16-copy" else 0
-    own = (16 + copy) * student.parameters
-    return own + (teacher.parameters * _item(train) if teacher else 0)
+    shards = gpus if train.sharded else 1
+    copy = 2 if train.mixed_precision == "bf16-copy" else 4 * (shards > 1)
+    own = (12 / shards + 4 + copy) * student.parameters
+    if teacher is None:
+        return own
+    tables = teacher.vocabulary * teacher.width * (1 if teacher.tied else 2)
+    split = (teacher.parameters - tables) / shards
+    return own + (tables + split) * _item(train)
 
 
 def _activations(
@@ -261,7 +272,7 @@ def _activations(
 
 
 def memory_bytes(run: Run, gpus: int = 1) -> float | None:
-    """Memory that a run's process needs; None where it is small, or unknown."""
+    """Memory that a run needs of each GPU; None where it is small, or unknown."""
     student = origin(run)
     if isinstance(student, Stored):
         found = forecast(run, gpus)
@@ -271,15 +282,16 @@ def memory_bytes(run: Run, gpus: int = 1) -> float | None:
     return BYTES_A_PARAMETER * student.parameters + BYTES_BESIDE
 
 
-def check_memory(left: Iterable[Run], jobs: int) -> None:
+def check_memory(left: Iterable[Run], jobs: int, processes: int = 1) -> None:
     """Refuse to start what the memory of this machine, or of its GPU, cannot hold.
 
     Raises:
         ValueError: one line with both numbers.
     """
-    needed = [memory_bytes(run) or 0.0 for run in left]
+    needed = [memory_bytes(run, processes) or 0.0 for run in left]
     wanted = sum(sorted(needed)[-jobs:])
     on_gpu = torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in os.environ
+    wanted *= 1 if on_gpu else processes
     if on_gpu:
         free, where = torch.cuda.mem_get_info()[0], "of GPU memory"
     else:

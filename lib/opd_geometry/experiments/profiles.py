@@ -6,7 +6,7 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Profile:
         arms: what ``all`` stands for.
         shelf: name under which base and teacher are stored in data/checkpoints, if so.
         own_base_from: the first seed with a base of its own; None: all share one.
-        resources: what a run asks of a cluster's worker, such as ``{"GPU": 1}``.
+        processes: that train one run together, a GPU each where there are any.
     """
 
     student: ModelConfig | Student | Stored
@@ -63,7 +63,7 @@ class Profile:
     arms: tuple[str, ...]
     shelf: str | None = None
     own_base_from: int | None = None
-    resources: Mapping[str, float] | None = None
+    processes: int = 1
 
 
 def _pretraining(steps: int, rate: float) -> SFTConfig:
@@ -383,7 +383,6 @@ _GPU = Profile(
     ),
     rank=16,
     arms=("sft", "opd", "rlvr"),
-    resources={"GPU": 1},
 )
 # Tables 2 to 5 and the checkpoints of arXiv:2606.07082.
 _PAPER = replace(
@@ -395,17 +394,20 @@ _PAPER = replace(
         optimizer=OptimizerConfig(1e-5, "cosine", 538, 0.1, (0.9, 0.95), fused=True),
         steps=5375,
         batch_sequences=256,
+        micro_batch=1,
         longest=16384,
+        sharded=True,
     ),
     policy=replace(
         _GPU.policy,
         optimizer=OptimizerConfig(1e-6, warmup_steps=0, fused=True),
         steps=299,
         max_new_tokens=8192,
+        sharded=True,
         checkpoints=(63, 127, 191, 255, 299),
     ),
     arms=("sft", "opd", "rlvr-paper"),
-    resources={"GPU": 8},
+    processes=8,
 )
 
 
@@ -630,6 +632,11 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
         )
     model = describe(student, students_directory())
     return replace(settings, student=model, teacher=model)
+
+
+def asks_gpus(settings: Profile) -> bool:
+    """Whether a run asks GPUs of a cluster's worker: those of whole models do."""
+    return isinstance(settings.student, Stored)
 
 
 def _is_shape(model: ModelConfig | Student | Stored) -> bool:

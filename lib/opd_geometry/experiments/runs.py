@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 import opd_geometry
+from opd_geometry.experiments import processes as ranks_of
 from opd_geometry.experiments.records import (
     COUNT,
     NUMBER_OR_NONE,
@@ -67,7 +68,7 @@ from opd_geometry.geometry.projection import (
     project_updates,
     random_subspace,
 )
-from opd_geometry.training import evaluation, tasks
+from opd_geometry.training import evaluation, ranks, tasks
 from opd_geometry.training.data import DataConfig
 from opd_geometry.training.models import (
     ModelConfig,
@@ -83,6 +84,7 @@ from opd_geometry.training.optimizer import adamw, bfloat16_copy
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.sft import SFTConfig, sft_steps
 from opd_geometry.training.students import Student, prepare
+from opd_geometry.training.tracking import Log, tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -339,8 +341,12 @@ def is_done(run: Run) -> bool:
     return (run_directory(run) / "done.json").is_file()
 
 
-def ensure(run: Run) -> Path:
+def ensure(run: Run, processes: int = 1) -> Path:
     """Return the directory of a finished run, training or resuming it if need be.
+
+    Args:
+        run: the run; what it needs is ensured first.
+        processes: that train it together (see ``ranks``).
 
     Raises:
         ValueError: one line; what a run starts from is missing or broken, or the
@@ -350,14 +356,16 @@ def ensure(run: Run) -> Path:
     if is_done(run):
         return directory
     for needed in run.needs:
-        ensure(needed)
+        ensure(needed, processes)
     check_headroom(run)
     with clear_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory / "lock", run.name), one_thread():
             if not is_done(run):  # another process may have finished it meanwhile
-                with _clear_memory_errors(run):
-                    _train(run, directory)
+                if processes > 1:
+                    ranks_of.run(train, run, processes)
+                else:
+                    train(run)
     return directory
 
 
@@ -481,24 +489,59 @@ def _store_checkpoint(
     dtype = torch.bfloat16 if lean and step == 0 else None
     only = ATTENTION if lean and step not in _whole(run) else None
     save_model(model, tokenizer, checkpoint(run, step), dtype, only)
-    for weights in checkpoint(run, step).glob("*.safetensors"):
-        seal(weights)
+    if ranks.index() == 0:
+        for weights in checkpoint(run, step).glob("*.safetensors"):
+            seal(weights)
+
+
+def train(run: Run) -> None:
+    """Train from the last saved state to the end; whoever calls it holds the lock.
+
+    Ranks call it together, and the first of them writes.
+    """
+    with _clear_memory_errors(run):
+        _train(run, run_directory(run))
 
 
 def _train(run: Run, directory: Path) -> None:
-    """Train from the last saved state to the end, storing as it goes."""
-    began = time.monotonic()
-    _clear_drafts(directory)
-    (directory / "failed.json").unlink(missing_ok=True)
-    write_json(directory / "run.json", dataclasses.asdict(run))
+    began, writes = time.monotonic(), ranks.index() == 0
+    if writes:
+        _clear_drafts(directory)
+        (directory / "failed.json").unlink(missing_ok=True)
+        write_json(directory / "run.json", dataclasses.asdict(run))
     model, tokenizer = starting_model(run)
     check_reads_tasks(tokenizer)
-    if not (checkpoint(run, 0) / "config.json").is_file():
+    if writes and not (checkpoint(run, 0) / "config.json").is_file():
         _store_checkpoint(run, 0, model, tokenizer)
+    if run.train.sharded and ranks.count() > 1:
+        _check_shardable(run)
+        ranks.shard(model, low=run.train.mixed_precision == "bf16-copy")
     optimizer = adamw(model, run.train.optimizer)
     state = _restore(run, directory, model, optimizer)
     if run.projection is not None:
         _confine(run, run.projection, model, optimizer)
+    usual = "tensorboard" if run.train.dataset else "none"
+    with tracked(run.name, directory / "events", usual) as log:
+        _take_steps(run, model, tokenizer, optimizer, state, log, began)
+    if not writes:
+        return
+    write_sealed_json(directory / "history.json", {"records": state["history"]})
+    write_sealed_json(directory / "done.json", {**_summary(run, state), **provenance()})
+    unseal(directory / "state.pt")
+    clear_failure(run)
+
+
+def _take_steps(
+    run: Run,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    log: Log,
+    began: float,
+) -> None:
+    """All that are left, storing what is asked and what a killed run goes on from."""
+    directory = run_directory(run)
     wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
     save_every = max(1, run.train.steps // (5 if is_lean(run) else 20))
     for metrics in loop_of(run, model, tokenizer, optimizer, state["step"]):
@@ -506,18 +549,27 @@ def _train(run: Run, directory: Path) -> None:
         state["history"] += _records(step, metrics)
         if step in wanted:
             _store_checkpoint(run, step, model, tokenizer)
-            state["history"] += _records(step, _evaluate(run, model, tokenizer, step))
+            with ranks.whole_weights(model):
+                scores = _evaluate(run, model, tokenizer, step)
+            state["history"] += _records(step, scores)
+            metrics = metrics | scores
+        log(metrics, step)
         state["wall_seconds"] = spent + time.monotonic() - began
         # the branch first: a run that resumes after this step would not save it again
         if step == run.branch_step() and run.branch is None:
             _save_state(directory / "branch.pt", model, optimizer, state)
         if step in wanted or step % save_every == 0:
             _save_state(directory / "state.pt", model, optimizer, state)
-        write_json(directory / "progress.json", _summary(run, state))
-    write_sealed_json(directory / "history.json", {"records": state["history"]})
-    write_sealed_json(directory / "done.json", {**_summary(run, state), **provenance()})
-    unseal(directory / "state.pt")
-    clear_failure(run)
+        if ranks.index() == 0:
+            write_json(directory / "progress.json", _summary(run, state))
+
+
+def _check_shardable(run: Run) -> None:
+    if run.projection is not None:
+        raise ValueError(
+            f"run {run.arm}: its updates are confined to a subspace, which is of whole "
+            "matrices: expected whole weights in every process; set sharded=false"
+        )
 
 
 def clear_failure(run: Run) -> None:
@@ -618,7 +670,8 @@ def _evaluate(
     A pretrained student is asked what belongs to the task that it is trained on.
     """
     if is_lean(run):
-        return _evaluate_lean(run, bfloat16_copy(model), tokenizer, step)
+        low = model if ranks.is_sharded(model) else bfloat16_copy(model)
+        return _evaluate_lean(run, low, tokenizer, step)
     if run.train.dataset is not None:
         return _evaluate_held_out(run, run.train.dataset, model, tokenizer)
     if step < run.train.steps:
@@ -643,7 +696,7 @@ def _evaluate_held_out(
     """Sampled accuracy on a dataset's held-out problems, at the training's length."""
     longest = run.train.max_new_tokens if isinstance(run.train, PolicyConfig) else 1024
     low = model
-    if run.train.mixed_precision == "bf16-copy":
+    if run.train.mixed_precision == "bf16-copy" and not ranks.is_sharded(model):
         low = bfloat16_copy(model)
     score = evaluation.accuracy(
         low,
@@ -774,9 +827,9 @@ def _restore(
     try:
         if not check_seal(source):
             _check_records(source)
-        state = torch.load(source, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        shared = ranks.count() > 1  # then one copy in memory serves all ranks
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=shared)
+        ranks.load(model, optimizer, state.pop("model"), state.pop("optimizer"))
     except Exception as error:  # torch raises many kinds for a damaged file
         why = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(
@@ -800,16 +853,20 @@ def _save_state(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> None:
-    """Store everything a resumed run needs, whole or not at all."""
-    with sealing(path) as draft:
-        content = {
-            **state,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        # through an open file: only then does a full disk come as an OSError, wrapped
-        with open(draft, "wb") as file:
-            torch.save(content, file)
+    """Store everything a resumed run needs, whole or not at all.
+
+    Any number of processes can go on from it, sharded or not.
+    """
+    content = {
+        **state,
+        "model": ranks.whole(model.state_dict()),
+        "optimizer": ranks.whole(optimizer.state_dict()),
+    }
+    if ranks.index() > 0:
+        return
+    # through an open file: only then does a full disk come as an OSError, wrapped
+    with sealing(path) as draft, open(draft, "wb") as file:
+        torch.save(content, file)
 
 
 def _records(step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:

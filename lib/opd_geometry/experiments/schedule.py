@@ -34,7 +34,7 @@ from opd_geometry.experiments.measure import (
     is_measured,
     measure_run,
 )
-from opd_geometry.experiments.profiles import settings_of
+from opd_geometry.experiments.profiles import asks_gpus, settings_of
 from opd_geometry.experiments.records import (
     ANYTHING,
     SECONDS,
@@ -318,7 +318,8 @@ def train_all(
         order.done(run)
 
     display = _Display(console or Console(stderr=True), len(rows))
-    with display, _client(left, jobs, cluster) as client:
+    n = settings.processes
+    with display, _client(left, jobs, cluster, n) as client:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()], key=lambda run: -first[run])
             # no more than there are workers: when one dies, Dask blames its queue too
@@ -331,11 +332,11 @@ def train_all(
                     end(run, "")
                 elif client is None:
                     with display.watching(run):
-                        reason = _work(run, ranks[run])
+                        reason = _work(run, ranks[run], n)
                     end(run, reason)
                 else:
-                    asks = settings.resources if cluster else None
-                    running[run] = _start(client, run, ranks[run], asks)
+                    asks = {"GPU": n} if cluster and asks_gpus(settings) else None
+                    running[run] = _start(client, run, ranks[run], n, asks)
             display.running(running)
             for run in _ended(running):
                 end(run, _outcome(run, running.pop(run)))
@@ -349,15 +350,16 @@ def is_finished(run: Run, rank: int | None) -> bool:
 
 @contextmanager
 def _client(
-    left: Collection[Run], jobs: int | None, cluster: str | None
+    left: Collection[Run], jobs: int | None, cluster: str | None, processes: int
 ) -> Iterator[Any]:
     """Dask's client of the cluster, or of workers of our own; None for one run alone.
 
     Our own end with this process, however it ends.
     """
-    n_workers = min(jobs or os.cpu_count() or 1, len(left))
+    every = max(1, (os.cpu_count() or 1) // processes)
+    n_workers = min(jobs or every, len(left))
     if not cluster:
-        check_memory(left, n_workers)
+        check_memory(left, n_workers, processes)
     if not left or (n_workers == len(left) == 1 and not cluster):
         yield None
         return
@@ -401,15 +403,22 @@ def _slots(client: Any, jobs: int | None) -> int:
 
 
 def _start(
-    client: Any, run: Run, rank: int | None, resources: Mapping[str, float] | None
+    client: Any,
+    run: Run,
+    rank: int | None,
+    processes: int,
+    resources: Mapping[str, float] | None,
 ) -> Any:
     with suppress(OSError):  # which the worker meets as well, and says
         run_directory(run).mkdir(parents=True, exist_ok=True)
     key = f"{run.name}-{uuid4().hex}"
-    return client.submit(_work, run, rank, True, key=key, resources=resources)
+    given = run, rank, processes, True
+    return client.submit(_work, *given, key=key, resources=resources)
 
 
-def _work(run: Run, rank: int | None, begun_elsewhere: bool = False) -> str:
+def _work(
+    run: Run, rank: int | None, processes: int, begun_elsewhere: bool = False
+) -> str:
     """What a worker does: train, measure; what went wrong in one line, or nothing."""
     if begun_elsewhere and not begun(run):
         return (
@@ -419,9 +428,8 @@ def _work(run: Run, rank: int | None, begun_elsewhere: bool = False) -> str:
         )
     try:
         with one_thread():
-            if rank is None:
-                ensure(run)
-            else:
+            ensure(run, processes)
+            if rank is not None:
                 measure_run(run, rank)
     except Exception as error:
         expected = isinstance(error, ValueError | OSError)

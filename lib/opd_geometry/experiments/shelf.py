@@ -1,10 +1,12 @@
 """Committed tables that are of no single run: pairs of runs, gradients at a start.
 
-One file a kind and profile, with its digest beside it; whole or not at all.
+One file a kind and profile, with its digest beside it; whole or not at all. So have
+tables of text: what a paper prints, what updates without place give.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -51,6 +53,30 @@ def commit_table(
             with sealing(path) as draft:
                 _narrow(whole).to_parquet(draft, index=False, compression="zstd")
     return path
+
+
+def committed_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """A committed table of text.
+
+    Args:
+        path: the file; its digest lies beside it, as ``sha256sum NAME`` prints it.
+        options: of ``pandas.read_csv``.
+
+    Raises:
+        ValueError: the file is not as it was written, or cannot be read.
+    """
+    try:
+        path.stat()  # a missing file is called that
+        if not check_seal(path):
+            raise ValueError(f"its digest {path.name}.sha256 is missing")
+        table: pd.DataFrame = pd.read_csv(path, **options)
+        return table
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged: {said}; take it from version control, or where it "
+            f"was changed on purpose: sha256sum {path.name} > {path.name}.sha256"
+        ) from error
 
 
 def _narrow(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opd_geometry.training import tasks
+from opd_geometry.training import ranks, tasks
 from opd_geometry.training.data import (
     DataConfig,
     TextProblem,
@@ -54,6 +54,7 @@ def accuracy(
     prompts = [as_prompt(question, tokenizer) for question in questions]
     ids, mask = encode_prompts(prompts, tokenizer)
     device = next(model.parameters()).device
+    mine = ranks.own(len(questions))  # each rank samples and verifies its share
     rollout = sample(
         model,
         ids.to(device),
@@ -63,11 +64,13 @@ def accuracy(
         eos_token_id=tokenizer.eos_token_id,
         generator=torch.Generator().manual_seed(seed),
         temperature=temperature,
+        share=mine,
     )
+    asked = questions[mine]
     texts = decode_completions(rollout, tokenizer)
     ended = rollout.ended(tokenizer.eos_token_id).tolist()
     right = [
-        end and verify(questions[i // rollout.group_size], text)
+        end and verify(asked[i // rollout.group_size], text)
         for i, (text, end) in enumerate(zip(texts, ended, strict=True))
     ]
-    return sum(right) / len(right)
+    return ranks.total(sum(right)) / ranks.total(len(right))

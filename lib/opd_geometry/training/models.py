@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from opd_geometry.training import ranks
 from opd_geometry.training.tasks import CHARACTERS
 
 if TYPE_CHECKING:  # takes seconds, which what only reads tables need not wait for
@@ -283,7 +284,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     only: tuple[str, ...] | None = None,
 ) -> None:
-    """Write a checkpoint so that it is there whole or not at all.
+    """Write a checkpoint so that it is there whole or not at all; rank 0 does.
 
     Args:
         model: the model to store.
@@ -294,13 +295,16 @@ def save_model(
         only: modules, by the last part of their names, whose weights are stored; None
             for a checkpoint that can be loaded.
     """
+    stored = ranks.whole(model.state_dict())
+    if ranks.index() > 0:
+        return
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         state = {
             name: (tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
-            for name, tensor in model.state_dict().items()
+            for name, tensor in stored.items()
             if only is None or name.split(".")[-2] in only
         }
         model.save_pretrained(draft, state_dict=state)

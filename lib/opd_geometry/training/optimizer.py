@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from opd_geometry.training import ranks
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Compute:
     Args:
         masters: the model that is trained, float32.
         precision: ``bf16-copy``, or any other of ``PRECISIONS`` for the masters.
+            Sharded masters gather a copy of their own (see ``ranks.shard``).
 
     Attributes:
         model: what forward and backward passes go through.
@@ -116,7 +120,7 @@ class Compute:
     def __init__(self, masters: nn.Module, precision: str) -> None:
         self.model: Any = masters
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        if precision == "bf16-copy":
+        if precision == "bf16-copy" and not ranks.is_sharded(masters):
             self.model = bfloat16_copy(masters)
             ours, theirs = self.model.parameters(), masters.parameters()
             self._pairs = list(zip(ours, theirs, strict=True))
@@ -160,19 +164,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def check_finite(grad_norm: float, step: int, rate: float) -> None:
+def grad_norm(norm: torch.Tensor) -> float:
+    """The 2-norm that clipping found, of a gradient that may lie in shards."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def check_finite(norm: float, step: int, rate: float) -> None:
     """Stop before a broken gradient reaches the weights.
 
     Args:
-        grad_norm: 2-norm of the step's gradient.
+        norm: 2-norm of the step's gradient.
         step, rate: of the step, for the message.
 
     Raises:
         ValueError: the norm is NaN or infinite.
     """
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(norm):
         raise ValueError(
-            f"step {step}: the gradient's norm is {grad_norm} at learning rate "
+            f"step {step}: the gradient's norm is {norm} at learning rate "
             f"{rate:g}, expected a finite number; check the starting weights for "
             "NaN, or lower the learning rate"
         )

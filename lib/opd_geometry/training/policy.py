@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.training import data, losses, tasks
+from opd_geometry.training import data, losses, ranks, tasks
 from opd_geometry.training.models import recomputing
 from opd_geometry.training.optimizer import (
     PRECISIONS,
@@ -30,17 +30,21 @@ from opd_geometry.training.optimizer import (
     OptimizerConfig,
     autocast,
     check_finite,
+    grad_norm,
     learning_rate,
     set_learning_rate,
 )
 from opd_geometry.training.rollout import (
     Rollout,
+    apart_if_long,
     completion_log_probs,
     completion_logits,
     completion_states,
     decode_completions,
     encode_prompts,
+    has_plain_head,
     in_chunks,
+    of_all_ranks,
     sample,
     scores_in_chunks,
 )
@@ -80,7 +84,8 @@ class PolicyConfig:
         temperature: of the rollouts.
         max_new_tokens: longest completion.
         benchmarks: which task distributions the prompts come from.
-        micro_prompts: prompts (with their groups) a forward pass; memory only.
+        micro_prompts: prompts with their groups a forward pass, or completions where
+            a group is too long for a row; memory only.
         mixed_precision: ``no``, ``bf16`` (autocast) or ``bf16-copy`` (see
             ``optimizer.Compute``); master weights stay float32.
         gap_from: whose log-probabilities of its own tokens are the student's: those of
@@ -89,6 +94,8 @@ class PolicyConfig:
         dataset: where prompts and answers come from instead of ``benchmarks``.
         checkpoints: steps after which the weights are stored; empty for a run's usual.
         gradient_checkpointing: layers are computed again for the gradient.
+        sharded: several processes split master weights, moments and the teacher's
+            layers (see ``ranks``).
     """
 
     optimizer: OptimizerConfig
@@ -115,6 +122,7 @@ class PolicyConfig:
     dataset: data.DataConfig | None = None
     checkpoints: tuple[int, ...] = ()
     gradient_checkpointing: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -160,6 +168,11 @@ class PolicyConfig:
                 f"{self.estimator}: there is no gap of a token to add it to; use "
                 "credit gap and the sampled estimator"
             )
+        if self.sharded and self.rollouts == "teacher":
+            raise ValueError(
+                "sharded with rollouts by the teacher: its layers lie apart, and "
+                "sampling would gather them for every token; use rollouts student"
+            )
         if not self.temperature > 0.0:
             raise ValueError(
                 f"temperature {self.temperature}: expected above 0; a policy gradient "
@@ -195,6 +208,9 @@ def policy_steps(
 ) -> Iterator[dict[str, float]]:
     """Train by policy gradient; yields the step's metrics after each optimizer step.
 
+    Several processes that run it together take one step on one batch (see ``ranks``):
+    each samples, verifies and scores its share of the prompts.
+
     Args:
         config: the run.
         model: the student, trained in place, float32 weights.
@@ -219,10 +235,15 @@ def policy_steps(
     from accelerate import Accelerator  # a second that readers of tables need not wait
 
     accelerator = Accelerator(mixed_precision=autocast(config.mixed_precision))
-    model, optimizer = accelerator.prepare(model, optimizer)
+    # evaluation mode: no DDP around it, whose passes ranks have to make equally often
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     compute = Compute(model, config.mixed_precision)
     student = compute.model
-    if teacher is not None:
+    if teacher is not None and config.sharded and ranks.count() > 1:
+        has_plain_head(teacher)  # asked while every rank can read it alone
+        ranks.shard_layers(teacher.eval(), accelerator.device)
+    elif teacher is not None:
         teacher = teacher.to(accelerator.device).eval()
     student.eval()  # no dropout anywhere; Qwen3 has none, other models may
     author = student if config.rollouts == "student" else teacher
@@ -232,11 +253,13 @@ def policy_steps(
         set_learning_rate(optimizer, rate)
         generator = step_generator(seed, step)
 
-        # 1. rollouts and rewards
+        # 1. rollouts and rewards: each rank those of its share, then all have all
+        ranks.gather_weights(student)
         problems = draw_prompts(config, seed, step)
         prompt_ids, prompt_mask = encode_prompts(
             [data.as_prompt(problem, tokenizer) for problem in problems], tokenizer
         )
+        mine = ranks.own(len(problems))
         rollout = sample(
             author,
             prompt_ids.to(accelerator.device),
@@ -246,8 +269,10 @@ def policy_steps(
             eos_token_id=tokenizer.eos_token_id,
             generator=generator,
             temperature=config.temperature,
+            share=mine,
         )
-        rewards = verify_completions(problems, rollout, tokenizer)
+        rewards = verify_completions(problems[mine], rollout, tokenizer)
+        rollout, rewards = of_all_ranks(rollout, rewards)
         random_weights = random_token_weights(config, rollout, generator)
         signal = flip_rewards(config, rewards, generator)
         noise = response_noise(config, rollout, generator)
@@ -258,10 +283,12 @@ def policy_steps(
         # 2. one gradient, a few prompts with their groups at a time
         kept = prompts_to_learn(config, signal)
         learned = rollout.mask[rollout.rows_of(kept)].sum()
+        scored = apart_if_long(rollout)
+        parts = kept if scored is rollout else rollout.rows_of(kept)
         totals = {"loss": 0.0, "gap": 0.0}
         with recomputing(student, config.gradient_checkpointing):
-            for part in kept.split(config.micro_prompts) if len(kept) else ():
-                piece, rows = rollout.take(part), rollout.rows_of(part)
+            for part, share in ranks.dealt(parts, config.micro_prompts):
+                piece, rows = scored.take(part), scored.rows_of(part)
                 width = piece.mask.shape[1]
                 if config.estimator == "full":
                     loss, gap = full_vocabulary_loss(config, student, teacher, piece)
@@ -292,13 +319,13 @@ def policy_steps(
                         config.clip_high,
                         n_sequences=len(rows),
                     )
-                share = len(part) / len(kept)
                 accelerator.backward(loss * share)
                 totals["loss"] += float(loss.detach()) * share
-                totals["gap"] += float(gap.sum() / learned)
+                totals["gap"] += float(gap.sum() / learned) * (share > 0.0)
 
         # 3. one optimizer step, unless no group had anything to teach
-        norm = float(
+        ranks.sum_gradients(model)
+        norm = grad_norm(
             accelerator.clip_grad_norm_(
                 model.parameters(), config.optimizer.max_grad_norm
             )
@@ -309,7 +336,7 @@ def policy_steps(
             compute.refresh()
         optimizer.zero_grad()
         yield {
-            **totals,
+            **{name: ranks.total(value) for name, value in totals.items()},
             "reward": float(rewards.mean()),
             "tokens": float(rollout.mask.sum() / len(rewards)),
             "learned_frac": len(kept) / len(problems),

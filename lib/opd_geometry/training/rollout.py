@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from opd_geometry.training import ranks
 from opd_geometry.training.losses import token_log_probs
 from opd_geometry.training.models import frame
 
@@ -141,6 +143,7 @@ def sample(
     eos_token_id: int,
     generator: torch.Generator,
     temperature: float = 1.0,
+    share: slice = slice(None),
 ) -> Rollout:
     """Sample ``group_size`` completions per prompt with a key-value cache.
 
@@ -156,15 +159,20 @@ def sample(
         eos_token_id: the token that ends a row.
         generator: CPU generator; the only source of randomness.
         temperature: logits are divided by it; 0 takes the most likely token.
+        share: of the prompts, to which completions are written here. Each row draws
+            the numbers that it would draw among all.
 
     Returns:
-        The rollout, with the log-probabilities it was sampled with.
+        The rollout of the share, with the log-probabilities it was sampled with.
     """
+    every = max_new_tokens, len(prompt_ids), group_size, 1
+    uniform = torch.rand(every, generator=generator)[:, share].flatten(1, 2)
+    prompt_ids, prompt_mask = prompt_ids[share], prompt_mask[share]
     logits, cache, mask, lengths = _read_prompts(
         model, prompt_ids, prompt_mask, group_size
     )
     rows, device = logits.shape[0], logits.device
-    uniform = torch.rand(max_new_tokens, rows, 1, generator=generator).to(device)
+    uniform = uniform.to(device)
     tokens = torch.full((rows, max_new_tokens), eos_token_id, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
     drawn = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
@@ -202,6 +210,25 @@ def sample(
         log_probs[:, :used],
         group_size,
     )
+
+
+def of_all_ranks(rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
+    """What all ranks wrote and earned, in the order of the prompts."""
+    if ranks.count() == 1:
+        return rollout, rewards
+    parts = ranks.gathered((vars(rollout), rewards))
+    longest = max(found["mask"].shape[1] for found, _ in parts)
+
+    def joined(name: str) -> Tensor:
+        tensors = [found[name] for found, _ in parts]
+        if name in ("completions", "mask", "log_probs"):
+            tensors = [pad(x, (0, longest - x.shape[1])) for x in tensors]
+        return torch.cat(tensors).to(rewards.device)
+
+    names = vars(rollout).keys() - {"group_size"}
+    everything = {name: joined(name) for name in names}
+    earned = torch.cat([earned for _, earned in parts]).to(rewards.device)
+    return Rollout(**everything, group_size=rollout.group_size), earned
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -269,15 +296,18 @@ def _completion_outputs(
 ) -> Tensor:
     width = rollout.mask.shape[1]
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
-    rollout = _apart_if_long(rollout)
+    rollout = apart_if_long(rollout)
     parts = _passes(rollout)
+    in_step = ranks.most(len(parts)) if ranks.lies_apart(model) else len(parts)
     read = [_one_pass(model, rollout.take(part), outputs) for part in parts]
+    for _ in range(in_step - len(parts)):
+        _one_pass(model, rollout.take(parts[0]), outputs)
     padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in read]
     rows = torch.cat([rollout.rows_of(part) for part in parts])
     return torch.cat(padded)[rows.argsort()]
 
 
-def _apart_if_long(rollout: Rollout) -> Rollout:
+def apart_if_long(rollout: Rollout) -> Rollout:
     """The same completions, each a group of its own, if a group's row is too long."""
     group = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1)
     if rollout.prompt_ids.shape[1] + int(group.max()) <= LONGEST_ROW:
@@ -476,12 +506,24 @@ def scores_in_chunks(model: Any, tokens: int) -> bool:
     head = model.get_output_embeddings()
     if tokens * head.weight.shape[0] <= MOST_LOGITS:
         return False
-    if hasattr(model, "_original_forward"):
-        return False
-    with torch.no_grad():
+    return not hasattr(model, "_original_forward") and has_plain_head(model)
+
+
+_PLAIN_HEADS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Whether a model's logits are its head applied to its states; asked once."""
+    if model not in _PLAIN_HEADS:
+        head = model.get_output_embeddings()
         one = torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device)
-        theirs = logits_of(model, input_ids=one)
-        return torch.allclose(head(states_of(model, input_ids=one)), theirs, rtol=1e-3)
+        ours, theirs = (
+            head(states_of(model, input_ids=one)),
+            logits_of(model, input_ids=one),
+        )
+        _PLAIN_HEADS[model] = torch.allclose(ours, theirs, rtol=1e-3)
+    return _PLAIN_HEADS[model]
 
 
 def chunked_log_probs(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_geometry.training import tasks
+from opd_geometry.training import ranks, tasks
 from opd_geometry.training.data import DataConfig, as_pairs, draw
 from opd_geometry.training.losses import sft_loss
 from opd_geometry.training.models import frame, recomputing
@@ -26,6 +26,7 @@ from opd_geometry.training.optimizer import (
     OptimizerConfig,
     autocast,
     check_finite,
+    grad_norm,
     learning_rate,
     set_learning_rate,
 )
@@ -64,6 +65,7 @@ class SFTConfig:
         dataset: where demonstrations come from instead of ``benchmarks``.
         longest: tokens of a demonstration, which is cut behind them; 0 for any number.
         gradient_checkpointing: layers are computed again for the gradient.
+        sharded: several processes split master weights and moments (see ``ranks``).
     """
 
     optimizer: OptimizerConfig
@@ -79,6 +81,7 @@ class SFTConfig:
     dataset: DataConfig | None = None
     longest: int = 0
     gradient_checkpointing: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in PRECISIONS:
@@ -104,6 +107,8 @@ def sft_steps(
 ) -> Iterator[dict[str, float]]:
     """Train on demonstrations; yields the step's metrics after each optimizer step.
 
+    Several processes that run it together take one step on one batch (see ``ranks``).
+
     Args:
         config: the run.
         model: trained in place, float32 weights.
@@ -121,7 +126,9 @@ def sft_steps(
     from accelerate import Accelerator  # a second that readers of tables need not wait
 
     accelerator = Accelerator(mixed_precision=autocast(config.mixed_precision))
-    model, optimizer = accelerator.prepare(model, optimizer)
+    # evaluation mode: no DDP around it, whose passes ranks have to make equally often
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     compute = Compute(model, config.mixed_precision)
     student = compute.model
     student.eval()  # no dropout anywhere; Qwen3 has none, other models may
@@ -133,10 +140,12 @@ def sft_steps(
         pairs = sorted(batch, key=lambda pair: len(pair[0] + pair[1]))
         parts = [
             encode_pairs(part, tokenizer, config.learn_prompt, config.longest)
-            for part in batched(pairs, config.micro_batch)
+            for part, share in ranks.dealt(pairs, config.micro_batch)
+            if share
         ]
-        total = float(sum(learned[:, 1:].sum() for _, learned in parts))
+        total = ranks.total(float(sum(learned[:, 1:].sum() for _, learned in parts)))
         loss_sum = 0.0
+        ranks.gather_weights(student)
         with recomputing(student, config.gradient_checkpointing):
             for tokens, learned in parts:
                 ids = tokens.to(accelerator.device)
@@ -144,7 +153,8 @@ def sft_steps(
                 loss = batch_loss(student, ids, mask, total, config.row_tokens)
                 accelerator.backward(loss)
                 loss_sum += loss.item()
-        norm = float(
+        ranks.sum_gradients(model)
+        norm = grad_norm(
             accelerator.clip_grad_norm_(
                 model.parameters(), config.optimizer.max_grad_norm
             )
@@ -153,6 +163,7 @@ def sft_steps(
         optimizer.step()
         compute.refresh()
         optimizer.zero_grad()
+        loss_sum = ranks.total(loss_sum)
         yield {"loss": loss_sum, "grad_norm": norm, "learning_rate": rate}
 
 
@@ -205,11 +216,6 @@ def draw_batch(
     return tasks.draw_demonstrations(
         config.batch_sequences, config.benchmarks, dict(config.qualities), rng
     )
-
-
-def batched(pairs: list[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    """Consecutive slices of at most ``size`` pairs."""
-    return (pairs[i : i + size] for i in range(0, len(pairs), size))
 
 
 def encode_pairs(

@@ -23,11 +23,12 @@ from opd_geometry.analysis.unplaced import power as pw
 from opd_geometry.analysis.unplaced import printed as pr
 from opd_geometry.analysis.unplaced.origins import Origin
 from opd_geometry.experiments import measure
+from opd_geometry.experiments.records import sealing
+from opd_geometry.experiments.shelf import committed_csv
 from opd_geometry.files import (
     clear_write_errors,
     data_directory,
     on_shelf,
-    replacing,
 )
 from opd_geometry.geometry import bits, gram, spectra
 from opd_geometry.geometry.comparison import ANGLE_DIVISOR, MASK_ALPHA
@@ -381,7 +382,7 @@ def gaps_table(
         middle = default_rank(origin.w.shape, 8)
         old = gram.decompose(origin.w, middle + reach)
         new = gram.decompose(draw.after(place, scale), middle + reach)
-        for offset in range(-reach, reach + 1):
+        for offset in range(max(-reach, 1 - middle), reach + 1):
             k = middle + offset
             angles = [
                 spectra.angles_between_deg(
@@ -572,7 +573,7 @@ def make(model: str, folder: Path | None = None, told: str = "") -> Path:
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for key, table in made.items():
-            with replacing(folder / f"{key}.csv") as draft:
+            with sealing(folder / f"{key}.csv") as draft:
                 table().to_csv(draft, index=False, float_format="%.6g")
     return folder
 
@@ -587,8 +588,8 @@ def pairs_table(folder: Path) -> pd.DataFrame:
         folder: with ``decay.csv``, for the spectra, and ``agreement.csv``; all else is
             of synthetic weights.
     """
-    decay = pd.read_csv(folder / "decay.csv")
-    masks = pd.read_csv(folder / "agreement.csv")
+    decay = committed_csv(folder / "decay.csv")
+    masks = committed_csv(folder / "agreement.csv")
     moved = decay[decay["update"]]
     shares = (moved["nss"] / moved["distance"]).groupby(moved["arm"])
     ends = {arm: (float(v.min()), float(v.max())) for arm, v in shares}
@@ -679,7 +680,7 @@ def load(model: str = COMMITTED) -> dict[str, pd.DataFrame]:
     folder = on_shelf(f"unplaced/{model}")
     if "/" in model or not folder.is_dir():
         folder = _kept(model)
-    return {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
+    return {name: committed_csv(folder / f"{name}.csv") for name in TABLES}
 
 
 def _kept(model: str) -> Path:
@@ -689,7 +690,7 @@ def _kept(model: str) -> Path:
     for folder in (on_shelf(f"unplaced/{n}") for n in (name, f"{name}-{digest[:8]}")):
         files = [folder / f"{table}.csv" for table in TABLES]
         there = files[-1].is_file()  # it is written last
-        if there and not pd.read_csv(files[-1])["sha256"].eq(digest).all():
+        if there and not committed_csv(files[-1])["sha256"].eq(digest).all():
             continue
         if there and all(file.is_file() for file in files):
             return folder
@@ -875,4 +876,4 @@ def refutations() -> pd.DataFrame:
         The rows of ``data/unplaced/refutations.csv``: attempt, objection, outcome,
         changed.
     """
-    return pd.read_csv(on_shelf("unplaced/refutations.csv"))
+    return committed_csv(on_shelf("unplaced/refutations.csv"))

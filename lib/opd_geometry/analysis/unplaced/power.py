@@ -26,6 +26,7 @@ from opd_geometry.analysis.unplaced import origins as og
 from opd_geometry.analysis.unplaced import printed as pr
 from opd_geometry.analysis.unplaced.origins import Origin
 from opd_geometry.analysis.verdicts import interval
+from opd_geometry.experiments.shelf import committed_csv
 from opd_geometry.files import on_shelf
 from opd_geometry.geometry import comparison, gram
 from opd_geometry.geometry.spectra import default_rank
@@ -511,7 +512,7 @@ def detection_limit(metric: str, units: Iterable[str] = (POWER, GAIN, SHARE)) ->
 
 def own_limits() -> pd.DataFrame:
     """The committed table of ``unplaced.own_limits_table``."""
-    return pd.read_csv(on_shelf("unplaced/own_limits.csv"))
+    return committed_csv(on_shelf("unplaced/own_limits.csv"))
 
 
 # Compared as differences; all other metrics as ratios.

@@ -1,0 +1,135 @@
+"""Several processes that train one model take the steps of one process."""
+
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import children
+import pytest
+import together
+import torch
+from children import Child
+
+from opd_geometry.experiments import processes, runs
+from opd_geometry.training import ranks
+from opd_geometry.training.models import load_model
+
+HERE = Path(__file__).parent
+
+
+def in_two(function: Callable[[Any], None], argument: Any) -> None:
+    """Call a function of ``together`` in two processes."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    processes.run(function, argument, 2)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one, two, and two processes with shards say of the same steps."""
+    place = tmp_path_factory.mktemp("steps")
+    Child(place, together.take_steps, place).result()
+    Child(place, in_two, together.take_steps, place).result()
+    return place
+
+
+@pytest.mark.parametrize("how", ["two", "shards"])
+@pytest.mark.parametrize("name", together.CASES)
+def test_processes_take_the_steps_of_one(name: str, how: str, steps: Path) -> None:
+    """The same samples; loss, gradient and every metric up to rounding."""
+    wanted, drawn = torch.load(steps / f"{name} one.pt", weights_only=False)
+    told, written = torch.load(steps / f"{name} {how}.pt", weights_only=False)
+    low = name == "copy"
+    if not low:
+        for ours, theirs in zip(written, drawn, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    begun = {n: w.clone() for n, w in together.tiny(0).state_dict().items()}
+    for (said, weights), (expected, right) in zip(told, wanted, strict=True):
+        if low:  # two roundings to bf16 apart
+            assert said["loss"] == pytest.approx(expected["loss"], rel=0.05)
+            break
+        assert said == pytest.approx(expected, rel=2e-5, abs=1e-7)
+        for key, weight in weights.items():
+            step, wish = weight - begun[key], right[key] - begun[key]
+            assert wish.any() or name == "rlvr"
+            largest = wish.abs().max()
+            torch.testing.assert_close(
+                step, wish, rtol=1e-3, atol=1e-4 * float(largest)
+            )
+        begun = right
+
+
+def test_every_item_is_dealt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = list(range(7))
+    dealt, rounds = [], []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "index", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "count", lambda: 3)
+        parts = list(ranks.dealt(items, 2))
+        rounds.append(len(parts))
+        dealt += [item for part, share in parts if share for item in part]
+        assert ranks.own(7) == slice(7 * rank // 3, 7 * (rank + 1) // 3)
+    assert sorted(dealt) == items
+    assert set(rounds) == {2}
+    with pytest.raises(ValueError, match="2 prompts for 3 processes: expected one"):
+        ranks.own(2)
+
+
+# --- runs ----------------------------------------------------------------------------
+
+RUN = replace(
+    children.OPD,
+    train=replace(children.REWARDS, steps=20, prompts_per_step=4, sharded=True),
+)
+
+
+def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+    Child(tmp_path, train_with_a_death).result()
+
+
+def train_with_a_death() -> None:
+    children.evaluate_less()
+    for needed in RUN.needs:
+        runs.ensure(needed)
+    alone, straight = (replace(RUN, arm=arm) for arm in ("alone", "straight"))
+    for run in (RUN, straight):
+        runs.run_directory(run).mkdir()
+    (runs.run_directory(straight) / "died").touch()
+    died = "process 1 of 2 was ended by signal 9; is memory short"
+    with pytest.raises(ValueError, match=died):
+        in_two(together.dying, RUN)
+    assert runs.progress(RUN)["step"] in (5, 6)
+    shutil.copytree(runs.run_directory(RUN), runs.run_directory(alone))
+    in_two(together.dying, RUN)
+    in_two(together.dying, straight)
+    runs.ensure(alone)  # from the state of two
+    resumed, whole, other = (
+        load_model(runs.checkpoint(run))[0] for run in (RUN, straight, alone)
+    )
+    assert type(resumed).__name__ == "Qwen3ForCausalLM"
+    for a, b, c in zip(*(m.parameters() for m in (resumed, whole, other)), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0, atol=2e-3)
+    assert runs.history(RUN) == runs.history(straight)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "words"),
+    [
+        (math.factorial, -1, r"^factorial\(\) not defined for negative values$"),
+        (signal.raise_signal, 9, "process 0 of 2 was ended by signal 9; is memory"),
+        (len, 3, "process 0 of 2 failed: TypeError: object of type 'int' has no"),
+    ],
+)
+def test_a_process_that_fails_is_one_line(
+    function: Callable[[Any], None], argument: int, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words) as raised:
+        Child(tmp_path, processes.run, function, argument, 2).result()
+    assert "\n" not in str(raised.value)
