@@ -1,4 +1,5 @@
-"""Which checkpoints are read, by who wrote them: data/formats.csv and book/formats.md.
+"""Which checkpoints are read, by who wrote them: data/formats.csv, book/formats.md and
+the table of README.md.
 
     python benchmarks/formats_table.py
 
@@ -97,6 +98,21 @@ def _adapter(**settings: object) -> Callable[[Path], Path]:
     return write
 
 
+def _experts(folder: Path) -> Path:
+    """A mixture of experts, its base beside it: the config names it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, **sizes)).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=[], target_parameters=names)
+    wrapped = get_peft_model(model, config)
+    wrapped.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 def _other_adapter(folder: Path) -> Path:
     from peft import VeraConfig, get_peft_model
 
@@ -148,6 +164,102 @@ def _quantised(folder: Path) -> Path:
     save_file(found, folder / "model.safetensors")
     said = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
+    return folder
+
+
+def _blocks(folder: Path) -> Path:
+    found = {}
+    for name, w in _moved().state_dict().items():
+        found[name] = w
+        if w.ndim == 2 and "layers" in name:
+            tiles = w.float().unflatten(0, (-1, 8)).unflatten(-1, (-1, 8))
+            scale = tiles.abs().amax((1, 3), keepdim=True) / 448
+            codes = (tiles / scale).flatten(2).flatten(0, 1)
+            found[name] = codes.to(torch.float8_e4m3fn)
+            found[f"{name}_scale_inv"] = scale[:, 0, :, 0]
+    save_file(found, folder / "model.safetensors")
+    said = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
+    return folder
+
+
+def _mxfp4(folder: Path) -> Path:
+    """A tiny gpt-oss beside it, and the same with experts as the hub has them."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = TINY | {"num_local_experts": 2, "intermediate_size": 64}
+    sizes["layer_types"] = ["full_attention"] * TINY["num_hidden_layers"]
+    model = GptOssForCausalLM(GptOssConfig(**sizes)).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    found = {n: w for n, w in model.state_dict().items() if "experts" not in n}
+    after = folder / "after"
+    after.mkdir()
+    for i in range(TINY["num_hidden_layers"]):
+        stack = f"model.layers.{i}.mlp.experts"
+        for name, rows, groups in (("gate_up_proj", 128, 1), ("down_proj", 32, 2)):
+            blocks = torch.randint(256, (2, rows, groups, 16), dtype=torch.uint8)
+            found[f"{stack}.{name}_blocks"] = blocks
+            found[f"{stack}.{name}_scales"] = torch.full_like(blocks[..., 0], 120)
+    save_file(found, after / "model.safetensors")
+    said = json.loads((folder / "base" / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "mxfp4"}
+    (after / "config.json").write_text(json.dumps(said))
+    return after
+
+
+def _codes(*leaves: str) -> Callable[[Path], Path]:
+    """Every projection as the tensors of a format, whose names alone are real."""
+
+    def write(folder: Path) -> Path:
+        found = {}
+        for name, w in _moved().state_dict().items():
+            if w.ndim != 2 or "layers" not in name:
+                found[name] = w
+                continue
+            module = name.removesuffix("weight")
+            packed = torch.zeros(w.shape[0], w.shape[1] // 8, dtype=torch.int32)
+            found |= {f"{module}{leaf}": torch.ones(w.shape[0], 1) for leaf in leaves}
+            found[f"{module}{leaves[0]}"] = packed
+        save_file(found, folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+def _unmerged(folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+    save_file(wrapped.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def _resized(folder: Path) -> Path:
+    model = _moved()
+    model.resize_token_embeddings(48)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _flat(folder: Path) -> Path:
+    flat = torch.cat([w.flatten() for w in _moved().state_dict().values()])
+    save_file({"_flat_param": flat}, folder / "model.safetensors")
+    return folder
+
+
+def _empty(folder: Path) -> Path:
+    found = {
+        name: w[:0].flatten() if "layers" in name and w.ndim == 2 else w
+        for name, w in _moved().state_dict().items()
+    }
+    save_file(found, folder / "model.safetensors")
+    return folder
+
+
+def _shares(folder: Path) -> Path:
+    for rank in range(2):
+        found = {n: w.chunk(2)[rank].clone() for n, w in _moved().state_dict().items()}
+        save_file(found, folder / f"model-rank-{rank}-part-0.safetensors")
     return folder
 
 
@@ -272,6 +384,16 @@ ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
     ("PEFT", "DoRA", PEFT, _adapter(use_dora=True), False),
     (
         "PEFT",
+        "LoRA of embedding and head, with a scaling a layer",
+        PEFT,
+        _adapter(
+            target_modules=["embed_tokens", "lm_head"], alpha_pattern={"lm_head": 2}
+        ),
+        False,
+    ),
+    ("PEFT", "LoRA of stacked experts (target_parameters)", PEFT, _experts, False),
+    (
+        "PEFT",
         "LoRA with whole embeddings (modules_to_save)",
         PEFT,
         _adapter(modules_to_save=["embed_tokens", "lm_head"]),
@@ -286,8 +408,43 @@ ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
         False,
     ),
     ("MLX", "LoRA in another library's form", "", _mlx, False),
+    (
+        "PEFT",
+        "an adapter that was not merged, among whole weights",
+        PEFT,
+        _unmerged,
+        False,
+    ),
+    (
+        "anyone",
+        "a vocabulary that was resized or padded",
+        TRANSFORMERS,
+        _resized,
+        False,
+    ),
+    ("FSDP1, local state", "a flat parameter", TORCH, _flat, False),
+    ("ZeRO-3, not gathered", "tensors without entries", TORCH, _empty, False),
+    ("vLLM, TensorRT-LLM", "the shares of ranks", "", _shares, False),
+    ("GPTQ, AWQ", "packed codes", "", _codes("qweight", "qzeros", "scales"), False),
+    ("MLX, quantised", "packed codes", "", _codes("weight", "scales", "biases"), False),
+    ("HQQ", "packed codes", "", _codes("W_q", "scale", "zero"), False),
+    (
+        "bitsandbytes",
+        "packed codes",
+        "",
+        _codes("weight", "weight.absmax", "weight.quant_map"),
+        False,
+    ),
     ("FP8 exports", "codes and scales", TORCH, _quantised, False),
     ("FP8 exports", "the same, with --dequantise", TORCH, _quantised, True),
+    (
+        "DeepSeek, Qwen FP8",
+        "codes and scales of blocks, with --dequantise",
+        TORCH,
+        _blocks,
+        True,
+    ),
+    ("gpt-oss", "MXFP4, with --dequantise", TRANSFORMERS, _mxfp4, True),
     (
         "llm-compressor",
         "packed integers, with --dequantise",
@@ -334,11 +491,34 @@ ONE_PROCESS: list[tuple[str, str, str, Callable[[Path], Path], bool]] = [
         False,
     ),
 ]
+ACCELERATE = "accelerate"
 TWO_PROCESSES = [
-    ("as verl and SkyRL", "model_world_size_2_rank_R.pt (FSDP2)", "global_step_3"),
-    ("as accelerate and TRL under FSDP2", "pytorch_model_fsdp_0 (DCP)", "checkpoint-3"),
-    ("as prime-rl and AReaL", "DCP with the optimizer in it", "step_4"),
-    ("as NeMo-RL", "safetensors slices with offsets (DCP)", "step_3"),
+    (
+        "as verl and SkyRL",
+        "model_world_size_2_rank_R.pt (FSDP2)",
+        TORCH,
+        "global_step_3",
+    ),
+    (
+        "accelerate, TRL (FSDP2)",
+        "pytorch_model_fsdp_0 (DCP)",
+        ACCELERATE,
+        "checkpoint-3",
+    ),
+    (
+        "accelerate, TRL (FSDP2)",
+        "pytorch_model_fsdp_0_rankR.bin",
+        ACCELERATE,
+        "checkpoint-4",
+    ),
+    (
+        "accelerate, TRL (FSDP2)",
+        "pytorch_model_fsdp.bin, whole",
+        ACCELERATE,
+        "checkpoint-5",
+    ),
+    ("as prime-rl and AReaL", "DCP with the optimizer in it", TORCH, "step_4"),
+    ("as NeMo-RL", "safetensors slices with offsets (DCP)", TORCH, "step_3"),
 ]
 
 
@@ -352,6 +532,8 @@ def outcome(before: Path, after: Path, dequantise: bool = False) -> tuple[str, s
     if plan.measured < 0.5:
         (reason,) = {s.reason for s in plan.skipped if s.unreadable}
         return "in part", f"{reason}; measured are the other matrices"
+    if plan.measured < 0.9:
+        raise SystemExit(f"{after}: {plan.measured:.2f} of the weights are measured")
     notes = [n for n in plan.notes if n.startswith(folder)]
     said = "; ".join(n.removeprefix(folder).strip(": ") for n in notes)
     return "read", re.sub(r"(?<=\s)/\S*/", "", said)
@@ -366,7 +548,10 @@ def rows() -> list[dict[str, str]]:
         for i, (who, layout, library, write, dequantise) in enumerate(ONE_PROCESS):
             folder = place / str(i)
             folder.mkdir()
-            read, line = outcome(place / "base", write(folder), dequantise)
+            after = write(folder)
+            own = folder / "base"  # of a writer that has another model
+            base = own if own.is_dir() else place / "base"
+            read, line = outcome(base, after, dequantise)
             release = f"{library} {version(library)}" if library else "by hand"
             found.append((who, layout, release, read, line))
         with socket.socket() as probe:
@@ -376,9 +561,9 @@ def rows() -> list[dict[str, str]]:
         children = [subprocess.Popen([*command, str(r), port]) for r in range(2)]
         if [child.wait(300) for child in children] != [0, 0]:
             raise SystemExit("a process of tests/ranks.py failed")
-        for who, layout, folder_name in TWO_PROCESSES:
+        for who, layout, library, folder_name in TWO_PROCESSES:
             read, line = outcome(place / "whole", place / folder_name)
-            found.append((who, layout, f"torch {version('torch')}", read, line))
+            found.append((who, layout, f"{library} {version(library)}", read, line))
     return [dict(zip(FIELDS, row, strict=True)) for row in found]
 
 
@@ -400,9 +585,25 @@ Nothing in a file is run: pickles go through torch's restricted loader of tensor
 """
 
 
+README, START, END = ROOT / "README.md", "<!-- formats -->", "<!-- end of formats -->"
+
+
+def readme(text: str, table: list[dict[str, str]]) -> str:
+    """README.md with the table's first columns between its marks."""
+    fields = FIELDS[:2] + FIELDS[3:4]
+    lines = [f"| {' | '.join(fields)} |", "|" + "---|" * len(fields)]
+    lines += ["| " + " | ".join(row[f] for f in fields) + " |" for row in table]
+    before, rest = text.split(START)
+    body = "\n".join(lines)
+    return f"{before}{START}\n\n{body}\n\n{END}{rest.split(END)[1]}"
+
+
 def main() -> None:
-    """Write the table and the page."""
+    """Write the table, the page and README's part of it."""
     table = rows()
+    README.write_text(
+        readme(README.read_text(encoding="utf-8"), table), encoding="utf-8"
+    )
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -24,7 +24,8 @@ from opd_geometry.printing import print_table
 EARLIER = "534ea8d"
 SIZES = "128x128,512x512,1024x1024,4096x512,2048x2048"
 STEPS = (20, 40, 60, 80, 100)  # checkpoints of a run, and of its walk
-LARGE = 2**21  # entries, from which on every call is timed once
+LARGE = 2**21  # entries, at which every call is timed twice, and beyond once
+SMALL = 2**15  # entries, up to which others on the machine are most of what is timed
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,10 +67,11 @@ def calls(rows: int, cols: int) -> dict[str, Callable[[], object]]:
 
 
 def measured(rows: int, cols: int) -> dict[str, float]:
-    """Processor seconds of every call, the smallest of five, or of large ones once."""
+    """Processor seconds of every call, the smallest of some, of large ones of two."""
     for call in calls(400, 300).values():
         call()  # the first one loads libraries
-    times = 1 if rows * cols >= LARGE else 5
+    n = rows * cols
+    times = 40 if n <= SMALL else 5 if n < LARGE else 2 if n == LARGE else 1
     return {
         name: seconds(call, times)["cpu_seconds"]
         for name, call in calls(rows, cols).items()
@@ -108,7 +110,7 @@ def main(sizes: str, threads: int, only: str | None) -> None:
         for size in sizes.split(","):
             best: dict[str, float] = {}
             rows, cols = map(int, size.split("x"))
-            for _ in range(1 if rows * cols >= LARGE else 2):
+            for _ in range(3 if rows * cols <= LARGE else 1):
                 for name, library in (
                     ("earlier_", Path(folder) / "lib"),
                     ("", ROOT / "lib"),

@@ -11,10 +11,10 @@ seconds of its own calls, without imports. Parts:
 - small: a matrix of a file that holds 20,000 of 8 x 8, earlier over 20 of them;
 - adapters: spectra of a LoRA update of rank 64 at 4096 x 4096, earlier on the merged
   copy, all in float64, with the largest relative difference;
-- pair: every diagnostic that both have of a pair at 4096 x 4096, and its parts;
+- pair: every diagnostic that both have of a pair at 4096 x 4096, and the cheap ones;
 - floor: a pair at 4096 x 4096 here, and the calls of LAPACK and BLAS in it alone;
 - sample: the forecast of a sample at Qwen3-8B's shapes, and of the model of --real,
-  against that of all.
+  against that of all; sampled: the same measured, at an eighth of the sides.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from checkpoints_vs_protocol import matrix_pair
 from records import record, seconds
 from safetensors.torch import save_file
 from synthetic_8b import CONFIG, HIDDEN, VOCABULARY, shapes
+from synthetic_8b import write as write_8b
 
 from opd_geometry.geometry import forecast, gram, pairs, sampling
 
@@ -173,7 +174,7 @@ def _largest(old: list, new: list) -> float:
 
 
 def pair(folder: Path, earlier: Path) -> list[dict]:
-    """Every diagnostic that both builds have, and what it consists of."""
+    """Every diagnostic that both builds have, and the cheap ones."""
     before, after = matrix_pair(4096, 4096)
     for name, w in (("a", before), ("b", after)):
         write(folder, name, {NAME: w})
@@ -184,23 +185,10 @@ def pair(folder: Path, earlier: Path) -> list[dict]:
     old, new = in_build(earlier, folder, code), in_build(ROOT, folder, code)
     row = _row("pair", "4096 x 4096", old["seconds"], new["seconds"])
     rows = [row | {"largest_difference": _largest(old["values"], new["values"])}]
-    products = gram.gram(before)
-    parts = {
-        "Gram matrix (three)": (3, lambda: gram.gram(before)),
-        "tridiagonalisation (two)": (2, lambda: gram._Tridiagonal.of(products.clone())),
-        "singular values alone (one)": (
-            1,
-            lambda: torch.linalg.eigvalsh(products, UPLO="U"),
-        ),
-        "cheap": (
-            1,
-            lambda: pairs.measure_tensors(before, after, metrics=["cheap"], null=False),
-        ),
-    }
-    for name, (n, call) in parts.items():
-        taken = n * seconds(call)["cpu_seconds"]
-        rows.append(_row("pair", name, float("nan"), taken))
-    return rows
+    cheap = seconds(
+        lambda: pairs.measure_tensors(before, after, metrics=["cheap"], null=False)
+    )
+    return [*rows, _row("pair", "cheap", float("nan"), cheap["cpu_seconds"])]
 
 
 def floor(folder: Path, _: Path) -> list[dict]:
@@ -264,6 +252,30 @@ def sample(folder: Path, _: Path) -> list[dict]:
     return rows
 
 
+SHRINK = 8  # of the sides of the pair that is measured whole
+
+
+def sampled(folder: Path, _: Path) -> list[dict]:
+    """Samples and all matrices, measured: at an eighth of 8 B's sides, and for real."""
+    write_8b(folder / "pair", LAYERS, SHRINK)
+    places = ("pair/before", "pair/after"), REAL
+    rows = []
+    for what, pair in zip((f"8 B over {SHRINK}", "real model"), places, strict=True):
+        if not all((folder / side).exists() for side in pair):
+            continue
+        sides = (folder / side for side in pair)
+        plan = pairs.plan_pair(*sides, metrics=["all"], dequantise=True)
+        layers = sampling.layers_of(plan)
+        some = {n: sampling.sampled(layers, n)[0] for n in (14, 28)}
+        taken = {n: seconds(lambda p=p: pairs.run_plan(p)) for n, p in some.items()}
+        whole = seconds(lambda plan=plan: pairs.run_plan(plan))["cpu_seconds"]
+        for n, times in taken.items():
+            case = f"{n} of {len(plan.tasks)}, {what}, measured"
+            rows.append(_row("sample", case, whole, times["cpu_seconds"]))
+            print(rows[-1], flush=True)
+    return rows
+
+
 def _hollow(place: Path) -> None:
     """Headers of a bf16 checkpoint at Qwen3-8B's shapes; files without blocks."""
     place.mkdir()
@@ -309,13 +321,13 @@ def _row(part: str, case: str, earlier: float, this: float) -> dict:
     }
 
 
-PARTS = {f.__name__: f for f in (tiers, small, adapters, pair, floor, sample)}
+PARTS = {f.__name__: f for f in (tiers, small, adapters, pair, floor, sample, sampled)}
 
 
 def main() -> None:
     """Run the parts and write their rows to data/benchmarks/pairs.csv."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--earlier", type=Path, required=True, help=f"at {EARLIER}")
+    parser.add_argument("--earlier", type=Path, default=ROOT, help=f"at {EARLIER}")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--real", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     options = parser.parse_args()

@@ -3,12 +3,15 @@
 Run by `test_formats`: python ranks.py FOLDER RANK PORT.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import save_fsdp_model
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -30,7 +33,22 @@ def model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**SIZES))
 
 
+def accelerated(sharded: Qwen3ForCausalLM, folder: Path) -> None:
+    """As accelerate saves under FSDP2, and with it TRL: in parts, by rank, whole."""
+    accelerator = Accelerator(cpu=True)
+    for kind, dcp_too, place in (
+        ("SHARDED_STATE_DICT", True, "checkpoint-3"),
+        ("SHARDED_STATE_DICT", False, "checkpoint-4"),
+        ("FULL_STATE_DICT", True, "checkpoint-5"),
+    ):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+        save_fsdp_model(plugin, accelerator, sharded, folder / place, use_dcp=dcp_too)
+
+
 def main(folder: Path, rank: int, port: str) -> None:
+    # accelerate asks the environment which process this is.
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in own.items()}
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
@@ -48,10 +66,8 @@ def main(folder: Path, rank: int, port: str) -> None:
     place = folder / "step_3" / "policy" / "weights" / "model"  # NeMo-RL
     writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
     dcp.save(dict(state), storage_writer=writer)
-    # accelerate and TRL; prime-rl, with its optimizer
-    dcp.save(
-        {"model": state}, checkpoint_id=folder / "checkpoint-3/pytorch_model_fsdp_0"
-    )
+    accelerated(sharded, folder)
+    # prime-rl, with its optimizer
     moments = {"state": {n: {"exp_avg": w + 1} for n, w in state.items()}}
     app = {"app": {"model": state, "optimizers": moments}}
     dcp.save(app, checkpoint_id=folder / "step_4/trainer")

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from children import Child
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_geometry.book import chapters
 from opd_geometry.experiments import forecast, profiles, runs
-from opd_geometry.training import data, models, rollout, verifier
+from opd_geometry.training import data, models, rollout, tracking, verifier
 from opd_geometry.training.data import DataConfig, TextProblem
 from opd_geometry.training.models import load_model, load_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, adamw
@@ -206,6 +207,7 @@ def test_every_arm_of_profile_gpu_runs_on_stand_ins(place: Path, data: Path) -> 
         assert runs.is_done(run)
         said = {record["metric"] for record in runs.history(run)}
         assert {"reward", "accuracy/held-out"} <= said
+        assert tracked(runs.run_directory(run) / "events" / run.name) == said
         end, _ = load_model(runs.checkpoint(run))
         begin, _ = load_model(runs.checkpoint(run, 0))
         moved = [
@@ -213,6 +215,38 @@ def test_every_arm_of_profile_gpu_runs_on_stand_ins(place: Path, data: Path) -> 
             for a, b in zip(end.parameters(), begin.parameters(), strict=True)
         ]
         assert any(moved) is (arm == "opd")  # a random model earns no reward
+
+
+def tracked(folder: Path) -> set[str]:
+    """The names of the curves in TensorBoard's files."""
+    events = EventAccumulator(str(folder)).Reload()
+    return set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("excel", "'excel': expected tensorboard, wandb"), ("trackio", "pip install")],
+)
+def test_a_tracker_that_cannot_be_is_one_line(
+    kind: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPD_GEOMETRY_TRACKER", kind)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match=words), tracking.tracked("a", tmp_path):
+        pass
+
+
+def test_the_papers_profile_starts_with_shards(place: Path, data: Path) -> None:
+    """Two processes, each with its shard: the state that they leave is whole."""
+    profile = scaled_down(place, ",processes=2").replace("gpu:", "paper:", 1)
+    run = profiles.build(profile, "opd", 0)
+    assert run.train.sharded
+    run = replace(run, start=runs.stored(place / "student"))
+    Child(data, runs.ensure, run, profiles.settings_of(profile).processes).result()
+    end, _ = load_model(runs.checkpoint(run))
+    begin, _ = load_model(runs.checkpoint(run, 0))
+    pairs = zip(end.parameters(), begin.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 def test_layers_computed_again_give_the_same_step(place: Path) -> None:

@@ -20,7 +20,15 @@ from trl import (
     SFTTrainer,
 )
 
-from opd_geometry.geometry import bits, locking, projection, spectra, unplaced, updates
+from opd_geometry.geometry import (
+    bits,
+    locking,
+    nulls,
+    projection,
+    spectra,
+    unplaced,
+    updates,
+)
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.training import callback
 from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
@@ -93,7 +101,7 @@ def logged(trainer: Any) -> dict[int, dict[str, float]]:
 def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, float]:
     """The same values by the library's full SVDs, from checkpoints."""
     values: dict[str, list[float]] = {}
-    unchanged = expected = entries = 0.0
+    unchanged = expected = shuffled = entries = 0.0
     for m in list_matrices(after):
         if m.role not in ("q", "k", "v", "o"):
             continue
@@ -103,6 +111,13 @@ def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, 
             "stable_rank": spectra.stable_rank(delta),
             "frobenius_norm": spectra.frobenius_norm(delta),
         }
+        top = spectra.top_right_subspace(w_before, K)
+        row["energy_of_weights"] = nulls.energy_share(delta, top)
+        row["similarity_of_weights"] = spectra.subspace_similarity(
+            spectra.top_right_subspace(delta, K), top
+        )
+        moved = nulls.shuffled(delta, torch.Generator().manual_seed(1)) + w_before
+        shuffled += updates.update_sparsity(w_before, moved) * delta.numel()
         seen = bits.stored_difference(w_before, w_after)
         row["frobenius_norm_bf16"] = spectra.frobenius_norm(seen)
         row["stable_rank_bf16"] = spectra.stable_rank(seen) if seen.any() else math.nan
@@ -121,8 +136,17 @@ def offline(before: Path, after: Path, locked: Path | None = None) -> dict[str, 
         entries += delta.numel()
     known = {key: [v for v in column if v == v] for key, column in values.items()}
     means = {key: sum(column) / len(column) for key, column in known.items() if column}
-    shares = {"sparsity": unchanged / entries, "expected_sparsity": expected / entries}
-    return means | shares
+    shares = {"sparsity": unchanged, "expected_sparsity": expected}
+    shares["shuffled_sparsity"] = shuffled
+    return means | {name: share / entries for name, share in shares.items()}
+
+
+# What is counted by cells, in float32 only, or drawn; all else is the same.
+TOLERANCES = {
+    "expected_sparsity": {"rel": 1e-3},
+    "similarity_of_weights": {"rel": 1e-3},
+    "shuffled_sparsity": {"abs": 0.02},
+}
 
 
 def rate_of(trainer: Any, step: int) -> float:
@@ -159,8 +183,8 @@ def test_logs_what_the_saved_checkpoints_say(kind: str, tmp_path: Path) -> None:
         told = offline(tmp_path / "start", place, tmp_path / "checkpoint-2")
         for name, value in told.items():
             if step > 2 or name != "similarity_to_locked":
-                rel = 1e-3 if name == "expected_sparsity" else 1e-5  # counted by cells
-                assert row[f"geometry/{name}"] == pytest.approx(value, rel=rel), name
+                near = pytest.approx(value, **TOLERANCES.get(name, {"rel": 1e-5}))
+                assert row[f"geometry/{name}"] == near, name
         rates = [rate_of(trainer, n) for n in range(1, step + 1)]
         assert row["geometry/displacement"] == pytest.approx(
             displaced(tmp_path / "start", place, rates), rel=1e-5

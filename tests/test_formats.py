@@ -75,6 +75,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "global_step_3/actor",
         "checkpoint-3",  # accelerate, TRL: torch's distributed checkpoint
         "checkpoint-3/pytorch_model_fsdp_0",
+        "checkpoint-4",  # accelerate without DCP: a file a rank
+        "checkpoint-5",  # accelerate, the whole state in one file
         "step_4",  # prime-rl: with the optimizer
         "step_3",  # NeMo-RL: slices in safetensors
     ],
@@ -87,6 +89,7 @@ def test_files_of_distributed_saves_are_refused_by_themselves(trained: Path) -> 
     for file, said in (
         ("global_step_3/actor/model_world_size_2_rank_0.pt", "the share of one rank"),
         ("step_4/trainer/__0_0.distcp", "a part of a distributed checkpoint"),
+        ("checkpoint-4/pytorch_model_fsdp_0_rank0.bin", "holds one rank's share"),
         (
             "step_3/policy/weights/model/shard-00002-model-00001-of-00001.safetensors",
             "slices of a distributed save",
@@ -101,6 +104,7 @@ def test_files_of_distributed_saves_are_refused_by_themselves(trained: Path) -> 
     [
         ("global_step_3/actor/model_world_size_2_rank_1.pt", "files of 1 ranks"),
         ("step_4/trainer/__1_0.distcp", "lacks 1 files of its metadata"),
+        ("checkpoint-4/pytorch_model_fsdp_0_rank1.bin", "holds one rank's share"),
         (
             "step_3/policy/weights/model/shard-00001-model-00001-of-00001.safetensors",
             "has no whole .*pieces hold",
@@ -729,12 +733,9 @@ def test_the_page_and_the_readme_are_of_the_committed_table() -> None:
         assert "| " + " | ".join(row) + " |" in page
     assert page.count("\n| ") == len(table) + 1
     said = (root / "README.md").read_text()
-    refused = {name: name for name in ("ZeRO", "torch_dist", "delta")}
-    refused["family that stores"] = "Other GGUF families"
-    for pattern, layout in refused.items():
-        rows = table[table["layout"].str.contains(pattern)]
-        read = set(rows["read"]) or set(
-            table[table["line"].str.contains(layout)]["read"]
-        )
-        assert read == {"refused"}
-        assert layout in said
+    inside = said.split("<!-- formats -->")[1].split("<!-- end of formats -->")[0]
+    shown = [line for line in inside.splitlines() if line.startswith("| ")][1:]
+    assert shown == [f"| {r[0]} | {r[1]} | {r[3]} |" for r in table.to_numpy()]
+    for layout in ("adapter", "DCP", "ZeRO", "torch_dist", "GGUF", "FP8", "MXFP4"):
+        rows = table["written by"] + table["layout"] + table["library"]
+        assert rows.str.contains(layout, case=False).any()

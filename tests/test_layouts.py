@@ -528,7 +528,7 @@ def test_a_path_is_matched_only_one_to_one_and_with_one_shape() -> None:
 
 
 def test_another_model_of_the_same_shapes_is_no_match() -> None:
-    for prefix in ("teacher", "ref_model.module", "reward_model", "ema"):
+    for prefix in ("teacher", "ref_model.module", "reward_model", "ema", "judge"):
         other = {f"{prefix}.{name}": shape for name, shape in MODEL.items()}
         assert matching.match(MODEL, other) == {}
         both = other | {f"policy_net.{name}": shape for name, shape in MODEL.items()}
@@ -721,7 +721,8 @@ def test_steps_that_only_differ_in_one_place() -> None:
     assert steps.steps_of(["checkpoint-5/10", "checkpoint-5/20"]) == [10, 20]
     # Of one step each: two seeds are no run.
     assert steps.steps_of(["seed1/step-5", "seed2/step-5"]) == [5, 5]
-    for paths in (["a-7b-v2"], ["a-1-b-2", "a-3-b-4"], ["x/a", "y/b"]):
+    unclear = ["a-7b-v2"], ["a-1-b-2", "a-3-b-4"], ["x/a", "y/b"], ["checkpoint-1e3"]
+    for paths in unclear:
         with pytest.raises(ValueError, match="--steps"):
             steps.steps_of(paths)
     with pytest.raises(ValueError, match="at most 1000000000000"):

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from opd_geometry import cli
-from opd_geometry.book import report
+from opd_geometry.book import measured, published, report
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.profiles import PUBLISHED, build
 from opd_geometry.geometry import readings
@@ -111,7 +111,7 @@ def pair(folder: Path) -> pd.DataFrame:
     return table[table["layer"] <= 0].reset_index(drop=True)
 
 
-_book_runs = functools.cache(report.book_runs)
+_book_runs = functools.cache(published.book_runs)
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_tables_without_any_value_still_give_a_page(pair: pd.DataFrame) -> None:
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_cheap_tables_and_odd_roles_still_give_a_page(pair: pd.DataFrame) -> None:
-    page = Page(report.build_report(pair[list(report.PAIR_BASE)], None, "t"))
+    page = Page(report.build_report(pair[list(measured.PAIR_BASE)], None, "t"))
     assert "Not in the table, so not on this page" in page.said
     other = pair.head(2).assign(role=["expert_other", "other"])
     means = Page(report.build_report(other, None, "t")).tables["Means by role"]
@@ -302,7 +302,7 @@ def test_cheap_tables_and_odd_roles_still_give_a_page(pair: pd.DataFrame) -> Non
 @pytest.mark.usefixtures("undrawn")
 def test_names_cannot_write_html(pair: pd.DataFrame) -> None:
     evil = "<script>alert(1)</script><img src=x onerror=y>&amp;"
-    table = pair[list(report.PAIR_BASE)].assign(matrix=evil)
+    table = pair[list(measured.PAIR_BASE)].assign(matrix=evil)
     text = report.build_report(table, None, f"</title>{evil}")
     page = Page(text)
     assert "script" not in page.tags
@@ -386,7 +386,7 @@ def test_an_earlier_page_is_untouched_until_the_new_one_is_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, out = tmp_path / "t.csv", tmp_path / "r.html"
-    pair[list(report.PAIR_BASE)].to_csv(file, index=False)
+    pair[list(measured.PAIR_BASE)].to_csv(file, index=False)
     out.write_text("earlier")
     assert "pass --force" in refusal(capsys, file, "--out", out)
 
@@ -493,7 +493,8 @@ def unmoved(table: pd.DataFrame) -> pd.DataFrame:
 
 def through_files(table: pd.DataFrame, place: Path) -> Page:
     table.to_csv(place / "t.csv", index=False)
-    return Page(report.build_report(report.measured_table(place / "t.csv"), None, "t"))
+    table = measured.measured_table(place / "t.csv")
+    return Page(report.build_report(table, None, "t"))
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -551,20 +552,20 @@ def test_many_layers_share_lines(pair: pd.DataFrame) -> None:
     )
     page = Page(report.build_report(many, None, "t"))
     lines = page.tables["spectral shift NSS: your model"][1:]
-    assert len(lines) <= report.MAP_LAYERS
+    assert len(lines) <= measured.MAP_LAYERS
     assert lines[0][:2] == ["0", "5"]  # the mean of the layers 0 to 10
     assert "Neighbours of 1000 layers share a line" in page.said
 
 
 def test_this_books_runs_are_those_that_are_published() -> None:
     keys = ["run", "arm", "seed"]
-    ours = report.book_runs()
+    ours = published.book_runs()
     assert list(ours.columns) == measure.COLUMNS
     found = set(ours[keys].astype({"seed": int}).itertuples(index=False, name=None))
     expected = {
         (run.key(), run.arm, run.seed)
         for run in measure.committed_runs(PUBLISHED)
-        if run.arm in report.OURS
+        if run.arm in published.OURS
     }
     assert found == expected != set()
 
@@ -586,7 +587,7 @@ def test_a_flipped_bit_in_this_books_runs_is_one_line(
                 content[len(content) // 2] ^= 4
             (folder / file.name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{victim.name} is damaged.*{said}"):
-            report.book_runs(["opd"])
+            published.book_runs(["opd"])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -636,7 +637,7 @@ def test_notes_in_parquet_files_are_not_read(
     file = tmp_path / "t.parquet"
     table = pa.Table.from_pandas(pair).replace_schema_metadata({b"pandas": note})
     pa.parquet.write_table(table, file)
-    found = report.measured_table(file)
+    found = measured.measured_table(file)
     assert found["nss"].tolist() == pair["nss"].tolist()
 
 

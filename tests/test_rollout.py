@@ -163,6 +163,24 @@ def test_a_cut_row_has_not_ended_even_if_padding_looks_like_the_end() -> None:
     assert rollout.ended(EOS).tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_what_is_sampled_in_pieces_is_what_is_sampled_at_once(at_once: int) -> None:
+    given = {"group_size": 3, "max_new_tokens": LONGEST, "eos_token_id": EOS}
+    rng = [torch.Generator().manual_seed(3) for _ in range(3)]
+    whole = sample(MODEL, IDS, MASK, **given, generator=rng[0])
+    pieces = sample(MODEL, IDS, MASK, **given, generator=rng[1], at_once=at_once)
+    assert torch.equal(pieces.mask, whole.mask)
+    assert torch.equal(pieces.completions * whole.mask, whole.completions * whole.mask)
+    assert torch.equal(pieces.prompt_ids, whole.prompt_ids)
+    torch.testing.assert_close(pieces.log_probs, whole.log_probs)
+    part = sample(MODEL, IDS, MASK, **given, generator=rng[2], share=slice(1, 3))
+    width = part.mask.shape[1]
+    assert torch.equal(part.mask, whole.mask[3:9, :width])
+    assert torch.equal(
+        part.completions[part.mask], whole.completions[3:9, :width][part.mask]
+    )
+
+
 def test_the_batch_stops_when_all_are_done() -> None:
     calls = 0
 

@@ -128,6 +128,24 @@ def test_stored_checkpoint_is_known_by_its_weights(data: Path) -> None:
     assert runs.stored("checkpoints/base").digest != first.digest
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "new.txt"])
+def test_a_flipped_bit_of_a_committed_checkpoint_is_one_line(
+    name: str, data: Path
+) -> None:
+    """Else every run that starts from it takes another name, and none is committed."""
+    committed = Path(__file__).parents[1] / "data" / "checkpoints"
+    shutil.copytree(committed / "laptop-base", data / "checkpoints" / "laptop-base")
+    shutil.copy(committed / "laptop-base.sha256", data / "checkpoints")
+    assert runs.stored("checkpoints/laptop-base").digest
+    file = data / "checkpoints" / "laptop-base" / name
+    content = bytearray(file.read_bytes() if file.exists() else b"0")
+    content[len(content) // 2] ^= 8
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} is damaged: it is not as") as error:
+        runs.stored("checkpoints/laptop-base")
+    assert "\n" not in str(error.value)
+
+
 # --- what a finished run holds ---------------------------------------------------
 
 

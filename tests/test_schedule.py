@@ -17,6 +17,13 @@ from children import ANCHOR, OPD, PROJECTED, RLVR, TEACHER, Child
 from rich.console import Console
 
 from opd_geometry.experiments import records, runs, schedule
+from opd_geometry.experiments.display import (
+    LOG_SECONDS,
+    Display,
+    ended_line,
+    progress_line,
+    seconds_left,
+)
 from opd_geometry.experiments.listing import write_listing
 from opd_geometry.experiments.measure import kept_table, measure_run, provenance_path
 from opd_geometry.experiments.runs import Run
@@ -112,8 +119,8 @@ def test_a_record_of_wrong_kinds_is_a_line_of_its_run_alone(
         assert rows[OPD].state == ("damaged" if name == "done.json" else "to do")
         assert f"{name} is missing or damaged ({key} is" in rows[OPD].reason
         assert "\n" not in rows[OPD].reason
-        assert "opd-s0" in schedule.progress_line(OPD)
-        assert "opd-s0" in schedule.ended_line(OPD)
+        assert "opd-s0" in progress_line(OPD)
+        assert "opd-s0" in ended_line(OPD)
 
 
 def test_a_thousand_seeds_are_planned_at_once(data: Path) -> None:
@@ -134,9 +141,9 @@ def test_a_thousand_seeds_are_planned_at_once(data: Path) -> None:
 
 def test_pace_of_a_projected_run_counts_its_own_steps() -> None:
     said = {"step": 4, "steps": 10, "wall_seconds": 2.0}
-    assert schedule.seconds_left(PROJECTED, said, None) == 6.0
-    assert schedule.seconds_left(OPD, said, None) == 3.0
-    assert schedule.seconds_left(PROJECTED, {}, 50.0) == 50.0
+    assert seconds_left(PROJECTED, said, None) == 6.0
+    assert seconds_left(OPD, said, None) == 3.0
+    assert seconds_left(PROJECTED, {}, 50.0) == 50.0
 
 
 def test_longest_chain_starts_first() -> None:
@@ -377,26 +384,26 @@ def test_finished_runs_need_no_process(
 
 
 def test_a_line_says_steps_accuracy_and_time_left(data: Path) -> None:
-    assert "starting" in schedule.progress_line(ANCHOR)
+    assert "starting" in progress_line(ANCHOR)
     directory = runs.run_directory(ANCHOR)
     directory.mkdir(parents=True)
     said = {"step": 4, "steps": 10, "accuracy": None, "wall_seconds": 800.0}
     records.write_json(directory / "progress.json", said)
-    line = schedule.progress_line(ANCHOR)
+    line = progress_line(ANCHOR)
     assert line.split() == ["sft-s0", "4/10", "20", "min", "left"]
     records.write_json(directory / "progress.json", {**said, "accuracy": 0.256})
-    assert "accuracy 0.26" in schedule.progress_line(ANCHOR)
+    assert "accuracy 0.26" in progress_line(ANCHOR)
     records.write_json(directory / "progress.json", {**said, "step": 10})
-    assert "measuring" in schedule.progress_line(ANCHOR)
-    assert "done in 13 min" in schedule.ended_line(ANCHOR)
+    assert "measuring" in progress_line(ANCHOR)
+    assert "done in 13 min" in ended_line(ANCHOR)
 
 
 def test_log_has_a_line_now_and_then(on_trained: Path) -> None:
     said = StringIO()
-    with schedule._Display(Console(file=said, width=40), 2) as display:
+    with Display(Console(file=said, width=40), 2) as display:
         for _ in range(5):
             display.running([OPD, RLVR])
-        display.said[OPD] -= schedule.LOG_SECONDS
+        display.said[OPD] -= LOG_SECONDS
         display.running([OPD, RLVR])
         display.ended(OPD, "")
         display.ended(RLVR, "[red]a reason[/red] that is longer than forty columns")
@@ -409,7 +416,7 @@ def test_log_has_a_line_now_and_then(on_trained: Path) -> None:
 def test_terminal_shows_every_running_run(on_trained: Path) -> None:
     said = StringIO()
     console = Console(file=said, force_terminal=True, width=60, color_system=None)
-    with schedule._Display(console, 3) as display:
+    with Display(console, 3) as display:
         display.running([OPD, RLVR])
     shown = said.getvalue()
     assert "opd-s0" in shown

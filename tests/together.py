@@ -38,6 +38,7 @@ CASES: dict[str, SFTConfig | PolicyConfig] = {
     "full": replace(POLICY, estimator="full"),
     "scoring": replace(POLICY, gap_from="scoring", gap_noise=1.0),
     "recomputed": replace(POLICY, gradient_checkpointing=True, micro_prompts=4),
+    "pieces": replace(POLICY, alpha=0.5, sampled_prompts=1),
     "long rows": replace(POLICY, gap_from="scoring"),
     "copy": replace(POLICY, mixed_precision="bf16-copy", gap_from="scoring"),
 }

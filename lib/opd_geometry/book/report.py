@@ -11,7 +11,6 @@ import base64
 import io
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,41 +26,36 @@ from matplotlib.figure import Figure
 
 from opd_geometry import __version__
 from opd_geometry.book import figures
-from opd_geometry.experiments.listing import read_listing
-from opd_geometry.experiments.records import digest_of
-from opd_geometry.experiments.shelf import committed_csv
-from opd_geometry.files import clear_write_errors, on_shelf, replacing, shelves
-from opd_geometry.geometry.defaults import EXPERT_ROLES, LAYER_ROLES, MASK_ALPHA
+from opd_geometry.book.measured import (
+    INFINITE,
+    METRICS,
+    PLACED,
+    RENAMED,
+    ROLE_ORDER,
+    TIDY,
+    YOURS,
+    by_place,
+    measured_table,
+    tidy,
+    widened,
+)
+from opd_geometry.book.published import OURS, book_ends, book_runs, paper_numbers
+from opd_geometry.files import clear_write_errors, replacing
+from opd_geometry.geometry.defaults import MASK_ALPHA
 from opd_geometry.geometry.readings import (
     ABOVE,
     ANGLES,
     AT,
     BELOW,
-    ENERGY,
     FAR_ENOUGH,
-    NULLS,
     ONE_SIDE,
     against_null,
     against_nulls,
     in_layers,
-    of_parts,
-    with_shape_nulls,
 )
-from opd_geometry.geometry.tables import REMEDY, check_output, read_table
+from opd_geometry.geometry.tables import REMEDY, check_output
 from opd_geometry.printing import visible
 
-YOURS = "yours"
-OURS = ("sft", "sft-matched", "opd", "rlvr")
-# Columns that no page can do without; every other section is drawn if it can be.
-PAIR_BASE = ("matrix", "role", "layer", "rows", "cols", "sparsity_bf16")
-TRAJECTORY_BASE = (
-    "step",
-    "matrix",
-    "role",
-    "layer",
-    "stable_rank",
-    "similarity_to_end",
-)
 COURSE = "Over training (Figures 4 and 5)"
 # What a run's course is held against: similarity to the end, and stable rank.
 COURSE_NULLS = {
@@ -80,30 +74,8 @@ COURSE_NULLS = {
     ),
 }
 COURSE_METRICS = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
-IDENTITY = ("step", "matrix", "role", "layer", "rows", "cols")  # never empty
-# Whole numbers, and where they lie in anything that was measured.
-BOUNDS = {
-    "step": (0, 2**53),
-    "layer": (-1, 2**53),
-    "rows": (1, 2**40),
-    "cols": (1, 2**40),
-}
-INFINITE = "infinite"  # columns of a table of which some values were left out
 PAGE_SUFFIXES = (".html", ".htm")
-# The names of these tables -> the book's own.
-RENAMED = {
-    "sparsity_bf16": "sparsity",
-    "null_sparsity_bf16": "null_sparsity",
-    "update_density": "density",
-    "null_update_density": "null_density",
-    "similarity_null": "null_similarity_to_end",
-}
-METRICS = tuple(figures.METRIC_LABELS)
-TIDY = ["run", "arm", "seed", "step", "matrix", "role", "layer", "metric", "value"]
-PLACED = (*LAYER_ROLES, *EXPERT_ROLES)  # roles of the matrices of the layers
-ROLE_ORDER = (*PLACED, "router", "embed", "head", "other")
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
-MAP_LAYERS = 96  # lines of a map; more layers than that share lines
 SHADES = 16  # of a map, as classes of the page's style
 OVERLAP_RANGE = (0.3, 0.7)  # first and last shade of an overlap, whose middle is 50 %
 EMPTY = -1  # the shade of a square without a value
@@ -196,281 +168,10 @@ class Section:
     reading: tuple[str, ...] = ()
 
 
-# --- tables in -----------------------------------------------------------------------
-
-
-def measured_table(
-    path: str | Path, parts: Collection[str] | None = None
-) -> pd.DataFrame:
-    """A table of ``opd-geometry measure`` or ``trajectory``.
-
-    Args:
-        path: .csv, .parquet or .json.
-        parts: of the model; None for the language model, if it is in the table.
-
-    Returns:
-        The table, with at least the columns of one of the two kinds, its numbers
-        checked to be numbers.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, an unreadable file, columns or cells missing, no
-            rows, an unknown role, no matrix of these parts.
-    """
-    path = Path(path)
-    table = _checked(read_table(path), path)
-    try:
-        found = of_parts(table, parts)
-    except ValueError as error:
-        raise ValueError(f"{path} has {error}") from error
-    found.attrs = table.attrs
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The table, if it is one of the two kinds and its numbers are numbers."""
-    base = TRAJECTORY_BASE if "step" in table else PAIR_BASE
-    missing = [name for name in base if name not in table]
-    if missing:
-        kind = "trajectory" if base is TRAJECTORY_BASE else "measure"
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)}, expected a table of "
-            f"opd-geometry {kind}; measure again"
-        )
-    if table.empty:
-        raise ValueError(f"{path} has no rows, expected one a matrix; measure again")
-    identity = [name for name in IDENTITY if name in table]
-    empty = [name for name in identity if table[name].isna().any()]
-    if empty:
-        raise ValueError(
-            f"{path} has rows without {', '.join(empty)}, expected one in every row; "
-            "measure again"
-        )
-    for name in ("matrix", "role"):
-        if any(isinstance(value, bytes) for value in table[name]):
-            raise ValueError(
-                f"{path}: column {name} holds bytes, expected text; measure again"
-            )
-        table[name] = table[name].astype(str)
-    twice = table.duplicated([n for n in ("matrix", "step") if n in base])
-    if twice.any():
-        raise ValueError(
-            f"{path} has {visible(table['matrix'][twice.idxmax()])} twice, expected "
-            "each matrix once (and step, of a run); measure again"
-        )
-    own = [*METRICS, *RENAMED, *ENERGY]
-    nulls = [f"{null}_{name}" for null in NULLS for name in own]
-    for name in table.columns.intersection([*own, *nulls, *base]):
-        if name not in ("matrix", "role"):
-            table[name] = _numbers(table[name], path)
-    numbers = table.select_dtypes("float")
-    infinite = np.isinf(numbers)
-    table[numbers.columns] = numbers.where(~infinite)
-    table.attrs[INFINITE] = [str(n) for n in numbers.columns[infinite.any()]]
-    unknown = sorted({*table["role"]} - {*ROLE_ORDER})
-    if unknown:
-        raise ValueError(
-            f"{path} has the role {visible(', '.join(unknown))}, expected some of "
-            f"{', '.join(ROLE_ORDER)}; measure again"
-        )
-    return table
-
-
-def _numbers(column: pd.Series, path: Path) -> pd.Series:
-    """A column as numbers, those of its identity as whole ones in bounds."""
-    name = str(column.name)
-    try:
-        if column.dtype.kind in "mM":
-            raise ValueError("dates")
-        numbers = pd.to_numeric(column).astype(float)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(
-            f"{path}: column {name} holds {visible(_first_line(error))}, expected "
-            "numbers; measure again"
-        ) from error
-    if name not in BOUNDS:
-        return numbers
-    low, high = BOUNDS[name]
-    wrong = numbers[~numbers.between(low, high) | (numbers % 1 != 0)]
-    if len(wrong):
-        raise ValueError(
-            f"{path}: column {name} holds {wrong.iloc[0]:g}, expected whole numbers "
-            f"from {low} to {high:g}; measure again"
-        )
-    return numbers.astype(int)
-
-
-def widened(table: pd.DataFrame) -> pd.DataFrame:
-    """A table with a row a matrix, its columns named as the book's own metrics.
-
-    Args:
-        table: of `measured_table`, of either kind.
-
-    Returns:
-        The same rows; a pair stands at step 1. The stable rank has the null of a
-        Gaussian matrix of its shape, n m / (sqrt n + sqrt m)^2, where that is known.
-    """
-    there = {old: new for old, new in RENAMED.items() if old in table}
-    wide = table.drop(columns=[new for new in there.values() if new in table])
-    wide = wide.rename(columns=there)
-    if "step" not in wide:
-        wide = wide.assign(step=1)
-    if "null_sparsity" in wide and "null_density" not in wide:
-        wide = wide.assign(null_density=1.0 - wide["null_sparsity"])
-    if {"rows", "cols"} <= set(wide):
-        wide = wide.assign(
-            parameters=wide["rows"].astype(float) * wide["cols"].astype(float)
-        )
-    return with_shape_nulls(wide)
-
-
-def tidy(table: pd.DataFrame) -> pd.DataFrame:
-    """A table with a row a matrix, as the book's own figures take it.
-
-    Args:
-        table: of `measured_table`, of either kind.
-
-    Returns:
-        `widened`, melted to the columns of ``measure.COLUMNS``, arm ``yours``, seed 0.
-    """
-    return _melted(widened(table))
-
-
-def _melted(wide: pd.DataFrame) -> pd.DataFrame:
-    known = {*figures.with_null(METRICS), "parameters"}
-    keys = ["step", "matrix", "role", "layer"]
-    long = wide.melt(
-        keys, [name for name in wide if name in known], "metric", "value"
-    ).assign(run=YOURS, arm=YOURS, seed=0)
-    # A mean is over the matrices that have the metric, as in the summary of `measure`.
-    return long[TIDY].astype({"value": float}).dropna(subset="value")
-
-
-def by_place(wide: pd.DataFrame) -> pd.DataFrame:
-    """Means by layer and role, of the matrices of the layers, as figures take them.
-
-    Args:
-        wide: `widened`, of a pair.
-
-    Returns:
-        Tidy, one matrix a layer and role. Of more than ``MAP_LAYERS`` layers, equally
-        many neighbours go by the first one's number.
-    """
-    placed = wide[wide["role"].isin(PLACED) & (wide["layer"] >= 0)]
-    layers = np.unique(placed["layer"])
-    each = -(-len(layers) // MAP_LAYERS) or 1
-    first = layers[np.searchsorted(layers, placed["layer"]) // each * each]
-    known = {*figures.with_null(METRICS), "parameters"}
-    names = [name for name in wide if name in known]
-    means = placed.assign(layer=first).groupby(["layer", "role"])[names].mean()
-    means = means.reset_index().assign(step=1)
-    places = means["role"] + "." + means["layer"].astype(str)
-    return _melted(means.assign(matrix=places))
-
-
-def paper_numbers(file: str) -> pd.DataFrame:
-    """A file of ``data/paper``; no rows where the data are not at hand."""
-    path = on_shelf(Path("paper") / file)
-    columns = ["item", "arm", "metric", "relation", "value", "unit"]
-    return committed_csv(path) if path.is_file() else pd.DataFrame(columns=columns)
-
-
 def _arm(name: str) -> str:
     """An arm of the paper, as it is written."""
     look = figures.ARM_STYLES.get(name)
     return look.label if look else re.sub(r"^opd ", "OPD ", name)
-
-
-# --- this book's own runs ------------------------------------------------------------
-
-
-def book_runs(arms: Sequence[str] = OURS) -> pd.DataFrame:
-    """The committed measurements of some arms, as ``measure.committed`` has them.
-
-    Read without what trains a model: that takes longer to load than these files.
-
-    Args:
-        arms: which.
-
-    Returns:
-        Tidy; no rows where the data are not at hand.
-
-    Raises:
-        ValueError: a file that the list names is missing or damaged.
-    """
-    tables: dict[str, pd.DataFrame] = {}
-    for shelf in shelves():
-        listed = shelf / "measurements" / "runs.csv"
-        if not listed.is_file():
-            continue
-        try:
-            runs = read_listing(listed)
-        except ValueError as error:
-            raise ValueError(
-                f"{listed} is damaged: {error}; take it from version control"
-            ) from error
-        for run in runs[
-            runs["arm"].isin(arms) & ~runs["run"].isin(tables)
-        ].itertuples():
-            path = listed.with_name(f"{run.arm}-s{run.seed}-{run.run}.parquet")
-            tables[str(run.run)] = _book_table(path, run.table_sha256)
-    # A larger student's runs stand in the same list; this book's own are the most.
-    worlds = {run: frozenset(table["matrix"]) for run, table in tables.items()}
-    own = Counter(worlds.values()).most_common(1)
-    kept = [table for run, table in tables.items() if worlds[run] == own[0][0]]
-    return pd.concat(kept or [pd.DataFrame(columns=TIDY)], ignore_index=True)
-
-
-def _book_table(path: Path, digest: str) -> pd.DataFrame:
-    if path.is_file() and digest_of(path) != digest:
-        raise ValueError(
-            f"{path} is damaged: its content has another digest than runs.csv says; "
-            "take it from version control"
-        )
-    table = read_table(path)
-    missing = {*TIDY} - {*table}
-    if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(sorted(missing))}, expected a "
-            "measurement of this book; take it from version control"
-        )
-    return table[TIDY].astype({"arm": object, "metric": object})
-
-
-def book_ends(book: pd.DataFrame) -> pd.DataFrame:
-    """Means of the book's arms at the end of training: the numbers of its first page.
-
-    Args:
-        book: of `book_runs`.
-
-    Returns:
-        An arm a row in the order of ``OURS``, a metric a column: over the matrices of
-        the layers (sparsity by parameters, else plain), then over seeds.
-    """
-    metrics = figures.with_null(("sparsity", *figures.MASK_METRICS))
-    wanted = book["metric"].isin([*metrics, "parameters"])
-    book = book[wanted & book["role"].isin(LAYER_ROLES)]
-    last = book.groupby("run", observed=True)["step"].transform("max")
-    book = book[(book["step"] == last) | (book["metric"] == "parameters")]
-    wide = book.pivot_table(
-        index=["arm", "seed", "matrix"],
-        columns="metric",
-        values="value",
-        aggfunc="first",
-        observed=True,
-    ).reindex(columns=[*metrics, "parameters"])
-    # Sums over parameters, so that one mean serves all.
-    weight = wide["parameters"] / wide.groupby(["arm", "seed"])["parameters"].transform(
-        "mean"
-    )
-    for name in figures.WEIGHTED_METRICS:
-        wide[name] *= weight
-    ends = wide.groupby(["arm", "seed"])[metrics].mean().groupby("arm").mean()
-    return ends.reindex([arm for arm in OURS if arm in ends.index])
 
 
 # --- the page ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ while sampling, reading weights and cache.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 
 from opd_geometry.experiments.runs import Run, Stored, origin
 from opd_geometry.files import on_shelf
+from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.policy import PolicyConfig
 from opd_geometry.training.rollout import LONGEST_ROW, MOST_LOGITS
 from opd_geometry.training.sft import SFTConfig
@@ -132,6 +134,14 @@ def shape_of(source: str) -> Shape | None:
         return None
 
 
+def width_of(student: ModelConfig | Student | Stored) -> float:
+    """Channels of a profile's student; NaN where its shape is not known."""
+    if isinstance(student, ModelConfig):
+        return student.width
+    shape = shape_of(student.source)
+    return shape.width if shape else math.nan
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a whole run takes.
@@ -203,20 +213,23 @@ def policy_forecast(
         flops += teacher.forward_flops(read, row, written)
     author = student if train.rollouts == "student" or teacher is None else teacher
     item = _item(train)
-    kept = sequences * (PROMPT_TOKENS + train.max_new_tokens)
-    cache = author.cache_bytes(kept, item)
+    own = train.prompts_per_step / gpus
+    at_once = min(own, train.sampled_prompts or own)
+    rows = at_once * train.group_size
+    cache = author.cache_bytes(rows * (PROMPT_TOKENS + train.max_new_tokens), item)
     sampling = author.forward_flops(written, train.max_new_tokens / 2, written)
     moved = train.max_new_tokens * (item * author.parameters + cache / 2)
     waiting = train.max_new_tokens * author.layers * device.latency
-    seconds = (flops + sampling) / device.flops + moved / device.bandwidth
+    reading = own / at_once * (moved / device.bandwidth + waiting)
+    seconds = (flops + sampling) / device.flops / gpus + reading
     gradient = 4 * student.parameters  # which is not there while sampling
     activations = _activations(student, train.micro_prompts * row, row, train)
-    beside = max(cache / gpus - gradient, activations)
+    beside = max(cache - gradient, activations)
     return Forecast(
         train.steps * float(written),
         train.steps * (flops + sampling),
         _held(student, teacher, train, gpus) + beside,
-        train.steps * (seconds / gpus + waiting),
+        train.steps * seconds,
     )
 
 

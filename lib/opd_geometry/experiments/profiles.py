@@ -403,6 +403,7 @@ _PAPER = replace(
         optimizer=OptimizerConfig(1e-6, warmup_steps=0, fused=True),
         steps=299,
         max_new_tokens=8192,
+        sampled_prompts=2,
         sharded=True,
         checkpoints=(63, 127, 191, 255, 299),
     ),

@@ -31,7 +31,7 @@ import platform
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -50,6 +50,7 @@ from opd_geometry.experiments.records import (
     SECONDS,
     TEXT,
     check_seal,
+    digest_of,
     is_locked,
     locked,
     read_history,
@@ -60,7 +61,7 @@ from opd_geometry.experiments.records import (
     write_json,
     write_sealed_json,
 )
-from opd_geometry.files import clear_write_errors, data_directory, on_shelf
+from opd_geometry.files import clear_write_errors, data_directory, on_shelf, replacing
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.checkpoints import Matrix, list_matrices
 from opd_geometry.geometry.projection import (
@@ -256,7 +257,8 @@ def stored(source: str | Path) -> Stored:
             with its revision, ``owner/name@revision``.
 
     Raises:
-        ValueError: no safetensors there, or a hub id without a revision.
+        ValueError: no safetensors there, a hub id without a revision, or files that
+            are not those of the list ``NAME.sha256`` beside the directory.
     """
     directory = on_shelf(source)
     name, _, revision = str(source).partition("@")
@@ -272,17 +274,39 @@ def stored(source: str | Path) -> Stored:
     files = sorted(
         (entry.path, entry.stat().st_mtime_ns) for entry in entries if entry.is_file()
     )
-    return Stored(str(source), _digest(tuple(files)))
+    _check_listed(directory, files)
+    lines = [f"{Path(path).name} {_digest(path, when)}\n" for path, when in files]
+    return Stored(str(source), hashlib.sha256("".join(lines).encode()).hexdigest()[:16])
 
 
 @lru_cache
-def _digest(files: tuple[tuple[str, int], ...]) -> str:
-    """SHA-256 of names and contents, read again only when a file was modified."""
-    digest = hashlib.sha256()
-    for file in [Path(path) for path, _ in files]:
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        digest.update(f"{file.name} {content}\n".encode())
-    return digest.hexdigest()[:16]
+def _digest(path: str, modified: int) -> str:
+    """SHA-256 of a file, read again only when it was modified."""
+    return digest_of(Path(path))
+
+
+def _list_of(directory: Path) -> Path:
+    """Digests of a checkpoint's files, as sha256sum prints them, beside it."""
+    return directory.with_name(f"{directory.name}.sha256")
+
+
+def _check_listed(directory: Path, files: Iterable[tuple[str, int]]) -> None:
+    """Refuse a checkpoint that is not as it was stored: runs would take other names."""
+    known = _list_of(directory)
+    if not known.is_file():
+        return
+    found = {
+        f"{_digest(path, when)}  {directory.name}/{Path(path).name}"
+        for path, when in files
+    }
+    other = found.symmetric_difference(known.read_text(errors="replace").splitlines())
+    if other:
+        name = min(line.rpartition("/")[2] for line in other)
+        raise ValueError(
+            f"{directory / name} is damaged: it is not as {known.name} says; take "
+            f"{directory.name} from version control, or remove {known} where it was "
+            "changed on purpose"
+        )
 
 
 def store(run: Run, source: str) -> Stored:
@@ -301,7 +325,13 @@ def store(run: Run, source: str) -> Stored:
             "first, of the base and the teacher with --from scratch"
         )
     model, tokenizer = load_model(checkpoint(run))
-    save_model(model, tokenizer, data_directory() / source, dtype=torch.bfloat16)
+    directory = data_directory() / source
+    _list_of(directory).unlink(missing_ok=True)
+    save_model(model, tokenizer, directory, dtype=torch.bfloat16)
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    lines = [f"{digest_of(path)}  {directory.name}/{path.name}\n" for path in files]
+    with replacing(_list_of(directory)) as draft:
+        draft.write_text("".join(lines))
     return stored(source)
 
 

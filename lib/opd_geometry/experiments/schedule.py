@@ -12,8 +12,6 @@ import os
 import platform
 import shlex
 import signal
-import threading
-import time
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,9 +23,13 @@ from uuid import uuid4
 
 import pandas as pd
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
+from opd_geometry.experiments.display import (
+    REFRESH_SECONDS,
+    Display,
+    first_step,
+    seconds_left,
+)
 from opd_geometry.experiments.forecast import check_memory
 from opd_geometry.experiments.measure import (
     committed_provenance,
@@ -50,11 +52,9 @@ from opd_geometry.experiments.runs import (
     is_done,
     is_running,
     one_thread,
-    progress,
     recorded,
     run_directory,
 )
-from opd_geometry.printing import duration
 
 # Read when a worker imports torch and transformers, hence set before it starts.
 WORKER_ENVIRONMENT = {
@@ -64,8 +64,6 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-REFRESH_SECONDS = 1.0  # of the display on a terminal
-LOG_SECONDS = 30.0  # between the lines of a run in a log
 CONNECT_SECONDS = 10.0  # a cluster has to answer
 
 
@@ -165,21 +163,6 @@ def failure(run: Run) -> str:
         return str(read_json(path, {"reason": TEXT})["reason"])
     except ValueError as error:  # it did fail, and nobody can tell why any more
         return str(error)
-
-
-def first_step(run: Run) -> int:
-    """The step a run begins at: projected runs take over at the branch."""
-    return 0 if run.branch is None else run.branch_step()
-
-
-def seconds_left(
-    run: Run, said: Mapping[str, float], seconds: float | None
-) -> float | None:
-    """Time to the end at the run's own pace so far, else by the estimate."""
-    done, whole = said.get("step", 0) - first_step(run), run.train.steps
-    if done > 0:
-        return said["wall_seconds"] / done * (whole - said["step"])
-    return seconds
 
 
 class Timings:
@@ -317,7 +300,7 @@ def train_all(
         display.ended(run, reason)
         order.done(run)
 
-    display = _Display(console or Console(stderr=True), len(rows))
+    display = Display(console or Console(stderr=True), len(rows))
     n = settings.processes
     with display, _client(left, jobs, cluster, n) as client:
         while order.is_active():
@@ -495,102 +478,3 @@ runs=(
 )
 exec opd-geometry run {shlex.join(options)} --jobs 1 ${{runs[SLURM_ARRAY_TASK_ID]}}
 """
-
-
-# --- progress --------------------------------------------------------------------
-
-
-class _Display:
-    """One line a running run: redrawn on a terminal, now and then in a log."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self.console = console
-        self.total = total
-        self.live = Live(console=console, auto_refresh=False, transient=True)
-        self.n_ended = 0
-        self.said: dict[Run, float] = {}
-
-    def __enter__(self) -> "_Display":
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
-
-    @contextmanager
-    def watching(self, run: Run) -> Iterator[None]:
-        """Keep showing a run that this process is busy with."""
-        ended = threading.Event()
-
-        def show() -> None:
-            self.running([run])
-            while not ended.wait(REFRESH_SECONDS):
-                self.running([run])
-
-        watcher = threading.Thread(target=show, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-
-    def running(self, runs: Iterable[Run]) -> None:
-        if self.console.is_terminal:
-            lines = [progress_line(run) for run in runs]
-            lines.append(f"{self.n_ended} of {self.total} runs ended")
-            shown = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
-            self.live.update(shown, refresh=True)
-            return
-        now = time.monotonic()
-        for run in runs:
-            if now - self.said.get(run, -LOG_SECONDS) >= LOG_SECONDS:
-                self.said[run] = now
-                self._print(progress_line(run))
-
-    def ended(self, run: Run, reason: str) -> None:
-        self.n_ended += 1
-        failed = f"{short_name(run):<24} failed: {reason}"
-        self._print(failed if reason else ended_line(run))
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def short_name(run: Run) -> str:
-    """Arm and seed, for people."""
-    return f"{run.arm}-s{run.seed}"
-
-
-def progress_line(run: Run) -> str:
-    """Name, step of steps, accuracy and time left of a run that is being trained.
-
-    Nothing but the name of a run that has said nothing yet.
-    """
-    try:
-        said = progress(run)
-    except ValueError:
-        said = {}
-    if not said:
-        return f"{short_name(run):<24} starting"
-    left = seconds_left(run, said, None)
-    tail = f"{duration(left)} left" if left else "measuring"
-    return f"{short_name(run):<24} {_standing(said)}  {tail}"
-
-
-def ended_line(run: Run) -> str:
-    """The same of a finished run, with the time it took."""
-    try:
-        said = recorded(run)
-    except ValueError as error:  # the run's own fault: the others go on
-        return f"{short_name(run):<24} {error}"
-    took = duration(said["wall_seconds"])
-    return f"{short_name(run):<24} {_standing(said)}  done in {took}"
-
-
-def _standing(said: Mapping[str, float | None]) -> str:
-    accuracy = said["accuracy"]
-    shown = "" if accuracy is None else f"accuracy {accuracy:.2f}"
-    steps = f"{said['step']}/{said['steps']}"
-    return f"{steps:>9}  {shown:<13}"

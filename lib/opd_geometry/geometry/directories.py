@@ -89,10 +89,10 @@ def _file(path: Path) -> Holdings:
         tensors = _indexed(path, notes)
         return Holdings(tensors, path.parent, tuple(notes))
     if match := RANK_FILE.fullmatch(path.name):
-        if match[1] != "1":
+        if match["world"] and match["world"] != "1":
             raise ValueError(
-                f"{path} is the share of one rank of {match[1]}, expected all of them; "
-                f"give the directory {path.parent}"
+                f"{path} is the share of one rank of {match['world']}, expected all of "
+                f"them; give the directory {path.parent}"
             )
         return Holdings(pickled(path), path.parent)
     if path.suffix == ".distcp":
@@ -472,10 +472,12 @@ def _refuse_slices(tensors: list[Stored], file: Path) -> list[Stored]:
 # --- pickles -----------------------------------------------------------------------
 
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_WHOLE = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
 
 
 def _pickles(path: Path, notes: list[str]) -> list[Stored] | None:
-    index, whole = path / PICKLED_INDEX, path / "pytorch_model.bin"
+    index = path / PICKLED_INDEX
+    whole = next((p for p in (path / n for n in PICKLED_WHOLE) if p.is_file()), None)
     if index.is_file():
         weight_map = _weight_map(index)
         files = sorted({path / Path(str(shard)).name for shard in weight_map.values()})
@@ -485,7 +487,7 @@ def _pickles(path: Path, notes: list[str]) -> list[Stored] | None:
                 f"{path} lacks {len(absent)} of {len(files)} files of its index, first "
                 f"{absent[0]}; copy it again"
             )
-    elif whole.is_file():
+    elif whole is not None:
         files = [whole]
     elif not (files := _complete_set(path.glob("pytorch_model-*.bin"))):
         return None

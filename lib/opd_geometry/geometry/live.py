@@ -28,6 +28,7 @@ from opd_geometry.geometry.checkpoints import (
 from opd_geometry.geometry.defaults import ATTENTION_ROLES
 from opd_geometry.geometry.spectra import check_rank, check_same_shape
 
+PAIRS = 2**16  # of entries, for 0.2 points of a share
 EXACT_SIDE = 512  # up to this smaller side, eigenvectors of the Gram matrix in float64
 ITERATIONS = 6  # of the subspace iteration beyond it
 SPREAD = "spread over processes (FSDP, ZeRO-3, tensor parallel) or in a packed format"
@@ -173,6 +174,44 @@ def leading_right(delta: Tensor, k: int) -> tuple[Tensor, Tensor]:
             _, values, vectors = torch.svd_lowrank(delta.float(), width, ITERATIONS)
         s, v = values[:k], vectors[:, :k]
     return s.float().cpu(), v.float().cpu()
+
+
+def energy_within(w_before: Tensor, w: Tensor, basis: Tensor) -> float:
+    """Share of the squared update in a right subspace, such as W_0's top one.
+
+    ||dW V||_F^2 / ||dW||_F^2; an update without a place has k / n_cols on average
+
+    Args:
+        w_before, w: as of `movement`; they differ.
+        basis: (n_cols, k) with orthonormal columns.
+    """
+    delta = _difference(w_before, w, basis.shape[1])
+    inside = delta @ basis.to(delta.device, delta.dtype)
+    return float(inside.square().sum() / delta.square().sum())
+
+
+def shuffled_sparsity(w_before: Tensor, w: Tensor) -> float:
+    """Share of entries unchanged in bf16 with the update's own entries elsewhere.
+
+    mean over random i and j of [bf16(w_i + d_j) = bf16(w_i)], d = W - W_0
+
+    Args:
+        w_before: W_0, any float dtype and device.
+        w: the same shape, not stored in 16 bits: a stored difference lies on W_0's
+            grid.
+
+    Returns:
+        From 0 to 1, over ``PAIRS`` draws, which leave the generators of training as
+        they were, and repeat.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, end = w_before.reshape(-1), w.reshape(-1)
+    i, j = torch.randint(len(start), (2, PAIRS), generator=generator)
+    old = start[i.to(start.device)].double().cpu()
+    own = (end[j.to(end.device)].double(), start[j.to(start.device)].double())
+    moved = old + (own[0].cpu() - own[1].cpu())
+    unchanged = to_bfloat16(moved) == to_bfloat16(old)
+    return float(torch.count_nonzero(unchanged)) / PAIRS
 
 
 class Start:

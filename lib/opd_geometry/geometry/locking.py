@@ -140,10 +140,9 @@ def walking(
             part = slice(start, start + n_rows)
             gradients = [(x[part], y) for x, y in noise]
             _advance(own[part], m[part], v[part], gradients, optimizer, before)
-        change = own.double()
-        if isinstance(steps, Mapping) and float(change.norm()) > 0.0:
-            change *= steps[step] / float(change.norm())
-        total += change
+        length = float(torch.linalg.vector_norm(own, dtype=torch.float64))
+        kept = steps[step] / length if isinstance(steps, Mapping) and length else 1.0
+        total.add_(own, alpha=kept)
         yield step, total
 
 

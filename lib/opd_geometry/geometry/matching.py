@@ -100,7 +100,7 @@ ANCHORS |= {"norm", "ln_f", "final_layernorm", "word_embeddings", "embed_in"}
 OTHER_MODELS = (
     "encoder depth vision visual image video audio speech talker mtp nextn draft "
     "teacher ref reference critic reward value ema old tower projector qformer merger "
-    "connector cross"
+    "connector cross target judge rm prm verifier"
 )
 KEPT = frozenset(re.findall(r"\w+", OTHER_MODELS))
 

@@ -3,7 +3,7 @@
 `measure_checkpoints` compares two checkpoints, `trajectory` follows one run. Both read
 a matrix when its turn comes, so the peak of memory is set by the largest matrix and not
 by the model, and both keep each finished matrix, so an interrupted table goes on.
-`measure_tensors` and `follow_tensors` are the same for tensors at hand.
+`measure_tensors` and `following.follow_tensors` are the same for tensors at hand.
 """
 
 import math
@@ -58,6 +58,8 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     reference,
 )
+from opd_geometry.geometry.following import COLUMNS as TRAJECTORY_COLUMNS
+from opd_geometry.geometry.following import follow_tensors
 from opd_geometry.geometry.matching import ROTARY
 from opd_geometry.geometry.readings import of_parts, too_far
 from opd_geometry.geometry.steps import steps_of
@@ -134,35 +136,6 @@ COLUMNS = (
     "adapter_norm",
     "note",
 )
-TRAJECTORY_COLUMNS = (
-    "step",
-    "matrix",
-    "role",
-    "layer",
-    "part",
-    "stable_rank",
-    "frobenius_norm",
-    "hill_alpha",
-    "similarity_to_end",
-    "similarity_null",
-    "increments_similarity_to_end",
-    "increments_stable_rank",
-    "walk_similarity_to_end",
-    "walk_stable_rank",
-    "similarity_of_weights",
-    "stable_rank_error",
-    "hill_alpha_error",
-    "subspace_error_deg",
-    "stable_rank_bf16",
-    "frobenius_norm_bf16",
-    "hill_alpha_bf16",
-    "similarity_to_end_bf16",
-    "rounding_stable_rank_bf16",
-    "rounding_hill_alpha_bf16",
-    "rounding_similarity_to_end_bf16",
-    "displacement",
-    "note",
-)
 # An update that is zero turns nothing, exactly.
 UNMOVED = dict.fromkeys([*ANGLES, "nss", "relative_norm", "angle_error_deg"], 0.0)
 REFUSED = "refused: "  # how the note of a matrix begins that could not be measured
@@ -171,7 +144,7 @@ REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
 LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
-FORMAT = 5  # raised when the same checkpoints would give other rows
+FORMAT = 6  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -305,208 +278,6 @@ def _nulls(
 def _complete(row: dict[str, float]) -> dict[str, float]:
     left_out = {*WORDS, "adapter_norm"}
     return {name: row.get(name, math.nan) for name in COLUMNS if name not in left_out}
-
-
-def follow_tensors(
-    w_before: Tensor,
-    later: Callable[[int], Tensor],
-    steps: Sequence[int],
-    k: int = 16,
-    settings: Settings = DEFAULTS,
-    seed: int | tuple[int, ...] = 0,
-    *,
-    readout: bool = True,
-    against: Mapping[str, Tensor] | None = None,
-    optimizer: locking.Optimizer | None = None,
-    walk: bool = True,
-    iterated: bool = False,
-) -> list[Row]:
-    """How the update of one matrix spreads and settles over a run.
-
-    Sim_K(t, end) = ||V_K(t)^T V_K(end)||_F^2 / K, V_K(t) the top-K right singular
-    vectors of W_t - W_0
-
-    Args:
-        w_before: W_0 (n_rows, n_cols).
-        later: step -> W_t; asked for one at a time, the last first, then in order.
-        steps: ascending; the last is the end.
-        k: K, cut to the smaller side of the matrix.
-        settings: its hill_k counts.
-        seed: of the rotations and of the walk.
-        readout: also what is read from weights stored in bf16, and what rounding alone
-            makes of it.
-        against: name to another update of the same shape: another arm's, another
-            seed's or the preceding stage's.
-        optimizer: what took the steps; gives the displacement and the walk.
-        walk: whether it walks, which takes as long as so many steps of Adam.
-        iterated: spectra and subspaces by `krylov.spread`, about and with errors.
-
-    Returns:
-        A row a step of `TRAJECTORY_COLUMNS`: step, stable_rank, frobenius_norm,
-        hill_alpha, similarity_to_end (0 to 1), each also with ``_bf16`` behind it, of
-        bf16(W_t) - bf16(W_0), and with ``rounding_`` before that, of the last update
-        scaled to the step's norm (`locking.scaled_end`); similarity_null = K / n_cols,
-        that of random subspaces; stable rank and similarity of three steps or more,
-        with ``increments_`` of the run's own increments, each turned by itself
-        (`locking.Increments`), with ``walk_`` of its optimizer on noise, each segment
-        as long as the run's (`locking.walk`); similarity_of_weights, that of W_0's
-        top-K right subspace with the end; similarity_to_NAME, that of each step with
-        another update; displacement in units of sqrt(sum lr^2). NaN where there is no
-        such value.
-
-    Raises:
-        ValueError: shapes differ or a value is not finite.
-
-    Source: arXiv:2606.07082 Figures 4 and 5 (K = 16).
-    """
-    k = min(k, *w_before.shape)
-    last = later(steps[-1])
-    end = comparison.difference(w_before, last)
-    spread_of = _about if iterated else _spread_of
-    stored = _Stored(w_before, end) if readout else None
-    locks = len(steps) >= locking.LEAST
-    walks = walk and locks and optimizer is not None
-    generator = comparison.generator_of(seed)
-    null = locking.Increments(w_before.shape, generator, False, nulls.SHORT_SIDE)
-
-    def top(w: Tensor) -> Tensor | None:
-        return _about(w, k, settings)[1] if iterated else gram.right_subspace(w, k)
-
-    others = {n: top(other) for n, other in (against or {}).items()}
-    rows: list[Row] = []
-    paths: dict[str, list[Tensor | None]] = {}
-    lengths: dict[int, float] = {}
-    before: Tensor | None = None
-    for step in steps:
-        w, delta = (last, end) if step == steps[-1] else (later(step), None)
-        delta = comparison.difference(w_before, w) if delta is None else delta
-        own = spread_of(delta, k, settings)
-        values, subspace = own[0].copy(), own[1]
-        found = {"{}": own}
-        if locks:
-            change = delta if before is None else delta - before
-            before, total = delta, null.add(change)
-            lengths[step] = bits.norm(change) if walks else math.nan
-            found["increments_{}"] = (
-                own if null.n_moved < 2 else _leading(total, k, settings, iterated)
-            )
-            del change
-        if stored is not None:
-            same, scale = stored.shows(w), values["frobenius_norm"]
-            seen = own if same else spread_of(stored.of(w), k, settings, True)
-            found |= {"{}_bf16": seen, "rounding_{}_bf16": seen}
-            if delta is not end:
-                alone = stored.scaled(scale)
-                found["rounding_{}_bf16"] = spread_of(alone, k, settings, True)
-        for name, (spread, basis) in found.items():
-            values |= {name.format(n): v for n, v in spread.items()}
-            paths.setdefault(name.format("similarity_to_end"), []).append(basis)
-        if optimizer is not None and any(rates := optimizer.rates[:step]):
-            values["displacement"] = locking.displacement(delta, rates)
-        for name, other in others.items():
-            values[f"similarity_to_{name}"] = _shared(subspace, other)
-        rows.append({"step": step, **values})
-    del stored, null, before, delta
-    if walks and optimizer is not None:
-        noise = comparison.generator_of(seed, "walk")
-        taken = {step: length for step, length in lengths.items() if step > 0}
-        walked = locking.walking(w_before.shape, optimizer, taken, noise)
-        started = len(steps) - len(taken)  # a checkpoint of step 0 is no walk yet
-        paths["walk_similarity_to_end"] = [None] * started
-        for row, (_, total) in zip(rows[started:], walked, strict=True):
-            spread, basis = _leading(total, k, settings, iterated)
-            row["walk_stable_rank"] = spread["stable_rank"]
-            paths["walk_similarity_to_end"].append(basis)
-    of_weights = _shared(top(w_before), paths["similarity_to_end"][-1])
-    for i, row in enumerate(rows):
-        row |= {name: _shared(path[i], path[-1]) for name, path in paths.items()}
-        row["similarity_null"] = k / w_before.shape[1]
-        row["similarity_of_weights"] = of_weights
-    return rows
-
-
-Spread = tuple[dict[str, float], Tensor | None]  # values, and the top right subspace
-
-
-class _Stored:
-    """What bf16 shows of a run's updates, and of the last one at their norms.
-
-    In float32, which holds the difference of two bf16 numbers next to one another.
-
-    Args:
-        w_before: W_0.
-        end: the last update, float64.
-    """
-
-    def __init__(self, w_before: Tensor, end: Tensor) -> None:
-        self._dtype = w_before.dtype
-        self._before = bits.to_bfloat16(w_before).float()
-        grid = w_before.dtype == torch.bfloat16
-        self._origin = self._before if grid else w_before.float()
-        self._end, self._norm = end.float(), bits.norm(end)
-
-    def shows(self, w: Tensor) -> bool:
-        """Whether the update is its own readout, both weights being stored in bf16."""
-        return w.dtype == self._dtype == torch.bfloat16
-
-    def of(self, w: Tensor) -> Tensor:
-        """bf16(W) - bf16(W_0)."""
-        return bits.to_bfloat16(w).float().sub_(self._before)
-
-    def scaled(self, norm: float) -> Tensor:
-        """That of the last update at the norm of another one, as `scaled_end`."""
-        if self._norm == 0.0:
-            return torch.zeros_like(self._end)
-        return self.of((self._end * (norm / self._norm)).add_(self._origin))
-
-
-def _leading(w: Tensor, k: int, settings: Settings, iterated: bool) -> Spread:
-    """Stable rank and top subspace of a null's update."""
-    if iterated:
-        return _about(w, k, settings)
-    norm = bits.norm(w)
-    if norm == 0.0:
-        return {"stable_rank": math.nan}, None
-    values, subspace = gram.leading_right(w, k, k, rough=True)
-    return {"stable_rank": max(1.0, (norm / float(values[0])) ** 2)}, subspace
-
-
-def _shared(a: Tensor | None, b: Tensor | None) -> float:
-    """Sim_K of two bases from here, NaN where there is no subspace."""
-    if a is None or b is None:
-        return math.nan
-    return min(1.0, float((a.T @ b).square().sum()) / a.shape[1])
-
-
-def _spread_of(
-    delta: Tensor, k: int, settings: Settings, rough: bool = False
-) -> Spread:
-    """Norm, stable rank and Hill exponent of an update, and its top subspace."""
-    norm = bits.norm(delta)
-    if norm == 0.0:
-        nothing = {"stable_rank": math.nan, "hill_alpha": math.nan}
-        return {"frobenius_norm": 0.0, **nothing}, None
-    hill_k = settings.hill_rank(delta.shape)
-    top = max(min(hill_k, *delta.shape), k)
-    values, subspace = gram.leading_right(delta, top, k, rough)
-    return {
-        "frobenius_norm": norm,
-        "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
-        "hill_alpha": comparison.defined(spectra.hill_exponent, values, hill_k),
-    }, subspace
-
-
-def _about(delta: Tensor, k: int, settings: Settings, rough: bool = False) -> Spread:
-    """As `_spread_of`, iterated, which is rough already."""
-    norm = bits.norm(delta)
-    if norm == 0.0:
-        return _spread_of(delta, k, settings)
-    nothing = delta.new_zeros(()).expand(delta.shape)
-    hill_k = min(settings.hill_rank(delta.shape), *delta.shape)
-    found = krylov.spread(nothing, delta, norm, k, hill_k)
-    values = ("stable_rank", "hill_alpha", "stable_rank_error", "hill_alpha_error")
-    named = {name: getattr(found, name) for name in (*values, "subspace_error_deg")}
-    return {"frobenius_norm": norm, **named}, found.right
 
 
 # --- matrices of checkpoints -----------------------------------------------------
@@ -953,36 +724,20 @@ def plan_trajectory(
     """
     if k < 1:
         raise ValueError(f"k = {k!r}, expected at least 1; the paper uses 16")
-    numbers = steps_of(checkpoints) if steps is None else list(steps)
-    if not numbers or len({*numbers}) < len(numbers):
-        raise ValueError(
-            f"steps {numbers}, expected one or more and no two alike; name each "
-            "checkpoint once, or say the steps with --steps"
-        )
-    if optimizer is not None and len(optimizer.rates) < max(numbers):
-        raise ValueError(
-            f"learning rates of {len(optimizer.rates)} steps for a run of "
-            f"{max(numbers)}, expected one a step; give them all, or none"
-        )
-    order = sorted(zip(numbers, checkpoints, strict=True), key=lambda pair: pair[0])
+    order = _in_order(checkpoints, steps, optimizer)
     first = open_checkpoint(before)
-    opened = {step: open_pair(first, path)[1] for step, path in order}
+    opened = {step: open_pair(first, path)[1] for step, path in order.items()}
     found = {step: _paired(first, c, roles, parts) for step, c in opened.items()}
-    # By the name in the first checkpoint: a table may show another one.
-    sides = {
-        step: {pair.cuts[0].matrix.name: pair for pair in f.pairs}
-        for step, f in found.items()
-    }
-    common = [
-        name for name in sides[order[0][0]] if all(name in s for s in sides.values())
-    ]
+    sides = {step: _by_name(f) for step, f in found.items()}
+    names, *others_of = sides.values()
+    common = [name for name in names if all(name in other for other in others_of)]
     if not common:
         raise ValueError(
             f"{before} and all of {len(order)} checkpoints have no matrix in common, "
             "expected one architecture"
         )
     if iterated is None:
-        iterated = _entries(found[order[0][0]]) >= LARGE
+        iterated = _entries(found[min(order)]) >= LARGE
     others, read = _others(against or {}, roles, parts)
     tasks = [
         TrajectoryTask(
@@ -1007,7 +762,7 @@ def plan_trajectory(
         "against": [*others],
         "optimizer": asdict(optimizer) if optimizer else None,
         "walk": walk,
-        "steps": [step for step, _ in order],
+        "steps": [*order],
         "k": k,
         "hill_k": settings.hill_k,
         "iterated": iterated,
@@ -1028,6 +783,32 @@ def plan_trajectory(
     )
 
 
+def _in_order(
+    checkpoints: Sequence[str | Path],
+    steps: Sequence[int] | None,
+    optimizer: locking.Optimizer | None,
+) -> dict[int, str | Path]:
+    """Step to checkpoint, ascending; refused where one cannot be told from another."""
+    numbers = steps_of(checkpoints) if steps is None else list(steps)
+    if not numbers or len({*numbers}) < len(numbers):
+        raise ValueError(
+            f"steps {numbers}, expected one or more and no two alike; name each "
+            "checkpoint once, or say the steps with --steps"
+        )
+    if optimizer is not None and len(optimizer.rates) < max(numbers):
+        raise ValueError(
+            f"learning rates of {len(optimizer.rates)} steps for a run of "
+            f"{max(numbers)}, expected one a step; give them all, or none"
+        )
+    places = dict(zip(numbers, checkpoints, strict=True))
+    return {step: places[step] for step in sorted(places)}
+
+
+def _by_name(found: Pairing) -> dict[str, StoredPair]:
+    """By the name in the first checkpoint: a table may show another one."""
+    return {pair.cuts[0].matrix.name: pair for pair in found.pairs}
+
+
 def _others(
     against: Mapping[str, tuple[Source, Source]],
     roles: Collection[str] | None,
@@ -1046,8 +827,7 @@ def _others(
                 "digits and _, and not end: a column will be similarity_to_NAME"
             )
         sides = open_pair(*sources)
-        pairs = _paired(*sides, roles, parts).pairs
-        found[name] = {pair.cuts[0].matrix.name: pair for pair in pairs}
+        found[name] = _by_name(_paired(*sides, roles, parts))
         read += sides
     return found, read
 

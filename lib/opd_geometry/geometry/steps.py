@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
-NUMBER = r"(\d+(?:\.\d+(?=[km]))?)([km](?![a-z0-9]))?"
+NUMBER = r"(\d++(?:\.\d+(?=[km]))?)(?!e\d)([km](?![a-z0-9]))?"
 MARKED = tuple(
     re.compile(rf"(?:{words})s?[-_=:. ]?{NUMBER}", re.IGNORECASE)
     for words in (

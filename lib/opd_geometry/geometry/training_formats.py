@@ -130,6 +130,13 @@ def pickled(file: Path) -> list[Stored]:
             f"{file} holds no named tensors, expected a state dict; save the weights "
             "with save_pretrained"
         )
+    for path, tensor in found:
+        if tuple(_local(tensor).shape) != tuple(tensor.shape):
+            raise ValueError(
+                f"{file} holds one rank's share of {'.'.join(path)}, expected the "
+                f"shares of all; give the directory {file.parent}, with every rank's "
+                "file under the name that its trainer gave it"
+            )
     return [
         Stored(
             _weight_name(path),
@@ -161,11 +168,14 @@ def is_optimizer(name: str) -> bool:
 
 # --- rank files of FSDP ------------------------------------------------------------
 
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+RANK_FILE = re.compile(  # verl and SkyRL; accelerate without DCP
+    r"model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt|"
+    r"pytorch_model_fsdp(_\d+)?_rank(?P<place>\d+)\.bin"
+)
 
 
 def rank_files(path: Path) -> dict[int, Path]:
-    """Rank to file of a checkpoint as verl and SkyRL write it; of one world size.
+    """Rank to file of a checkpoint that has a file a rank; of one world size.
 
     Raises:
         ValueError: some rank's file is missing, or there are several world sizes.
@@ -173,8 +183,8 @@ def rank_files(path: Path) -> dict[int, Path]:
     found = [(m, f) for f in path.iterdir() if (m := RANK_FILE.fullmatch(f.name))]
     if not found:
         return {}
-    sizes = {int(match[1]) for match, _ in found}
-    ranks = {int(match[2]): file for match, file in found}
+    sizes = {int(match["world"] or len(found)) for match, _ in found}
+    ranks = {int(match["rank"] or match["place"]): file for match, file in found}
     if len(sizes) > 1 or {*ranks} != {*range(min(sizes))}:
         raise ValueError(
             f"{path} holds the files of {len(found)} ranks for a world size of "

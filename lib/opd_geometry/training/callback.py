@@ -31,7 +31,14 @@ from transformers import (
 
 from opd_geometry.geometry import unplaced
 from opd_geometry.geometry.checkpoints import Matrix
-from opd_geometry.geometry.live import ATTENTION_ROLES, Movement, movement
+from opd_geometry.geometry.live import (
+    ATTENTION_ROLES,
+    Movement,
+    energy_within,
+    leading_right,
+    movement,
+    shuffled_sparsity,
+)
 from opd_geometry.geometry.spectra import subspace_similarity
 from opd_geometry.geometry.unplaced import Magnitudes
 from opd_geometry.training.attached import (
@@ -73,9 +80,15 @@ class GeometryCallback(TrainerCallback):
     - ``geometry/expected_sparsity``: the same of an update of this norm without a place
       of its own, in closed form; not of weights that are stored in bf16, whose norm
       contains rounding;
+    - ``geometry/shuffled_sparsity``: the same of the update's own entries at other
+      places, drawn; not of weights that are stored in 16 bits;
+    - ``geometry/energy_of_weights``, ``geometry/similarity_of_weights``: share of the
+      squared update in W_0's top-K right subspace, and Sim_K of that with the
+      update's;
     - ``geometry/similarity_to_previous``, ``geometry/similarity_to_locked``: Sim_K of
       dW's top-K right subspace with that of the time before, or of the lock;
-    - ``geometry/similarity_null``: K / n, what two random subspaces have;
+    - ``geometry/similarity_null``: K / n, what two random subspaces have, and what an
+      update without a place has of its energy in one;
     - ``geometry/displacement``: rms(dW) / sqrt(sum of lr^2 over the steps), lr being
       that of the matrix's own group; about 1 for gradients that are noise;
     - ``geometry/clipped_share``: of the steps whose gradient norm the trainer logged
@@ -141,6 +154,7 @@ class GeometryCallback(TrainerCallback):
         self.previous: dict[str, Tensor] = {}
         self.locked: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Magnitudes] = {}  # of W_0
+        self.tops: dict[str, Tensor] = {}  # its top right subspaces
         self.measured_at = -1  # the step
         # sum of lr^2 of each group of the optimizer; None where steps were not seen
         self.squares: list[float] | None = []
@@ -168,7 +182,7 @@ class GeometryCallback(TrainerCallback):
     ) -> None:
         """Find the step of the lock, and what a resumed training had stored."""
         self.previous, self.locked, self.measured_at = {}, {}, -1
-        self.magnitudes, self.lock_step = {}, None
+        self.magnitudes, self.tops, self.lock_step = {}, {}, None
         self._guarded(lambda: self._begin(args, state))
         self.last = time.perf_counter()
 
@@ -307,7 +321,10 @@ class GeometryCallback(TrainerCallback):
                 k = min(self.k, *matrix.shape)
                 moved = movement(self.start.weights[name], tensor.detach(), k)
                 square = self._square_of(tensor)
-                rows.append((matrix, self._values(matrix, moved, k, square)))
+                values = self._values(matrix, moved, k, square)
+                if moved.right is not None:
+                    values |= self._placed(name, tensor.detach(), moved)
+                rows.append((matrix, values))
                 if not moved.frobenius_norm < float("inf"):
                     broken.append(name)
                 if moved.right is not None:
@@ -382,6 +399,20 @@ class GeometryCallback(TrainerCallback):
                 values[f"similarity_to_{name}"] = subspace_similarity(
                     moved.right, bases[matrix.name]
                 )
+        return values
+
+    def _placed(self, name: str, w: Tensor, moved: Movement) -> dict[str, float]:
+        """Where an update lies: against W_0's top subspace and its own permutation."""
+        start, right = self.start.weights[name], moved.right
+        assert right is not None
+        if name not in self.tops:
+            self.tops[name] = leading_right(start.float(), right.shape[1])[1]
+        values = {
+            "energy_of_weights": energy_within(start, w, self.tops[name]),
+            "similarity_of_weights": subspace_similarity(right, self.tops[name]),
+        }
+        if not (moved.stored or w.dtype in (torch.bfloat16, torch.float16)):
+            values["shuffled_sparsity"] = shuffled_sparsity(start, w)
         return values
 
     def _expected(self, matrix: Matrix, moved: Movement) -> float:

@@ -94,6 +94,8 @@ class PolicyConfig:
         dataset: where prompts and answers come from instead of ``benchmarks``.
         checkpoints: steps after which the weights are stored; empty for a run's usual.
         gradient_checkpointing: layers are computed again for the gradient.
+        sampled_prompts: prompts whose completions a process samples at once, 0 for all
+            of its share; memory only.
         sharded: several processes split master weights, moments and the teacher's
             layers (see ``ranks``).
     """
@@ -122,6 +124,7 @@ class PolicyConfig:
     dataset: data.DataConfig | None = None
     checkpoints: tuple[int, ...] = ()
     gradient_checkpointing: bool = False
+    sampled_prompts: int = 0
     sharded: bool = False
 
     def __post_init__(self) -> None:
@@ -167,11 +170,6 @@ class PolicyConfig:
                 f"gap_noise {self.gap_noise} with credit {self.credit} and estimator "
                 f"{self.estimator}: there is no gap of a token to add it to; use "
                 "credit gap and the sampled estimator"
-            )
-        if self.sharded and self.rollouts == "teacher":
-            raise ValueError(
-                "sharded with rollouts by the teacher: its layers lie apart, and "
-                "sampling would gather them for every token; use rollouts student"
             )
         if not self.temperature > 0.0:
             raise ValueError(
@@ -248,6 +246,11 @@ def policy_steps(
     student.eval()  # no dropout anywhere; Qwen3 has none, other models may
     author = student if config.rollouts == "student" else teacher
     assert author is not None
+    if config.rollouts == "teacher" and ranks.lies_apart(author):
+        raise ValueError(
+            "sharded with rollouts by the teacher: its layers lie apart and would be "
+            "gathered for every token; let the student write, or set sharded=false"
+        )
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
@@ -270,6 +273,7 @@ def policy_steps(
             generator=generator,
             temperature=config.temperature,
             share=mine,
+            at_once=config.sampled_prompts,
         )
         rewards = verify_completions(problems[mine], rollout, tokenizer)
         rollout, rewards = of_all_ranks(rollout, rewards)

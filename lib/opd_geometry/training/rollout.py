@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from opd_geometry.training import ranks
@@ -144,6 +145,7 @@ def sample(
     generator: torch.Generator,
     temperature: float = 1.0,
     share: slice = slice(None),
+    at_once: int = 0,
 ) -> Rollout:
     """Sample ``group_size`` completions per prompt with a key-value cache.
 
@@ -161,13 +163,34 @@ def sample(
         temperature: logits are divided by it; 0 takes the most likely token.
         share: of the prompts, to which completions are written here. Each row draws
             the numbers that it would draw among all.
+        at_once: prompts that share a cache, for whom memory is short; 0 for all.
 
     Returns:
         The rollout of the share, with the log-probabilities it was sampled with.
     """
-    every = max_new_tokens, len(prompt_ids), group_size, 1
-    uniform = torch.rand(every, generator=generator)[:, share].flatten(1, 2)
+    every = len(prompt_ids), group_size
+    uniform = torch.rand(max_new_tokens, *every, 1, generator=generator)[:, share]
     prompt_ids, prompt_mask = prompt_ids[share], prompt_mask[share]
+    size = at_once or len(prompt_ids)
+    parts = (x.split(size) for x in (prompt_ids, prompt_mask))
+    pieces = [
+        _sample_piece(model, ids, mask, drawn.flatten(1, 2), eos_token_id, temperature)
+        for ids, mask, drawn in zip(*parts, uniform.split(size, dim=1), strict=True)
+    ]
+    return pieces[0] if len(pieces) == 1 else _joined(pieces)
+
+
+def _sample_piece(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    uniform: Tensor,
+    eos_token_id: int,
+    temperature: float,
+) -> Rollout:
+    """``sample`` with the numbers of each position and row, (T, B, 1)."""
+    max_new_tokens = len(uniform)
+    group_size = uniform.shape[1] // len(prompt_ids)
     logits, cache, mask, lengths = _read_prompts(
         model, prompt_ids, prompt_mask, group_size
     )
@@ -217,18 +240,28 @@ def of_all_ranks(rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
     if ranks.count() == 1:
         return rollout, rewards
     parts = ranks.gathered((vars(rollout), rewards))
-    longest = max(found["mask"].shape[1] for found, _ in parts)
+    device = rewards.device
+    found = tree_map_only(Tensor, lambda x: x.to(device), parts)
+    pieces = [Rollout(**written) for written, _ in found]
+    return _joined(pieces), torch.cat([earned for _, earned in found])
 
-    def joined(name: str) -> Tensor:
-        tensors = [found[name] for found, _ in parts]
-        if name in ("completions", "mask", "log_probs"):
-            tensors = [pad(x, (0, longest - x.shape[1])) for x in tensors]
-        return torch.cat(tensors).to(rewards.device)
 
-    names = vars(rollout).keys() - {"group_size"}
-    everything = {name: joined(name) for name in names}
-    earned = torch.cat([earned for _, earned in parts]).to(rewards.device)
-    return Rollout(**everything, group_size=rollout.group_size), earned
+def _joined(pieces: list[Rollout]) -> Rollout:
+    """One rollout of several with prompts of one width."""
+    longest = max(piece.mask.shape[1] for piece in pieces)
+
+    def of_all(name: str, width: int = 0) -> Tensor:
+        tensors = [getattr(piece, name) for piece in pieces]
+        return torch.cat([pad(x, (0, max(0, width - x.shape[1]))) for x in tensors])
+
+    return Rollout(
+        of_all("prompt_ids"),
+        of_all("prompt_mask"),
+        of_all("completions", longest),
+        of_all("mask", longest),
+        of_all("log_probs", longest),
+        pieces[0].group_size,
+    )
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -325,116 +325,98 @@ def related_pairs(
     """
     table = printed("related")
     value = table.set_index(["item", "arm", "metric"])["value"].astype(float).to_dict()
-    rank = "arXiv:2606.13657"
-    deep = ("arXiv:2511.08567", "DeepScaleR", "sparsity")
-    laws = ("Gaussian", "Laplace")
+    return [
+        *_rank_pairs(value, sets),
+        *_step_pairs(value, sets),
+        *_spectral_pairs(value, nss),
+        *_teacher_pairs(value, sets),
+        *_offline_pairs(value),
+        *_cell_pairs(value),
+    ]
+
+
+Printed = Mapping[tuple[str, str, str], float]  # (item, arm, metric) to the number
+LAWS = ("Gaussian", "Laplace")  # of steps, where a pair asks for more than one
+
+
+def _rank_pairs(value: Printed, sets: Sequence[Sequence[Origin]]) -> list[Pair]:
+    """Sparsity by a fixed tolerance, and ranks, of OPD and two references."""
+    work = "arXiv:2606.13657"
+    deep = value["arXiv:2511.08567", "DeepScaleR", "sparsity"] / 100
+    absolute = (
+        absolute_sparsity(origins, deep, spread, law, 0)
+        for origins in sets
+        for spread in SPREADS
+        for law in LAWS
+    )
     found = [
         Pair(
             "2511.08567 and 2606.13657",
             "DeepScaleR: bf16 sparsity",
             "sparsity within 1e-5, if entries spread by 0.015 to 0.04",
-            value[rank, "DeepScaleR", "sparsity_absolute"] / 100,
-            *_ends(
-                absolute_sparsity(origins, value[deep] / 100, spread, law, 0)
-                for origins in sets
-                for spread in SPREADS
-                for law in laws
-            ),
+            value[work, "DeepScaleR", "sparsity_absolute"] / 100,
+            *_ends(absolute),
         )
     ]
-    wide, narrow = isotropic_rank((8960, 1536)), isotropic_rank((256, 1536))
-    for arm in ("DeepScaleR", "Qwen3-1.7B OPD", "Qwen-Math distill (offline)"):
-        for metric, words, i in (
-            ("stable_rank", "stable rank", 0),
-            ("top_16_energy", "energy in the top 16", 1),
-        ):
-            unit = 100 if i else 1
-            low, high = sorted((wide[i], narrow[i]))
-            shown = value[rank, arm, metric] / unit
-            found.append(
-                Pair("2606.13657", f"{arm}: any sparsity", words, shown, low, high)
-            )
-    step = "arXiv:2602.03839", "steps of RL runs", "step_sparsity"
-    found.append(
-        Pair(
-            "2602.03839",
-            "rates of 1e-6 to 5e-6",
-            "sparsity of one step",
-            value[step] / 100,
-            *_ends(step_sparsity(o, rate) for o in sets for rate in (1e-6, 5e-6)),
-        )
+    ranks, energies = zip(
+        *map(isotropic_rank, ((8960, 1536), (256, 1536))), strict=True
     )
-    for arm in ("RLVR", "SFT"):
-        key = "arXiv:2607.19331", arm, "spectral_share"
-        words = "share that moves singular values"
-        found.append(
-            Pair(
-                "2607.19331",
-                f"{arm}: any density",
-                words,
-                value[key] / 100,
-                *nss[arm.lower()],
-            )
+    for arm in ("DeepScaleR", "Qwen3-1.7B OPD", "Qwen-Math distill (offline)"):
+        given = f"{arm}: any sparsity"
+        rank = value[work, arm, "stable_rank"]
+        found.append(Pair("2606.13657", given, "stable rank", rank, *_ends(ranks)))
+        energy = value[work, arm, "top_16_energy"] / 100
+        words = "energy in the top 16"
+        found.append(Pair("2606.13657", given, words, energy, *_ends(energies)))
+    return found
+
+
+def _step_pairs(value: Printed, sets: Sequence[Sequence[Origin]]) -> list[Pair]:
+    """Sparsity of single steps, from rates."""
+    shown = value["arXiv:2602.03839", "steps of RL runs", "step_sparsity"] / 100
+    ends = _ends(step_sparsity(o, rate) for o in sets for rate in (1e-6, 5e-6))
+    given = "rates of 1e-6 to 5e-6"
+    return [Pair("2602.03839", given, "sparsity of one step", shown, *ends)]
+
+
+def _spectral_pairs(
+    value: Printed, nss: Mapping[str, tuple[float, float]]
+) -> list[Pair]:
+    """Share of the update that moves singular values."""
+    words = "share that moves singular values"
+    return [
+        Pair(
+            "2607.19331",
+            f"{arm}: any density",
+            words,
+            value["arXiv:2607.19331", arm, "spectral_share"] / 100,
+            *nss[arm.lower()],
         )
-    island = "arXiv:2609.39405"
+        for arm in ("RLVR", "SFT")
+    ]
+
+
+def _teacher_pairs(value: Printed, sets: Sequence[Sequence[Origin]]) -> list[Pair]:
+    """OPD against its own RL teacher: norms, and energy along its update."""
+    work, found = "arXiv:2609.39405", []
     for task in ("Math", "Code"):
         densities = [
-            value[island, f"{task}: {a}", "density"] / 100 for a in ("OPD", "RL")
+            value[work, f"{task}: {arm}", "density"] / 100 for arm in ("OPD", "RL")
         ]
         ratios = (
             stored_norm(origins, densities[0], law, 0)
             / stored_norm(origins, densities[1], law, 0)
             for origins in sets
-            for law in laws
+            for law in LAWS
         )
-        shown = value[island, f"{task}: OPD over its RL teacher", "norm_ratio"] / 100
-        words = "norm of OPD over that of RL"
-        found.append(
-            Pair("2609.39405", f"{task}: both densities", words, shown, *_ends(ratios))
-        )
-        shared = _along(sets, densities)
-        shown = 1 - value[island, f"{task}: OPD against RL", "orthogonal_energy"] / 100
-        words = "energy of OPD's update along RL's"
-        found.append(
-            Pair("2609.39405", f"{task}: both densities", words, shown, *shared)
-        )
-    found += _offline_pairs(value)
-    for role, shape in (
-        ("q", (1536, 1536)),
-        ("o", (1536, 1536)),
-        ("down", (1536, 8960)),
-    ):
-        key = (
-            "thunderingluck/rlvr-geometry",
-            f"DeepScaleR: {role} projection of block 13",
-            "core_energy",
-        )
-        chance = 64 * 64 / (shape[0] * shape[1])
-        words = "energy in both top-64 subspaces"
-        found.append(
-            Pair(
-                "rlvr-geometry",
-                f"DeepScaleR, {role}: any distance",
-                words,
-                value[key] / 100,
-                chance,
-                chance,
-            )
-        )
-    other = "thunderingluck/rlvr-geometry"
-    cells = int(value[other, "cells", "count"])
-    chance = scipy.stats.norm.sf(2) * 2
-    low, high = scipy.stats.binom.interval(0.95, cells, chance)
-    found.append(
-        Pair(
-            "rlvr-geometry",
-            f"{cells} cells: any distance",
-            "cells beyond two standard errors",
-            value[other, "cells beyond two standard errors", "count"],
-            float(low),
-            float(high),
-        )
-    )
+        ratio = value[work, f"{task}: OPD over its RL teacher", "norm_ratio"] / 100
+        apart = value[work, f"{task}: OPD against RL", "orthogonal_energy"] / 100
+        for words, shown, ends in (
+            ("norm of OPD over that of RL", ratio, _ends(ratios)),
+            ("energy of OPD's update along RL's", 1 - apart, _along(sets, densities)),
+        ):
+            given = f"{task}: both densities"
+            found.append(Pair("2609.39405", given, words, shown, *ends))
     return found
 
 
@@ -459,7 +441,7 @@ def _along(
     return _ends(shares)
 
 
-def _offline_pairs(value: Mapping[tuple[str, str, str], float]) -> list[Pair]:
+def _offline_pairs(value: Printed) -> list[Pair]:
     """Directions of offline objectives: two unplaced updates share none."""
     work = "arXiv:2606.23740"
     apart = value[work, "offline GRPO against SFT", "orthogonal_share"] / 100
@@ -476,6 +458,24 @@ def _offline_pairs(value: Mapping[tuple[str, str, str], float]) -> list[Pair]:
         ),
         Pair(name, "SFT and its variants: any distance", "cosine", alike, 0.0, 0.0),
     ]
+
+
+def _cell_pairs(value: Printed) -> list[Pair]:
+    """Energy in W_0's core, and cells that stand out, of a repository's notes."""
+    work, found = "thunderingluck/rlvr-geometry", []
+    for role, size in (("q", 1536**2), ("o", 1536**2), ("down", 1536 * 8960)):
+        arm = f"DeepScaleR: {role} projection of block 13"
+        shown, chance = value[work, arm, "core_energy"] / 100, 64 * 64 / size
+        given = f"DeepScaleR, {role}: any distance"
+        words = "energy in both top-64 subspaces"
+        found.append(Pair("rlvr-geometry", given, words, shown, chance, chance))
+    cells = int(value[work, "cells", "count"])
+    low, high = scipy.stats.binom.interval(0.95, cells, scipy.stats.norm.sf(2) * 2)
+    words = "cells beyond two standard errors"
+    shown = value[work, words, "count"]
+    given = f"{cells} cells: any distance"
+    ends = float(low), float(high)
+    return [*found, Pair("rlvr-geometry", given, words, shown, *ends)]
 
 
 def _ends(values: Iterable[float]) -> tuple[float, float]:

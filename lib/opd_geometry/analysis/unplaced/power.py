@@ -6,7 +6,7 @@ All are brought to one density, so that what moves is due to the place alone.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -195,6 +195,18 @@ def grid(families: Iterable[str] = FAMILIES) -> list[tuple[str, float]]:
     return [(name, s) for name in families for s in FAMILIES[name].strengths]
 
 
+def _draws(
+    origins: Sequence[Origin], cells: Iterable[tuple[str, float]], seeds: Sequence[int]
+) -> Iterator[tuple[str, float, int, pr.Draw]]:
+    """Every cell and seed with its draw; of the family ``none`` one without place."""
+    for (family, strength), seed in itertools.product(cells, seeds):
+        if family == "none":
+            draw = pr.without_place(origins, "Gaussian", seed)
+        else:
+            draw = placed(origins, family, strength, seed)
+        yield family, strength, seed, draw
+
+
 def placed_rows(
     origins: Sequence[Origin],
     densities: Mapping[str, float],
@@ -215,24 +227,17 @@ def placed_rows(
         family, strength, seed, arm, metric, value (mean over matrices).
     """
     rows: list[dict[str, object]] = []
-    for family, strength in cells:
-        for seed in seeds:
-            draw = (
-                pr.without_place(origins, "Gaussian", seed)
-                if family == "none"
-                else placed(origins, family, strength, seed)
-            )
-            keys = {"family": family, "strength": strength, "seed": seed}
-            found = pr.mask_rows(draw, densities)
-            wanted = {arm: densities[arm] for arm in spectral_arms}
-            if wanted:
-                turned = pd.DataFrame(pr.spectral_rows(draw, wanted))
-                means = turned.groupby(["arm", "metric"])["value"].mean().reset_index()
-                found += means.to_dict("records")
-            rows += [
-                {**keys, **{k: row[k] for k in ("arm", "metric", "value")}}
-                for row in found
-            ]
+    for family, strength, seed, draw in _draws(origins, cells, seeds):
+        keys = {"family": family, "strength": strength, "seed": seed}
+        found = pr.mask_rows(draw, densities)
+        wanted = {arm: densities[arm] for arm in spectral_arms}
+        if wanted:
+            turned = pd.DataFrame(pr.spectral_rows(draw, wanted))
+            means = turned.groupby(["arm", "metric"])["value"].mean().reset_index()
+            found += means.to_dict("records")
+        rows += [
+            {**keys, **{k: row[k] for k in ("arm", "metric", "value")}} for row in found
+        ]
     return pd.DataFrame(rows)
 
 
@@ -439,22 +444,16 @@ def own_rows(
         for o in origins
     ]
     rows: list[dict[str, object]] = []
-    for family, strength in cells:
-        for seed in seeds:
-            draw = (
-                pr.without_place(origins, "Gaussian", seed)
-                if family == "none"
-                else placed(origins, family, strength, seed)
+    for family, strength, seed, draw in _draws(origins, cells, seeds):
+        scales = draw.scales([density])
+        found = pd.DataFrame(
+            comparison.compare(start, origin.w + own[0] * direction, OWN_METRICS)
+            for start, origin, own, direction in zip(
+                before, origins, scales, draw.directions, strict=True
             )
-            scales = draw.scales([density])
-            found = pd.DataFrame(
-                comparison.compare(start, origin.w + own[0] * direction, OWN_METRICS)
-                for start, origin, own, direction in zip(
-                    before, origins, scales, draw.directions, strict=True
-                )
-            ).mean()
-            keys = {"family": family, "strength": strength, "seed": seed, "arm": "opd"}
-            rows += [{**keys, "metric": m, "value": v} for m, v in found.items()]
+        ).mean()
+        keys = {"family": family, "strength": strength, "seed": seed, "arm": "opd"}
+        rows += [{**keys, "metric": m, "value": v} for m, v in found.items()]
     return pd.DataFrame(rows)
 
 
