@@ -31,7 +31,16 @@ from transformers import (
     logging,
     set_seed,
 )
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from opd_geometry.experiments.runs import data_directory, provenance
 from opd_geometry.geometry.projection import leaked_energy
@@ -107,7 +116,11 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 FORMS = ("update", "gradient")
 CASES = [
     *[("SFTTrainer", "AdamW", "dense", d, f) for d in DTYPES for f in FORMS],
-    *[("GRPOTrainer", "AdamW", "dense", d, "update") for d in ("float32", "bf16")],
+    *[
+        (t, "AdamW", "dense", d, "update")
+        for t in ("GRPOTrainer", "DPOTrainer", "DistillationTrainer")
+        for d in ("float32", "bf16")
+    ],
     *[("SFTTrainer", "AdamW, epsilon 1e-4", "dense", "fp16", form) for form in FORMS],
     *[
         ("Trainer", o, "dense", d, f)
@@ -140,6 +153,23 @@ def trainer_of(kind: str, model: Any, optimizer: str, folder: str) -> Any:
             args=GRPOConfig(
                 num_generations=4, beta=0.0, max_completion_length=4, **options
             ),
+            train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS]),
+            processing_class=tokenizer,
+            **common,
+        )
+    if kind == "DPOTrainer":
+        pairs = [{"prompt": p, "chosen": "12", "rejected": "345"} for p in PROMPTS]
+        return DPOTrainer(
+            ref_model=dense(),
+            args=DPOConfig(**options),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            **common,
+        )
+    if kind == "DistillationTrainer":
+        return DistillationTrainer(
+            teacher_model=build_model(ModelConfig(width=64, layers=2, head_size=16), 1),
+            args=DistillationConfig(max_completion_length=4, **options),
             train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS]),
             processing_class=tokenizer,
             **common,
