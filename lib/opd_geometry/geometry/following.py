@@ -135,7 +135,8 @@ def follow_tensors(
             row |= {name.format(n): v for n, v in values.items()}
             paths[name.format("similarity_to_end")].append(basis)
         if optimizer is not None and any(rates := optimizer.rates[:step]):
-            row["displacement"] = locking.displacement(delta, rates)
+            unit = locking.unit_of(rates) * math.sqrt(delta.numel())
+            row["displacement"] = row["frobenius_norm"] / unit
         for name, other in others.items():
             row[f"similarity_to_{name}"] = _shared(own[1], other)
         rows.append(row)
