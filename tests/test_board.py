@@ -89,15 +89,17 @@ def test_other_worlds_and_the_regime_stand_on_the_tile(findings: pd.DataFrame) -
     tiles = BeautifulSoup(board.board(both), "html.parser").select("li.claim")
     assert len(tiles) == len(CLAIMS)
     text = tiles[0].get_text(" ")
-    assert "in another regime than the paper's" in text
+    assert "the paper's regime is not tested" in text
     assert "OPD over RLVR 0.80, the paper 3.69: not reached" in text
     assert "inconclusive; OPD over RLVR 1.74" in text
     assert "Gemma 3 270M inconclusive (2 seeds); 1.2 / 25.2 / 19.6 %" in text
     assert tiles[0]["data-regime"] == "not reached"
     assert {tile["data-regime"] for tile in tiles[1:]} == {"not asked"}
-    assert "another regime" not in tiles[1].get_text(" ")
-    assert f"<p>1 of {len(CLAIMS)} claims compare arms" in board.board(both, brief=True)
-    assert "claims compare arms" not in board.board(findings)
+    assert "regime is not tested" not in tiles[1].get_text(" ")
+    brief = board.board(both, brief=True)
+    assert f"<p>Of {len(CLAIMS)} claims: " in brief
+    assert " 1 compare arms that went" in brief
+    assert "compare arms that went" not in board.board(findings)
     assert board.tally(both) == board.tally(findings)
 
 

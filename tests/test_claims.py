@@ -38,7 +38,8 @@ IDS = [
 TEXTS = ["paper_item", "statement", "paper_value", "quantity", "unit", "rule"]
 # Of data/claims.csv.
 PUBLISHED = ["id", "paper_item", "statement", "paper_value", "readout", "n_seeds", "n"]
-PUBLISHED += ["effect", "unit", "low", "high", "ours", "ours_null", "ours_control"]
+PUBLISHED += ["effect", "unit", "low", "high", "asked"]
+PUBLISHED += ["ours", "ours_null", "ours_control"]
 PUBLISHED += ["null", "matched", "nulls", "controls"]
 PUBLISHED += ["verdict", "verdict_in_bf16", "verdict_at_papers_ratio", "rule", "runs"]
 TWO_READOUTS = {"rank-band", "norm-decoupled", "hill-mild", "early-lock"}
@@ -1015,6 +1016,26 @@ def test_claims_about_rlvr_are_judged_twice(paper_table, paper_findings):
     assert set(paper_findings["verdict_at_papers_ratio"]) == {"", "not measured"}
 
 
+def test_a_finding_says_what_was_asked_and_where_holm_leaves_it_open() -> None:
+    asked = verdicts.Part("x", pd.Series([-1.0, -1.1, -0.9]), 0.0)
+    others = [verdicts.Part("y", pd.Series([1.0, 2.0, 3.0]), 0.0)] * 2
+    assert verdicts.against(asked) < 0.05 / 3
+    assert claims._asked(asked, [asked, *others], "share of entries") == "above 0"
+    near = verdicts.Part("x", pd.Series([-1.0, -1.25, -0.6]), 0.0)
+    assert 0.05 / 3 < verdicts.against(near) < 0.05
+    told = claims._asked(near, [near, *others], "ratio")
+    assert told == "above 1; outside, but open by Holm's method over 3 parts"
+    assert claims._asked(near, [near], "ratio") == "above 1"  # alone it fails
+
+
+def test_digits_on_file_survive_the_rounding_of_a_page(
+    paper_findings, tmp_path
+) -> None:
+    exact = paper_findings.assign(low=-0.0665530507)  # of four digits: -0.06655
+    path = claims.write_claims(exact, tmp_path / "claims.csv")
+    assert f"{100 * claims.read_claims(path)['low'].iloc[0]:.3g}" == "-6.66"
+
+
 def test_the_table_has_the_published_columns(paper_findings):
     found = paper_findings
     assert list(found) == PUBLISHED
@@ -1083,7 +1104,7 @@ def test_old_and_new_verdicts_stand_side_by_side(paper_findings, tmp_path):
     rows = found.set_index("claim")
     order = rows.loc["sparsity-order"]
     assert (order["before"], order["now"]) == ("reproduced", "explained by a control")
-    assert order["why"].startswith("sft-matched minus sft: 0.3")
+    assert order["why"].startswith("sft-matched minus sft: 36.9 points")
     assert order["why"].endswith("shows it too")
     drift = rows.loc["drift-order"]
     assert (drift["before"], drift["now"]) == ("reproduced", "not reproduced")

@@ -377,6 +377,12 @@ def test_a_role_needs_its_parent_and_a_matrix_has_a_part(
         ("model.protein_encoder.model.layer.0.attention.query", {}, "other"),
         ("model.language_model.layers.0.self_attn.q_proj", {}, "language"),
         ("mlp_AR.linear_1", {"model_type": "paddleocr_vl"}, "projector"),
+        ("model.sam_model.blocks.0.attn.k_proj", {}, "vision"),
+        ("img_context_model.blocks.0.attn.k_proj", {}, "vision"),
+        ("action_head.net.blocks.0.attn.k_proj", {}, "other"),
+        ("depth_decoder.layers.0.self_attn.q_proj", {}, "talker"),
+        ("model.layers.0.mlp.vision_mlp.gate_proj", {}, "vision"),
+        ("ctc_timestamp.decoder.transformer.layers.0.attn.out_proj", {}, "audio"),
     ],
 )
 def test_a_tower_beside_a_language_model_is_no_part_of_it(

@@ -26,6 +26,7 @@ from opd_geometry.analysis.evidence import (
 from opd_geometry.analysis.statements import (
     CLAIMS,
     RATIO,
+    SHARE,
     THREE_ARMS,
     Claim,
     claim_of,
@@ -39,6 +40,7 @@ from opd_geometry.analysis.verdicts import (
     defined,
     interval,
     ruling,
+    state,
     states,
     verdict_of,
 )
@@ -66,6 +68,8 @@ class Finding:
         effect, low, high: of the part that decides (a failing one, else an open one,
             else the closest call) and its 95 % interval; NaN where undefined.
         unit: of the effect, and which part it is.
+        asked: the range in which that part holds, and whether Holm's method leaves it
+            open although its own interval lies outside.
         null, matched: the control of that kind that stands most in the way, what it
             shows, and what became of it.
         nulls, controls: all of either kind, by what became of them.
@@ -80,6 +84,7 @@ class Finding:
     unit: str
     low: float
     high: float
+    asked: str
     null: str
     matched: str
     nulls: str
@@ -111,7 +116,7 @@ def judge(claim: Claim, table: Table, readout: str | None = None) -> Finding:
     if missing(claim, levels, readout):
         nan, none = math.nan, "not measured"
         known = (claim.id, readout, (), nan, claim.unit, nan, nan)
-        return Finding(*known, none, none, none, none, none, runs)
+        return Finding(*known, "", none, none, none, none, none, runs)
     parts, controls = _evidence(claim, levels, readout)
     shown = deciding(parts)
     effect, low, high = (_shown(x, claim.unit) for x in interval(shown.values))
@@ -123,6 +128,7 @@ def judge(claim: Claim, table: Table, readout: str | None = None) -> Finding:
         f"{claim.unit}: {shown.label}",
         low,
         high,
+        _asked(shown, parts, claim.unit),
         _control_text(controls, "null", claim.unit),
         _control_text(controls, "matched", claim.unit),
         _all_text(controls, "null", claim.unit),
@@ -217,6 +223,7 @@ def _row(
         "unit": finding.unit,
         "low": finding.low,
         "high": finding.high,
+        "asked": finding.asked,
         "ours": told[0],
         "ours_null": told[1],
         "ours_control": told[2],
@@ -318,7 +325,9 @@ def parts_table(
 
 
 def write_claims(findings: pd.DataFrame, path: Path) -> Path:
-    """Write the claims table as csv: whole or not at all, 4 significant digits.
+    """Write the claims table as csv: whole or not at all, 6 significant digits.
+
+    Pages round to three; a second rounding of four would show other last digits.
 
     Args:
         findings: of ``claims_table`` or ``regimes.claims_in_worlds``.
@@ -334,7 +343,7 @@ def write_claims(findings: pd.DataFrame, path: Path) -> Path:
         )
     rounded = findings.copy()
     for column in NUMBERS:
-        rounded[column] = [float(f"{value:.4g}") for value in findings[column]]
+        rounded[column] = [float(f"{value:.6g}") for value in findings[column]]
     with clear_write_errors(path), sealing(path) as draft:
         path.parent.mkdir(parents=True, exist_ok=True)
         rounded.to_csv(draft, index=False, lineterminator="\n")
@@ -545,10 +554,24 @@ def _shown(value: float, unit: str) -> float:
 
 
 def _range_text(part: Part, unit: str) -> str:
-    low, high = _shown(part.lower, unit), _shown(part.upper, unit)
+    low, high = _text(part.lower, unit), _text(part.upper, unit)
     if math.isinf(part.upper):
-        return f"above {low:.3g}"
-    return f"below {high:.3g}" if math.isinf(part.lower) else f"{low:.3g} to {high:.3g}"
+        return f"above {low}"
+    return f"below {high}" if math.isinf(part.lower) else f"{low} to {high}"
+
+
+def _asked(part: Part, parts: Sequence[Part], unit: str) -> str:
+    """The range that a part is asked to lie in, and what Holm's method says of it."""
+    left = state(part) == "fails" and "fails" not in states(parts)
+    holm = f"; outside, but open by Holm's method over {len(parts)} parts"
+    return _range_text(part, unit) + (holm if left else "")
+
+
+def _text(value: float, unit: str) -> str:
+    """A value or a bound in the unit that its claim is shown in."""
+    if unit == SHARE:
+        return f"{100 * value:.3g} points" if value else "0"
+    return f"{_shown(value, unit):.3g}"
 
 
 def _control_text(controls: list[Control], kind: str, unit: str) -> str:
@@ -572,8 +595,9 @@ def _all_text(controls: list[Control], kind: str, unit: str) -> str:
 
 def _named(control: Control, unit: str) -> str:
     """Name of a control and the value of what it shows, where there is one."""
-    value = _shown(interval(control.own.values)[0], unit)
-    return control.own.label + ("" if math.isnan(value) else f": {value:.4g}")
+    value = interval(control.own.values)[0]
+    told = "" if math.isnan(value) else f": {_text(value, unit)}"
+    return control.own.label + told
 
 
 def _control_line(what: str, shown: object) -> str:

@@ -21,6 +21,16 @@ SHARPEST = {
     "energy_top_right": "null_",
     "energy_inputs": "null_",
 }
+# Of ``experiments.weights``, in words.
+PROPERTIES = {
+    "std": "standard deviation",
+    "kurtosis": "kurtosis (Gaussian: 3)",
+    "zeros": "share of exact zeros",
+    "half_step": "half a step of bf16, median",
+    "top_energy": "energy in the first n/16 directions",
+    "peak": "largest singular value over the median",
+    "gap": "gap below direction n/16, over the largest",
+}
 EARLY = 0.2  # of training, where the paper looks for the lock
 LOCK = "similarity_to_end@K=16"
 LOCK_NULLS = {"turned increments": "increments_", "walk": "walk_"}

@@ -35,6 +35,8 @@ WORLDS = {
     "published": "the book's small world, OPD and RLVR at one budget",
     "pretrained": "a real language model, Gemma 3 270M",
 }
+# What a tile shows at once; the rest is folded.
+FIRST = ("The paper", "Here", "What decides", *WORLDS.values())
 UNTESTED = "regime not tested"
 NOT_ASKED = "not asked"  # of a claim about one arm
 CHAPTER_OF = {"sparsity-robust": "08_regimes"}  # where it is not that of its part
@@ -111,15 +113,17 @@ def board(findings: pd.DataFrame, brief: bool = False) -> str:
 
 
 def _says(rows: list[dict[str, Any]]) -> str:
-    """How many claims were asked in another regime than the paper's, as a paragraph."""
+    """How many claims got which verdict, and in whose regime, as a paragraph."""
+    verdicts = [str(row["verdict"]) for row in rows]
+    counts = [f"{verdicts.count(v)} {v}" for v in VERDICT_MARKS if v in verdicts]
     n = sum(row.get("verdict_in_regime") == UNTESTED for row in rows)
-    if not n:
-        return ""
-    return (
-        f"<p>{n} of {len(rows)} claims compare arms that went in other proportions "
-        "here than in the paper: their verdicts hold in this book's worlds, and the "
-        "paper's regime was not tested.</p>\n"
+    regime = (
+        f" {n} compare arms that went in other proportions here than in the paper: "
+        "what a tile says of them holds in this book's worlds, and the paper's regime "
+        "was not tested."
     )
+    told = f"Of {len(rows)} claims: {', '.join(counts)}.{regime if n else ''}"
+    return f"<p>{told}</p>\n"
 
 
 def by_world(
@@ -176,17 +180,20 @@ def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str
         f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {shown}</p>'
     )
     if reached == "not reached":
-        head += '<p class="claim-regime">in another regime than the paper\'s</p>'
+        head += '<p class="claim-regime">here; the paper\'s regime is not tested</p>'
     statement = html.escape(str(row["statement"]))
     link = f'href="chapters/{chapter}.html"'
     if brief:
         return f"{head}<p><a {link}>{statement}</a></p></li>"
     told = facts(row) | {_world(other): in_short(other) for other in others}
     known = {name: html.escape(in_words(text)) for name, text in told.items()}
-    rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items())
+    lines = {name: f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items()}
+    first = "".join(text for name, text in lines.items() if name in FIRST)
+    rest = "".join(text for name, text in lines.items() if name not in FIRST)
     return (
         f'{head}<p class="claim-statement" id="claim-{row["id"]}">{statement}</p>'
-        f"<dl>{rows}</dl>"
+        f"<dl>{first}</dl><details><summary>How it was judged</summary>"
+        f"<dl>{rest}</dl></details>"
         f"<p><a {link}>The chapter that judges {html.escape(str(row['id']))}</a></p>"
         "</li>"
     )
@@ -201,7 +208,7 @@ def facts(row: Mapping[str, Any]) -> dict[str, str]:
         "Here": row.get("ours", ""),
         "Gaussian null": row.get("ours_null", ""),
         "SFT, matched, for OPD": row.get("ours_control", ""),
-        "What decides": effect_text(row),
+        "What decides": asked_text(row),
         "A null": row["null"],
         "A control": row["matched"],
         "Where": f"{_world(row)}; {row.get('n', '') or seeds}",
@@ -226,8 +233,14 @@ def in_short(row: Mapping[str, Any]) -> str:
     if row["verdict"] == "not measured":
         return str(row["verdict"])
     n = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
-    told = [f"{row['verdict']} ({n})", row.get("ours", ""), effect_text(row)]
+    told = [f"{row['verdict']} ({n})", row.get("ours", ""), asked_text(row)]
     return "; ".join(str(text) for text in [*told, row.get("regime", "")] if text)
+
+
+def asked_text(row: Mapping[str, Any]) -> str:
+    """``effect_text``, and the range in which the claim holds."""
+    asked = row.get("asked", "")
+    return effect_text(row) + (f"; asked: {asked}" if asked else "")
 
 
 def effect_text(row: Mapping[str, Any]) -> str:

@@ -23,7 +23,10 @@ from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored
 PARTS = ("language", "vision", "audio", "talker", "mtp", "projector", "other")
 # The first that has a component of the path, talkers before the towers inside them.
 PART_OF = (
-    ("talker", r"talker\w*|code2wav|token2wav|code_predictor|tts\w*|vocoder"),
+    (
+        "talker",
+        r"talker\w*|depth_decoder|code2wav|token2wav|code_predictor|tts\w*|vocoder",
+    ),
     (
         "projector",
         r"\w*_projector|projector|(patch_)?merger|mlp_AR|deepstack_merger_list|aligner|gen_aligner|"
@@ -34,20 +37,21 @@ PART_OF = (
     ),
     (
         "vision",
-        r"visual|vision|vit|vpm|vte|\w*(vision|image|img|visual|video)_(tower|model|"
-        r"encoder|backbone|transformer|embed\w*|processor|module|moe)|vq_?model|"
+        r"visual|vision|vit|vpm|vte|\w*(vision|image|img|visual|video)_(\w+_)?(tower|model|"
+        r"encoder|backbone|transformer|embed\w*|processor|module|moe|mlp|expert\w*)|"
+        r"vq_?model|sam(_model|_encoder|_vit)?|"
         r"gen(eration)?_(head|embed\w*|vision_model)|siglip\w*|clip_model",
     ),
     (
         "audio",
         r"apm|(audio|speech|sound)_(tower|model|encoder|backbone|embed)|audio|speech|"
-        r"(acoustic|semantic)_(tokenizer|encoder)\w*|whisper\w*",
+        r"(acoustic|semantic)_(tokenizer|encoder)\w*|whisper\w*|perception|ctc_\w+",
     ),
     ("mtp", r"mtp\w*|nextn\w*|eagle\w*|medusa\w*"),
     (
         "other",
         r"(protein|molecule|graph|point(_?cloud)?|time_?series|(word_)?timestamp|action|"
-        r"motion|depth|touch|sensor)_(tower|model|encoder|backbone|expert)|dit|"
+        r"motion|depth|touch|sensor)_(tower|model|encoder|backbone|expert|head)|dit|"
         r"gemma_expert|expert_model|diffusion_(head|model)",
     ),
 )
