@@ -143,6 +143,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def train_needs(run: Run) -> None:
+    """Train what a run starts from, and no more."""
+    evaluate_less()
+    for needed in run.needs:
+        runs.ensure(needed)
+
+
 def ensure_counting(run: Run, log: Path) -> Path:
     """``ensure``; every optimizer step adds a character to a log."""
     loop = runs.loop_of

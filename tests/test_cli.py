@@ -344,6 +344,23 @@ def test_chapters_are_executed_with_what_is_given(
     assert "Executed book/chapters/01_a.ipynb" in capsys.readouterr().out
 
 
+def test_chapters_of_a_read_only_checkout_lie_beside_the_data(
+    checkout: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = chapters_of(checkout / "book" / "chapters")
+    sources = chapters_of(checkout / "notebooks")
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: Path(path) != checkout)
+    assert cli.main(["chapters", "02_b"]) == 0
+    folder = data / "_build" / "chapters"
+    assert chapters_of(folder) == {"02_b.ipynb": "02_b {}"}
+    assert f"Executed {folder / '02_b.ipynb'}" in capsys.readouterr().out
+    assert chapters_of(checkout / "book" / "chapters") == before
+    assert chapters_of(checkout / "notebooks") == sources
+
+
 def provenance(**columns: list[Any]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 

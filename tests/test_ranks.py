@@ -1,15 +1,18 @@
 """Several processes that train one model take the steps of one process."""
 
+import json
 import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import children
+import psutil
 import pytest
 import together
 import torch
@@ -85,30 +88,25 @@ def test_every_item_is_dealt_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RUN = replace(
     children.OPD,
-    train=replace(children.REWARDS, steps=20, prompts_per_step=4, sharded=True),
+    start=children.SHAPE,
+    train=replace(children.REWARDS, steps=6, prompts_per_step=3, sharded=True),
 )
 
 
-def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
-    Child(tmp_path, train_with_a_death).result()
-
-
-def train_with_a_death() -> None:
-    children.evaluate_less()
-    for needed in RUN.needs:
-        runs.ensure(needed)
+def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(data: Path) -> None:
+    Child(data, children.train_needs, RUN).result()
     alone, straight = (replace(RUN, arm=arm) for arm in ("alone", "straight"))
     for run in (RUN, straight):
         runs.run_directory(run).mkdir()
     (runs.run_directory(straight) / "died").touch()
     died = "process 1 of 2 was ended by signal 9; is memory short"
     with pytest.raises(ValueError, match=died):
-        in_two(together.dying, RUN)
-    assert runs.progress(RUN)["step"] in (5, 6)
+        Child(data, in_two, together.dying, RUN).result()
+    assert runs.progress(RUN)["step"] in (3, 4)
     shutil.copytree(runs.run_directory(RUN), runs.run_directory(alone))
-    in_two(together.dying, RUN)
-    in_two(together.dying, straight)
-    runs.ensure(alone)  # from the state of two
+    Child(data, in_two, together.dying, RUN).result()
+    Child(data, in_two, together.dying, straight).result()
+    Child(data, runs.ensure, alone).result()  # from the state of two
     resumed, whole, other = (
         load_model(runs.checkpoint(run))[0] for run in (RUN, straight, alone)
     )
@@ -117,6 +115,8 @@ def train_with_a_death() -> None:
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=0, atol=2e-3)
     assert runs.history(RUN) == runs.history(straight)
+    done = json.loads((runs.run_directory(RUN) / "done.json").read_text())
+    assert done["machine"].endswith(", 2 processes")
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,13 @@ def test_a_process_that_fails_is_one_line(
     with pytest.raises(ValueError, match=words) as raised:
         Child(tmp_path, processes.run, function, argument, 2).result()
     assert "\n" not in str(raised.value)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    starter = Child(tmp_path, processes.run, time.sleep, 600, 2)
+    process, deadline = psutil.Process(starter.process.pid), time.monotonic() + 120
+    while len(started := process.children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(started) == 2
+    starter.kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]

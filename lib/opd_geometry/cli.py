@@ -632,7 +632,8 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     """Execute the published chapters again, all or those named.
 
     With the notebooks' own defaults the notebooks get the same outputs, which the
-    tests then compare with what they print when run again.
+    tests then compare with what they print when run again. Of a checkout that is
+    read-only the chapters come to _build/chapters beside the data.
 
     \b
     Examples:
@@ -644,13 +645,15 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     root = repository()
     given = {"profile": profile, "seeds": seeds}
     parameters = {name: value for name, value in given.items() if value is not None}
+    own = os.access(root, os.W_OK)
+    folder = root / "book" / "chapters" if own else builds(root) / "chapters"
     for notebook in _notebooks(root, names):
-        output = root / "book" / "chapters" / notebook.name
+        output = folder / notebook.name
         known = known_parameters(notebook, parameters)
         execute_chapter(notebook, output, known, root)
-        if not known:
+        if own and not known:
             shutil.copyfile(output, notebook)
-        click.echo(f"Executed {output.relative_to(root)}")
+        click.echo(f"Executed {output.relative_to(root) if own else output}")
 
 
 @commands.command()

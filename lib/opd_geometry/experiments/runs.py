@@ -939,7 +939,8 @@ def provenance() -> dict[str, str]:
         "numpy": version("numpy"),
         "machine": f"{platform.system()} {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+        + (f", {ranks.count()} processes" if ranks.count() > 1 else ""),
     }
 
 
