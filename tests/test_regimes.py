@@ -88,6 +88,25 @@ def test_every_claim_has_a_row_a_world_with_its_regime(
     assert rows.loc["published", "sparse-tokens"]["regime"] == ""
 
 
+def test_orders_are_judged_with_true_rewards_and_with_wrong_ones() -> None:
+    # unchanged entries: SFT few, OPD more, RLVR between them until rewards are wrong
+    world = table(sft=5.0, opd=1.0, rlvr=2.0, rlvr_flip_45=0.5)
+    jitter = world["seed"] * 1e-4  # no interval without a spread
+    world["value"] += jitter.where(world["metric"] == "sparsity", 0.0)
+    found = regimes.orders_by_rewards({"x": world})
+    assert list(found.index) == list(regimes.ORDERS)
+    assert list(found.columns) == [("x", "true"), ("x", "wrong")]
+    for rewards in ("true", "wrong"):
+        arm = "rlvr" if rewards == "true" else regimes.WRONG_REWARDS
+        levels = Levels(world).with_arm("rlvr", arm)
+        expected = [
+            claims.judge(claim_of(name), levels).verdict for name in found.index
+        ]
+        assert found["x", rewards].tolist() == expected
+    assert found.loc["sparsity-order", ("x", "true")] == "not reproduced"
+    assert found.loc["sparsity-order", ("x", "wrong")] != "not reproduced"
+
+
 def test_the_papers_own_ratios_are_those_of_its_densities() -> None:
     ratios = regimes.paper_ratios()
     assert 3.0 < ratios["opd", "rlvr"] < 5.0

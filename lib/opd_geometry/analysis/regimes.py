@@ -29,7 +29,7 @@ from opd_geometry.analysis.evidence import (
     over_matrices,
     with_every_null,
 )
-from opd_geometry.analysis.statements import ARMS, CLAIMS, Claim
+from opd_geometry.analysis.statements import ARMS, CLAIMS, Claim, claim_of
 from opd_geometry.analysis.unplaced.measured import load, paper_displacements
 from opd_geometry.analysis.verdicts import Values, defined, equivalence, interval, state
 
@@ -39,6 +39,15 @@ PAIRS = (("opd", "rlvr"), ("sft", "opd"))
 WRONG_REWARDS = "rlvr-flip-45"  # in RLVR's place: nearer to the paper's ratio
 ASKED = (*ARMS, WRONG_REWARDS)  # arms that the table below may read
 WORLDS = ("published", "pretrained")
+# What the paper orders by objective, at the end of training.
+ORDERS = (
+    "sparsity-order",
+    "rotation-order",
+    "drift-order",
+    "density-order",
+    "principal-depleted",
+    "lowmag-enriched",
+)
 
 
 class Regime(NamedTuple):
@@ -135,6 +144,28 @@ def claims_in_worlds(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         findings.insert(1, "world", profile)
         parts.append(findings.join(pd.DataFrame(rows)))
     return pd.concat(parts, ignore_index=True)
+
+
+def orders_by_rewards(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The claims that order the arms, with true rewards and with wrong ones.
+
+    Args:
+        tables: name of a world to its tidy table, with ``WRONG_REWARDS``.
+
+    Returns:
+        Index: the claims of ``ORDERS``; columns world and rewards (*true*, *wrong*):
+        verdicts, from the matrices that have every null.
+    """
+    found = {}
+    for world, table in tables.items():
+        true = Levels(with_every_null(table))
+        for rewards, levels in (
+            ("true", true),
+            ("wrong", true.with_arm("rlvr", WRONG_REWARDS)),
+        ):
+            verdicts = [judge(claim_of(name), levels).verdict for name in ORDERS]
+            found[world, rewards] = verdicts
+    return pd.DataFrame(found, index=pd.Index(ORDERS, name="claim"))
 
 
 def _in_regime(
