@@ -444,7 +444,7 @@ def test_the_verdicts_stand_on_the_page(folder: Path, page: Page) -> None:
     counts = {"Gaussian": 9, "its directions turned": 5, "unplaced, closed form": 2}
     assert every["against"].value_counts().to_dict() == counts | {"chance": 6}
     caption = (
-        "What stands out from its null (plain means over the 28 matrices of the "
+        "What stands out from its null (means over the 28 matrices of the "
         "layers, no embedding or head)"
     )
     rows = page.tables[caption][1:]

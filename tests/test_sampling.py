@@ -8,7 +8,8 @@ import pytest
 from test_pairs import model, save
 
 from opd_geometry import cli
-from opd_geometry.geometry import defaults, pairs, sampling, tables
+from opd_geometry.book import report
+from opd_geometry.geometry import defaults, pairs, readings, sampling, tables
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -115,6 +116,47 @@ def test_the_median_of_largest_angles_holds_where_their_mean_has_no_variance() -
         missed.append(row["high"] < true["mean"])
     assert np.mean(held) > 0.9
     assert np.mean(missed) < 0.1
+
+
+def test_the_words_of_a_sample_are_the_designs_estimates() -> None:
+    """A large stratum counts as many matrices, not as those that were drawn of it."""
+    sizes = {"expert_up": 32, "q": 4}
+    table = pd.DataFrame(
+        [
+            {
+                **{name: np.nan for name in pairs.COLUMNS},
+                "matrix": f"{role}{layer}",
+                "role": role,
+                "layer": layer,
+                "rows": 8,
+                "cols": 8,
+                "sparsity_bf16": 0.9 if role == "q" else 0.3,
+                "relative_norm": 0.01 if role == "q" else 0.002,
+                "frobenius_norm": 1.0,
+                "nss": 2.0 if role == "q" else 1.0,
+                "null_nss": 1.0,
+            }
+            for role, size in sizes.items()
+            for layer in range(size)
+        ]
+    )
+    whole = readings.sentences(table, 1e-3, 4)
+    design = design_of(table, 8, 0)
+    part = table.join(design, on="matrix", how="inner")
+    said = readings.sentences(part, 1e-3, 4)
+    assert "36.7 % of their entries" in whole[0]
+    assert "36.7 % of all entries" in said[0]
+    assert "They went 0.00289 of their own norm" in whole[1]
+    assert "They went 0.00289 of their own norm" in said[1]
+    assert "nss 1.11×" in whole[2]
+    assert "nss 1.11×" in said[2]
+    assert all("estimated from a sample of 8 of 36 matrices" in line for line in said)
+    assert not any("sample" in line for line in whole)
+    page = report.build_report(part, None, "t")
+    assert "This is a sample of 8 of 36 matrices" in page
+    assert "36.7 % of the weights" in page
+    assert "embeddings and head included" not in page
+    assert "a sample of" not in report.build_report(table, None, "t")
 
 
 @pytest.mark.parametrize("apart", [True, False])

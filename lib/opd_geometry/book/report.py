@@ -52,6 +52,9 @@ from opd_geometry.geometry.readings import (
     against_null,
     against_nulls,
     in_layers,
+    sample_of,
+    standing_for,
+    weighted_mean,
 )
 from opd_geometry.geometry.tables import REMEDY, check_output
 from opd_geometry.printing import visible
@@ -195,6 +198,8 @@ class _Pair:
     def covered(self) -> str:
         """Which these are, in words."""
         n = len(self.layers)
+        if drawn := sample_of(self.layers):
+            return f"{drawn}, by what each stands for"
         if self.layers["role"].isin(PLACED).all():
             return f"the {_matrices(n)} of the layers, no embedding or head"
         return f"all {_matrices(n)}, none of which is in a layer"
@@ -327,22 +332,31 @@ def _lead(pair: _Pair | None, trajectory: pd.DataFrame | None) -> tuple[str, ...
     """The first sentences: what differs from its null, and how much has changed."""
     if pair is None:
         return ("How the update grew, and when its directions were settled.",)
+    drawn = sample_of(pair.table)
+    sampled = (
+        f"This is {drawn}: means are estimates for all of them, maps and figures show "
+        "those that were drawn.",
+    )
+    first = (*(sampled if drawn else ()), _stands_out(pair))
     known = pair.table[pair.table["sparsity_bf16"].notna()]
     if known.empty:
         return (
-            _stands_out(pair),
+            *first,
             "No matrix of this table has a sparsity: their notes say why.",
         )
     entries = known["rows"].to_numpy(float) * known["cols"].to_numpy(float)
+    entries = entries * standing_for(known)
     share = float(np.average(known["sparsity_bf16"], weights=entries))
     dtypes = {"dtype_before", "dtype_after"} <= set(pair.table)
     stored = [known["dtype_before"], known["dtype_after"]] if dtypes else []
     names = sorted({str(name) for column in stored for name in column})
     kinds = f" (stored as {visible(', '.join(names))})" if names else ""
+    there = {"embed", "head"} & {*pair.table["role"]}
+    which = ", embeddings and head included" if there else ""
     return (
-        _stands_out(pair),
+        *first,
         f"{_percent(share)} of the weights{kinds} have the same value in bf16 before "
-        f"and after, embeddings and head included; the others are what this page is "
+        f"and after{which}; the others are what this page is "
         "about.",
     )
 
@@ -389,9 +403,9 @@ def _mean(wide: pd.DataFrame, metric: str) -> float:
     if not known.any():
         return float("nan")
     if metric in figures.WEIGHTED_METRICS:
-        weights = wide["parameters"].to_numpy(float)[known]
+        weights = (wide["parameters"].to_numpy(float) * standing_for(wide))[known]
         return float(np.average(values[known], weights=weights))
-    return float(values[known].mean())
+    return weighted_mean(values[known], standing_for(wide)[known])
 
 
 def _has(wide: pd.DataFrame, metric: str) -> bool:
@@ -467,7 +481,7 @@ def _differences(pair: _Pair) -> Section | None:
         return None
     numbers = ("matrices", "mean", "null", "ratio", "detection limit", "above")
     columns = ("diagnostic", "against", *numbers, "verdict")
-    caption = f"What stands out from its null (plain means over {pair.covered})"
+    caption = f"What stands out from its null (means over {pair.covered})"
     return Section(
         "differences",
         "What differs from its null",
@@ -630,7 +644,7 @@ def _mask_table(pair: _Pair) -> Table:
         tuple(rows),
         (look.label,),
         finding=f"Overlap: {'; '.join(overlaps)}.",
-        note=f"Plain means over {pair.covered}; the same of this book's models. Bars "
+        note=f"Means over {pair.covered}; the same of this book's models. Bars "
         "of an overlap start at the mask's own share, 50 %: what changes at random "
         "places would have. Ticks are Gaussian nulls.",
     )

@@ -61,7 +61,12 @@ from opd_geometry.geometry.comparison import (
 from opd_geometry.geometry.following import COLUMNS as TRAJECTORY_COLUMNS
 from opd_geometry.geometry.following import follow_tensors
 from opd_geometry.geometry.matching import ROTARY
-from opd_geometry.geometry.readings import of_parts, too_far
+from opd_geometry.geometry.readings import (
+    of_parts,
+    standing_for,
+    too_far,
+    weighted_mean,
+)
 from opd_geometry.geometry.steps import steps_of
 from opd_geometry.geometry.tables import Row, finish, growing
 
@@ -1129,8 +1134,9 @@ def _measured_metric(name: str) -> str:
 
 def _mean(part: pd.DataFrame, name: str) -> float:
     values = part[name]
+    times = pd.Series(standing_for(part), part.index)[values.notna()]
     if not name.endswith(("sparsity_bf16", "density")):
-        return float(values.mean())
-    weights = (part["rows"] * part["cols"])[values.notna()].astype(float)
+        return weighted_mean(values.dropna().to_numpy(float), times.to_numpy())
+    weights = (part["rows"] * part["cols"])[values.notna()].astype(float) * times
     total = weights.sum()
     return float((values.dropna() * weights).sum() / total) if total else math.nan

@@ -6,7 +6,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pandas as pd
 
-from opd_geometry.geometry.defaults import ANGLES, ENERGY, EXPERT_ROLES, LAYER_ROLES
+from opd_geometry.geometry.defaults import (
+    ANGLES,
+    ENERGY,
+    EXPERT_ROLES,
+    LAYER_ROLES,
+    STRATA,
+)
 
 NULLED = (
     *ANGLES,
@@ -39,6 +45,41 @@ def in_layers(table: pd.DataFrame) -> pd.DataFrame:
     """
     chosen = table[table["role"].isin([*LAYER_ROLES, *EXPERT_ROLES])]
     return chosen if len(chosen) else table
+
+
+def standing_for(table: pd.DataFrame) -> np.ndarray:
+    """How many matrices each one stands for: M_h / m_h of its stratum in a sample.
+
+    Args:
+        table: of ``measure``.
+
+    Returns:
+        A number a row; 1 where the table is no sample.
+    """
+    if not {*STRATA} <= set(table):
+        return np.ones(len(table))
+    return (table[STRATA[1]] / table[STRATA[2]]).to_numpy(float)
+
+
+def sample_of(table: pd.DataFrame) -> str:
+    """``a sample of n of N matrices`` for some of ``measure --sample``; else empty.
+
+    Args:
+        table: of ``measure``, or its rows of some parts or roles.
+    """
+    if not {*STRATA} <= set(table):
+        return ""
+    whole = int(table.drop_duplicates(STRATA[0])[STRATA[1]].sum())
+    return f"a sample of {len(table)} of {whole} matrices" * (len(table) < whole)
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """Mean of numbers by what they stand for; plain, to the bit, where all do alike."""
+    if not len(values):
+        return math.nan
+    if (weights == weights[0]).all():
+        return float(values.mean())
+    return float(np.average(values, weights=weights))
 
 
 def gaussian_stable_rank(rows: pd.Series, cols: pd.Series) -> pd.Series:
@@ -85,7 +126,8 @@ def against_null(
         detection, as a share of the null; NaN for a single matrix), above (share of
         the matrices above their null, ties counted half) and verdict
         (``above its null``, ``below its null`` or ``at its null``). Means are plain,
-        over the matrices that have both; no rows for a table without nulls.
+        over the matrices that have both, or in a sample by what each stands for; no
+        rows for a table without nulls.
     """
     columns = ["matrices", "mean", "null", "ratio", "limit", "above", "verdict"]
     table = with_shape_nulls(table)
@@ -95,16 +137,18 @@ def against_null(
         if not {*pair} <= set(table):
             continue
         both = table[pair].to_numpy(float)
-        both = both[np.isfinite(both).all(1)]
-        if not len(both):
+        known = np.isfinite(both).all(1)
+        if not known.any():
             continue
+        both, weights = both[known], standing_for(table)[known]
         value, other = both.T
-        above = float(((value > other) + 0.5 * (value == other)).mean())
-        centre = float(other.mean())
-        ratio = float(value.mean()) / centre if centre else math.nan
-        limit = _half_width(value - other) / centre if centre else math.nan
+        higher = (value > other) + 0.5 * (value == other)
+        above = weighted_mean(higher, weights)
+        mean, centre = (weighted_mean(side, weights) for side in (value, other))
+        ratio = mean / centre if centre else math.nan
+        half = _half_width(value - other, weights)
+        limit = half / centre if centre else math.nan
         verdict = _side(ratio, above, limit)
-        mean = float(value.mean())
         rows[name] = [len(both), mean, centre, ratio, limit, above, verdict]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
@@ -136,11 +180,15 @@ def against_nulls(table: pd.DataFrame) -> pd.DataFrame:
     return together.rename_axis("diagnostic").reset_index()
 
 
-def _half_width(differences: np.ndarray) -> float:
+def _half_width(differences: np.ndarray, weights: np.ndarray) -> float:
     """Half of the 95 % interval of a mean, by Student's law; NaN for a single one."""
     n = len(differences)
     if n < 2:
         return math.nan
+    if (weights != weights[0]).any():  # as drawn with replacement, which is no less
+        apart = weights * (differences - weighted_mean(differences, weights))
+        spread = math.sqrt(float((apart**2).sum()) * n / (n - 1))
+        return student(n - 1) * spread / float(weights.sum())
     return student(n - 1) * float(differences.std(ddof=1)) / math.sqrt(n)
 
 
@@ -208,21 +256,25 @@ def whether(table: pd.DataFrame) -> str:
     n, total = int((moved > 0).sum()), len(table)
     if not len(moved):
         return "Whether the weights changed cannot be said: no matrix has a norm."
+    drawn = sample_of(table)
     if n == 0 and len(moved) == total:
-        return f"The weights did not change: all {total} matrices are equal."
+        every = f"all of {drawn}" if drawn else f"all {total} matrices"
+        return f"The weights did not change: {every} are equal."
     kinds = _kinds(table)
     mixed = len(kinds) > 1
     share = _weighted(table, "sparsity_bf16")
-    same = f"; {100 * share:.1f} % of their entries are the same in bf16" * (
-        share == share
-    )
+    entries = "all entries" if drawn else "their entries"
+    same = f"; {100 * share:.1f} % of {entries} are the same in bf16" * (share == share)
+    if drawn:
+        same += f", estimated from {drawn}"
     if mixed and _is_rounding(table, kinds):
         return (
             f"The weights did not change: stored as {' and '.join(kinds)}, they differ "
             "by no more than the rounding of one into the other: no training that "
             "shows."
         )
-    said = f"{n} of {total} matrices changed{same}."
+    matrices = "sampled matrices" if drawn else "matrices"
+    said = f"{n} of {total} {matrices} changed{same}."
     if mixed:
         said += (
             f" They are stored as {' and '.join(kinds)}, and the rounding of one into "
@@ -255,6 +307,7 @@ def _weighted(table: pd.DataFrame, name: str) -> float:
     """Mean by the numbers of entries; NaN if none is known."""
     known = table[table[name].notna()]
     weights = known["rows"].astype(float) * known["cols"].astype(float)
+    weights *= standing_for(known)
     total = float(weights.sum())
     return float((known[name] * weights).sum()) / total if total else math.nan
 
@@ -266,19 +319,23 @@ def how_far(table: pd.DataFrame, lr: float | None, steps: int | None) -> str:
     with gradients that are noise; sqrt(T) is T steps in one direction.
     """
     chosen = in_layers(table)
-    relative = chosen["relative_norm"].dropna()
+    known = chosen[chosen["relative_norm"].notna()]
+    relative = known["relative_norm"]
     if not len(relative):
         return "How far cannot be said: no matrix has a relative norm."
     which = "matrices" if len(chosen) == len(table) else "matrices of the layers"
-    said = (
-        f"They went {relative.mean():.3g} of their own norm, a mean over "
-        f"{len(relative)} {which}"
-    )
+    over, drawn = f"over {len(relative)} {which}", sample_of(chosen)
+    if drawn:
+        over = f"estimated from {drawn}{which.removeprefix('matrices')}"
+    mean = weighted_mean(relative.to_numpy(float), standing_for(known))
+    said = f"They went {mean:.3g} of their own norm, a mean {over}"
     if lr is None or steps is None:
         return f"{said}."
     norms = chosen["frobenius_norm"]
     entries = chosen["rows"].astype(float) * chosen["cols"].astype(float)
-    moved = math.sqrt(float((norms**2).sum()) / float(entries[norms.notna()].sum()))
+    times = standing_for(chosen)
+    squares, counted = (norms**2 * times).sum(), (entries * times)[norms.notna()].sum()
+    moved = math.sqrt(float(squares) / float(counted))
     units = moved / (lr * math.sqrt(steps))
     each = norms / entries**0.5 / (lr * steps)
     return (
@@ -301,7 +358,8 @@ def too_far(n: int, total: int) -> str:
 
 def what_stands_out(table: pd.DataFrame) -> str:
     """Which diagnostics differ from an unplaced update's, beyond their limits."""
-    found = against_null(in_layers(table))
+    chosen = in_layers(table)
+    found, part = against_null(chosen), sample_of(chosen)
     drawn = [name for name in found.index if name != "stable_rank"]
     if not len(found):
         return "Where the update went cannot be said: no diagnostic has a null here."
@@ -318,7 +376,8 @@ def what_stands_out(table: pd.DataFrame) -> str:
         "Beyond their detection limits differ from an unplaced update of this size: "
         f"{named(differ) or 'none'}"
     )
-    said += f"; not beyond: {named(rest)}." if len(rest) else "."
+    said += f"; not beyond: {named(rest)}" if len(rest) else ""
+    said += f" (estimated from {part})." if part else "."
     if not drawn:
         said += " Only the stable rank has a null here; the others need --null."
     return said
