@@ -245,7 +245,7 @@ def sample(folder: Path, _: Path) -> list[dict]:
         whole = forecast.projected_seconds(plan, speed, ["all"], True)
         layers = sampling.layers_of(plan)
         for n in (16, 28):
-            some, _design = sampling.sampled(layers, n)
+            some = sampling.sampled(layers, n)
             taken = forecast.projected_seconds(some, speed, ["all"], True)
             case = f"{n} of {len(layers.tasks)}, {what}, forecast"
             rows.append(_row("sample", case, whole, taken))
@@ -266,7 +266,7 @@ def sampled(folder: Path, _: Path) -> list[dict]:
         sides = (folder / side for side in pair)
         plan = pairs.plan_pair(*sides, metrics=["all"], dequantise=True)
         layers = sampling.layers_of(plan)
-        some = {n: sampling.sampled(layers, n)[0] for n in (14, 28)}
+        some = {n: sampling.sampled(layers, n) for n in (14, 28)}
         taken = {n: seconds(lambda p=p: pairs.run_plan(p)) for n, p in some.items()}
         whole = seconds(lambda plan=plan: pairs.run_plan(plan))["cpu_seconds"]
         for n, times in taken.items():

@@ -18,6 +18,7 @@ import pandas as pd
 from records import RESULTS, record
 
 from opd_geometry.geometry import sampling
+from opd_geometry.geometry.defaults import STRATA
 from opd_geometry.geometry.pairs import COLUMNS, METRICS, measure_checkpoints
 
 PAIR = ("data/checkpoints/laptop-sft-s0", "data/checkpoints/laptop-opd-s0")
@@ -30,7 +31,7 @@ def design(table: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
         table["matrix"][place]: (h, len(found[h].members), found[h].drawn)
         for h, place in sampling.draw(found, seed)
     }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=[*sampling.STRATA])
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*STRATA])
 
 
 def of_run(digest: str) -> pd.DataFrame:
@@ -60,12 +61,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     options = parser.parse_args()
     table = of_run(options.run) if options.run else measure_checkpoints(*options.pair)
-    full = sampling.estimates(table, design(table, len(table), 0))["mean"]
+    full = sampling.estimates(table.join(design(table, len(table), 0), on="matrix"))[
+        "mean"
+    ]
     held: dict[str, list[bool]] = {}
     widths: dict[str, list[float]] = {}
     for seed in range(options.draws):
         drawn = design(table, options.sample, seed)
-        found = sampling.estimates(table[table["matrix"].isin(drawn.index)], drawn)
+        found = sampling.estimates(table.join(drawn, on="matrix", how="inner"))
         for name, row in found.iterrows():
             rounding = 1e-12 * abs(full[name])
             inside = row["low"] - rounding <= full[name] <= row["high"] + rounding

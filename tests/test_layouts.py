@@ -454,8 +454,11 @@ def test_a_frozen_tower_is_no_part_of_the_summary(towers: tuple[Path, Path]) -> 
         pairs.plan_pair(*towers, parts=["eyes"])
     both = pairs.summarise(table, ["language", "vision"]).set_index("role")
     assert both.loc["q", "matrices"] == 3
-    drawn, design = sampling.sampled(pairs.plan_pair(*towers, metrics=["cheap"]), 4)
-    assert design["stratum"].nunique() == 3  # q of the tower is not q of the model
+    drawn = sampling.sampled(pairs.plan_pair(*towers, metrics=["cheap"]), 4)
+    assert drawn.design is not None
+    assert (
+        drawn.design["stratum"].nunique() == 3
+    )  # q of the tower is not q of the model
     assert len(drawn.tasks) == 4
 
 
@@ -713,12 +716,24 @@ def test_what_was_matched_is_said_and_rows_lose_the_wrapper(tmp_path: Path) -> N
         ("run/global_step.60", 60),
         ("ep0-ba2000-rank0.pt", 2000),
         ("epoch=1-step=300.ckpt", 300),
-        ("checkpoint-4kb", 4),
         ("deep-3/100", 100),
     ],
 )
 def test_the_step_is_the_number_after_its_word(path: str, step: int) -> None:
     assert steps.step_of(path) == step
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("checkpoint-{}e3", "step{}.5", "iter-{},000", "step-{}_000", "step{}k5"),
+        *("step{}B", "step{}mil", "checkpoint-{}kb", "{}E3", "lr-0.{}", "{},000/hf"),
+    ],
+)
+def test_a_number_that_goes_on_is_refused_and_not_cut(form: str) -> None:
+    """Steps 1, 2 and 4 of 1e3, 2e3 and 4e3 would be a wrong course in silence."""
+    with pytest.raises(ValueError, match="--steps"):
+        steps.steps_of([f"run/{form.format(n)}" for n in (1, 2, 4)])
 
 
 def test_steps_that_only_differ_in_one_place() -> None:

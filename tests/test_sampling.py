@@ -8,7 +8,7 @@ import pytest
 from test_pairs import model, save
 
 from opd_geometry import cli
-from opd_geometry.geometry import pairs, sampling, tables
+from opd_geometry.geometry import defaults, pairs, sampling, tables
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -42,7 +42,7 @@ def design_of(table: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
         table["matrix"][place]: (h, len(found[h].members), found[h].drawn)
         for h, place in sampling.draw(found, seed)
     }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=[*sampling.STRATA])
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*defaults.STRATA])
 
 
 def test_every_role_and_depth_is_drawn_and_every_matrix_is_in_one_stratum() -> None:
@@ -65,7 +65,9 @@ def test_too_few_are_refused_and_all_are_all() -> None:
     table = population(0)
     with pytest.raises(ValueError, match="a sample of 13, expected at least 14"):
         sampling.strata(list(table["role"]), list(table["layer"]), 13)
-    found = sampling.estimates(table, design_of(table, 1000, 0)).loc["nss"]
+    found = sampling.estimates(table.join(design_of(table, 1000, 0), on="matrix")).loc[
+        "nss"
+    ]
     assert found["mean"] == pytest.approx(table["nss"].mean(), rel=1e-12)
     assert found["half_width"] == 0.0
 
@@ -80,7 +82,7 @@ def test_estimates_are_unbiased_and_intervals_hold() -> None:
         full = table[["nss", "stable_rank"]].mean()
         full["sparsity_bf16"] = np.average(table["sparsity_bf16"], weights=weights)
         design = design_of(table, 28, seed)
-        found = sampling.estimates(table[table["matrix"].isin(design.index)], design)
+        found = sampling.estimates(table.join(design, on="matrix", how="inner"))
         for name, true in full.items():
             row = found.loc[name]
             held.setdefault(name, []).append(row["low"] <= true <= row["high"])
@@ -99,14 +101,14 @@ def test_the_median_of_largest_angles_holds_where_their_mean_has_no_variance() -
         generator = np.random.default_rng(1000 + seed)
         angles = 0.3 / np.sqrt(generator.random(len(table)))
         table["angle_left_max_deg"] = np.minimum(angles, 90.0)
-        full = sampling.estimates(table, design_of(table, 1000, 0))
+        full = sampling.estimates(table.join(design_of(table, 1000, 0), on="matrix"))
         name = "angle_left_max_deg (median)"
         assert "angle_left_max_deg" not in full.index
         true = full.loc[name]
         assert true["low"] == true["mean"] == true["high"]
         assert true["mean"] == pytest.approx(np.median(angles), rel=0.05)
         design = design_of(table, 28, seed)
-        row = sampling.estimates(table[table["matrix"].isin(design.index)], design)
+        row = sampling.estimates(table.join(design, on="matrix", how="inner"))
         row = row.loc[name]
         assert 0.0 <= row["low"] <= row["mean"] <= row["high"] <= 90.0
         held.append(row["low"] <= true["mean"] <= row["high"])
@@ -115,11 +117,31 @@ def test_the_median_of_largest_angles_holds_where_their_mean_has_no_variance() -
     assert np.mean(missed) < 0.1
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_interval_of_a_median_holds_also_where_roles_lie_apart(apart: bool) -> None:
+    """q about 1 degree and o about 20: no stratum has one on either side."""
+    generator = np.random.default_rng(0)
+    held = []
+    for seed in range(300):
+        table = population(seed)
+        table = table[table["role"].isin(["q", "o"])].reset_index(drop=True)
+        level = np.where(table["role"] == "q", 1.0, 20.0) if apart else 10.0
+        noise = np.exp(0.3 * generator.standard_normal(len(table)))
+        table["angle_left_max_deg"] = level * noise
+        design = design_of(table, 12, seed)
+        row = sampling.estimates(table.join(design, on="matrix", how="inner"))
+        row = row.loc["angle_left_max_deg (median)"]
+        assert row["half_width"] > 0.0
+        true = table["angle_left_max_deg"].median()
+        held.append(row["low"] <= true <= row["high"])
+    assert np.mean(held) >= 0.95
+
+
 def test_an_undefined_value_is_no_zero() -> None:
     table = population(1)
     table.loc[table["layer"] == 3, "nss"] = np.nan
     design = design_of(table, 1000, 0)
-    found = sampling.estimates(table, design)
+    found = sampling.estimates(table.join(design, on="matrix"))
     assert found.loc["nss", "mean"] == pytest.approx(table["nss"].mean(), rel=1e-12)
 
 
@@ -142,7 +164,9 @@ def test_embedding_and_head_are_drawn_only_where_they_are_asked_for(
 
 
 def test_the_command_measures_a_sample(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     places = [str(save(tmp_path / str(i), model(i))) for i in range(2)]
     out = tmp_path / "t.csv"
@@ -151,10 +175,20 @@ def test_the_command_measures_a_sample(
     assert cli.main([*arguments, "--sample", "1"]) == 1
     assert "expected at least" in capsys.readouterr().err
     assert not out.exists()
+    written = []
+    finish = pairs.finish
+
+    def watched(path: Path, table: pd.DataFrame) -> None:
+        finish(path, table)
+        written.append(tables.read_table(path))
+
+    monkeypatch.setattr(pairs, "finish", watched)
     assert cli.main([*arguments, "--sample", "100"]) == 0
+    # Killed after any write, no sample may pass for a whole table.
+    assert [{*defaults.STRATA} < {*table.columns} for table in written] == [True]
     said = capsys.readouterr()
     assert "with 95 % intervals" in said.out
     assert "All matrices, all: about" in said.err
     table = tables.read_table(out)
-    assert {*sampling.STRATA} < {*table.columns}
+    assert {*defaults.STRATA} < {*table.columns}
     assert (table["stratum_drawn"] == table["stratum_size"]).all()

@@ -232,7 +232,7 @@ def measure_command(
     )
     from opd_geometry.geometry.readings import of_parts, sentences
     from opd_geometry.geometry.sampling import estimates, layers_of, sampled
-    from opd_geometry.geometry.tables import check_output, finish
+    from opd_geometry.geometry.tables import check_output
 
     if (lr is None) != (steps is None):
         raise ValueError(
@@ -263,30 +263,26 @@ def measure_command(
     say.announce(plan)
     if asked is None:
         asked = [MIDDLE if plan.iterated else "all"]
-    whole, design = plan, None
+    whole = plan
     if sample is not None:
         whole = layers_of(plan)
-        plan, design = sampled(whole, sample, seed)
+        plan = sampled(whole, sample, seed)
     left = _left(plan, out, resume)
     forecasts = [(f"Projected time ({', '.join(asked)}):", left, asked, null)]
     for tier in ("cheap", MIDDLE, "all"):
-        if design is not None or [tier] != asked:
+        if sample is not None or [tier] != asked:
             forecasts.append((f"All matrices, {tier}:", whole, [tier], null))
     if not quiet:
         _project(forecasts, jobs)
     table = _run(plan, out, jobs, resume, quiet)
     said = sentences(of_parts(table, parts), lr, steps)
     title = "Means over matrices; sparsity and density weighted by parameters."
-    if design is None:
+    if sample is None:
         summary = summarise(table, parts)
         say.table(title, _summary_rows(summary))
     else:
-        finish(out, table.merge(design, left_on="matrix", right_index=True))
-        summary = (
-            estimates(of_parts(table, parts), design)
-            .rename_axis("metric")
-            .reset_index()
-        )
+        found = estimates(of_parts(table, parts))
+        summary = found.rename_axis("metric").reset_index()
         drawn = f"A sample of {len(table)} of {len(whole.tasks)} matrices by role and"
         say.table(
             f"{drawn} depth, with 95 % intervals. {title}", _interval_rows(summary)

@@ -9,6 +9,8 @@ ETA = 1e-3
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
 EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down", "expert_other")
+# Of a sample: a matrix's stratum, how many that holds, how many of them are drawn.
+STRATA = ("stratum", "stratum_size", "stratum_drawn")
 # Names of diagnostics that both tensors and finished tables have.
 ANGLES = (
     "angle_left_mean_deg",

@@ -582,6 +582,7 @@ class Plan:
         notes: which files were read, where there was a choice.
         renamed: names of the first checkpoint to those of another, where they differ.
         measured: share of the weights that the tasks cover.
+        design: columns by matrix that a sample's table has, too.
     """
 
     tasks: Sequence[Task]
@@ -592,6 +593,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict, repr=False)
     measured: float = 1.0
+    design: pd.DataFrame | None = field(default=None, repr=False, compare=False)
 
     @property
     def iterated(self) -> bool:
@@ -1000,6 +1002,8 @@ def _rows(task: Task) -> list[Row]:
 def _table(plan: Plan, rows: dict[str, list[Row]]) -> pd.DataFrame:
     ordered = [row for task in plan.tasks for row in rows[task.name]]
     table = pd.DataFrame(ordered, columns=list(plan.columns))
+    if plan.design is not None:
+        table = table.join(plan.design, on="matrix")
     if "step" in table:
         table = table.sort_values("step", kind="stable", ignore_index=True)
     return table

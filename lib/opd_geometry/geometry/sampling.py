@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from opd_geometry.geometry.defaults import STRATA
 from opd_geometry.geometry.pairs import COLUMNS, METRICS, Plan
 
 EACH = 2  # matrices drawn of a block: the fewest that show a spread
-STRATA = ("stratum", "stratum_size", "stratum_drawn")
 VOCABULARY = ("embed", "head")
 
 
@@ -95,7 +95,7 @@ def layers_of(plan: Plan) -> Plan:
     return plan.without([name for name, role in roles.items() if role in VOCABULARY])
 
 
-def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
+def sampled(plan: Plan, n: int, seed: int = 0) -> Plan:
     """A plan of some of its matrices, and what each of them stands for.
 
     Args:
@@ -104,8 +104,8 @@ def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
         seed: of the draw.
 
     Returns:
-        The smaller plan, and by matrix the columns `STRATA`: the number of its stratum,
-        how many matrices that holds and how many of them are drawn.
+        The smaller plan, whose table has the columns `STRATA`: the number of a matrix's
+        stratum, how many matrices that holds and how many of them are drawn.
 
     Raises:
         ValueError: as `strata`.
@@ -125,11 +125,11 @@ def sampled(plan: Plan, n: int, seed: int = 0) -> tuple[Plan, pd.DataFrame]:
     }
     tasks = [plan.tasks[place] for place in sorted(chosen)]
     description = {**plan.description, "sample": n, "sample_seed": seed}
-    smaller = replace(plan, tasks=tasks, description=description)
-    return smaller, pd.DataFrame.from_dict(rows, orient="index", columns=[*STRATA])
+    design = pd.DataFrame.from_dict(rows, orient="index", columns=[*STRATA])
+    return replace(plan, tasks=tasks, description=description, design=design)
 
 
-def estimates(table: pd.DataFrame, design: pd.DataFrame) -> pd.DataFrame:
+def estimates(joined: pd.DataFrame) -> pd.DataFrame:
     """Means over all matrices from a sample of them, with 95 % intervals by the design.
 
     R = sum_h (M_h / m_h) sum_i y_hi / the same of x_hi, where x is 1 for a matrix that
@@ -142,8 +142,7 @@ def estimates(table: pd.DataFrame, design: pd.DataFrame) -> pd.DataFrame:
     quarter knows the few that are ten times the rest.
 
     Args:
-        table: of the sampled plan.
-        design: of `sampled`.
+        joined: the table of a sampled plan.
 
     Returns:
         A metric a row (`MEDIAN` after its name if it is one): mean, half_width
@@ -153,7 +152,6 @@ def estimates(table: pd.DataFrame, design: pd.DataFrame) -> pd.DataFrame:
     Woodruff (1952), JASA 47, for the median: the interval of the share below it, read
     off the sample's own distribution.
     """
-    joined = table.merge(design, left_on="matrix", right_index=True)
     names = [
         name
         for name in COLUMNS
@@ -216,8 +214,14 @@ def _median(joined: pd.DataFrame, name: str) -> Estimate:
     median = float(np.interp(0.5, below, values))
     share = (joined[name] <= median).to_numpy(float)
     half = _ratio(joined, finite.astype(float), share)[1]
-    if half == 0.0:
+    n, size = len(values), float(weights.sum())
+    if size - n < 0.5:  # every matrix is there
         return median, 0.0, median, median
+    if half == 0.0:  # both of every stratum on one side: as if there were none
+        half = float(stdtrit(n - 1, 0.975)) * math.sqrt(0.25 / n * (1 - n / size))
     # Beyond the sample's own ends angles have theirs.
     low, high = np.interp([0.5 - half, 0.5 + half], below, values, 0.0, 90.0)
+    # One matrix to either side, at the least.
+    low = min(low, max(values[below < 0.5], default=0.0))
+    high = max(high, min(values[below > 0.5], default=90.0))
     return median, float(high - low) / 2, float(low), float(high)

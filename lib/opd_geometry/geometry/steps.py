@@ -5,16 +5,32 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
-NUMBER = r"(\d++(?:\.\d+(?=[km]))?)(?!e\d)([km](?![a-z0-9]))?"
+# What may follow a number at once: a unit, or nothing that could go on with it.
+UNCLEAR = r"[.,_]\d|[a-z]"
+NUMBER = r"(\d++(?:\.\d+(?=[km]))?)([km](?![a-z0-9]))?"
 MARKED = tuple(
-    re.compile(rf"(?:{words})s?[-_=:. ]?{NUMBER}", re.IGNORECASE)
+    re.compile(rf"(?:{words})s?[-_=:. ]?{NUMBER}({UNCLEAR})?", re.IGNORECASE)
     for words in (
         "step|checkpoint|ckpt|iter|iteration|(?<![a-z])ba",
         "epoch|(?<![a-z])ep",
     )
 )
+# A number in pieces, of which one alone is no step: 1e3, 0.5, 1,000, 1_000.
+PARTS = re.compile(r"\de[-+]?\d|\d[.,]\d|\d_\d{3}(?!\d)", re.IGNORECASE)
 TIMES = {"": 1, "k": 10**3, "m": 10**6}  # step-1k is a thousand
 LARGEST = 10**12  # no run is longer
+
+
+class Unclear(ValueError):
+    """A number after a word for a step that can be read in two ways, such as 1e3."""
+
+
+def _unclear(checkpoint: str | Path, name: str) -> str:
+    return (
+        f"{checkpoint} has a step in {name} that can be read in two ways, expected a "
+        "whole number, or one with k or m, such as checkpoint-256 or step-1k; say the "
+        "steps with --steps"
+    )
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -24,7 +40,8 @@ def step_of(checkpoint: str | Path) -> int:
     that has one; else the only number of the last component that has any.
 
     Raises:
-        ValueError: no number in the path, several and none marked, or an absurd one.
+        ValueError: no number in the path, several and none marked, one that goes on
+            (1e3, 1.5, 1,000, 1_000, 1B), or an absurd one.
 
     >>> step_of("run/checkpoint-256"), step_of("stage1-step1000-tokens5B")
     (256, 1000)
@@ -35,7 +52,9 @@ def step_of(checkpoint: str | Path) -> int:
     for pattern in MARKED:
         for component in reversed(components):
             if found := pattern.findall(component):
-                number, unit = found[-1]
+                number, unit, more = found[-1]
+                if more:
+                    raise Unclear(_unclear(checkpoint, component))
                 step = Decimal(number) * TIMES[unit.lower()]
                 return _checked(int(step), checkpoint)
     last = components[-1] if components else ""
@@ -63,6 +82,8 @@ def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
     """
     try:
         steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    except Unclear:
+        raise
     except ValueError:
         if len(checkpoints) < 2:
             raise
@@ -113,6 +134,9 @@ def _by_difference(checkpoints: Sequence[str | Path], bare: bool) -> list[int]:
     numbers = [n for n in zip(*pieces, strict=True) if len({*n}) > 1]
     if len(numbers) != 1 or not all(n.isdecimal() for n in numbers[0]):
         return []
+    for checkpoint, name in zip(checkpoints, columns[0], strict=True):
+        if PARTS.search(name):
+            raise Unclear(_unclear(checkpoint, name))
     found = [_checked(int(n), c) for n, c in zip(numbers[0], checkpoints, strict=True)]
     return found if len({*found}) == len(found) else []
 
