@@ -255,6 +255,11 @@ def test_tables_name_arms_and_metrics_as_figures_do() -> None:
     assert chapters.rounded(pairs).index.tolist() == [("SFT", "OPD")]
 
 
+def test_no_line_that_is_said_begins_as_a_comment_of_myst_does() -> None:
+    said = chapters.say("means with 95\n% intervals, and {x:.0f} % more", x=2.0)
+    assert said.data == "means with 95\N{NO-BREAK SPACE}% intervals, and 2 % more"
+
+
 def test_publishes_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     stored: dict[str, Any] = {}
     monkeypatch.setattr("myst_nb.glue", lambda n, v, display: stored.update({n: v}))

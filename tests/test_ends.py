@@ -52,6 +52,17 @@ def test_pairs_are_what_the_two_updates_share(
     assert list(table) == ends.COLUMNS
 
 
+def test_an_update_that_bf16_never_shows_shares_no_stored_subspace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(16, 16, generator=generator)
+    updates = [
+        torch.randn(16, 16, generator=generator, dtype=torch.float64) for _ in "ab"
+    ]
+    for size, stored in ((1e-9, False), (1e-2, True)):
+        found = [ends._end(w, w.double() + size * u) for u in updates]
+        assert ("similarity_right_bf16" in dict(ends._shared(*found, 4))) is stored
+
+
 def test_windows_are_what_two_runs_added_between_checkpoints(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,17 @@ def test_cells_fit_on_a_page(path: Path) -> None:
 
 
 @each_notebook
+def test_no_line_is_lost_as_a_comment_of_myst(path: Path) -> None:
+    notebook = read(path)
+    told = [
+        o.get("data", {}).get("text/markdown", "")
+        for c in code(notebook)
+        for o in c.outputs
+    ]
+    assert not re.findall(r"^%", "\n".join([prose(notebook), *told]), re.MULTILINE)
+
+
+@each_notebook
 def test_every_table_says_what_it_is(path: Path) -> None:
     cells = [cell for cell in code(read(path)) if "lead" not in tags(cell)]
     shown = [o.get("data", {}) for cell in cells for o in cell.outputs]

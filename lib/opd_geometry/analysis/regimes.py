@@ -154,7 +154,7 @@ def orders_by_rewards(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         Index: the claims of ``ORDERS``; columns world and rewards (*true*, *wrong*):
-        verdicts, from the matrices that have every null.
+        the verdict from the matrices that have every null, and n, the seeds behind it.
     """
     found = {}
     for world, table in tables.items():
@@ -163,8 +163,9 @@ def orders_by_rewards(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             ("true", true),
             ("wrong", true.with_arm("rlvr", WRONG_REWARDS)),
         ):
-            verdicts = [judge(claim_of(name), levels).verdict for name in ORDERS]
-            found[world, rewards] = verdicts
+            judged = [judge(claim_of(name), levels) for name in ORDERS]
+            told = [f"{finding.verdict}, n = {finding.n_seeds}" for finding in judged]
+            found[world, rewards] = told
     return pd.DataFrame(found, index=pd.Index(ORDERS, name="claim"))
 
 

@@ -33,7 +33,7 @@ ENDS = ("low", "high")
 # Profiles by name: a claim's first row is its tile, those of other worlds stand in it.
 WORLDS = {
     "published": "the book's small world, OPD and RLVR at one budget",
-    "pretrained": "a real language model, Gemma 3 270M",
+    "pretrained": "Gemma 3 270M",
 }
 # What a tile shows at once; the rest is folded.
 FIRST = ("The paper", "Here", "What decides", *WORLDS.values())
@@ -186,6 +186,8 @@ def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str
     if brief:
         return f"{head}<p><a {link}>{statement}</a></p></li>"
     told = facts(row) | {_world(other): in_short(other) for other in others}
+    there = [(_world(x), str(x["regime"])) for x in others if x.get("regime")]
+    told |= {f"Regime, {name}": text for name, text in there}
     known = {name: html.escape(in_words(text)) for name, text in told.items()}
     lines = {name: f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items()}
     first = "".join(text for name, text in lines.items() if name in FIRST)
@@ -229,12 +231,12 @@ def _world(row: Mapping[str, Any]) -> str:
 
 
 def in_short(row: Mapping[str, Any]) -> str:
-    """A claim in another world: its verdict, levels, decisive effect and regime."""
+    """A claim in another world: its verdict, levels and decisive effect."""
     if row["verdict"] == "not measured":
         return str(row["verdict"])
     n = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
     told = [f"{row['verdict']} ({n})", row.get("ours", ""), asked_text(row)]
-    return "; ".join(str(text) for text in [*told, row.get("regime", "")] if text)
+    return "; ".join(str(text) for text in told if text)
 
 
 def asked_text(row: Mapping[str, Any]) -> str:

@@ -443,6 +443,7 @@ def say(text: str, **values: Any) -> Any:
     """
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
+        told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
         return markdown(re.sub(MINUS, "\N{MINUS SIGN}", told))
     except KeyError as error:
         raise ValueError(

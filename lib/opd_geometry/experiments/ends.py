@@ -72,7 +72,10 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
         # each file is checked once, not once a matrix
         at = {n: [sound_checkpoint(r, s) for s in (0, None)] for n, r in runs.items()}
         for matrix in list_matrices(next(iter(at.values()))[0]):
-            ends = {name: _end(at[name], matrix.name) for name in runs}
+            ends = {
+                name: _end(*(read_matrix(place, matrix.name) for place in at[name]))
+                for name in runs
+            }
             place = (matrix.name, matrix.role, matrix.layer)
             for a, b in pairs:
                 whose = (a.key(), a.arm, a.seed, b.key(), b.arm, b.seed)
@@ -81,9 +84,8 @@ def pair_table(pairs: Iterable[tuple[Run, Run]], rank: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _end(ends: Iterable[Path], name: str) -> _End | None:
+def _end(w_before: Tensor, w_after: Tensor) -> _End | None:
     """A matrix before and after a run; None if it never moved."""
-    w_before, w_after = (read_matrix(place, name) for place in ends)
     delta = w_after.double() - w_before.double()
     if not delta.any():
         return None
@@ -109,8 +111,9 @@ def _shared(a: _End | None, b: _End | None, rank: int) -> Iterator[tuple[str, fl
             shared = spectra.subspace_similarity(ours, theirs)
             yield f"similarity_{side}{at}", shared
             yield f"null_similarity_{side}{at}", ours.shape[1] / len(ours)
-    stored = spectra.subspace_similarity(a.stored[:, :rank], b.stored[:, :rank])
-    yield "similarity_right_bf16", stored
+    if a.visible.any() and b.visible.any():  # what bf16 never shows has no subspace
+        stored = spectra.subspace_similarity(a.stored[:, :rank], b.stored[:, :rank])
+        yield "similarity_right_bf16", stored
     yield from _masks(a, b)
 
 

@@ -157,7 +157,7 @@ def loaded_form(families: Collection[str]) -> Callable[[str], str]:
 
     Only where a tensor is renamed and not changed: no order of rows is.
 
-    >>> loaded_form(["gpt_neox"])("gpt_neox.embed_out.weight")
+    >>> loaded_form(["gpt_neox"])("embed_out.weight")
     'lm_head.weight'
     """
     if not families:
