@@ -220,8 +220,8 @@ def test_the_command_measures_a_sample(
     written = []
     finish = pairs.finish
 
-    def watched(path: Path, table: pd.DataFrame) -> None:
-        finish(path, table)
+    def watched(path: Path, table: pd.DataFrame, force: bool) -> None:
+        finish(path, table, force)
         written.append(tables.read_table(path))
 
     monkeypatch.setattr(pairs, "finish", watched)
