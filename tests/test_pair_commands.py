@@ -488,6 +488,48 @@ def test_a_killed_process_loses_no_finished_matrix(
     assert out.read_bytes() == straight.read_bytes()
 
 
+def test_resuming_a_finished_table_ends_and_replaces_no_other(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `until opd-geometry measure ... --resume` does it."""
+    out = tmp_path / "t.csv"
+    quick = [*pair, "--out", str(out), "--metrics", "cheap", "--no-null"]
+    arguments = ["measure", *quick, "--resume"]
+    assert cli.main(arguments) == 0
+    whole = out.read_bytes()
+    capsys.readouterr()
+    assert cli.main(arguments) == 0
+    assert "is complete" in capsys.readouterr().err.splitlines()[-1]
+    # Killed before the partial file was dropped, which is of all matrices or of some.
+    plan = pairs.plan_pair(*pair, metrics=["cheap"], null=False)
+    rows = {task.name: task.rows() for task in plan.tasks}
+    for kept, code in (([*rows], 0), ([*rows][:2], 1)):
+        with tables.growing(out, plan.description, resume=False) as partial:
+            for name in kept:
+                partial.add(name, rows[name])
+        assert cli.main(arguments) == code
+        assert out.read_bytes() == whole
+        tables.partial_path(out).unlink(missing_ok=True)
+    # Of other numbers, or other matrices: neither is lost.
+    with tables.growing(out, plan.description, resume=False) as partial:
+        for name, found in rows.items():
+            partial.add(name, [{**row, "frobenius_norm": 7.0} for row in found])
+    capsys.readouterr()
+    assert "pass --force" in refusal(capsys, *arguments, "--quiet")
+    assert out.read_bytes() == whole
+    assert cli.main([*arguments, "--force"]) == 0
+    assert out.read_bytes() != whole
+    capsys.readouterr()
+    assert "pass --force" in refusal(capsys, *arguments, "--quiet", "--roles", "q")
+    steps = ["trajectory", *pair, "--steps", "3", "--k", "4", "--no-walk", "--resume"]
+    steps += ["--out", str(tmp_path / "run.csv")]
+    for _ in range(2):
+        assert cli.main(steps) == 0
+    assert "is complete" in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main([*steps, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_two_commands_do_not_write_one_table(
     pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,20 @@ def test_the_interval_of_a_median_holds_also_where_roles_lie_apart(apart: bool) 
     assert np.mean(held) >= 0.95
 
 
+def test_no_interval_is_of_what_cannot_be() -> None:
+    """Shares end at 0 and 1, norms at 0."""
+    table = population(2)
+    table["low_magnitude_overlap"] = np.where(table["layer"] % 2, 1.0, 0.4)
+    table["relative_norm"] = np.where(table["layer"] == 3, 1.0, 0.0)
+    table["nss"] -= 100.0
+    for seed in range(20):
+        design = design_of(table, 14, seed)
+        found = sampling.estimates(table.join(design, on="matrix", how="inner"))
+        assert found.loc["low_magnitude_overlap", "high"] <= 1.0
+        assert found.loc["relative_norm", "low"] >= 0.0
+        assert found.loc["nss", "low"] < found.loc["nss", "mean"] < 0.0
+
+
 def test_an_undefined_value_is_no_zero() -> None:
     table = population(1)
     table.loc[table["layer"] == 3, "nss"] = np.nan
@@ -220,8 +234,8 @@ def test_the_command_measures_a_sample(
     written = []
     finish = pairs.finish
 
-    def watched(path: Path, table: pd.DataFrame) -> None:
-        finish(path, table)
+    def watched(path: Path, table: pd.DataFrame, force: bool) -> None:
+        finish(path, table, force)
         written.append(tables.read_table(path))
 
     monkeypatch.setattr(pairs, "finish", watched)

@@ -267,6 +267,8 @@ def measure_command(
     if sample is not None:
         whole = layers_of(plan)
         plan = sampled(whole, sample, seed)
+    if resume and not force and _complete(plan, out, quiet):
+        return 0
     left = _left(plan, out, resume)
     forecasts = [(f"Projected time ({', '.join(asked)}):", left, asked, null)]
     for tier in ("cheap", MIDDLE, "all"):
@@ -274,7 +276,7 @@ def measure_command(
             forecasts.append((f"All matrices, {tier}:", whole, [tier], null))
     if not quiet:
         _project(forecasts, jobs)
-    table = _run(plan, out, jobs, resume, quiet)
+    table = _run(plan, out, jobs, (resume, force), quiet)
     said = sentences(of_parts(table, parts), lr, steps)
     title = "Means over matrices; sparsity and density weighted by parameters."
     if sample is None:
@@ -415,7 +417,8 @@ def trajectory_command(
     held = _others(before, against)
     numbers = given_steps(steps, checkpoints) if steps else steps_of(checkpoints)
     for number, checkpoint in sorted(zip(numbers, checkpoints, strict=True)):
-        _say(f"Step {number}: {checkpoint}")
+        if not quiet:
+            _say(f"Step {number}: {checkpoint}")
     places = [locate(checkpoint) for checkpoint in checkpoints]
     schedule = (lr_scheduler, warmup_steps, max_steps)
     optimizer, said = _optimizer(
@@ -439,10 +442,12 @@ def trajectory_command(
     ).on(device)
     say = _Voice(quiet, as_json)
     say.announce(plan)
+    if resume and not force and _complete(plan, out, quiet):
+        return 0
     left = _left(plan, out, resume)
     if not quiet:
         _project([("Projected time:", left, ["stable_rank"], False)], jobs)
-    table = _run(plan, out, jobs, resume, quiet)
+    table = _run(plan, out, jobs, (resume, force), quiet)
     numbers_of = [n for n in table.columns if n not in WORDS and table[n].notna().any()]
     means = (
         of_parts(table, _names(part))[numbers_of].groupby("step").mean().reset_index()
@@ -629,6 +634,22 @@ def _left(plan: "Plan", out: Path, resume: bool) -> "Plan":
     return plan.without(finished(out, plan.description)) if resume else plan
 
 
+def _complete(plan: "Plan", out: Path, quiet: bool) -> bool:
+    """Whether a finished table has all that a plan's would; says so."""
+    from opd_geometry.geometry.tables import complete
+
+    names = [task.name for task in plan.tasks]
+    steps = plan.description.get("steps", ())
+    if not complete(out, plan.all_columns, names, steps, plan.description):
+        return False
+    if not quiet:
+        _say(
+            f"{out} is complete: it has every matrix, and is left as it is. It does "
+            "not tell its options: if they were others, measure anew with --force"
+        )
+    return True
+
+
 def _project(forecasts: list[tuple[str, "Plan", list[str], bool]], jobs: int) -> None:
     """How long it will take, before it starts; nothing if nothing is left."""
     from opd_geometry.geometry.forecast import probe_speed, projected_seconds
@@ -643,14 +664,15 @@ def _project(forecasts: list[tuple[str, "Plan", list[str], bool]], jobs: int) ->
 
 
 def _run(
-    plan: "Plan", out: Path, jobs: int, resume: bool, quiet: bool
+    plan: "Plan", out: Path, jobs: int, how: tuple[bool, bool], quiet: bool
 ) -> "pd.DataFrame":
     from opd_geometry.geometry.pairs import run_plan
     from opd_geometry.geometry.tables import partial_path
 
+    resume, force = how
     try:
         with _Display(len(plan.tasks), quiet) as display:
-            return run_plan(plan, out, jobs, resume, display.show)
+            return run_plan(plan, out, jobs, resume, display.show, force)
     except KeyboardInterrupt:
         kept = partial_path(out)
         raise _Interrupted(

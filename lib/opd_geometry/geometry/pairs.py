@@ -611,6 +611,11 @@ class Plan:
         shapes = [task.shape for task in self.tasks]
         return sum(rows * cols for rows, cols in shapes)
 
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Of the table, and those of a sample's design."""
+        return (*self.columns, *(() if self.design is None else self.design))
+
     def on(self, device: str) -> "Plan":
         """The same, decomposed on a device such as ``cuda``, if it is there.
 
@@ -932,6 +937,7 @@ def run_plan(
     jobs: int = 1,
     resume: bool = False,
     report: Report | None = None,
+    force: bool = True,
 ) -> pd.DataFrame:
     """The table of a plan.
 
@@ -942,17 +948,18 @@ def run_plan(
         jobs: processes; each needs memory of its own.
         resume: take over the matrices that an interrupted measurement has finished.
         report: told of each finished matrix.
+        force: replace a table that is there and differs.
 
     Raises:
         ValueError: the place cannot be written to, another process is writing there,
-            or the interrupted measurement is of something else.
+            another table is there, or the interrupted measurement is of something else.
     """
     if out is None:
         return _table(plan, _measured(plan.tasks, jobs, {}, report, lambda *_: None))
     with growing(out, plan.description, resume) as partial:
         rows = _measured(plan.tasks, jobs, partial.done, report, partial.add)
         table = _table(plan, rows)
-        finish(out, table)  # before another process may begin
+        finish(out, table, force)  # before another process may begin
     return table
 
 

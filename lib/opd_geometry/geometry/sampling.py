@@ -7,6 +7,7 @@ neighbours and can take longer than all layers: they are left out unless asked f
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -167,6 +168,7 @@ def estimates(joined: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
+SHARES = re.compile("sparsity|density|overlap|energy|share")  # up to one
 MEDIAN, LARGEST = " (median)", "_max_deg"
 # Of Satterthwaite's degrees of freedom, which are estimated from pairs themselves: the
 # share with which the intervals of every metric held in 95 % of 1000 draws.
@@ -181,7 +183,9 @@ def _mean(joined: pd.DataFrame, name: str) -> Estimate:
     if name.endswith(("sparsity_bf16", "density")):
         x *= joined["rows"].to_numpy(float) * joined["cols"].to_numpy(float)
     mean, half = _ratio(joined, x, values)
-    return mean, half, mean - half, mean + half
+    most = 1.0 if SHARES.search(name) else 90.0 if name.endswith("deg") else math.inf
+    least = 0.0 if np.nanmin(values) >= 0.0 else -math.inf  # no metric is below
+    return mean, half, max(least, mean - half), min(most, mean + half)
 
 
 def _ratio(joined: pd.DataFrame, x: np.ndarray, values: np.ndarray) -> Sequence[float]:

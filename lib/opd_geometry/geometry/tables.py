@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,9 +49,8 @@ def check_output(
         )
     if out.is_dir():
         raise ValueError(f"{out} is a directory, expected a file; rename it")
-    # A process may be killed between the table's last line and its partial file's end.
-    finishes = resume and partial_path(out).is_file()
-    if out.exists() and not force and not finishes:
+    # Whether a finished one is what would be gone on to is known with the plan.
+    if out.exists() and not (force or resume):
         raise ValueError(
             f"{out} exists, expected a new file; pass --force to replace it"
         )
@@ -213,15 +212,59 @@ def _kept(
     return done
 
 
-def finish(out: Path, table: pd.DataFrame) -> None:
+def finish(out: Path, table: pd.DataFrame, force: bool = True) -> None:
     """Write a whole table under its final name, and drop its partial file.
 
+    Args:
+        out, table: where, and what.
+        force: whether one that is there and differs may be replaced.
+
     Raises:
-        ValueError: the place cannot be written to.
+        ValueError: the place cannot be written to, or another table must not be lost.
     """
     with clear_write_errors(out, REMEDY), replacing(out) as draft:
         write_table(table, draft, out.suffix)
+        if not force and out.exists() and out.read_bytes() != draft.read_bytes():
+            raise ValueError(_other(out))
     partial_path(out).unlink(missing_ok=True)
+
+
+def complete(
+    out: Path,
+    columns: Sequence[str],
+    items: Collection[str],
+    steps: Collection[int],
+    description: Mapping[str, Any],
+) -> bool:
+    """Whether a finished table is there for which nothing is left to be done.
+
+    Args:
+        out: where it would lie.
+        columns, items, steps: that it would have; no steps if it is of a pair.
+        description: as `growing`.
+
+    Returns:
+        False if there is none, or one whose partial file was not dropped any more.
+
+    Raises:
+        ValueError: it is another one, or its partial file is.
+    """
+    if not out.exists():
+        return False
+    table = read_table(out)
+    found = {name: {*table[name]} for name in ("matrix", "step") if name in table}
+    asked = {"matrix": {*items}} | ({"step": {*steps}} if steps else {})
+    left = partial_path(out).exists() and {*items} - finished(out, description)
+    if [*table.columns] != [*columns] or found != asked or left:
+        raise ValueError(_other(out))
+    return not partial_path(out).exists()
+
+
+def _other(out: Path) -> str:
+    return (
+        f"{out} exists and is not the table to be gone on with, expected that or a new "
+        "file; pass --force to replace it"
+    )
 
 
 def write_table(table: pd.DataFrame, path: Path, suffix: str) -> None:
