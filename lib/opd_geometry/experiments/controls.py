@@ -8,7 +8,8 @@ null it is of, and its suffix which readout:
     increments_  its changes from checkpoint to checkpoint, each
                  turned by rotations of its own                    every checkpoint
     walk_        Adam with the run's rates on noise of rank one,
-                 stretched to the norms of those changes           every checkpoint
+                 stretched to the norms of those changes; of runs
+                 with AdamW alone                                  every checkpoint
     rounding_    its update at the end, scaled to each norm        every checkpoint
     _bf16        W_0 plus the update, stored in bf16, minus W_0    every checkpoint
 """
@@ -78,7 +79,8 @@ def control_rows(
     rows += course(before, moved, rank, "", ("_bf16",), ("frobenius_norm", HILL))
     turned = locking.turned_increments(moved, draws(1))
     rows += course(before, turned, rank, "increments_")
-    rows += course(before, walk(run, moved, draws(2)), rank, "walk_")
+    if run.train.optimizer.kind == "adamw":  # the walk is Adam's
+        rows += course(before, walk(run, moved, draws(2)), rank, "walk_")
     scaled = locking.scaled_end(moved)
     rows += course(before, scaled, rank, "rounding_", ("_bf16",))
     for step, w in weights.items():
@@ -98,8 +100,11 @@ def control_rows(
 def displacement(run: Run, deltas: Mapping[int, Tensor]) -> Iterator[Row]:
     """Root mean square change in the unit of the run's own learning rates.
 
-    Every step counts, those at which nothing was learned too.
+    Every step counts, those at which nothing was learned too. No rows of another
+    optimizer than AdamW, whose rates are no sizes of steps.
     """
+    if run.train.optimizer.kind != "adamw":
+        return
     rates = _rates(run)
     for step, delta in deltas.items():
         yield step, "displacement", locking.displacement(delta, rates[:step])
