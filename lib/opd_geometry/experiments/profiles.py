@@ -88,8 +88,8 @@ def _sft(
     )
 
 
-# Found by `rank_source.matched_rate`: as far as AdamW after a fifth of training.
-SGD_RATE, MUON_RATE = 1.0, 1.0
+# Found by `frozen.matched_rate`: as far as AdamW after a fifth of training.
+SGD_RATE, MUON_RATE = 1.0, 3.9
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
 _LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
     "opd": {},
