@@ -230,6 +230,22 @@ def test_displacement_from_the_norms_is_that_of_the_weights() -> None:
         assert row.displacement == pytest.approx(own["value"].mean(), rel=1e-6)
 
 
+def test_runs_without_displacement_get_it_and_others_keep_theirs() -> None:
+    table = measure.committed("published")
+    two = table[(table["arm"] == "opd") & table["seed"].isin([0, 3])]
+    measured = two[two["seed"] == 0]
+    assert collapse.with_displacement(measured) is measured
+    found = collapse.with_displacement(two)
+    found = found[found["metric"] == "displacement"]
+    later, own = found[found["seed"] == 3], found[found["seed"] == 0]
+    assert len(later) == later["matrix"].nunique() == 28
+    assert len(own) > len(later)  # measured at every checkpoint
+    assert later["value"].mean() == pytest.approx(
+        own[(own["step"] == own["step"].max()) & own["layer"].ge(0)]["value"].mean(),
+        0.1,
+    )
+
+
 def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
     figure = collapse_figures.curves(table, shares)
     titles = [ax.get_title() for ax in figure.axes]

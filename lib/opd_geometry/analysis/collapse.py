@@ -307,18 +307,41 @@ def displacements(table: Table, arms: Iterable[str]) -> pd.DataFrame:
 
 def _displacement(table: pd.DataFrame) -> Values:
     """That of every run, by arm and seed."""
-    run = ["arm", "seed", "run"]
+    each = displacement_of_matrices(table).groupby(
+        ["arm", "seed", "run"], observed=True
+    )
+    return each["value"].mean().dropna().droplevel("run")
+
+
+def displacement_of_matrices(table: pd.DataFrame) -> pd.DataFrame:
+    """Displacement of every matrix at the end of its run, from norms and rates.
+
+    ||dW||_F / sqrt(n_entries) / sqrt(sum_t lr_t^2)
+
+    Args:
+        table: as of ``displacements``.
+
+    Returns:
+        Rows of a tidy table with this metric, of matrices inside layers.
+    """
     names = ["frobenius_norm", "parameters", "learning_rate"]
     norm, size, rate = (table[table["metric"] == name] for name in names)
     norm = norm[norm["role"].isin(LAYERS)]
-    end = norm.groupby("run", observed=True)["step"].transform("max")
-    norm, size = (
-        rows.set_index([*run, "matrix"])["value"]
-        for rows in (norm[norm["step"] == end], size)
-    )
-    each = (norm / size.reindex(norm.index) ** 0.5).groupby(level=run, observed=True)
-    squares = rate.assign(value=rate["value"] ** 2).groupby(run, observed=True)["value"]
-    return (each.mean() / squares.sum() ** 0.5).dropna().droplevel("run")
+    last_step = norm.groupby("run", observed=True)["step"].transform("max")
+    end = norm[norm["step"] == last_step].reset_index(drop=True)
+    keys = ["run", "matrix"]
+    sizes = size.drop_duplicates(keys).set_index(keys)["value"]
+    entries = sizes.reindex(pd.MultiIndex.from_frame(end[keys])).to_numpy()
+    squares = (rate["value"] ** 2).groupby(rate["run"], observed=True).sum()
+    units = np.sqrt(end["run"].map(squares).astype(float).to_numpy() * entries)
+    return end.assign(metric="displacement", value=end["value"] / units)
+
+
+def with_displacement(table: pd.DataFrame) -> pd.DataFrame:
+    """A tidy table in which runs measured before there was that row have it, too."""
+    has = set(table.loc[table["metric"] == "displacement", "run"])
+    added = displacement_of_matrices(table[~table["run"].isin(has)]).dropna()
+    return pd.concat([table, added], ignore_index=True) if len(added) else table
 
 
 def _at_end(levels: Levels, arm: str, metric: str) -> Values:

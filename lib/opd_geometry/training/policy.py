@@ -64,8 +64,9 @@ class PolicyConfig:
         steps: rollout rounds; one optimizer step each.
         prompts_per_step, group_size: the batch is their product.
         alpha: weight of the distillation advantage; 1 is OPD, 0 is RLVR.
-        estimator: ``sampled`` (gap of the sampled token, the paper's experiments) or
-            ``full`` (reverse KL over the vocabulary, the paper's appendix D).
+        estimator: ``sampled`` (gap of the sampled token, the paper's experiments),
+            ``full`` (reverse KL over the vocabulary, the paper's appendix D) or
+            ``full-forward`` (KL of the teacher to the student, on the same states).
         rollouts: who writes the completions, ``student`` or ``teacher``.
         credit: ``gap`` (the advantage above) or ``likelihood``: every token's advantage
             is one. With the teacher's rollouts that is cross-entropy on what the
@@ -82,6 +83,8 @@ class PolicyConfig:
             response and added to the gap of each of its tokens: OPD with a noisier
             signal, as a flipped reward is RLVR's.
         temperature: of the rollouts.
+        teacher_temperature: the teacher's logits are divided by it wherever it scores
+            tokens, beside ``temperature``: below one its word is sharper.
         max_new_tokens: longest completion.
         benchmarks: which task distributions the prompts come from.
         micro_prompts: prompts with their groups a forward pass, or completions where
@@ -124,6 +127,7 @@ class PolicyConfig:
     reward_flip: float = 0.0
     gap_noise: float = 0.0
     temperature: float = 1.0
+    teacher_temperature: float = 1.0
     max_new_tokens: int = 40
     benchmarks: tuple[str, ...] = ("chain",)
     micro_prompts: int = 24
@@ -148,16 +152,16 @@ class PolicyConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}: expected {' or '.join(known)}"
                 )
-        if self.estimator == "full" and (
+        if self.estimator != "sampled" and (
             self.alpha < 1.0 or self.token_selection != "all"
         ):
             raise ValueError(
-                f"estimator full with alpha {self.alpha} and {self.token_selection} "
-                "tokens: the full-vocabulary reverse KL has no per-token advantage to "
-                "mix or select; use the sampled estimator"
+                f"estimator {self.estimator} with alpha {self.alpha} and "
+                f"{self.token_selection} tokens: a KL over the vocabulary has no "
+                "per-token advantage to mix or select; use the sampled estimator"
             )
         if self.credit == "likelihood" and (
-            self.alpha < 1.0 or self.estimator == "full"
+            self.alpha < 1.0 or self.estimator != "sampled"
         ):
             raise ValueError(
                 f"credit likelihood with alpha {self.alpha} and estimator "
@@ -178,7 +182,7 @@ class PolicyConfig:
             raise ValueError(
                 f"gap_noise {self.gap_noise}: expected 0 nats or more, and finite"
             )
-        if self.gap_noise and (self.credit != "gap" or self.estimator == "full"):
+        if self.gap_noise and (self.credit != "gap" or self.estimator != "sampled"):
             raise ValueError(
                 f"gap_noise {self.gap_noise} with credit {self.credit} and estimator "
                 f"{self.estimator}: there is no gap of a token to add it to; use "
@@ -188,6 +192,17 @@ class PolicyConfig:
             raise ValueError(
                 f"temperature {self.temperature}: expected above 0; a policy gradient "
                 "needs samples"
+            )
+        if not 0.0 < self.teacher_temperature < math.inf:
+            raise ValueError(
+                f"teacher_temperature {self.teacher_temperature}: expected above 0, "
+                "and finite"
+            )
+        if self.teacher_temperature != 1.0 and self.rollouts == "teacher":
+            raise ValueError(
+                f"teacher_temperature {self.teacher_temperature} with the teacher's "
+                "rollouts: it would write at one temperature and score at another; "
+                "set temperature, or rollouts to student"
             )
         if self.sampler != "own":
             self._check_engine()
@@ -215,9 +230,14 @@ class PolicyConfig:
         """Whether a step asks the teacher anything."""
         return self.alpha > 0.0 or self.rollouts == "teacher"
 
+    @property
+    def scoring_temperature(self) -> float:
+        """What the teacher's logits are divided by where it scores."""
+        return self.temperature * self.teacher_temperature
+
 
 _CHOICES = {
-    "estimator": ("sampled", "full"),
+    "estimator": ("sampled", "full", "full-forward"),
     "rollouts": ("student", "teacher"),
     "ratio_to": ("student", "author"),
     "credit": ("gap", "likelihood"),
@@ -249,7 +269,7 @@ def policy_steps(
         model: the student, trained in place, float32 weights.
         teacher: scores the tokens (and writes them off-policy); same vocabulary.
         tokenizer: of both.
-        optimizer: as made by ``optimizer.adamw``, with its moments when resuming.
+        optimizer: as made by ``optimizer_of``, with its moments when resuming.
         seed: decides prompts, samples and token masks together with the step.
         first_step: where to continue.
         sampler: who writes the completions; None for the model itself.
@@ -327,7 +347,7 @@ def policy_steps(
             for part, share in ranks.dealt(parts, config.micro_prompts):
                 piece, rows = scored.take(part), scored.rows_of(part)
                 width = piece.mask.shape[1]
-                if config.estimator == "full":
+                if config.estimator != "sampled":
                     loss, gap = full_vocabulary_loss(config, student, teacher, piece)
                     if sampler:
                         with torch.no_grad():
@@ -537,7 +557,7 @@ def token_gap(
     if teacher is None or not config.needs_teacher:
         return torch.zeros_like(student_log_probs)
     with torch.no_grad():
-        scored = completion_log_probs(teacher, piece, config.temperature)
+        scored = completion_log_probs(teacher, piece, config.scoring_temperature)
     return -losses.opd_advantage(student_log_probs, scored).masked_fill(~piece.mask, 0)
 
 
@@ -547,17 +567,19 @@ def full_vocabulary_loss(
     teacher: PreTrainedModel | None,
     piece: Rollout,
 ) -> tuple[Tensor, Tensor]:
-    """Reverse KL over the vocabulary on the visited states, and the sampled gap."""
+    """KL over the vocabulary on the visited states, and the sampled gap."""
     assert teacher is not None
     if scores_in_chunks(model, piece.mask.numel()):
         return _full_vocabulary_loss_in_chunks(config, model, teacher, piece)
     with torch.no_grad():
-        theirs = completion_logits(teacher, piece) / config.temperature
+        theirs = completion_logits(teacher, piece) / config.scoring_temperature
     ours = completion_logits(model, piece) / config.temperature
     gap = losses.token_log_probs(ours.detach(), piece.completions)
     gap = gap - losses.token_log_probs(theirs, piece.completions)
+    forward = config.estimator == "full-forward"
+    kl = losses.forward_kl if forward else losses.reverse_kl
     return (
-        losses.reverse_kl(ours, theirs, piece.mask),
+        kl(ours, theirs, piece.mask),
         gap.masked_fill(~piece.mask, 0.0),
     )
 
@@ -571,10 +593,13 @@ def _full_vocabulary_loss_in_chunks(
     def score(ours: Tensor, theirs: Tensor, tokens: Tensor) -> Tensor:
         logits = head(ours) / config.temperature
         with torch.no_grad():
-            scored = other(theirs) / config.temperature
+            scored = other(theirs) / config.scoring_temperature
             gap = losses.token_log_probs(logits, tokens)
             gap = gap - losses.token_log_probs(scored, tokens)
-        return torch.stack([losses.token_reverse_kl(logits, scored), gap], dim=-1)
+        kl = losses.token_reverse_kl
+        if config.estimator == "full-forward":
+            kl = losses.token_forward_kl
+        return torch.stack([kl(logits, scored), gap], dim=-1)
 
     with torch.no_grad():
         theirs = completion_states(teacher, piece)
