@@ -89,7 +89,7 @@ def _sft(
 
 
 # Found by `frozen.matched_rate`: as far as AdamW after a fifth of training.
-SGD_RATE, MUON_RATE = 1.0, 3.9
+SGD_RATE, MUON_RATE = 120.0, 3.9
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
 _LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
     "opd": {},
@@ -479,7 +479,8 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
         return value
     if isinstance(now, DataConfig):
         return replace(now, digest=digest_of(value), source=_whole_path(value))
-    one: Any = type(now[0]) if isinstance(now, tuple) and now else int
+    declared = next(str(f.type) for f in fields(settings) if f.name == field)
+    one: Any = str if "str" in declared else int
     readers: dict[str, Callable[[str], Any]] = {
         "int": int,
         "float": float,
