@@ -89,7 +89,7 @@ def _sft(
 
 
 # Found by `frozen.matched_rate`: as far as AdamW after a fifth of training.
-SGD_RATE, MUON_RATE = 1.0, 3.9
+SGD_RATE, MUON_RATE = 120.0, 3.9
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
 _LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
     "opd": {},
