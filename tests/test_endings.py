@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from children import OPD, PROJECTED, RANK
 
-from opd_geometry.analysis import collapse
+from opd_geometry.analysis import distance
 from opd_geometry.experiments import endings, measure
 
 
@@ -33,11 +33,11 @@ def test_endings_are_the_rows_that_a_whole_measurement_has(copied: Path) -> None
 def test_only_runs_without_permutations_get_theirs(copied: Path) -> None:
     own, confined = (measure.measure_run(run, RANK) for run in (OPD, PROJECTED))
     measured = pd.concat([own, confined], ignore_index=True)
-    assert set(collapse.permuted(measured, ["opd", PROJECTED.arm])["arm"]) == {"opd"}
+    assert set(distance.permuted(measured, ["opd", PROJECTED.arm])["arm"]) == {"opd"}
     for run in (OPD, PROJECTED):
         endings.commit_endings("smoke", endings.ending_table(run))
     both = endings.with_endings("smoke", measured)
-    found = collapse.permuted(both, ["opd", PROJECTED.arm])
+    found = distance.permuted(both, ["opd", PROJECTED.arm])
     assert set(found["arm"]) == {"opd", PROJECTED.arm}
     assert set(found["n_seeds"]) == {1}
     assert len(endings.with_endings("smoke", own)) == len(own)

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_geometry.training import losses, policy, tasks
+from opd_geometry.training import losses, policy, samplers, tasks
 from opd_geometry.training import rollout as rollouts
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig, bfloat16_copy, optimizer_of
@@ -94,13 +94,13 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> Tensor:
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     """Keep every rollout that the loop draws."""
     kept: list[Rollout] = []
-    original = policy.sample
+    original = samplers.sample
 
     def sample(*args: Any, **asked: Any) -> Rollout:
         kept.append(original(*args, **asked))
         return kept[-1]
 
-    monkeypatch.setattr(policy, "sample", sample)
+    monkeypatch.setattr(samplers, "sample", sample)
     return kept
 
 

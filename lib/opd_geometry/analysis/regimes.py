@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 
 from opd_geometry.analysis.claims import claims_table, judge
-from opd_geometry.analysis.collapse import with_displacement
-from opd_geometry.analysis.equal_norm import AT_END, order, ratio
+from opd_geometry.analysis.distance import AT_END, order, ratio, with_displacement
 from opd_geometry.analysis.evidence import (
     COMPARABLE_FACTOR,
     LAYERS,

@@ -479,7 +479,8 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
         return value
     if isinstance(now, DataConfig):
         return replace(now, digest=digest_of(value), source=_whole_path(value))
-    one: Any = type(now[0]) if isinstance(now, tuple) and now else int
+    declared = next(str(f.type) for f in fields(settings) if f.name == field)
+    one: Any = str if "str" in declared else int
     readers: dict[str, Callable[[str], Any]] = {
         "int": int,
         "float": float,

@@ -83,6 +83,7 @@ from opd_geometry.training.models import (
 )
 from opd_geometry.training.optimizer import bfloat16_copy, optimizer_of
 from opd_geometry.training.policy import PolicyConfig, policy_steps
+from opd_geometry.training.samplers import EngineSampler
 from opd_geometry.training.sft import SFTConfig, sft_steps
 from opd_geometry.training.students import Student, prepare
 from opd_geometry.training.tracking import Log, tracked
@@ -638,6 +639,15 @@ def loop_of(
             teacher = round_to_bfloat16(teacher)
         if run.train.mixed_precision == "bf16-copy" and own == torch.float32:
             teacher = bfloat16_copy(teacher)
+    sampler = None
+    if run.train.sampler == "vllm":
+        sampler = EngineSampler(
+            checkpoint(run, 0),
+            tokenizer,
+            run.train.max_new_tokens,
+            low=run.train.mixed_precision != "no",
+            memory=run.train.sampler_memory,
+        )
     return policy_steps(
         run.train,
         model,
@@ -646,6 +656,7 @@ def loop_of(
         optimizer,
         seed=run.seed,
         first_step=first_step,
+        sampler=sampler,
     )
 
 

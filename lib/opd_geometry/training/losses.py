@@ -331,6 +331,40 @@ def policy_loss(
     return sequence_mean(loss, live, n_sequences)
 
 
+def truncated_ratio(
+    log_probs: Tensor, sampled_log_probs: Tensor, mask: Tensor, most: float
+) -> Tensor:
+    """Importance weights of tokens that another implementation of the policy sampled.
+
+    w_t = min(pi(y_t) / mu(y_t), C)
+
+    Args:
+        log_probs: (n, t) nats, of the policy as it is trained, pi.
+        sampled_log_probs: (n, t) nats, of the engine that sampled, mu.
+        mask: (n, t) true on tokens.
+        most: C > 0, where a weight is cut off.
+
+    Returns:
+        (n, t) in (0, C], without gradient; min(1, C) off the mask.
+
+    Raises:
+        ValueError: shapes that do not match, or C out of range.
+
+    Source: truncated importance sampling (Ionides 2008), a token at a time.
+
+    >>> zero, live = torch.zeros(1, 2), torch.ones(1, 2)
+    >>> truncated_ratio(zero, torch.tensor([[-1.0, 1.0]]), live, 2.0)
+    tensor([[2.0000, 0.3679]])
+    """
+    _require_same_shape(
+        log_probs=log_probs, sampled_log_probs=sampled_log_probs, mask=mask
+    )
+    if not most > 0.0:
+        raise ValueError(f"weights cut off at {most}: expected a number above 0")
+    apart = (log_probs.detach() - sampled_log_probs).masked_fill(~mask.bool(), 0.0)
+    return apart.exp().clamp(max=most)
+
+
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -45,9 +45,9 @@ from opd_geometry.training.rollout import (
     has_plain_head,
     in_chunks,
     of_all_ranks,
-    sample,
     scores_in_chunks,
 )
+from opd_geometry.training.samplers import OwnSampler, Sampler, Writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +101,14 @@ class PolicyConfig:
             of its share; memory only.
         sharded: several processes split master weights, moments and the teacher's
             layers (see ``ranks``).
+        stop: strings that end a completion as its end-of-sequence token does.
+        sampler: ``own``, or ``vllm``, an engine that writes the student's completions.
+        sampler_memory: share of the GPU's memory that is the engine's.
+        sampler_ratio: where the importance weight of a token that the engine sampled
+            is cut off (see ``losses.truncated_ratio``); infinite cuts nothing, 0
+            leaves the engine uncorrected. The full-vocabulary estimator has none.
+        sampler_gap: mean distance of the engine's log-probabilities from those of the
+            training pass, in nats a token, beyond which a step is refused.
     """
 
     optimizer: OptimizerConfig
@@ -130,6 +138,11 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     sampled_prompts: int = 0
     sharded: bool = False
+    stop: tuple[str, ...] = ()
+    sampler: str = "own"
+    sampler_memory: float = 0.3
+    sampler_ratio: float = 2.0
+    sampler_gap: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -191,6 +204,26 @@ class PolicyConfig:
                 "rollouts: it would write at one temperature and score at another; "
                 "set temperature, or rollouts to student"
             )
+        if self.sampler != "own":
+            self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.rollouts != "student" or self.gap_from != "scoring":
+            raise ValueError(
+                f"sampler {self.sampler} with rollouts by the {self.rollouts} and "
+                f"gap_from {self.gap_from}: expected the student and scoring; an "
+                "engine writes for the student, and its log-probabilities are its own"
+            )
+        if not (self.sampler_ratio >= 0.0 and self.sampler_gap > 0.0):
+            raise ValueError(
+                f"sampler_ratio {self.sampler_ratio} and sampler_gap "
+                f"{self.sampler_gap}: expected 0 or more, and above 0"
+            )
+        if not 0.0 < self.sampler_memory < 1.0:
+            raise ValueError(
+                f"sampler_memory {self.sampler_memory}: expected a share of the GPU's "
+                "memory, above 0 and below 1"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -211,6 +244,7 @@ _CHOICES = {
     "token_selection": ("all", "top-gap", "random"),
     "mixed_precision": PRECISIONS,
     "gap_from": ("rollout", "scoring"),
+    "sampler": ("own", "vllm"),
 }
 
 
@@ -223,6 +257,7 @@ def policy_steps(
     *,
     seed: int,
     first_step: int = 0,
+    sampler: Sampler | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train by policy gradient; yields the step's metrics after each optimizer step.
 
@@ -237,16 +272,19 @@ def policy_steps(
         optimizer: as made by ``optimizer_of``, with its moments when resuming.
         seed: decides prompts, samples and token masks together with the step.
         first_step: where to continue.
+        sampler: who writes the completions; None for the model itself.
 
     Yields:
         ``reward`` (share of verified completions, before any flip), ``gap`` (mean r_t
         in nats, when a teacher scores), ``loss``, ``grad_norm`` (before clipping),
         ``tokens`` (mean completion length), ``learned_frac`` (share of the prompts that
-        had something to teach), ``learning_rate``.
+        had something to teach), ``learning_rate``; of an engine ``sampler_gap`` (mean
+        distance from the training pass, nats a token) and ``sampler_cut`` (share of
+        the tokens whose weight was cut off).
 
     Raises:
-        ValueError: the configuration needs a teacher and none is given, or a gradient
-            is not finite.
+        ValueError: the configuration needs a teacher and none is given, a gradient is
+            not finite, or an engine samples from another distribution.
     """
     if config.needs_teacher and teacher is None:
         raise ValueError(f"alpha {config.alpha} needs a teacher; give one, or alpha 0")
@@ -271,6 +309,10 @@ def policy_steps(
             "sharded with rollouts by the teacher: its layers lie apart and would be "
             "gathered for every token; let the student write, or set sharded=false"
         )
+    how = Writing(
+        config.group_size, config.max_new_tokens, config.temperature, config.stop
+    )
+    writer = sampler or OwnSampler(author, tokenizer, config.sampled_prompts)
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
@@ -278,23 +320,14 @@ def policy_steps(
 
         # 1. rollouts and rewards: each rank those of its share, then all have all
         ranks.gather_weights(student)
+        writer.take_weights(student)
         problems = draw_prompts(config, seed, step)
         prompt_ids, prompt_mask = encode_prompts(
             [data.as_prompt(problem, tokenizer) for problem in problems], tokenizer
         )
         mine = ranks.own(len(problems))
-        rollout = sample(
-            author,
-            prompt_ids.to(accelerator.device),
-            prompt_mask.to(accelerator.device),
-            group_size=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
-            temperature=config.temperature,
-            share=mine,
-            at_once=config.sampled_prompts,
-        )
+        asked = prompt_ids.to(accelerator.device), prompt_mask.to(accelerator.device)
+        rollout = writer.write(*asked, how, generator, mine)
         rewards = verify_completions(problems[mine], rollout, tokenizer)
         rollout, rewards = of_all_ranks(rollout, rewards)
         random_weights = random_token_weights(config, rollout, generator)
@@ -309,13 +342,18 @@ def policy_steps(
         learned = rollout.mask[rollout.rows_of(kept)].sum()
         scored = apart_if_long(rollout)
         parts = kept if scored is rollout else rollout.rows_of(kept)
-        totals = {"loss": 0.0, "gap": 0.0}
+        totals = dict.fromkeys(("loss", "gap", *(ENGINE if sampler else ())), 0.0)
         with recomputing(student, config.gradient_checkpointing):
             for part, share in ranks.dealt(parts, config.micro_prompts):
                 piece, rows = scored.take(part), scored.rows_of(part)
                 width = piece.mask.shape[1]
                 if config.estimator != "sampled":
                     loss, gap = full_vocabulary_loss(config, student, teacher, piece)
+                    if sampler:
+                        with torch.no_grad():
+                            ours = completion_log_probs(
+                                student, piece, config.temperature
+                            )
                 else:
                     log_probs = completion_log_probs(student, piece, config.temperature)
                     # teacher-written tokens have no sampling probability of the student
@@ -327,6 +365,10 @@ def policy_steps(
                     if config.token_selection == "top-gap":
                         weights = losses.top_gap_weights(
                             gap, piece.mask, config.keep_frac
+                        )
+                    if sampler and config.sampler_ratio:
+                        weights = weights * losses.truncated_ratio(
+                            ours, piece.log_probs, piece.mask, config.sampler_ratio
                         )
                     advantages = torch.ones_like(gap)
                     if config.credit == "gap":
@@ -346,9 +388,14 @@ def policy_steps(
                 accelerator.backward(loss * share)
                 totals["loss"] += float(loss.detach()) * share
                 totals["gap"] += float(gap.sum() / learned) * (share > 0.0)
+                if sampler:
+                    for name, value in engine_metrics(config, ours, piece).items():
+                        totals[name] += value / float(learned) * (share > 0.0)
 
         # 3. one optimizer step, unless no group had anything to teach
         ranks.sum_gradients(model)
+        totals = {name: ranks.total(value) for name, value in totals.items()}
+        check_engine(config, totals, step)
         norm = grad_norm(
             accelerator.clip_grad_norm_(
                 model.parameters(), config.optimizer.max_grad_norm
@@ -360,13 +407,46 @@ def policy_steps(
             compute.refresh()
         optimizer.zero_grad()
         yield {
-            **{name: ranks.total(value) for name, value in totals.items()},
+            **totals,
             "reward": float(rewards.mean()),
             "tokens": float(rollout.mask.sum() / len(rewards)),
             "learned_frac": len(kept) / len(problems),
             "grad_norm": norm,
             "learning_rate": rate,
         }
+
+
+ENGINE = ("sampler_gap", "sampler_cut")
+
+
+def engine_metrics(
+    config: PolicyConfig, ours: Tensor, piece: Rollout
+) -> dict[str, float]:
+    """How far an engine's log-probabilities are from ours: sums over tokens.
+
+    Args:
+        config: where an importance weight is cut off.
+        ours: (B, T) nats, of the training pass.
+        piece: what the engine wrote.
+    """
+    apart = (ours - piece.log_probs)[piece.mask]
+    cut = apart.exp() > (config.sampler_ratio or math.inf)
+    return dict(zip(ENGINE, (float(apart.abs().sum()), float(cut.sum())), strict=True))
+
+
+def check_engine(config: PolicyConfig, totals: dict[str, float], step: int) -> None:
+    """Refuse a step whose samples are of another distribution than the student's.
+
+    Raises:
+        ValueError: the mean distance is above the bound, or no number.
+    """
+    gap = totals.get("sampler_gap", 0.0)
+    if not gap <= config.sampler_gap:
+        raise ValueError(
+            f"step {step}: the log-probabilities of vLLM's engine and of the training "
+            f"pass are {gap:.3g} nats a token apart: expected at most sampler_gap "
+            f"{config.sampler_gap:g}; it has other weights or another precision"
+        )
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -49,6 +49,8 @@ class Rollout:
         log_probs: (B, T) float32, log-probability of each token under the model and
             temperature it was sampled with; 0 where ``mask`` is false.
         group_size: completions per prompt.
+        stopped: (B,) bool, which completions ended with a stop string; None where
+            nothing but the end-of-sequence token ends one.
     """
 
     prompt_ids: Tensor
@@ -57,6 +59,7 @@ class Rollout:
     mask: Tensor
     log_probs: Tensor
     group_size: int
+    stopped: Tensor | None = None
 
     def take(self, prompts: Tensor) -> Rollout:
         """The given prompts with their groups, cut to the longest of each."""
@@ -72,11 +75,13 @@ class Rollout:
             mask[:, :longest],
             self.log_probs[rows, :longest],
             self.group_size,
+            None if self.stopped is None else self.stopped[rows],
         )
 
     def ended(self, eos_token_id: int) -> Tensor:
         """Which completions the model ended itself, (B,) bool; the others were cut."""
-        return ((self.completions == eos_token_id) & self.mask).any(1)
+        ended = ((self.completions == eos_token_id) & self.mask).any(1)
+        return ended if self.stopped is None else ended | self.stopped
 
     def rows_of(self, prompts: Tensor) -> Tensor:
         """Row numbers of the groups of the given prompts."""
@@ -146,6 +151,7 @@ def sample(
     temperature: float = 1.0,
     share: slice = slice(None),
     at_once: int = 0,
+    stops: Stops | None = None,
 ) -> Rollout:
     """Sample ``group_size`` completions per prompt with a key-value cache.
 
@@ -164,6 +170,7 @@ def sample(
         share: of the prompts, to which completions are written here. Each row draws
             the numbers that it would draw among all.
         at_once: prompts that share a cache, for whom memory is short; 0 for all.
+        stops: of ``stops_at``: what ends a row beside its end-of-sequence token.
 
     Returns:
         The rollout of the share, with the log-probabilities it was sampled with.
@@ -174,7 +181,9 @@ def sample(
     size = at_once or len(prompt_ids)
     parts = (x.split(size) for x in (prompt_ids, prompt_mask))
     pieces = [
-        _sample_piece(model, ids, mask, drawn.flatten(1, 2), eos_token_id, temperature)
+        _sample_piece(
+            model, ids, mask, drawn.flatten(1, 2), eos_token_id, temperature, stops
+        )
         for ids, mask, drawn in zip(*parts, uniform.split(size, dim=1), strict=True)
     ]
     return pieces[0] if len(pieces) == 1 else _joined(pieces)
@@ -187,6 +196,7 @@ def _sample_piece(
     uniform: Tensor,
     eos_token_id: int,
     temperature: float,
+    stops: Stops | None,
 ) -> Rollout:
     """``sample`` with the numbers of each position and row, (T, B, 1)."""
     max_new_tokens = len(uniform)
@@ -199,6 +209,7 @@ def _sample_piece(
     tokens = torch.full((rows, max_new_tokens), eos_token_id, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
     drawn = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
     batch = torch.arange(rows, device=device)  # rows that are still in the cache
     running = torch.ones_like(batch, dtype=torch.bool)
     for t in range(max_new_tokens):
@@ -207,6 +218,9 @@ def _sample_piece(
         log_probs[batch, t] = torch.where(running, log_prob, 0.0)
         drawn[batch, t] = running
         running = running & (chosen != eos_token_id)
+        if stops is not None:
+            stopped[batch] |= running & stops(tokens[batch, : t + 1])
+            running = running & ~stopped[batch]
         alive = int(running.sum())
         if alive == 0 or t + 1 == max_new_tokens:
             break
@@ -232,7 +246,33 @@ def _sample_piece(
         drawn[:, :used],
         log_probs[:, :used],
         group_size,
+        None if stops is None else stopped,
     )
+
+
+Stops = Callable[[Tensor], Tensor]  # tokens (B, t) that were written; whether they end
+
+
+def stops_at(strings: tuple[str, ...], tokenizer: Any) -> Stops | None:
+    """What sees whether a text just written ends with one of some strings.
+
+    A token is at least a byte, but for special ones: only the last few are read. What
+    follows a string within the token that completes it is kept.
+    """
+    if not strings:
+        return None
+    tail = max(len(string.encode()) for string in strings) + 4
+
+    def ends(tokens: Tensor) -> Tensor:
+        texts = tokenizer.batch_decode(tokens[:, -tail:].tolist())
+        last = tokenizer.batch_decode(tokens[:, -tail:-1].tolist())
+        found = [
+            any(text.count(s) > before.count(s) for s in strings)
+            for text, before in zip(texts, last, strict=True)
+        ]
+        return torch.tensor(found, device=tokens.device)
+
+    return ends
 
 
 def of_all_ranks(rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
@@ -252,7 +292,9 @@ def _joined(pieces: list[Rollout]) -> Rollout:
 
     def of_all(name: str, width: int = 0) -> Tensor:
         tensors = [getattr(piece, name) for piece in pieces]
-        return torch.cat([pad(x, (0, max(0, width - x.shape[1]))) for x in tensors])
+        if width:
+            tensors = [pad(x, (0, width - x.shape[1])) for x in tensors]
+        return torch.cat(tensors)
 
     return Rollout(
         of_all("prompt_ids"),
@@ -261,6 +303,7 @@ def _joined(pieces: list[Rollout]) -> Rollout:
         of_all("mask", longest),
         of_all("log_probs", longest),
         pieces[0].group_size,
+        None if pieces[0].stopped is None else of_all("stopped"),
     )
 
 
