@@ -159,3 +159,20 @@ def test_frozen_runs_share_a_pass_only_if_they_can() -> None:
     other = replace(run, seed=1)
     with pytest.raises(ValueError, match="one by one"):
         frozen.frozen_table([run, other])
+
+
+def test_the_summary_says_what_came_out_and_what_was_not_run() -> None:
+    values = {"opd": 4.0, "opd-sgd": 4.0, "opd-muon": 8.0}
+    table = planted({arm: {"stable_rank": value} for arm, value in values.items()})
+    nothing = pd.DataFrame(columns=frozen.COLUMNS)
+    found = rank_source.summary(
+        rank_source.compared(table),
+        rank_source.predictions(table, nothing),
+        rank_source.links(pd.DataFrame()),
+    )
+    assert list(found.index) == list(rank_source.RULES)
+    row = found.loc["optimizer"]
+    words = "opd-sgd rank alike (1.00); opd-muon rank higher (2.00)"
+    assert row["what came out"] == words
+    assert row["n"] == "3 seeds"
+    assert set(found["what came out"].drop("optimizer")) == {"not run"}
