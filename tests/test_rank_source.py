@@ -175,4 +175,7 @@ def test_the_summary_says_what_came_out_and_what_was_not_run() -> None:
     words = "opd-sgd rank alike (1.00); opd-muon rank higher (2.00)"
     assert row["what came out"] == words
     assert row["n"] == "3 seeds"
-    assert set(found["what came out"].drop("optimizer")) == {"not run"}
+    rest = found["what came out"].drop("optimizer")
+    assert set(rest.drop("early")) == {"not run"}
+    assert "predicts" not in rest["early"]
+    assert found.loc["early", "n"] == "0 arms"

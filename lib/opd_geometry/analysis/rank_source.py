@@ -28,7 +28,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,7 +51,7 @@ from opd_geometry.experiments.runs import Run
 from opd_geometry.training.tasks import BENCHMARKS
 
 PREDICTED_WITHIN = 1.2
-RESAMPLES = 10_000
+RESAMPLES, LEAST_ARMS = 10_000, 8
 # What the anchor can do and no arm on chains trains on.
 HELD_OUT = tuple(f"accuracy/{b}" for b in BENCHMARKS if not b.startswith("chain"))
 
@@ -88,6 +87,8 @@ COMPARISONS = (
 )
 # Arms whose rank is predicted from gradients at the anchor, each expected *alike*.
 PREDICTIONS = ("opd", "rlvr", "opd-sgd", "opd-muon")
+# Arms that these experiments added; *early* is judged on those that were there before.
+ADDED = ("opd-sgd", "opd-muon", "opd-full", FORWARD, "opd-self", "opd-self-0.5")
 PREDICTORS = ("frozen_stable_rank", "covariance_rank")
 
 
@@ -227,18 +228,22 @@ def links(found: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
 
     Returns:
         One row an outcome and predictor: outcome, predictor, given, correlation, low,
-        high (95 % for all rows together), n (arms), found (``predicts`` or ``open``).
+        high (95 % for all rows together; NaN below ``LEAST_ARMS``), n (arms), found
+        (``predicts`` or ``open``).
     """
+    found, rows = found.sort_index(), []  # the draws are of places
     rng, outcomes = np.random.default_rng(0), ("learned", "forgotten")
     pairs = (("early", "distance"), ("distance", "early"))
-    draws = rng.integers(max(1, len(found)), size=(resamples, len(found)))
     share = 100 * 0.05 / (len(outcomes) * len(pairs)) / 2
-    rows: list[tuple[Any, ...]] = []
-    for y, (x, z) in product(outcomes, pairs) if len(found) else ():
-        values = found[[x, y, z]].to_numpy(dtype=float)
-        low, high = np.nanpercentile(_partial(values[draws]), [share, 100 - share])
+    for y, (x, z) in product(outcomes, pairs):
+        own = low = high = math.nan
+        if len(found) >= LEAST_ARMS:
+            values = found[[x, y, z]].to_numpy(dtype=float)
+            draws = rng.integers(len(found), size=(resamples, len(found)))
+            own = float(_partial(values))
+            low, high = np.nanpercentile(_partial(values[draws]), [share, 100 - share])
         word = "predicts" if low > 0.0 or high < 0.0 else "open"
-        rows.append((y, x, z, float(_partial(values)), low, high, len(found), word))
+        rows.append((y, x, z, own, low, high, len(found), word))
     columns = ["outcome", "predictor", "given", "correlation", "low", "high", "n"]
     return pd.DataFrame(rows, columns=[*columns, "found"])
 
@@ -272,7 +277,7 @@ def summary(
     said: dict[str, list[str]] = {name: [] for name in RULES}
     counts: dict[str, list[str]] = {name: [] for name in RULES}
     for row in comparisons.itertuples():
-        beside = "" if row.reference == "opd" else f" than {row.reference}"
+        beside = "" if row.reference == "opd" else f" beside {row.reference}"
         text = f"{row.arm} {WORDS[row.metric]} {row.found}{beside} ({row.ratio:.2f})"
         said[row.experiment].append(text)
         counts[row.experiment].append(f"{row.n} seeds")
@@ -304,7 +309,7 @@ def _span(counts: Sequence[str]) -> str:
         return "0"
     unit = counts[0].split()[1]
     ends = [str(n) for n in dict.fromkeys((numbers[0], numbers[-1]))]
-    return f"{' to '.join(ends)} {unit}"
+    return f"{' to '.join(ends)} {unit.removesuffix('s') if ends == ['1'] else unit}"
 
 
 def _partial(values: np.ndarray) -> np.ndarray:
