@@ -93,6 +93,13 @@ def test_predictions_are_asked_at_both_moments() -> None:
     }
 
 
+def test_a_prediction_of_another_step_is_none() -> None:
+    table = planted({"opd": {"stable_rank": 4.0}})
+    rows = [("x", "opd", s, "a", "q", 0, 10, "frozen_stable_rank", 4.0) for s in SEEDS]
+    known = pd.DataFrame(rows, columns=frozen.COLUMNS)
+    assert list(rank_source.predictions(table, known)["moment"]) == ["first"]
+
+
 def test_fates_are_those_since_the_start() -> None:
     before = {f"accuracy/{b}": 0.5 for b in rank_source.BENCHMARKS}
     after = before | {"accuracy/chain": 0.9, "accuracy/gcd": 0.3}

@@ -164,10 +164,13 @@ def predictions(
         own = over_matrices(levels, arm, RANK, ATTENTION)
         told = known[(known["arm"] == arm) & (known["metric"] == name)]
         told = told.astype({"value": float}).groupby(["seed", "step"])["value"].mean()
-        measured, predicted = (
-            (first if moment == "first" else last)(v) if len(v) else v.droplevel("step")
-            for v in (own, told)
-        )
+        steps = own.index.to_frame(index=False).groupby("seed")["step"]
+        ends = (steps.min() if moment == "first" else steps.max()).reset_index()
+        places = pd.MultiIndex.from_frame(ends)
+        measured = own.reindex(places).droplevel("step")
+        if name == "covariance_rank":  # of no checkpoint
+            places = pd.MultiIndex.from_frame(ends.assign(step=0))
+        predicted = told.reindex(places).droplevel("step")
         gaps = defined(np.log(predicted / measured))
         if len(gaps):
             means = (predicted[gaps.index].mean(), measured[gaps.index].mean())
