@@ -262,6 +262,7 @@ ARMS = {
     "off-policy-ratio": replace(OPD, rollouts="teacher", ratio_to="author"),
     "flipped": replace(RLVR, reward_flip=0.4),
     "noisy": replace(OPD, gap_noise=2.0),
+    "shared": replace(OPD, alpha=0.6, shared_prefixes=True),
 }
 
 
@@ -276,6 +277,18 @@ def test_likelihood_is_cross_entropy_on_what_the_teacher_wrote(
     norm = float(gradients(model, cross_entropy).norm())
     assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics[0]["gap"] != 0.0  # still reported
+
+
+@pytest.mark.usefixtures("rewarded")
+@pytest.mark.parametrize("arm", ["opd", "rlvr", "full", "top-gap", "off-policy"])
+def test_shared_prefixes_train_what_apart_ones_do(arm: str) -> None:
+    config = replace(ARMS[arm], steps=2, temperature=0.2)
+    apart, metrics = trained(config)
+    shared, others = trained(replace(config, shared_prefixes=True))
+    assert not torch.equal(shared, apart)  # they did share some
+    torch.testing.assert_close(shared, apart, atol=2e-5, rtol=0)
+    for ours, theirs in zip(others, metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.usefixtures("rewarded")

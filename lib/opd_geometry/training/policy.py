@@ -98,6 +98,8 @@ class PolicyConfig:
             of its share; memory only.
         sharded: several processes split master weights, moments and the teacher's
             layers (see ``ranks``).
+        shared_prefixes: completions of a prompt are sampled and scored as one until
+            they differ; the same rollouts and gradients but for last digits.
     """
 
     optimizer: OptimizerConfig
@@ -126,6 +128,7 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     sampled_prompts: int = 0
     sharded: bool = False
+    shared_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -274,6 +277,7 @@ def policy_steps(
             temperature=config.temperature,
             share=mine,
             at_once=config.sampled_prompts,
+            shared_prefixes=config.shared_prefixes,
         )
         rewards = verify_completions(problems[mine], rollout, tokenizer)
         rollout, rewards = of_all_ranks(rollout, rewards)
