@@ -184,7 +184,7 @@ def test_a_verifier_that_hangs_is_ended_and_said(
         return started[-1]
 
     monkeypatch.setattr(verifier.subprocess, "Popen", start)
-    process = verifier._Process()
+    process = verifier.Process("none", "math-verify")
     began = time.monotonic()
     assert process.verdict("1", "2") is False
     assert process.verdict("1", "2") is False

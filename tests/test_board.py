@@ -67,7 +67,7 @@ def test_one_seed_has_no_verdict(findings: pd.DataFrame) -> None:
 
 def test_marks_count_the_claims_of_a_chapter(findings: pd.DataFrame) -> None:
     marks = board.tally(findings)
-    assert marks["03_equal_norm"].startswith("✓1 –")
+    assert marks["02_distance"].startswith("✓1 –")
     told = " ".join(marks.values()).split()
     assert sum(int(mark[1:]) for mark in told) == len(CLAIMS)
 

@@ -30,6 +30,7 @@ from opd_geometry.geometry import (
     updates,
 )
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
+from opd_geometry.geometry.comparison import generator_of, null_seed
 from opd_geometry.training import callback
 from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
@@ -193,6 +194,9 @@ def test_logs_what_the_saved_checkpoints_say(kind: str, tmp_path: Path) -> None:
         seen = norms[: step - 1]  # this step's is logged afterwards
         clipped = sum(x > trainer.args.max_grad_norm for x in seen) / len(seen)
         assert row["geometry/clipped_share"] == pytest.approx(clipped)
+    nulls = {"increments", "walk"}
+    assert {f"geometry/{null}_stable_rank" for null in nulls} < rows[2].keys()
+    assert {f"geometry/{n}_similarity_to_locked" for n in nulls} < rows[6].keys()
     assert "geometry/similarity_to_previous" not in rows[2]
     assert rows[4]["geometry/similarity_to_previous"] == pytest.approx(
         rows[4]["geometry/similarity_to_locked"]
@@ -245,6 +249,55 @@ def both(trainer: Any, form: str = "update", **options: Any) -> ProjectionCallba
     return confined
 
 
+def test_the_walk_takes_the_rates_of_training(tmp_path: Path) -> None:
+    """What is logged of it is a walk by itself, rates and lengths given."""
+    trainer = trainer_of("sft", tmp_path, lr_scheduler_type="linear")
+    told = GeometryCallback(trainer, every=2, k=K, lock_at=2, detail="matrix")
+    starts = {n: w.clone() for n, w in told.start.weights.items()}
+    trainer.add_callback(told)
+    trainer.train()
+    group = trainer.optimizer.param_groups[0]
+    rates = [rate_of(trainer, n) for n in range(1, STEPS + 1)]
+    assert len(set(rates)) == STEPS
+    rows, shapes = logged(trainer), {w.shape for w in starts.values()}
+    followed = [n for n in starts if f"geometry/{n}/walk_stable_rank" in rows[6]]
+    assert len(followed) == len(shapes)
+    for name in followed:
+        walk = locking.Walk(starts[name].shape, group["betas"], group["eps"])
+        before = starts[name].double()
+        for step in (2, 4, 6):
+            now = read_matrix(tmp_path / f"checkpoint-{step}", name).double()
+            noise = generator_of((*null_seed(0, name, 0), step), "walk")
+            total = walk.add(rates[step - 2 : step], bits.norm(now - before), noise)
+            before, row = now, rows[step]
+            rank = float(bits.norm(total) / torch.linalg.matrix_norm(total, 2)) ** 2
+            assert row[f"geometry/{name}/walk_stable_rank"] == pytest.approx(rank, 1e-5)
+            assert row[f"geometry/{name}/stable_rank"] != pytest.approx(rank, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optim", "walks"), [("sgd", True), ("adafactor", False), ("adamw_torch", True)]
+)
+def test_a_walk_only_of_an_optimizer_that_it_knows(
+    optim: str, walks: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer = trainer_of("sft", tmp_path, optim=optim)
+    trainer.add_callback(GeometryCallback(trainer, every=3, k=2, lock_at=3))
+    trainer.train()
+    row = logged(trainer)[6]
+    assert ("geometry/walk_similarity_to_locked" in row) == walks
+    assert "geometry/increments_similarity_to_locked" in row
+    told = [w for w in recwarn if "no walk" in str(w.message)]
+    assert len(told) == (not walks)
+
+
+def test_nulls_can_be_left_out(tmp_path: Path) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    trainer.add_callback(GeometryCallback(trainer, every=3, k=K, nulls=False))
+    trainer.train()
+    assert not [n for n in logged(trainer)[6] if "walk" in n or "increments" in n]
+
+
 @pytest.mark.parametrize("form", ["gradient", "update"])
 def test_resumed_training_equals_a_straight_one(form: str, tmp_path: Path) -> None:
     straight = trainer_of("sft", tmp_path / "straight")
@@ -269,6 +322,7 @@ def test_resumed_training_equals_a_straight_one(form: str, tmp_path: Path) -> No
         told, known = logged(resumed)[step], logged(straight)[step]
         assert told.keys() == known.keys()
         assert "geometry/similarity_to_locked" in told
+        assert "geometry/walk_similarity_to_locked" in told
         for name in known.keys() - {*times}:
             assert told[name] == pytest.approx(known[name], rel=1e-9)
 

@@ -231,6 +231,20 @@ def test_what_never_moved_has_no_controls(before: Reference) -> None:
     assert found[40, "increments_similarity_to_end"] == pytest.approx(1.0)
 
 
+def test_another_optimizer_has_no_walk_and_no_displacement(before: Reference) -> None:
+    """Both are of AdamW: of others they would be numbers that mean nothing."""
+    weights, names = planted(low_rank(2), before), {}
+    for kind in ("adamw", "sgd", "muon"):
+        own = replace(RUN.train.optimizer, kind=kind)
+        run = replace(RUN, train=replace(RUN.train, optimizer=own))
+        rows = controls.control_rows(run, "w", before, weights, 2)
+        names[kind] = {metric for _, metric, _ in rows}
+    assert names["sgd"] == names["muon"]
+    lost = names["adamw"] - names["sgd"]
+    assert lost == {"displacement"} | {n for n in names["adamw"] if n[:5] == "walk_"}
+    assert len(lost) > 5
+
+
 def test_controls_are_the_same_each_time_and_others_for_each_matrix(
     before: Reference,
 ) -> None:

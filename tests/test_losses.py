@@ -801,6 +801,32 @@ def test_reverse_kl_is_not_the_forward_one_and_not_negative():
     assert not losses.reverse_kl(teacher, student, mask).requires_grad
 
 
+def test_forward_kl_is_the_reverse_of_the_other_way_round():
+    batch = make_batch()
+    student = batch["logits"].requires_grad_()
+    got = losses.forward_kl(student, batch["teacher"], batch["mask"])
+    turned = losses.reverse_kl(batch["teacher"], student, batch["mask"])
+    torch.testing.assert_close(got, turned)
+    # grad KL(q || p) = p - q at every state
+    p, q = student.detach().softmax(-1), batch["teacher"].softmax(-1)
+    live = batch["mask"]
+    share = live / (live.sum(1, keepdim=True) * len(live))
+    expected = (p - q).masked_fill(~live[..., None], 0.0) * share[..., None]
+    torch.testing.assert_close(grad_of(got, student), expected)
+    assert losses.forward_kl(student, student.detach(), live).abs() < 1e-15
+
+
+def test_forward_kl_ignores_a_padded_vocabulary():
+    student, teacher = two_policies(10, 1, 2, 6)
+    mask, hole = torch.ones(1, 2), torch.full((1, 2, 3), -torch.inf).double()
+    plain = losses.forward_kl(student, teacher, mask)
+    wide = torch.cat([student, hole], -1), torch.cat([teacher, hole], -1)
+    padded = losses.forward_kl(*wide, mask)
+    torch.testing.assert_close(padded, plain, rtol=1e-14, atol=0)
+    ours, theirs = grad_of(padded, student), grad_of(plain, student)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-16)
+
+
 def test_reverse_kl_ignores_a_padded_vocabulary():
     student, teacher = two_policies(10, 1, 2, 6)
     mask = torch.ones(1, 2)

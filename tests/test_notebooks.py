@@ -19,12 +19,11 @@ from opd_geometry.experiments import profiles
 from opd_geometry.geometry import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9A-Z]*_*.ipynb"))
 PAGES = sorted(ROOT.glob("book/*.md"))
-NAMES = ["01_unplaced", "02_collapse", "03_equal_norm", "04_rank"]
-NAMES += ["05_real_model"]
-NAMES += ["06_directions", "07_controls", "08_regimes", "09_exclusions"]
-NAMES += ["10_your_checkpoints", "11_choices", "12_bounds"]
+NAMES = ["01_unplaced", "02_distance", "03_rank", "04_real_model", "05_directions"]
+NAMES += ["06_controls", "07_regimes", "08_exclusions"]
+NAMES += ["09_your_checkpoints", "A_choices", "B_bounds"]
 SECTIONS = [
     "The question",
     "The runs",

@@ -13,6 +13,7 @@ from opd_geometry.training.optimizer import (
     adamw,
     autocast,
     learning_rate,
+    optimizer_of,
     set_learning_rate,
 )
 
@@ -104,6 +105,67 @@ def test_tied_weights_are_held_once() -> None:
     optimizer = adamw(model, OptimizerConfig(1e-3))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer 'lion'; expected adamw, sgd, muon"):
+        OptimizerConfig(1e-3, kind="lion")
+    with pytest.raises(ValueError, match="fused with muon: torch has no fused one"):
+        OptimizerConfig(1e-3, kind="muon", fused=True)
+
+
+def gradients_of(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_muon_steps_layers_and_adamw_the_rest() -> None:
+    """The same bits as the two apart, resumed in the middle; rates reach both."""
+    config = OptimizerConfig(1e-3, kind="muon", weight_decay=0.1)
+    models = [build_model(ModelConfig(32, 2, 16), seed=0) for _ in range(3)]
+    ours = optimizer_of(models[0], config)
+    named = dict(models[1].named_parameters())
+    inner = [p for n, p in named.items() if p.ndim == 2 and ".layers." in n]
+    rest = [p for n, p in named.items() if p.ndim == 2 and ".layers." not in n]
+    flat = [{"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0}]
+    rms = "match_rms_adamw"
+    apart = [
+        torch.optim.Muon(inner, momentum=0.9, weight_decay=0.1, adjust_lr_fn=rms),
+        torch.optim.AdamW(
+            [{"params": rest}, *flat], betas=config.betas, weight_decay=0.1
+        ),
+    ]
+    assert (len(inner), len(rest)) == (14, 2)
+    for step in range(4):
+        if step == 2:  # as a resumed run does
+            state = ours.state_dict()
+            models[2].load_state_dict(models[0].state_dict())
+            models[0], ours = models[2], optimizer_of(models[2], config)
+            ours.load_state_dict(state)
+        for model in models[:2]:
+            gradients_of(model, step)
+        for optimizer in (ours, *apart):
+            set_learning_rate(optimizer, 1e-3 * (step + 1))
+            optimizer.step()
+        pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_sgd_has_momentum_and_no_scale() -> None:
+    config = OptimizerConfig(1e-2, kind="sgd", weight_decay=0.0)
+    models = [build_model(ModelConfig(32, 1, 16), seed=0) for _ in range(2)]
+    before = [p.detach().clone() for p in models[0].parameters()]
+    optimizers = [optimizer_of(model, config) for model in models]
+    for model, optimizer, scale in zip(models, optimizers, (1.0, 4.0), strict=True):
+        for step in range(2):
+            gradients_of(model, step)
+            for parameter in model.parameters():
+                parameter.grad *= scale
+            optimizer.step()
+    after = [model.parameters() for model in models]
+    for one, other, start in zip(*after, before, strict=True):
+        assert torch.allclose(other - start, 4.0 * (one - start), atol=1e-6)
 
 
 def test_a_rate_reaches_every_group() -> None:

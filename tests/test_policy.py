@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_geometry.training import losses, policy, tasks
+from opd_geometry.training import losses, policy, samplers, tasks
 from opd_geometry.training import rollout as rollouts
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
-from opd_geometry.training.optimizer import OptimizerConfig, adamw, bfloat16_copy
+from opd_geometry.training.optimizer import OptimizerConfig, bfloat16_copy, optimizer_of
 from opd_geometry.training.policy import PolicyConfig, draw_prompts, policy_steps
 from opd_geometry.training.rollout import (
     Rollout,
@@ -61,7 +61,7 @@ def trained(
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """Weights and metrics after a run from the same student."""
     model = tiny()
-    optimizer = adamw(model, config.optimizer)
+    optimizer = optimizer_of(model, config.optimizer)
     loop = policy_steps(config, model, teacher, TOKENIZER, optimizer, seed=seed)
     metrics = list(loop)
     return weights(model), metrics
@@ -94,20 +94,20 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> Tensor:
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     """Keep every rollout that the loop draws."""
     kept: list[Rollout] = []
-    original = policy.sample
+    original = samplers.sample
 
     def sample(*args: Any, **asked: Any) -> Rollout:
         kept.append(original(*args, **asked))
         return kept[-1]
 
-    monkeypatch.setattr(policy, "sample", sample)
+    monkeypatch.setattr(samplers, "sample", sample)
     return kept
 
 
 # --- the objectives ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "full-forward"])
 def test_a_teacher_that_is_the_student_teaches_nothing(estimator: str) -> None:
     config = replace(OPD, estimator=estimator, steps=1)
     _, [same] = trained(config, teacher=tiny())
@@ -173,8 +173,9 @@ def test_a_step_follows_the_gradient_of_its_objective(
     assert metrics["gap"] == pytest.approx(gap, rel=1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["full", "full-forward"])
 def test_the_full_vocabulary_in_chunks_is_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     student = tiny()
     ids, mask = encode_prompts(["c:23+45-12=", "g:48,18="], TOKENIZER)
@@ -186,9 +187,10 @@ def test_the_full_vocabulary_in_chunks_is_the_same(
         eos_token_id=TOKENIZER.eos_token_id,
         generator=torch.Generator().manual_seed(0),
     )
-    loss, gap = policy.full_vocabulary_loss(OPD, student, TEACHER, written)
+    config = replace(OPD, estimator=estimator, teacher_temperature=0.7)
+    loss, gap = policy.full_vocabulary_loss(config, student, TEACHER, written)
     monkeypatch.setattr(rollouts, "MOST_LOGITS", 300)
-    ours, other = policy.full_vocabulary_loss(OPD, student, TEACHER, written)
+    ours, other = policy.full_vocabulary_loss(config, student, TEACHER, written)
     torch.testing.assert_close((ours, other), (loss, gap))
     torch.testing.assert_close(gradients(student, ours), gradients(student, loss))
 
@@ -232,7 +234,7 @@ def replace_rows(rollout: Rollout, rows: int) -> Rollout:
 
 def test_distillation_closes_the_gap() -> None:
     config = replace(FAST, alpha=1.0)
-    for estimator in ("sampled", "full"):
+    for estimator in ("sampled", "full", "full-forward"):
         _, metrics = trained(replace(config, estimator=estimator))
         before = sum(step["gap"] for step in metrics[:3]) / 3
         after = sum(step["gap"] for step in metrics[-3:]) / 3
@@ -262,8 +264,23 @@ ARMS = {
     "off-policy-ratio": replace(OPD, rollouts="teacher", ratio_to="author"),
     "flipped": replace(RLVR, reward_flip=0.4),
     "noisy": replace(OPD, gap_noise=2.0),
+    "full-forward": replace(OPD, estimator="full-forward"),
+    "sharp": replace(OPD, teacher_temperature=0.5),
+    "sgd": replace(OPD, optimizer=OptimizerConfig(0.1, kind="sgd")),
+    "muon": replace(OPD, optimizer=OptimizerConfig(1e-3, kind="muon")),
     "shared": replace(OPD, alpha=0.6, shared_prefixes=True),
 }
+
+
+def test_a_sharper_teacher_is_one_whose_head_is_larger() -> None:
+    sharp = copy.deepcopy(TEACHER)
+    sharp.lm_head.weight.data *= 4.0  # a power of two: the same bits
+    for estimator in ("sampled", "full", "full-forward"):
+        config = replace(OPD, estimator=estimator, steps=1)
+        theirs = trained(config, teacher=sharp)
+        ours = trained(replace(config, teacher_temperature=0.25))
+        assert torch.equal(ours[0], theirs[0])
+        assert not torch.equal(ours[0], trained(config)[0])
 
 
 def test_likelihood_is_cross_entropy_on_what_the_teacher_wrote(
@@ -339,7 +356,7 @@ def test_no_signal_is_no_step(reward: float, monkeypatch: pytest.MonkeyPatch) ->
     set_rewards(monkeypatch, [reward] * 12)
     model = tiny()
     before = weights(model)
-    optimizer = adamw(model, RLVR.optimizer)
+    optimizer = optimizer_of(model, RLVR.optimizer)
     metrics = list(policy_steps(RLVR, model, None, TOKENIZER, optimizer, seed=0))
     assert torch.equal(weights(model), before)  # not even weight decay
     assert not optimizer.state
@@ -481,13 +498,13 @@ def test_a_resumed_run_is_the_same_run(arm: str) -> None:
     config = ARMS[arm]
     straight, metrics = trained(config)
     model = tiny()
-    optimizer = adamw(model, config.optimizer)
+    optimizer = optimizer_of(model, config.optimizer)
     loop = policy_steps(config, model, TEACHER, TOKENIZER, optimizer, seed=0)
     first = [next(loop)]
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     next(loop)  # lost: what was saved is older
     resumed = tiny(seed=9)
-    again = adamw(resumed, config.optimizer)
+    again = optimizer_of(resumed, config.optimizer)
     resumed.load_state_dict(state[0])
     again.load_state_dict(state[1])
     rest = policy_steps(
@@ -677,6 +694,13 @@ def test_an_infinite_norm_clips_nothing() -> None:
         ({"gap_noise": 1.0, "credit": "likelihood"}, r"there is no gap of a token"),
         ({"gap_noise": 1.0, "estimator": "full"}, r"there is no gap of a token"),
         ({"ratio_to": "teacher"}, r"ratio_to 'teacher': expected student or author"),
+        ({"teacher_temperature": 0.0}, r"teacher_temperature 0.0: expected above 0"),
+        ({"teacher_temperature": float("inf")}, r"temperature inf: .* finite"),
+        (
+            {"teacher_temperature": 0.5, "rollouts": "teacher"},
+            r"write at one temperature and score at another",
+        ),
+        ({"estimator": "full-forward", "alpha": 0.5}, r"full-forward with alpha 0.5"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

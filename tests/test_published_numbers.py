@@ -27,7 +27,7 @@ from opd_geometry.experiments import measure, profiles
 from opd_geometry.geometry import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9A-Z]*_*.ipynb"))
 CHAPTERS = sorted(ROOT.glob("book/chapters/*.ipynb"))
 # the rows of formats are those of data/formats.csv, with versions and tensors
 PAGES = [p for p in sorted(ROOT.glob("book/*.md")) if p.stem != "formats"]
@@ -217,23 +217,23 @@ QUOTED: dict[str, set[float]] = {
     # a weight, in the worked update; a share of rewards, and where a ratio is clipped
     "index": {0.02, 270},
     "notation": {0.45, 0.8, 1.28},
-    "03_equal_norm": {299, 5375},
-    "04_rank": {63, 299},
+    "02_distance": {299, 5375},
+    "03_rank": {63, 299},
     # millions of parameters, rows of the vocabulary, matrices, steps
-    "05_real_model": {0.8, 270, 1024, 126, 40},
+    "04_real_model": {0.8, 270, 1024, 126, 40},
     # a case by hand, and bounds on what chance gives
-    "06_directions": {0.85, 0.8, 0.92, 0.87, 0.72, 0.02, 0.01},
-    "07_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
+    "05_directions": {0.85, 0.8, 0.92, 0.87, 0.72, 0.02, 0.01},
+    "06_controls": {0.91, 2024},  # 1 / 1.1, in an answer; the year of AIME
     # the widest gap of Table 1; ratios and billions of parameters
-    "08_regimes": {0.055, 1.75, 14},
+    "07_regimes": {0.055, 1.75, 14},
     # thousands of prompts, updates a round, and an answer worked out from the print
     # steps at which those runs were locked and ended; millions of parameters
     "confinement": {10, 40, 1e-8},
     "reproduce": {270, 1024},
     # sizes of models, GPUs and vocabularies, and the bounds of the tests that it names
     "at-scale": {1.2, 1.7, 17, 80, 96, 151, 936, 2048},
-    "10_your_checkpoints": {60},  # how many matrices the exercise samples
-    "09_exclusions": {17, 37.5, 0.54, 0.64, 0.7},
+    "09_your_checkpoints": {60},  # how many matrices the exercise samples
+    "08_exclusions": {17, 37.5, 0.54, 0.64, 0.7},
 }
 
 
@@ -319,7 +319,7 @@ def test_a_typed_result_is_found(text: str) -> None:
         "Its 95 % interval over five seeds, in bf16 and float32, with 0.3 of the rate.",
         "12. Item\n\n```console\n$ run --steps 1234\n```\n[here](https://e.org/0.77)",
         "::::{grid} 1 1 13 13\n:gutter: 33\n:::",
-        "```{glue:} costs\n:doc: chapters/04_rank.ipynb\n```",
+        "```{glue:} costs\n:doc: chapters/03_rank.ipynb\n```",
         "$$\nx = 0.777\n$$",
     ],
 )

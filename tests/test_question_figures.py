@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from test_figures import SHAPES, colours_written, lines_named, planted
 from test_regimes_figures import dots
 
-from opd_geometry.analysis import equal_norm
+from opd_geometry.analysis import distance
 from opd_geometry.analysis.evidence import ALL_ACCURACIES, KEPT
 from opd_geometry.book.controls_figures import benchmark_dots, subspace_dots
-from opd_geometry.book.equal_norm_figures import ladder
+from opd_geometry.book.distance_figures import ladder
 from opd_geometry.book.figures import (
     ARM_STYLES,
     CONFINED_STYLES,
@@ -106,7 +106,7 @@ def check_grid(figure: Figure, xlabel: str) -> None:
 
 def rungs() -> pd.DataFrame:
     """Ratios of two pairs, the last one first; one is never equally far."""
-    end, equal = equal_norm.AT_END, equal_norm.AT_EQUAL_NORM
+    end, equal = distance.AT_END, distance.AT_EQUAL_NORM
     rows = [
         ("opd", "rlvr", "nss", end, 2.0, 1.5, 3.0, 1.8),
         ("opd", "rlvr", "nss", equal, 0.8, 0.7, 0.95, 1.1),
@@ -287,7 +287,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "variants": lambda table: variant_dots(
         table, {"opd": "main", "rlvr": "reward"}, ["nss"], {"nss": (0.8, 1.25)}
     ),
-    "ladder": lambda table: ladder(equal_norm.compared(table, RUNGS, ["nss"]), RUNGS),
+    "ladder": lambda table: ladder(distance.compared(table, RUNGS, ["nss"]), RUNGS),
 }
 ALL = tuple(dict.fromkeys((*MAIN, *CONFINED, *RATES)))
 OF_ARMS = [name for name in FIGURES if name not in ("ladder", "board")]

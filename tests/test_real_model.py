@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from opd_geometry.analysis import collapse, directions, evidence, real_model, signal
+from opd_geometry.analysis import directions, distance, evidence, real_model, signal
 from opd_geometry.book import directions_figures, real_model_figures, signal_figures
 from opd_geometry.experiments import measure, weights
 
@@ -120,7 +120,7 @@ def test_another_arm_in_an_arms_place_is_read_and_kept_apart() -> None:
 def test_angles_and_their_nulls_are_of_the_same_matrices() -> None:
     rows = table()
     gauss = rows[rows["metric"] == "turned_nss"].assign(metric="null_nss", value=4.0)
-    found = collapse.turned(pd.concat([rows, gauss]), ("opd",))
+    found = distance.turned(pd.concat([rows, gauss]), ("opd",))
     times = found[found["metric"] == "nss"].set_index("null")["times"]
     assert times.to_dict() == {"Gaussian": 0.5, "turned": 2.0}
 

@@ -216,11 +216,11 @@ def test_the_first_page_gets_the_first_figure_that_is_there(tmp_path: Path) -> N
 
 def test_claims_put_marks_at_their_chapters(root: Path) -> None:
     toc = {"format": "jb-book", "root": "book/index"}
-    toc["parts"] = [{"chapters": [{"file": "book/chapters/03_equal_norm"}]}]
+    toc["parts"] = [{"chapters": [{"file": "book/chapters/02_distance"}]}]
     write(root / "_toc.yml", yaml.safe_dump(toc))
     title = nbformat.v4.new_markdown_cell("# How many?\n\nText.")
     page = nbformat.writes(nbformat.v4.new_notebook(cells=[title]))
-    write(root / "book/chapters/03_equal_norm.ipynb", page)
+    write(root / "book/chapters/02_distance.ipynb", page)
     site.add_claims(root, ROOT / "data" / "claims.csv")
     (entry,) = yaml.safe_load((root / "_toc.yml").read_text())["parts"][0]["chapters"]
     assert entry["title"].startswith("How many? ")

@@ -181,7 +181,7 @@ def test_what_is_run_at_any_import_counts(package: Path) -> None:
 def test_the_hash_of_a_real_notebook_moves_with_the_rules(tmp_path: Path) -> None:
     copy = tmp_path / "opd_geometry"
     shutil.copytree(sources.PACKAGE, copy, ignore=shutil.ignore_patterns("__pyc*"))
-    path = ROOT / "notebooks" / "03_equal_norm.ipynb"
+    path = ROOT / "notebooks" / "02_distance.ipynb"
     before = sources.stamp(path, copy)
     assert before == sources.stamp(path)
     assert {len(digest) for digest in before.values()} == {64}

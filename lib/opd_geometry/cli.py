@@ -638,7 +638,7 @@ def chapters(profile: str | None, seeds: str | None, names: tuple[str, ...]) -> 
     \b
     Examples:
       opd-geometry chapters
-      opd-geometry chapters --profile laptop --seeds 0-2 04_rank
+      opd-geometry chapters --profile laptop --seeds 0-2 03_rank
     """
     from opd_geometry.book.site import execute_chapter, known_parameters
 
@@ -771,7 +771,8 @@ def builds(root: Path) -> Path:
 
 def _notebooks(root: Path, names: Sequence[str]) -> list[Path]:
     """The notebooks of the names, with or without suffix; all if none is given."""
-    known = {path.stem: path for path in sorted(root.glob("notebooks/[0-9]*.ipynb"))}
+    there = sorted(root.glob("notebooks/[0-9A-Z]*_*.ipynb"))
+    known = {path.stem: path for path in there}
     wanted = [Path(name).stem for name in names] or list(known)
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:

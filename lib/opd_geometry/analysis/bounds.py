@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from opd_geometry.analysis.equal_norm import order
+from opd_geometry.analysis.distance import order
 from opd_geometry.analysis.evidence import LAYERS, SAME_FACTOR
 from opd_geometry.analysis.verdicts import Part, Values, interval, state
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from opd_geometry.analysis.claims import judge
-from opd_geometry.analysis.equal_norm import order
+from opd_geometry.analysis.distance import order
 from opd_geometry.analysis.evidence import ATTENTION, LAYERS, first, last, over_matrices
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.analysis.verdicts import Values, interval

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from opd_geometry.analysis.claims import claims_table, judge
-from opd_geometry.analysis.equal_norm import AT_END, order, ratio
+from opd_geometry.analysis.distance import AT_END, order, ratio, with_displacement
 from opd_geometry.analysis.evidence import (
     COMPARABLE_FACTOR,
     LAYERS,
@@ -135,7 +135,8 @@ def claims_in_worlds(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for profile, table in tables.items():
         findings = claims_table(table, profile)
         # a displacement needs no null, so all matrices count; verdicts need them
-        levels, judged = Levels(table), Levels(with_every_null(table))
+        levels = Levels(with_displacement(table))
+        judged = Levels(with_every_null(table))
         noisy, judged = (x.with_arm("rlvr", WRONG_REWARDS) for x in (levels, judged))
         rows = [
             _in_regime(claim, verdict, levels, (noisy, judged), paper)

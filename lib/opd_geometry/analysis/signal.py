@@ -89,7 +89,7 @@ def predictions(signals: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
 
     Args:
         signals: of ``signal_table``; mean over the matrices of the layers is taken.
-        runs: which of them.
+        runs: which of them; the ceiling is of AdamW, so others give no row.
 
     Returns:
         One row a run: arm, seed, start (of which weights), signal, ceiling.
@@ -98,7 +98,7 @@ def predictions(signals: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
     means = rows.groupby(rows["run"].astype(str))["value"].mean()
     found = []
     for run in runs:
-        if run.key() in means.index:
+        if run.key() in means.index and run.train.optimizer.kind == "adamw":
             config, steps = run.train.optimizer, run.train.steps
             rates = [learning_rate(config, step, steps) for step in range(steps)]
             own = float(means[run.key()])

@@ -22,10 +22,10 @@ VERDICT_MARKS = {
 }
 # What the paper's figures and tables are about: a part of the board, and its chapter.
 PARTS = {
-    "How much, and where": ("03_equal_norm", ("Table 1", "Figure 2", "Figure 3")),
-    "When, and in how many directions": ("04_rank", ("Figure 4", "Figure 5")),
+    "How much, and where": ("02_distance", ("Table 1", "Figure 2", "Figure 3")),
+    "When, and in how many directions": ("03_rank", ("Figure 4", "Figure 5")),
     "What it depends on": (
-        "07_controls",
+        "06_controls",
         ("Figure 6", "Figures 6", "Figure 7", "Figures 7"),
     ),
 }
@@ -39,7 +39,7 @@ WORLDS = {
 FIRST = ("The paper", "Here", "What decides", *WORLDS.values())
 UNTESTED = "regime not tested"
 NOT_ASKED = "not asked"  # of a claim about one arm
-CHAPTER_OF = {"sparsity-robust": "08_regimes"}  # where it is not that of its part
+CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
 FILTER = """
 <fieldset class="board-filter" hidden>
 <legend>Show</legend>

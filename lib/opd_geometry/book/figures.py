@@ -100,6 +100,13 @@ ARM_STYLES = {
     "opd-teacher-guess": ArmStyle("OPD, a teacher that guesses", BLUE, ":"),
     "opd-noise-3": ArmStyle("OPD, noise of 3 nats", BLUE, "--"),
     "opd-noise-10": ArmStyle("OPD, noise of 10 nats", BLUE, "-."),
+    "opd-full": ArmStyle("OPD, full reverse KL", BLUE, "--"),
+    "opd-full-forward": ArmStyle("OPD, full forward KL", BLUE, ":"),
+    "opd-sgd": ArmStyle("OPD by SGD", BROWN),
+    "opd-muon": ArmStyle("OPD by Muon", OLIVE),
+    "opd-self-0.5": ArmStyle("own teacher, τ = 0.5", LIGHT_BLUE, "--"),
+    "opd-self-0.9": ArmStyle("own teacher, τ = 0.9", LIGHT_BLUE, ":"),
+    "opd-self": ArmStyle("own teacher, no gap", LIGHT_BLUE),
     **{
         f"{family}-projected{suffix}": look
         for family in (

@@ -142,3 +142,49 @@ def course_dots(
         ax.set_xlabel("mean factor between the stable ranks; 1: one trajectory")
         ax.tick_params(axis="y", length=0)
     return figure
+
+
+def source_dots(
+    table: pd.DataFrame, groups: Mapping[str, Sequence[str]], told: pd.DataFrame
+) -> Figure:
+    """Rank and distance of arms that differ in one thing each, and what foretold them.
+
+    Args:
+        table: tidy.
+        groups: what differs, to the arms; those that are not there are left out.
+        told: of ``rank_source.predictions``; drawn open, from the arm's own optimizer
+            on gradients of the start.
+
+    Returns:
+        The figure: a row an arm; a dot at the mean over attention matrices and seeds of
+        the stable rank and of the relative norm at the end, a line over the seeds.
+
+    Raises:
+        ValueError: the table has none of the arms.
+    """
+    arms = present(table, [arm for of_group in groups.values() for arm in of_group])
+    walked = told[(told["predictor"] == "frozen_stable_rank")]
+    walked = walked[walked["moment"] == "last"].set_index("arm")["predicted"]
+    with styled():
+        size = (WIDTH, 1.0 + 0.3 * len(arms))
+        figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
+        titles = {"stable_rank": "stable rank", "relative_norm": "relative norm"}
+        for ax, (metric, title) in zip(axes, titles.items(), strict=True):
+            ends = moments(table, metric, "last")
+            for place, arm in enumerate(arms):
+                seeds = ends[ends["arm"] == arm]["value"]
+                _draw_mean(ax, place, seeds, arm, ARM_STYLES[arm].colour)
+                if metric == "stable_rank" and arm in walked:
+                    mark: Any = {"mfc": "none", "mec": ARM_STYLES[arm].colour}
+                    ax.plot(walked[arm], place, "D", ms=5, **mark)
+            ax.set(title=f"{title} at the end", xscale="log")
+            plain_log_ticks(ax.xaxis)
+            ax.tick_params(axis="y", length=0)
+        of_group = {arm: name for name, of in groups.items() for arm in of}
+        for place, (one, two) in enumerate(pairwise(arms)):
+            if of_group[one] != of_group[two]:
+                for ax in axes:
+                    ax.axhline(place + 0.5, color=GREY, lw=0.6)
+        axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
+        axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    return figure

@@ -8,7 +8,8 @@ null it is of, and its suffix which readout:
     increments_  its changes from checkpoint to checkpoint, each
                  turned by rotations of its own                    every checkpoint
     walk_        Adam with the run's rates on noise of rank one,
-                 stretched to the norms of those changes           every checkpoint
+                 stretched to the norms of those changes; of runs
+                 with AdamW alone                                  every checkpoint
     rounding_    its update at the end, scaled to each norm        every checkpoint
     _bf16        W_0 plus the update, stored in bf16, minus W_0    every checkpoint
 """
@@ -16,6 +17,7 @@ null it is of, and its suffix which readout:
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,15 +72,12 @@ def control_rows(
     if end not in moved:  # a run that never stepped has no null
         return rows
 
-    def draws(kind: int) -> torch.Generator:
-        words = np.random.SeedSequence((*null_seed(run.seed, name, end), kind))
-        state = words.generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0] >> 1))
-
+    draws = partial(_draws, run, name, end)
     rows += course(before, moved, rank, "", ("_bf16",), ("frobenius_norm", HILL))
     turned = locking.turned_increments(moved, draws(1))
     rows += course(before, turned, rank, "increments_")
-    rows += course(before, walk(run, moved, draws(2)), rank, "walk_")
+    if run.train.optimizer.kind == "adamw":  # the walk is Adam's
+        rows += course(before, walk(run, moved, draws(2)), rank, "walk_")
     scaled = locking.scaled_end(moved)
     rows += course(before, scaled, rank, "rounding_", ("_bf16",))
     for step, w in weights.items():
@@ -88,18 +87,41 @@ def control_rows(
         (end, metric, value)
         for metric, value in predictors(run, name, before, moved[end], rank)
     ]
-    rows += [
-        (end, metric, value)
-        for metric, value in at_end(before, weights[end], draws(3), inputs)
-    ]
-    return rows
+    return rows + end_rows(run, name, before, weights[end], end, inputs)
+
+
+def end_rows(
+    run: Run,
+    name: str,
+    before: Reference,
+    w_after: Tensor,
+    end: int,
+    inputs: Tensor | None = None,
+) -> list[Row]:
+    """The controls of one matrix that need its last weights alone: of any run.
+
+    Args:
+        run, name, before, inputs: as of `control_rows`.
+        w_after: the weights at ``end``; other ones than W_0.
+    """
+    found = at_end(before, w_after, _draws(run, name, end, 3), inputs)
+    return [(end, metric, value) for metric, value in found]
+
+
+def _draws(run: Run, name: str, end: int, kind: int) -> torch.Generator:
+    words = np.random.SeedSequence((*null_seed(run.seed, name, end), kind))
+    state = words.generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 def displacement(run: Run, deltas: Mapping[int, Tensor]) -> Iterator[Row]:
     """Root mean square change in the unit of the run's own learning rates.
 
-    Every step counts, those at which nothing was learned too.
+    Every step counts, those at which nothing was learned too. No rows of another
+    optimizer than AdamW, whose rates are no sizes of steps.
     """
+    if run.train.optimizer.kind != "adamw":
+        return
     rates = _rates(run)
     for step, delta in deltas.items():
         yield step, "displacement", locking.displacement(delta, rates[:step])

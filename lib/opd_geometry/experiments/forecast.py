@@ -214,6 +214,7 @@ def policy_forecast(
     author = student if train.rollouts == "student" or teacher is None else teacher
     item = _item(train)
     own = train.prompts_per_step / gpus
+    engine = train.sampler_memory * device.memory if train.sampler != "own" else 0.0
     at_once = min(own, train.sampled_prompts or own)
     rows = at_once * train.group_size
     cache = author.cache_bytes(rows * (PROMPT_TOKENS + train.max_new_tokens), item)
@@ -224,7 +225,7 @@ def policy_forecast(
     seconds = (flops + sampling) / device.flops / gpus + reading
     gradient = 4 * student.parameters  # which is not there while sampling
     activations = _activations(student, train.micro_prompts * row, row, train)
-    beside = max(cache - gradient, activations)
+    beside = engine + max(0.0 if engine else cache - gradient, activations)
     return Forecast(
         train.steps * float(written),
         train.steps * (flops + sampling),

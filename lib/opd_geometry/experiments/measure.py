@@ -280,8 +280,13 @@ def measure_run(run: Run, rank: int) -> pd.DataFrame:
                 (step, matrix.name, matrix.role, matrix.layer, metric, value)
                 for step, metric, value in (size, *values)
             ]
+    kind, rate = run.train.optimizer.kind, "learning_rate"
+    # of another optimizer than AdamW a rate is no size of a step: who reads it as one
+    # finds none
+    own = {} if kind == "adamw" else {rate: f"{rate}_{kind}"}
     rows += [
-        (h["step"], "", "model", -1, h["metric"], h["value"]) for h in history(run)
+        (h["step"], "", "model", -1, own.get(h["metric"], h["metric"]), h["value"])
+        for h in history(run)
     ]
     rows.append((steps[-1], "", "model", -1, "clipped_frac", clipped(run)))
     table = pd.DataFrame(

@@ -88,6 +88,8 @@ def _sft(
     )
 
 
+# Found by `frozen.matched_rate`: as far as AdamW after a fifth of training.
+SGD_RATE, MUON_RATE = 120.0, 3.9
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
 _LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
     "opd": {},
@@ -123,7 +125,19 @@ _POLICY_ARMS = {
         "clip_high": 1.0,
     },
     "off-policy-ratio-clip": {"rollouts": "teacher", "ratio_to": "author"},
+    # the KL over the whole vocabulary instead of the sampled token's gap
+    "opd-full": {"estimator": "full"},
+    "opd-full-forward": {"estimator": "full-forward"},
 }
+# OPD with other optimizers, rates in units of the profile's. SGD's decay would be as
+# large as its rate is; AdamW's is next to nothing.
+_OPTIMIZER_ARMS: dict[str, tuple[float, dict[str, Any]]] = {
+    "opd-sgd": (SGD_RATE, {"kind": "sgd", "weight_decay": 0.0}),
+    "opd-muon": (MUON_RATE, {"kind": "muon"}),
+}
+# OPD whose teacher is the anchor itself, its logits divided by a temperature: at one
+# there is no gap when the run begins.
+_SELF_ARMS = {"opd-self-0.5": 0.5, "opd-self-0.9": 0.9, "opd-self": 1.0}
 # Arms whose gradients are never scaled down.
 _UNCLIPPED_ARMS = {
     f"{arm}-unclipped": arm for arm in ("sft", "sft-matched", "opd", "rlvr")
@@ -215,6 +229,8 @@ PUBLISHED_ARMS = tuple(
             "rlvr-paper",
             *_POLICY_ARMS,
             *_UNCLIPPED_ARMS,
+            *_OPTIMIZER_ARMS,
+            *_SELF_ARMS,
             *_PROJECTED_ARMS,
             *_RATE_ARMS,
             *_TEACHER_ARMS,
@@ -463,7 +479,8 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
         return value
     if isinstance(now, DataConfig):
         return replace(now, digest=digest_of(value), source=_whole_path(value))
-    one: Any = type(now[0]) if isinstance(now, tuple) and now else int
+    declared = next(str(f.type) for f in fields(settings) if f.name == field)
+    one: Any = str if "str" in declared else int
     readers: dict[str, Callable[[str], Any]] = {
         "int": int,
         "float": float,
@@ -561,6 +578,12 @@ def _build(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
         run = _build(settings, _UNCLIPPED_ARMS[arm], seed, from_scratch)
         optimizer = replace(run.train.optimizer, max_grad_norm=math.inf)
         return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
+    if arm in _OPTIMIZER_ARMS:
+        run = _build(settings, "opd", seed, from_scratch)
+        factor, changed = _OPTIMIZER_ARMS[arm]
+        rate = factor * run.train.optimizer.learning_rate
+        optimizer = replace(run.train.optimizer, learning_rate=rate, **changed)
+        return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
     if arm in _PROJECTED_ARMS:
         return _projected(settings, arm, seed, from_scratch)
     anchor = _build(settings, "sft", seed, from_scratch)
@@ -569,6 +592,9 @@ def _build(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
     if arm == "sft-learns":  # the teacher's mix of demonstrations: there is much to win
         better = settings.teacher_sft.qualities
         return Run(arm, seed, replace(_matched(settings), qualities=better), anchor)
+    if arm in _SELF_ARMS:
+        train = replace(settings.policy, teacher_temperature=_SELF_ARMS[arm])
+        return Run(arm, seed, train, anchor, anchor)
     if arm == "rlvr-paper":
         longer = replace(
             settings.policy,

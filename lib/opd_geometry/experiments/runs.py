@@ -81,8 +81,9 @@ from opd_geometry.training.models import (
     round_to_bfloat16,
     save_model,
 )
-from opd_geometry.training.optimizer import adamw, bfloat16_copy
+from opd_geometry.training.optimizer import bfloat16_copy, optimizer_of
 from opd_geometry.training.policy import PolicyConfig, policy_steps
+from opd_geometry.training.samplers import EngineSampler
 from opd_geometry.training.sft import SFTConfig, sft_steps
 from opd_geometry.training.students import Student, prepare
 from opd_geometry.training.tracking import Log, tracked
@@ -546,7 +547,7 @@ def _train(run: Run, directory: Path) -> None:
     if run.train.sharded and ranks.count() > 1:
         _check_shardable(run)
         ranks.shard(model, low=run.train.mixed_precision == "bf16-copy")
-    optimizer = adamw(model, run.train.optimizer)
+    optimizer = optimizer_of(model, run.train.optimizer)
     state = _restore(run, directory, model, optimizer)
     if run.projection is not None:
         _confine(run, run.projection, model, optimizer)
@@ -634,8 +635,19 @@ def loop_of(
         own = torch.bfloat16 if run.train.dataset else torch.float32
         teacher, theirs = load_model(_location(run.teacher), own)
         check_same_vocabulary(tokenizer, theirs)
+        if run.teacher == run.start:  # as it is handed over: the student at step 0
+            teacher = round_to_bfloat16(teacher)
         if run.train.mixed_precision == "bf16-copy" and own == torch.float32:
             teacher = bfloat16_copy(teacher)
+    sampler = None
+    if run.train.sampler == "vllm":
+        sampler = EngineSampler(
+            checkpoint(run, 0),
+            tokenizer,
+            run.train.max_new_tokens,
+            low=run.train.mixed_precision != "no",
+            memory=run.train.sampler_memory,
+        )
     return policy_steps(
         run.train,
         model,
@@ -644,6 +656,7 @@ def loop_of(
         optimizer,
         seed=run.seed,
         first_step=first_step,
+        sampler=sampler,
     )
 
 

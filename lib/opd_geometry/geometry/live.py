@@ -82,7 +82,7 @@ def movement(w_before: Tensor, w: Tensor, k: int) -> Movement:
     delta = _difference(w_before, w, k)
     short_start, short = to_bfloat16(w_before.to(w.device)), to_bfloat16(w)
     sparsity = float(torch.count_nonzero(short_start == short)) / w.numel()
-    norm, rank, kept = _directions(delta, k)
+    norm, rank, kept = spread(delta, k)
     if math.isnan(rank):
         return Movement(norm, rank, sparsity, rank, norm, False, None)
     seen = short.to(delta.dtype) - short_start.to(delta.dtype)
@@ -102,7 +102,7 @@ def directions(w_before: Tensor, w: Tensor, k: int) -> tuple[float, Tensor | Non
     Raises:
         ValueError: as `movement`.
     """
-    norm, _, right = _directions(_difference(w_before, w, k), k)
+    norm, _, right = spread(_difference(w_before, w, k), k)
     return norm, right
 
 
@@ -115,8 +115,13 @@ def _difference(w_before: Tensor, w: Tensor, k: int) -> Tensor:
     return w.to(dtype) - w_before.to(w.device).to(dtype)
 
 
-def _directions(delta: Tensor, k: int) -> tuple[float, float, Tensor | None]:
-    """Norm, stable rank (NaN where nothing moved) and top-k right subspace."""
+def spread(delta: Tensor, k: int) -> tuple[float, float, Tensor | None]:
+    """Norm, stable rank (NaN where nothing moved) and top-k right subspace.
+
+    Args:
+        delta: (n_rows, n_cols).
+        k: from 1 to min(shape).
+    """
     norm = float(torch.linalg.vector_norm(delta))
     if not 0.0 < norm < float("inf"):  # also where it is NaN
         return norm, math.nan, None

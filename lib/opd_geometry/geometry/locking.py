@@ -129,21 +129,102 @@ def walking(
         )
     if rank is not None and rank < 1:
         raise ValueError(f"rank {rank!r}, expected at least 1, or None for full rank")
-    total = torch.zeros(*shape, dtype=torch.float64)
-    m, v = torch.zeros(*shape), torch.zeros(*shape)
-    n_rows = max(1, CHUNK_ENTRIES // shape[1])
+    walk = Walk(shape, optimizer.betas, optimizer.eps, rank)
     for before, step in pairwise([0, *sorted(steps)]):
-        own = torch.zeros(*shape)
-        noise = [_noise(shape, rank, generator) for _ in range(before, step)]
+        length = steps[step] if isinstance(steps, Mapping) else None
+        yield step, walk.add(optimizer.rates[before:step], length, generator)
+
+
+class Walk:
+    """A run's optimizer on pure noise, segment by segment; see `walk`.
+
+    Args:
+        shape: (n_rows, n_cols).
+        betas: of Adam; None for plain steps of gradient descent.
+        eps: of Adam.
+        rank: of a step's gradient; None for Gaussian noise of full rank.
+
+    Attributes:
+        total: sum of the moves, float64.
+        m, v: Adam's moments, float32.
+        taken: steps so far.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        betas: tuple[float, float] | None = BETAS,
+        eps: float = EPS,
+        rank: int | None = 1,
+    ) -> None:
+        self.total = torch.zeros(*shape, dtype=torch.float64)
+        self.m, self.v, self.taken = torch.zeros(*shape), torch.zeros(*shape), 0
+        self._betas, self._eps, self._rank = betas, eps, rank
+
+    def add(
+        self, rates: Sequence[float], length: float | None, generator: torch.Generator
+    ) -> Tensor:
+        """The sum after some more steps, to which the next are added in place.
+
+        Args:
+            rates: learning rate of each.
+            length: norm of what the run itself added in them; None: as it comes.
+            generator: a CPU generator.
+        """
+        shape = self.total.shape
+        own = torch.zeros(shape)
+        noise = [_noise(shape, self._rank, generator) for _ in rates]
         # Rows know nothing of one another, so some of them walk alone, in a cache.
+        n_rows = max(1, CHUNK_ENTRIES // shape[1])
         for start in range(0, shape[0], n_rows):
             part = slice(start, start + n_rows)
-            gradients = [(x[part], y) for x, y in noise]
-            _advance(own[part], m[part], v[part], gradients, optimizer, before)
-        length = float(torch.linalg.vector_norm(own, dtype=torch.float64))
-        kept = steps[step] / length if isinstance(steps, Mapping) and length else 1.0
-        total.add_(own, alpha=kept)
-        yield step, total
+            steps = [
+                (rate, x[part], y) for rate, (x, y) in zip(rates, noise, strict=True)
+            ]
+            self._advance(own[part], self.m[part], self.v[part], steps)
+        self.taken += len(rates)
+        walked = float(torch.linalg.vector_norm(own, dtype=torch.float64))
+        scale = length / walked if length is not None and walked else 1.0
+        return self.total.add_(own, alpha=scale)
+
+    def _advance(
+        self,
+        own: Tensor,
+        m: Tensor,
+        v: Tensor,
+        steps: Sequence[tuple[float, Tensor, Tensor | None]],
+    ) -> None:
+        """Add the moves of some steps, in place.
+
+        By the kernel of torch.optim.Adam(fused=True): in Python, an optimizer's checks
+        would take longer than the move of a small matrix.
+        """
+        product, t = torch.empty_like(own), torch.tensor(float(self.taken))
+        for rate, x, y in steps:
+            if y is None:
+                gradient = x
+            elif x.shape[1] == 1:
+                gradient = torch.mul(x, y, out=product)
+            else:
+                gradient = torch.mm(x, y, out=product)
+            if self._betas is None:
+                own.add_(gradient, alpha=-rate)
+                continue
+            torch._fused_adam_(
+                [own],
+                [gradient],
+                [m],
+                [v],
+                [],
+                [t.add_(1.0)],
+                lr=rate,
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                weight_decay=0.0,
+                eps=self._eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 def _noise(
@@ -154,47 +235,6 @@ def _noise(
         return torch.randn(*shape, generator=generator), None
     left = torch.randn(shape[0], rank, generator=generator)
     return left, torch.randn(rank, shape[1], generator=generator)
-
-
-def _advance(
-    own: Tensor,
-    m: Tensor,
-    v: Tensor,
-    gradients: Sequence[tuple[Tensor, Tensor | None]],
-    optimizer: Optimizer,
-    taken: int,
-) -> None:
-    """Add the moves of some steps, of which so many were taken before, in place.
-
-    By the kernel of torch.optim.Adam(fused=True): in Python, an optimizer's checks
-    would take longer than the move of a small matrix.
-    """
-    product, t = torch.empty_like(own), torch.tensor(float(taken))
-    for (x, y), rate in zip(gradients, optimizer.rates[taken:], strict=False):
-        if y is None:
-            gradient = x
-        elif x.shape[1] == 1:
-            gradient = torch.mul(x, y, out=product)
-        else:
-            gradient = torch.mm(x, y, out=product)
-        if optimizer.betas is None:
-            own.add_(gradient, alpha=-rate)
-            continue
-        torch._fused_adam_(
-            [own],
-            [gradient],
-            [m],
-            [v],
-            [],
-            [t.add_(1.0)],
-            lr=rate,
-            beta1=optimizer.betas[0],
-            beta2=optimizer.betas[1],
-            weight_decay=0.0,
-            eps=optimizer.eps,
-            amsgrad=False,
-            maximize=False,
-        )
 
 
 def check_length(steps: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -141,16 +142,37 @@ def _betas(file: Path) -> tuple[tuple[float, float] | None, float] | None:
         return None
     try:
         group = load_archive(file)["param_groups"][0]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+    return moments_of(group, str(file))
+
+
+def moments_of(
+    group: Mapping[str, Any], origin: str
+) -> tuple[tuple[float, float] | None, float] | None:
+    """Betas and eps that a group of an optimizer's parameters is moved with.
+
+    Args:
+        group: one of its ``param_groups``.
+        origin: whose, in words, for the error.
+
+    Returns:
+        Of Adam; None and Adam's eps for plain gradient descent; None if unreadable.
+
+    Raises:
+        UnknownRates: of another optimizer.
+    """
+    try:
         momentum, known = group.get("momentum"), {"betas", "eps"} <= {*group}
         if known:
             first, second = map(float, group["betas"])
             return (first, second), float(group["eps"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError):
         return None
     if momentum == 0:
         return None, EPS
     raise UnknownRates(
-        f"{file} is of an optimizer that the walk does not know (it has "
+        f"{origin} is of an optimizer that the walk does not know (it has "
         f"{', '.join(sorted(map(str, group)))}), expected Adam or plain gradient "
         "descent; give --lr and --betas of an Adam that goes as far"
     )

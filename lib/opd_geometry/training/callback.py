@@ -31,6 +31,7 @@ from transformers import (
 
 from opd_geometry.geometry import unplaced
 from opd_geometry.geometry.checkpoints import Matrix
+from opd_geometry.geometry.comparison import null_seed
 from opd_geometry.geometry.live import (
     ATTENTION_ROLES,
     Movement,
@@ -38,7 +39,10 @@ from opd_geometry.geometry.live import (
     leading_right,
     movement,
     shuffled_sparsity,
+    spread,
 )
+from opd_geometry.geometry.rates import UnknownRates, moments_of
+from opd_geometry.geometry.shadow import Moments, Shadow
 from opd_geometry.geometry.spectra import subspace_similarity
 from opd_geometry.geometry.unplaced import Magnitudes
 from opd_geometry.training.attached import (
@@ -88,7 +92,12 @@ class GeometryCallback(TrainerCallback):
     - ``geometry/similarity_to_previous``, ``geometry/similarity_to_locked``: Sim_K of
       dW's top-K right subspace with that of the time before, or of the lock;
     - ``geometry/similarity_null``: K / n, what two random subspaces have, and what an
-      update without a place has of its energy in one;
+      update without a place, or one turned at random, has of its energy in one;
+    - ``geometry/increments_stable_rank``, ``geometry/increments_similarity_to_locked``
+      and so on: of what training added between two measurements, each turned by a
+      rotation of its own, summed; ``geometry/walk_...``: of the optimizer's own steps
+      on gradients that are noise, as long as training's. Both follow one matrix of
+      each shape, from the first step on, and are what a lock has to exceed;
     - ``geometry/displacement``: rms(dW) / sqrt(sum of lr^2 over the steps), lr being
       that of the matrix's own group; about 1 for gradients that are noise;
     - ``geometry/clipped_share``: of the steps whose gradient norm the trainer logged
@@ -115,6 +124,7 @@ class GeometryCallback(TrainerCallback):
             a copy to the accelerator each time, the accelerator memory.
         detail: ``mean``, or also by ``role`` (``geometry/q/stable_rank``), or also by
             ``matrix`` (``geometry/NAME/stable_rank``).
+        nulls: whether increments and walk are followed, too (see `shadow`).
 
     Raises:
         ValueError: an option out of range, no such matrix, a w_before that does not
@@ -136,6 +146,7 @@ class GeometryCallback(TrainerCallback):
         w_before: str | Path | None = None,
         keep_on: str | torch.device = "cpu",
         detail: str = "mean",
+        nulls: bool = True,
     ) -> None:
         check_count("every", every)
         check_count("k", k)
@@ -158,6 +169,8 @@ class GeometryCallback(TrainerCallback):
         self.measured_at = -1  # the step
         # sum of lr^2 of each group of the optimizer; None where steps were not seen
         self.squares: list[float] | None = []
+        self.rates: list[list[float]] = []  # of each group, since the last measurement
+        self.nulls, self.shadows = nulls, dict[str, Shadow]()
         self.lock_step: int | None = None  # known once training begins
         self.last = time.perf_counter()
 
@@ -200,10 +213,12 @@ class GeometryCallback(TrainerCallback):
         self._matrices(_inner(self.trainer.model))  # still whole, now it is wrapped
         if state.global_step == 0:
             if self.origin.begin():  # else W_0 is that of an earlier training, too
-                self.squares = []
+                self.squares, self.rates, self.shadows = [], [], {}
+            if self.nulls and not self.shadows:
+                self.shadows = self._shadows()
             self.lock_step = step_of(self.lock_at, state.max_steps)
             return
-        self.squares = None
+        self.squares, self.rates, self.shadows = None, [], {}
         place = self.checkpoints.place(args, state)
         try:
             kept, said = self.checkpoints.read(place)
@@ -228,6 +243,8 @@ class GeometryCallback(TrainerCallback):
         except ValueError:
             self.origin.forget()  # nothing is measured against another W_0
             raise
+        if self.nulls:
+            self._recall(kept, said)
 
     def on_optimizer_step(
         self,
@@ -246,15 +263,57 @@ class GeometryCallback(TrainerCallback):
         known = len(rates) == len(sums) and all(rate == rate for rate in rates)
         added = zip(sums, rates, strict=False)
         self.squares = [total + rate**2 for total, rate in added] if known else None
+        self.rates.append(rates)
+
+    def _group_of(self, tensor: Tensor) -> tuple[int, dict[str, Any]] | None:
+        """Number and settings of a matrix's group in the optimizer."""
+        place = tensor.untyped_storage().data_ptr()
+        groups = getattr(self.trainer.optimizer, "param_groups", [])
+        for number, group in enumerate(groups):
+            if any(p.untyped_storage().data_ptr() == place for p in group["params"]):
+                return number, group
+        return None
 
     def _square_of(self, tensor: Tensor) -> float | None:
         """Sum of lr^2 over the steps of a matrix; None where it is not known."""
-        groups = getattr(self.trainer.optimizer, "param_groups", [])
-        place = tensor.untyped_storage().data_ptr()
-        for total, group in zip(self.squares or [], groups, strict=False):
-            if any(p.untyped_storage().data_ptr() == place for p in group["params"]):
-                return total
-        return None
+        found = self._group_of(tensor)
+        return self.squares[found[0]] if found and self.squares else None
+
+    def _shadows(self) -> dict[str, Shadow]:
+        """Nulls of one matrix of each shape, in the middle of the model."""
+        alike: dict[tuple[int, ...], list[str]] = {}
+        matrices = self._matrices(_inner(self.trainer.model))
+        for name, (matrix, _) in matrices.items():
+            alike.setdefault(matrix.shape, []).append(name)
+        middle = [names[len(names) // 2] for names in alike.values()]
+        start = self.start.weights if self.origin.start is not None else {}
+        return {
+            name: Shadow(
+                start[name], null_seed(0, name, 0), self._moments(matrices[name][1])
+            )
+            for name in middle
+            if name in start
+        }
+
+    def _moments(self, tensor: Tensor) -> Moments | None:
+        """What the optimizer moves a matrix with, if the walk knows it."""
+        found = self._group_of(tensor)
+        try:
+            return moments_of(found[1], "the training") if found else None
+        except UnknownRates as error:
+            self.warn("walk", f"no walk: {error}")
+            return None
+
+    def _recall(self, kept: dict[str, dict[str, Tensor]], said: dict[str, Any]) -> None:
+        """Take up the nulls where the training that is resumed left them."""
+        self.rates = said.get("rates", [])
+        self.shadows = self._shadows()
+        for name in list(self.shadows):
+            try:
+                self.shadows[name].recall(kept.get(f"null {name}", {}))
+            except KeyError:
+                del self.shadows[name]
+                self.warn("nulls", "this checkpoint has no nulls; none are logged")
 
     def on_step_end(
         self,
@@ -292,11 +351,12 @@ class GeometryCallback(TrainerCallback):
             "previous": self.previous,
             "locked": self.locked,
             "start": self.origin.outside_blocks(),
-        }
+        } | {f"null {name}": dict(s.state()) for name, s in self.shadows.items()}
         said = {
             "w_before": self.origin.fingerprint,
             "lock_step": self.lock_step,
             "squares": self.squares,
+            "rates": self.rates,
         }
         return {
             f"{group}/{name}": tensor
@@ -329,6 +389,9 @@ class GeometryCallback(TrainerCallback):
                     broken.append(name)
                 if moved.right is not None:
                     subspaces[name] = moved.right
+                if name in self.shadows and name not in broken:
+                    rows.append((matrix, self._unled(name, tensor, k, step, subspaces)))
+        self.rates = []
         self._report(model, step, broken)
         if step == self.lock_step:
             self.locked = subspaces
@@ -394,11 +457,30 @@ class GeometryCallback(TrainerCallback):
         if square:
             unit = (matrix.shape[0] * matrix.shape[1] * square) ** 0.5
             values["displacement"] = moved.frobenius_norm / unit
-        for name, bases in (("previous", self.previous), ("locked", self.locked)):
-            if moved.right is not None and matrix.name in bases:
-                values[f"similarity_to_{name}"] = subspace_similarity(
-                    moved.right, bases[matrix.name]
-                )
+        return values | self._similarities(matrix.name, moved.right)
+
+    def _similarities(self, name: str, right: Tensor | None) -> dict[str, float]:
+        """Sim_K with the subspace of the time before, and of the lock."""
+        return {
+            f"similarity_to_{when}": subspace_similarity(right, bases[name])
+            for when, bases in (("previous", self.previous), ("locked", self.locked))
+            if right is not None and name in bases
+        }
+
+    def _unled(
+        self, name: str, w: Tensor, k: int, step: int, subspaces: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """What one matrix's nulls show, whose subspaces join those of this time."""
+        found = self._group_of(w)
+        known = found if self.squares is not None else None
+        rates = [each[known[0]] for each in self.rates] if known else None
+        values: dict[str, float] = {}
+        for null, update in self.shadows[name].add(w, rates, step).items():
+            _, rank, right = spread(update, k)
+            own = {"stable_rank": rank} | self._similarities(f"{null} {name}", right)
+            values |= {f"{null}_{metric}": value for metric, value in own.items()}
+            if right is not None:
+                subspaces[f"{null} {name}"] = right
         return values
 
     def _placed(self, name: str, w: Tensor, moved: Movement) -> dict[str, float]:

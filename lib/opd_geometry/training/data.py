@@ -1,8 +1,9 @@
 """Problems and demonstrations in English, from Hugging Face datasets.
 
-A dataset is a hub id with its revision, or parquet or jsonl on this machine; its
-columns are named by the run. A prompt is put as the tokenizer's chat template puts it,
-thinking or not; an answer is verified by ``verifier``.
+A dataset is a hub id with its revision, or parquet or jsonl on this machine, whose
+columns are named by the run; or a family of reasoning-gym, ``gym:FAMILY``. A prompt is
+put as the tokenizer's chat template puts it, thinking or not; an answer is verified by
+``verifier``, or by the family's own scorer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opd_geometry.training import tasks, verifier
+from opd_geometry.training import gym, tasks, verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,9 @@ class DataConfig:
     """A dataset, and which of its columns are what.
 
     Attributes:
-        digest: SHA-256 of local files, or the revision on the hub; a run's identity.
-        source: file, folder of files, or hub id with revision; ``describe`` fills both.
+        digest: SHA-256 of local files, the revision on the hub, or a family of
+            reasoning-gym with its release; a run's identity.
+        source: file, folder of files, hub id with revision, or ``gym:FAMILY``.
         split: of a hub dataset.
         prompt: column of the question: a text, or a list of messages.
         answer: column of the right answer; a dot reads inside a column.
@@ -50,12 +52,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TextProblem:
-    """A question in English, and the answer that earns the reward."""
+    """A question in English, and the answer that earns the reward.
+
+    One of reasoning-gym has the family and the seed that it is drawn from as well.
+    """
 
     messages: tuple[Message, ...]
     answer: str
     response: str = ""
     thinking: bool = True
+    family: str = ""
+    seed: int = 0
 
     @property
     def prompt(self) -> str:
@@ -69,6 +76,8 @@ def digest_of(source: str) -> str:
     Raises:
         ValueError: nothing there.
     """
+    if gym.is_family(source):
+        return gym.digest_of(source)
     files = _files(source)
     if files:
         digest = hashlib.sha256()
@@ -79,7 +88,7 @@ def digest_of(source: str) -> str:
     if Path(source).is_absolute() or not (at and revision) or name.count("/") != 1:
         raise ValueError(
             f"no dataset at {source}: expected a parquet or jsonl file, a folder of "
-            "them, or a hub id with its revision, owner/name@REVISION"
+            "them, a hub id with its revision, owner/name@REVISION, or gym:FAMILY"
         )
     return source
 
@@ -159,8 +168,8 @@ def _problem(config: DataConfig, number: int, row: Mapping[str, Any]) -> TextPro
             f"{config.source}: row {number + 1} has no {empty[0]} in its column "
             f"{getattr(config, empty[0])}; leave such rows out"
         )
-    texts = {name: str(value) for name, value in said.items()}
-    return TextProblem(messages, thinking=config.thinking, **texts)
+    answer, response = str(said["answer"]), str(said.get("response", ""))
+    return TextProblem(messages, answer, response, config.thinking)
 
 
 def _value(row: Any, name: str) -> Any:
@@ -171,15 +180,40 @@ def _value(row: Any, name: str) -> Any:
 
 def draw(config: DataConfig, count: int, rng: np.random.Generator) -> list[TextProblem]:
     """Problems of the training part, drawn at random; none twice in a batch."""
+    if gym.is_family(config.digest):
+        seeds = rng.choice(gym.HELD_OUT_SEEDS, (count, gym.TRIES), replace=False)
+        return [_drawn(config, row.tolist(), "train") for row in seeds]
     known = problems(config)
     return [known[i] for i in rng.choice(len(known), count, replace=count > len(known))]
 
 
 def held_out(config: DataConfig, count: int) -> list[TextProblem]:
     """A fixed evaluation set: of the held-out part, the same for every run."""
+    if gym.is_family(config.digest):
+        seeds = gym.HELD_OUT_SEEDS + np.arange(count * gym.TRIES).reshape(count, -1)
+        return [_drawn(config, row.tolist(), "test") for row in seeds]
     known = problems(config, "test")
     order = np.random.default_rng(0).permutation(len(known))[:count]
     return [known[i] for i in order]
+
+
+def _drawn(config: DataConfig, seeds: list[int], split: str) -> TextProblem:
+    """The problem of the first seed whose question belongs to a part."""
+    for seed in seeds:
+        family, question, answer = gym.draw(config.digest, seed)
+        if tasks.is_held_out(question) == (split == "test"):
+            return TextProblem(
+                (("user", f"{question}\n\n{gym.ASKED}"),),
+                answer,
+                f"<answer>{answer}</answer>",
+                config.thinking,
+                family,
+                seed,
+            )
+    raise ValueError(
+        f"{config.digest}: none of {len(seeds)} problems belongs to the {split} part; "
+        "expected one in eight held out; the family has too few questions"
+    )
 
 
 def as_prompt(
@@ -214,6 +248,8 @@ def as_pairs(
 
 def verify(problem: tasks.Problem | TextProblem, response: str) -> bool:
     """Whether a response ends in the right answer."""
+    if isinstance(problem, TextProblem) and problem.family:
+        return gym.is_right(problem.family, problem.seed, response)
     if isinstance(problem, TextProblem):
         return verifier.is_right(problem.answer, response)
     return tasks.verify(problem, response)

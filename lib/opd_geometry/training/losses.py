@@ -9,6 +9,8 @@ Losses divide by counts that the caller may fix for the whole batch, so that
 micro-batches add up to it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -329,6 +331,40 @@ def policy_loss(
     return sequence_mean(loss, live, n_sequences)
 
 
+def truncated_ratio(
+    log_probs: Tensor, sampled_log_probs: Tensor, mask: Tensor, most: float
+) -> Tensor:
+    """Importance weights of tokens that another implementation of the policy sampled.
+
+    w_t = min(pi(y_t) / mu(y_t), C)
+
+    Args:
+        log_probs: (n, t) nats, of the policy as it is trained, pi.
+        sampled_log_probs: (n, t) nats, of the engine that sampled, mu.
+        mask: (n, t) true on tokens.
+        most: C > 0, where a weight is cut off.
+
+    Returns:
+        (n, t) in (0, C], without gradient; min(1, C) off the mask.
+
+    Raises:
+        ValueError: shapes that do not match, or C out of range.
+
+    Source: truncated importance sampling (Ionides 2008), a token at a time.
+
+    >>> zero, live = torch.zeros(1, 2), torch.ones(1, 2)
+    >>> truncated_ratio(zero, torch.tensor([[-1.0, 1.0]]), live, 2.0)
+    tensor([[2.0000, 0.3679]])
+    """
+    _require_same_shape(
+        log_probs=log_probs, sampled_log_probs=sampled_log_probs, mask=mask
+    )
+    if not most > 0.0:
+        raise ValueError(f"weights cut off at {most}: expected a number above 0")
+    apart = (log_probs.detach() - sampled_log_probs).masked_fill(~mask.bool(), 0.0)
+    return apart.exp().clamp(max=most)
+
+
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -363,13 +399,69 @@ def reverse_kl(
     >>> reverse_kl(logits, logits, torch.ones(1, 1))
     tensor(0.)
     """
+    kl = token_reverse_kl
+    return _over_states(kl, student_logits, teacher_logits, mask, n_sequences)
+
+
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
+    n_sequences: int | None = None,
+) -> Tensor:
+    """Forward KL over the full vocabulary at every state that was visited.
+
+    L = (1/n) sum_i (1/T_i) sum_t sum_v q_t(v) (log q_t(v) - log p_t(v)),
+    p = student, q = teacher
+
+    Where the two agree its gradient is p - q = 0, up to the rounding of both.
+
+    Args:
+        student_logits, teacher_logits, mask, n_sequences: as in reverse_kl.
+
+    Returns:
+        Scalar in nats a token, >= 0; inf where the student excludes what the teacher
+        may say.
+
+    Raises:
+        ValueError: as reverse_kl.
+
+    Source: a control of this project: distillation's older direction, on the student's
+        own states.
+
+    >>> logits = torch.tensor([[[2.0, 0.0]]])
+    >>> forward_kl(logits, logits, torch.ones(1, 1))
+    tensor(0.)
+    """
+    kl = token_forward_kl
+    return _over_states(kl, student_logits, teacher_logits, mask, n_sequences)
+
+
+def _over_states(
+    kl: Callable[[Tensor, Tensor], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
+    n_sequences: int | None,
+) -> Tensor:
+    """The mean of a divergence over the states that the mask shows."""
     _require_same_shape(student=student_logits, teacher=teacher_logits)
     _require_same_shape(student_states=student_logits[..., 0], mask=mask)
     live = mask.bool()
     hidden = ~live.unsqueeze(-1)
     student = student_logits.masked_fill(hidden, 0.0)
     teacher = teacher_logits.detach().masked_fill(hidden, 0.0)
-    return sequence_mean(token_reverse_kl(student, teacher), live, n_sequences)
+    return sequence_mean(kl(student, teacher), live, n_sequences)
+
+
+def token_forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The inner sum of ``forward_kl``: (..., v) logits to (...) nats, float32."""
+    log_p = _at_least_float32(student_logits).log_softmax(-1)
+    log_q = _at_least_float32(teacher_logits.detach()).log_softmax(-1)
+    # 0 log 0 = 0; hidden before the product, whose gradient would be 0 * inf
+    impossible = log_q.isneginf()
+    gap = log_q.masked_fill(impossible, 0.0) - log_p.masked_fill(impossible, 0.0)
+    return (log_q.exp() * gap).sum(-1)
 
 
 def token_reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -237,9 +237,16 @@ def check_reads_tasks(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_same_vocabulary(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    who: str = "teacher",
 ) -> None:
     """Refuse a teacher that reads other tokens than its student.
+
+    Args:
+        student: its tokenizer.
+        teacher: the tokenizer of the teacher, or of another who works with tokens.
+        who: the other, for the message.
 
     Raises:
         ValueError: the first token on which the two vocabularies differ.
@@ -252,10 +259,10 @@ def check_same_vocabulary(
             differing, key=lambda t: (min(ours.get(t, 1e9), theirs.get(t, 1e9)), t)
         )
         raise ValueError(
-            f"student and teacher tokenizers differ ({len(ours)} and {len(theirs)} "
+            f"student and {who} tokenizers differ ({len(ours)} and {len(theirs)} "
             f"tokens): token {token!r} is "
-            f"{ours.get(token)} for one and {theirs.get(token)} for the other; a "
-            "teacher scores its student's tokens, so both need one vocabulary"
+            f"{ours.get(token)} for one and {theirs.get(token)} for the other; both "
+            "work with the same tokens, so they need one vocabulary"
         )
 
 

@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it, its schedules as functions of the step, master weights.
+"""AdamW as the paper uses it, two others, schedules of the step, master weights.
 
 A schedule that is a function of the step alone has no state to save, which is one thing
 less that a resumed run could get wrong.
@@ -16,21 +16,27 @@ from torch.distributed.tensor import DTensor
 
 from opd_geometry.training import ranks
 
+KINDS = ("adamw", "sgd", "muon")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule (arXiv:2606.07082, tables 2 to 5).
+    """An optimizer and its schedule (AdamW in arXiv:2606.07082, tables 2 to 5).
 
     Attributes:
         learning_rate: peak learning rate.
         schedule: ``constant`` or ``cosine``, both after ``warmup_steps`` linear steps.
         warmup_steps: Adam's first steps are sign steps; a ramp softens them.
         final_frac: where the cosine ends, as a share of the peak.
-        betas, eps, weight_decay: of AdamW; decay only on matrices, not on norms.
+        betas, eps, weight_decay: of AdamW; decay only on matrices, not on norms. The
+            first beta is the momentum of the other kinds.
         max_grad_norm: the gradient of a step is scaled down to this 2-norm; infinite
             clips nothing.
         fused: one pass over each weight and its moments; faster on large models, and
             other last digits.
+        kind: ``adamw``; ``sgd`` with momentum, which rescales no entry; or ``muon``,
+            whose steps have equal singular values, for the layers' matrices (the rest
+            by AdamW), its rate in AdamW's unit.
     """
 
     learning_rate: float
@@ -42,8 +48,18 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     fused: bool = False
+    kind: str = "adamw"
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"unknown optimizer {self.kind!r}; expected {', '.join(KINDS)}"
+            )
+        if self.fused and self.kind == "muon":
+            raise ValueError(
+                "fused with muon: torch has no fused one; set fused=false, or kind "
+                "adamw"
+            )
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(
                 f"unknown schedule {self.schedule!r}; expected constant or cosine"
@@ -91,6 +107,78 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=config.fused or None,
     )
+
+
+def optimizer_of(model: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a configuration, over float32 master weights."""
+    if config.kind == "adamw":
+        return adamw(model, config)
+    if config.kind == "muon":
+        return MuonBesideAdamW(model, config)
+    return torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        momentum=config.betas[0],
+        weight_decay=config.weight_decay,
+        fused=config.fused or None,
+    )
+
+
+class MuonBesideAdamW(torch.optim.Optimizer):
+    """torch's Muon on the matrices of the layers, AdamW on embeddings, head and norms.
+
+    One optimizer to whoever sets rates, hooks steps, or stores its state.
+
+    Args:
+        model: a language model, whole in this process: Muon's steps are of whole
+            matrices.
+        config: betas[0] is Muon's momentum.
+
+    Raises:
+        ValueError: the model's weights are split over processes.
+
+    Source: K. Jordan et al., Muon (2024), with the rate in AdamW's unit of
+        arXiv:2502.16982; embeddings and head are AdamW's in both.
+    """
+
+    def __init__(self, model: Any, config: OptimizerConfig) -> None:
+        if ranks.is_sharded(model):
+            raise ValueError(
+                "muon on weights that are split over processes: its steps are of "
+                "whole matrices; set sharded=false"
+            )
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        outer = {id(end.weight) for end in ends if end is not None}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
+        rest = [p for p in trained if p.ndim > 2 or (p.ndim == 2 and id(p) in outer)]
+        muon = torch.optim.Muon(
+            inner,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.betas[0],
+            adjust_lr_fn="match_rms_adamw",
+        )
+        others = torch.optim.AdamW(
+            [
+                {"params": rest, "weight_decay": config.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+        )
+        self._parts = (muon, others)
+        super().__init__([*muon.param_groups, *others.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of both; a closure is not taken."""
+        groups = self.param_groups[:1], self.param_groups[1:]
+        for part, own in zip(self._parts, groups, strict=True):
+            # a state that was loaded has groups and moments of its own
+            part.param_groups, part.state = own, self.state
+            part.step()
 
 
 PRECISIONS = ("no", "bf16", "bf16-copy")

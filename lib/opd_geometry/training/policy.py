@@ -45,9 +45,9 @@ from opd_geometry.training.rollout import (
     has_plain_head,
     in_chunks,
     of_all_ranks,
-    sample,
     scores_in_chunks,
 )
+from opd_geometry.training.samplers import OwnSampler, Sampler, Writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,8 +64,9 @@ class PolicyConfig:
         steps: rollout rounds; one optimizer step each.
         prompts_per_step, group_size: the batch is their product.
         alpha: weight of the distillation advantage; 1 is OPD, 0 is RLVR.
-        estimator: ``sampled`` (gap of the sampled token, the paper's experiments) or
-            ``full`` (reverse KL over the vocabulary, the paper's appendix D).
+        estimator: ``sampled`` (gap of the sampled token, the paper's experiments),
+            ``full`` (reverse KL over the vocabulary, the paper's appendix D) or
+            ``full-forward`` (KL of the teacher to the student, on the same states).
         rollouts: who writes the completions, ``student`` or ``teacher``.
         credit: ``gap`` (the advantage above) or ``likelihood``: every token's advantage
             is one. With the teacher's rollouts that is cross-entropy on what the
@@ -82,6 +83,8 @@ class PolicyConfig:
             response and added to the gap of each of its tokens: OPD with a noisier
             signal, as a flipped reward is RLVR's.
         temperature: of the rollouts.
+        teacher_temperature: the teacher's logits are divided by it wherever it scores
+            tokens, beside ``temperature``: below one its word is sharper.
         max_new_tokens: longest completion.
         benchmarks: which task distributions the prompts come from.
         micro_prompts: prompts with their groups a forward pass, or completions where
@@ -98,6 +101,14 @@ class PolicyConfig:
             of its share; memory only.
         sharded: several processes split master weights, moments and the teacher's
             layers (see ``ranks``).
+        stop: strings that end a completion as its end-of-sequence token does.
+        sampler: ``own``, or ``vllm``, an engine that writes the student's completions.
+        sampler_memory: share of the GPU's memory that is the engine's.
+        sampler_ratio: where the importance weight of a token that the engine sampled
+            is cut off (see ``losses.truncated_ratio``); infinite cuts nothing, 0
+            leaves the engine uncorrected. The full-vocabulary estimator has none.
+        sampler_gap: mean distance of the engine's log-probabilities from those of the
+            training pass, in nats a token, beyond which a step is refused.
         shared_prefixes: completions of a prompt are sampled and scored as one until
             they differ; the same rollouts and gradients but for last digits.
     """
@@ -118,6 +129,7 @@ class PolicyConfig:
     reward_flip: float = 0.0
     gap_noise: float = 0.0
     temperature: float = 1.0
+    teacher_temperature: float = 1.0
     max_new_tokens: int = 40
     benchmarks: tuple[str, ...] = ("chain",)
     micro_prompts: int = 24
@@ -128,6 +140,11 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     sampled_prompts: int = 0
     sharded: bool = False
+    stop: tuple[str, ...] = ()
+    sampler: str = "own"
+    sampler_memory: float = 0.3
+    sampler_ratio: float = 2.0
+    sampler_gap: float = 0.2
     shared_prefixes: bool = False
 
     def __post_init__(self) -> None:
@@ -138,16 +155,16 @@ class PolicyConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}: expected {' or '.join(known)}"
                 )
-        if self.estimator == "full" and (
+        if self.estimator != "sampled" and (
             self.alpha < 1.0 or self.token_selection != "all"
         ):
             raise ValueError(
-                f"estimator full with alpha {self.alpha} and {self.token_selection} "
-                "tokens: the full-vocabulary reverse KL has no per-token advantage to "
-                "mix or select; use the sampled estimator"
+                f"estimator {self.estimator} with alpha {self.alpha} and "
+                f"{self.token_selection} tokens: a KL over the vocabulary has no "
+                "per-token advantage to mix or select; use the sampled estimator"
             )
         if self.credit == "likelihood" and (
-            self.alpha < 1.0 or self.estimator == "full"
+            self.alpha < 1.0 or self.estimator != "sampled"
         ):
             raise ValueError(
                 f"credit likelihood with alpha {self.alpha} and estimator "
@@ -168,7 +185,7 @@ class PolicyConfig:
             raise ValueError(
                 f"gap_noise {self.gap_noise}: expected 0 nats or more, and finite"
             )
-        if self.gap_noise and (self.credit != "gap" or self.estimator == "full"):
+        if self.gap_noise and (self.credit != "gap" or self.estimator != "sampled"):
             raise ValueError(
                 f"gap_noise {self.gap_noise} with credit {self.credit} and estimator "
                 f"{self.estimator}: there is no gap of a token to add it to; use "
@@ -179,21 +196,58 @@ class PolicyConfig:
                 f"temperature {self.temperature}: expected above 0; a policy gradient "
                 "needs samples"
             )
+        if not 0.0 < self.teacher_temperature < math.inf:
+            raise ValueError(
+                f"teacher_temperature {self.teacher_temperature}: expected above 0, "
+                "and finite"
+            )
+        if self.teacher_temperature != 1.0 and self.rollouts == "teacher":
+            raise ValueError(
+                f"teacher_temperature {self.teacher_temperature} with the teacher's "
+                "rollouts: it would write at one temperature and score at another; "
+                "set temperature, or rollouts to student"
+            )
+        if self.sampler != "own":
+            self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.rollouts != "student" or self.gap_from != "scoring":
+            raise ValueError(
+                f"sampler {self.sampler} with rollouts by the {self.rollouts} and "
+                f"gap_from {self.gap_from}: expected the student and scoring; an "
+                "engine writes for the student, and its log-probabilities are its own"
+            )
+        if not (self.sampler_ratio >= 0.0 and self.sampler_gap > 0.0):
+            raise ValueError(
+                f"sampler_ratio {self.sampler_ratio} and sampler_gap "
+                f"{self.sampler_gap}: expected 0 or more, and above 0"
+            )
+        if not 0.0 < self.sampler_memory < 1.0:
+            raise ValueError(
+                f"sampler_memory {self.sampler_memory}: expected a share of the GPU's "
+                "memory, above 0 and below 1"
+            )
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a step asks the teacher anything."""
         return self.alpha > 0.0 or self.rollouts == "teacher"
 
+    @property
+    def scoring_temperature(self) -> float:
+        """What the teacher's logits are divided by where it scores."""
+        return self.temperature * self.teacher_temperature
+
 
 _CHOICES = {
-    "estimator": ("sampled", "full"),
+    "estimator": ("sampled", "full", "full-forward"),
     "rollouts": ("student", "teacher"),
     "ratio_to": ("student", "author"),
     "credit": ("gap", "likelihood"),
     "token_selection": ("all", "top-gap", "random"),
     "mixed_precision": PRECISIONS,
     "gap_from": ("rollout", "scoring"),
+    "sampler": ("own", "vllm"),
 }
 
 
@@ -206,6 +260,7 @@ def policy_steps(
     *,
     seed: int,
     first_step: int = 0,
+    sampler: Sampler | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train by policy gradient; yields the step's metrics after each optimizer step.
 
@@ -217,19 +272,22 @@ def policy_steps(
         model: the student, trained in place, float32 weights.
         teacher: scores the tokens (and writes them off-policy); same vocabulary.
         tokenizer: of both.
-        optimizer: as made by ``optimizer.adamw``, with its moments when resuming.
+        optimizer: as made by ``optimizer_of``, with its moments when resuming.
         seed: decides prompts, samples and token masks together with the step.
         first_step: where to continue.
+        sampler: who writes the completions; None for the model itself.
 
     Yields:
         ``reward`` (share of verified completions, before any flip), ``gap`` (mean r_t
         in nats, when a teacher scores), ``loss``, ``grad_norm`` (before clipping),
         ``tokens`` (mean completion length), ``learned_frac`` (share of the prompts that
-        had something to teach), ``learning_rate``.
+        had something to teach), ``learning_rate``; of an engine ``sampler_gap`` (mean
+        distance from the training pass, nats a token) and ``sampler_cut`` (share of
+        the tokens whose weight was cut off).
 
     Raises:
-        ValueError: the configuration needs a teacher and none is given, or a gradient
-            is not finite.
+        ValueError: the configuration needs a teacher and none is given, a gradient is
+            not finite, or an engine samples from another distribution.
     """
     if config.needs_teacher and teacher is None:
         raise ValueError(f"alpha {config.alpha} needs a teacher; give one, or alpha 0")
@@ -254,6 +312,14 @@ def policy_steps(
             "sharded with rollouts by the teacher: its layers lie apart and would be "
             "gathered for every token; let the student write, or set sharded=false"
         )
+    how = Writing(
+        config.group_size,
+        config.max_new_tokens,
+        config.temperature,
+        config.stop,
+        config.shared_prefixes,
+    )
+    writer = sampler or OwnSampler(author, tokenizer, config.sampled_prompts)
     for step in range(first_step, config.steps):
         rate = learning_rate(config.optimizer, step, config.steps)
         set_learning_rate(optimizer, rate)
@@ -261,24 +327,14 @@ def policy_steps(
 
         # 1. rollouts and rewards: each rank those of its share, then all have all
         ranks.gather_weights(student)
+        writer.take_weights(student)
         problems = draw_prompts(config, seed, step)
         prompt_ids, prompt_mask = encode_prompts(
             [data.as_prompt(problem, tokenizer) for problem in problems], tokenizer
         )
         mine = ranks.own(len(problems))
-        rollout = sample(
-            author,
-            prompt_ids.to(accelerator.device),
-            prompt_mask.to(accelerator.device),
-            group_size=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
-            temperature=config.temperature,
-            share=mine,
-            at_once=config.sampled_prompts,
-            shared_prefixes=config.shared_prefixes,
-        )
+        asked = prompt_ids.to(accelerator.device), prompt_mask.to(accelerator.device)
+        rollout = writer.write(*asked, how, generator, mine)
         rewards = verify_completions(problems[mine], rollout, tokenizer)
         rollout, rewards = of_all_ranks(rollout, rewards)
         random_weights = random_token_weights(config, rollout, generator)
@@ -293,13 +349,18 @@ def policy_steps(
         learned = rollout.mask[rollout.rows_of(kept)].sum()
         scored = apart_if_long(rollout)
         parts = kept if scored is rollout else rollout.rows_of(kept)
-        totals = {"loss": 0.0, "gap": 0.0}
+        totals = dict.fromkeys(("loss", "gap", *(ENGINE if sampler else ())), 0.0)
         with recomputing(student, config.gradient_checkpointing):
             for part, share in ranks.dealt(parts, config.micro_prompts):
                 piece, rows = scored.take(part), scored.rows_of(part)
                 width = piece.mask.shape[1]
-                if config.estimator == "full":
+                if config.estimator != "sampled":
                     loss, gap = full_vocabulary_loss(config, student, teacher, piece)
+                    if sampler:
+                        with torch.no_grad():
+                            ours = completion_log_probs(
+                                student, piece, config.temperature
+                            )
                 else:
                     log_probs = completion_log_probs(student, piece, config.temperature)
                     # teacher-written tokens have no sampling probability of the student
@@ -311,6 +372,10 @@ def policy_steps(
                     if config.token_selection == "top-gap":
                         weights = losses.top_gap_weights(
                             gap, piece.mask, config.keep_frac
+                        )
+                    if sampler and config.sampler_ratio:
+                        weights = weights * losses.truncated_ratio(
+                            ours, piece.log_probs, piece.mask, config.sampler_ratio
                         )
                     advantages = torch.ones_like(gap)
                     if config.credit == "gap":
@@ -330,9 +395,14 @@ def policy_steps(
                 accelerator.backward(loss * share)
                 totals["loss"] += float(loss.detach()) * share
                 totals["gap"] += float(gap.sum() / learned) * (share > 0.0)
+                if sampler:
+                    for name, value in engine_metrics(config, ours, piece).items():
+                        totals[name] += value / float(learned) * (share > 0.0)
 
         # 3. one optimizer step, unless no group had anything to teach
         ranks.sum_gradients(model)
+        totals = {name: ranks.total(value) for name, value in totals.items()}
+        check_engine(config, totals, step)
         norm = grad_norm(
             accelerator.clip_grad_norm_(
                 model.parameters(), config.optimizer.max_grad_norm
@@ -344,13 +414,46 @@ def policy_steps(
             compute.refresh()
         optimizer.zero_grad()
         yield {
-            **{name: ranks.total(value) for name, value in totals.items()},
+            **totals,
             "reward": float(rewards.mean()),
             "tokens": float(rollout.mask.sum() / len(rewards)),
             "learned_frac": len(kept) / len(problems),
             "grad_norm": norm,
             "learning_rate": rate,
         }
+
+
+ENGINE = ("sampler_gap", "sampler_cut")
+
+
+def engine_metrics(
+    config: PolicyConfig, ours: Tensor, piece: Rollout
+) -> dict[str, float]:
+    """How far an engine's log-probabilities are from ours: sums over tokens.
+
+    Args:
+        config: where an importance weight is cut off.
+        ours: (B, T) nats, of the training pass.
+        piece: what the engine wrote.
+    """
+    apart = (ours - piece.log_probs)[piece.mask]
+    cut = apart.exp() > (config.sampler_ratio or math.inf)
+    return dict(zip(ENGINE, (float(apart.abs().sum()), float(cut.sum())), strict=True))
+
+
+def check_engine(config: PolicyConfig, totals: dict[str, float], step: int) -> None:
+    """Refuse a step whose samples are of another distribution than the student's.
+
+    Raises:
+        ValueError: the mean distance is above the bound, or no number.
+    """
+    gap = totals.get("sampler_gap", 0.0)
+    if not gap <= config.sampler_gap:
+        raise ValueError(
+            f"step {step}: the log-probabilities of vLLM's engine and of the training "
+            f"pass are {gap:.3g} nats a token apart: expected at most sampler_gap "
+            f"{config.sampler_gap:g}; it has other weights or another precision"
+        )
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -461,7 +564,7 @@ def token_gap(
     if teacher is None or not config.needs_teacher:
         return torch.zeros_like(student_log_probs)
     with torch.no_grad():
-        scored = completion_log_probs(teacher, piece, config.temperature)
+        scored = completion_log_probs(teacher, piece, config.scoring_temperature)
     return -losses.opd_advantage(student_log_probs, scored).masked_fill(~piece.mask, 0)
 
 
@@ -471,17 +574,19 @@ def full_vocabulary_loss(
     teacher: PreTrainedModel | None,
     piece: Rollout,
 ) -> tuple[Tensor, Tensor]:
-    """Reverse KL over the vocabulary on the visited states, and the sampled gap."""
+    """KL over the vocabulary on the visited states, and the sampled gap."""
     assert teacher is not None
     if scores_in_chunks(model, piece.mask.numel()):
         return _full_vocabulary_loss_in_chunks(config, model, teacher, piece)
     with torch.no_grad():
-        theirs = completion_logits(teacher, piece) / config.temperature
+        theirs = completion_logits(teacher, piece) / config.scoring_temperature
     ours = completion_logits(model, piece) / config.temperature
     gap = losses.token_log_probs(ours.detach(), piece.completions)
     gap = gap - losses.token_log_probs(theirs, piece.completions)
+    forward = config.estimator == "full-forward"
+    kl = losses.forward_kl if forward else losses.reverse_kl
     return (
-        losses.reverse_kl(ours, theirs, piece.mask),
+        kl(ours, theirs, piece.mask),
         gap.masked_fill(~piece.mask, 0.0),
     )
 
@@ -495,10 +600,13 @@ def _full_vocabulary_loss_in_chunks(
     def score(ours: Tensor, theirs: Tensor, tokens: Tensor) -> Tensor:
         logits = head(ours) / config.temperature
         with torch.no_grad():
-            scored = other(theirs) / config.temperature
+            scored = other(theirs) / config.scoring_temperature
             gap = losses.token_log_probs(logits, tokens)
             gap = gap - losses.token_log_probs(scored, tokens)
-        return torch.stack([losses.token_reverse_kl(logits, scored), gap], dim=-1)
+        kl = losses.token_reverse_kl
+        if config.estimator == "full-forward":
+            kl = losses.token_forward_kl
+        return torch.stack([kl(logits, scored), gap], dim=-1)
 
     with torch.no_grad():
         theirs = completion_states(teacher, piece)

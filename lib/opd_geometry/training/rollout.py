@@ -49,6 +49,8 @@ class Rollout:
         log_probs: (B, T) float32, log-probability of each token under the model and
             temperature it was sampled with; 0 where ``mask`` is false.
         group_size: completions per prompt.
+        stopped: (B,) bool, which completions ended with a stop string; None where
+            nothing but the end-of-sequence token ends one.
         shared_prefixes: whether completions of a prompt that begin alike are scored as
             one as far as they do; other last digits.
     """
@@ -59,6 +61,7 @@ class Rollout:
     mask: Tensor
     log_probs: Tensor
     group_size: int
+    stopped: Tensor | None = None
     shared_prefixes: bool = False
 
     def take(self, prompts: Tensor) -> Rollout:
@@ -75,12 +78,14 @@ class Rollout:
             mask[:, :longest],
             self.log_probs[rows, :longest],
             self.group_size,
+            None if self.stopped is None else self.stopped[rows],
             self.shared_prefixes,
         )
 
     def ended(self, eos_token_id: int) -> Tensor:
         """Which completions the model ended itself, (B,) bool; the others were cut."""
-        return ((self.completions == eos_token_id) & self.mask).any(1)
+        ended = ((self.completions == eos_token_id) & self.mask).any(1)
+        return ended if self.stopped is None else ended | self.stopped
 
     def first_alike(self) -> Tensor:
         """The first completion of a prompt that is the same up to each token.
@@ -173,6 +178,7 @@ def sample(
     temperature: float = 1.0,
     share: slice = slice(None),
     at_once: int = 0,
+    stops: Stops | None = None,
     shared_prefixes: bool = False,
 ) -> Rollout:
     """Sample ``group_size`` completions per prompt with a key-value cache.
@@ -192,6 +198,7 @@ def sample(
         share: of the prompts, to which completions are written here. Each row draws
             the numbers that it would draw among all.
         at_once: prompts that share a cache, for whom memory is short; 0 for all.
+        stops: of ``stops_at``: what ends a row beside its end-of-sequence token.
         shared_prefixes: completions of a prompt are computed as one until they differ,
             here and wherever the rollout is scored; other last digits.
 
@@ -211,6 +218,7 @@ def sample(
             drawn.flatten(1, 2),
             eos_token_id,
             temperature,
+            stops,
             shared_prefixes,
         )
         for ids, mask, drawn in zip(*parts, uniform.split(size, dim=1), strict=True)
@@ -225,6 +233,7 @@ def _sample_piece(
     uniform: Tensor,
     eos_token_id: int,
     temperature: float,
+    stops: Stops | None,
     shared_prefixes: bool,
 ) -> Rollout:
     """``sample`` with the numbers of each position and row, (T, B, 1)."""
@@ -238,6 +247,7 @@ def _sample_piece(
     tokens = torch.full((rows, max_new_tokens), eos_token_id, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
     drawn = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
     batch = torch.arange(rows, device=device)  # rows that are still in the cache
     running = torch.ones_like(batch, dtype=torch.bool)
     prefix = batch // group_size  # their rows in the cache, if they share any
@@ -249,6 +259,9 @@ def _sample_piece(
         log_probs[batch, t] = torch.where(running, log_prob, 0.0)
         drawn[batch, t] = running
         running = running & (chosen != eos_token_id)
+        if stops is not None:
+            stopped[batch] |= running & stops(tokens[batch, : t + 1])
+            running = running & ~stopped[batch]
         alive = int(running.sum())
         if alive == 0 or t + 1 == max_new_tokens:
             break
@@ -277,6 +290,7 @@ def _sample_piece(
         drawn[:, :used],
         log_probs[:, :used],
         group_size,
+        None if stops is None else stopped,
         shared_prefixes,
     )
 
@@ -286,6 +300,31 @@ def _branches(prefix: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     span = int(chosen.max()) + 1
     codes, prefix = (prefix * span + chosen).unique(return_inverse=True)
     return codes // span, codes % span, prefix
+
+
+Stops = Callable[[Tensor], Tensor]  # tokens (B, t) that were written; whether they end
+
+
+def stops_at(strings: tuple[str, ...], tokenizer: Any) -> Stops | None:
+    """What sees whether a text just written ends with one of some strings.
+
+    A token is at least a byte, but for special ones: only the last few are read. What
+    follows a string within the token that completes it is kept.
+    """
+    if not strings:
+        return None
+    tail = max(len(string.encode()) for string in strings) + 4
+
+    def ends(tokens: Tensor) -> Tensor:
+        texts = tokenizer.batch_decode(tokens[:, -tail:].tolist())
+        last = tokenizer.batch_decode(tokens[:, -tail:-1].tolist())
+        found = [
+            any(text.count(s) > before.count(s) for s in strings)
+            for text, before in zip(texts, last, strict=True)
+        ]
+        return torch.tensor(found, device=tokens.device)
+
+    return ends
 
 
 def of_all_ranks(rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
@@ -305,7 +344,9 @@ def _joined(pieces: list[Rollout]) -> Rollout:
 
     def of_all(name: str, width: int = 0) -> Tensor:
         tensors = [getattr(piece, name) for piece in pieces]
-        return torch.cat([pad(x, (0, max(0, width - x.shape[1]))) for x in tensors])
+        if width:
+            tensors = [pad(x, (0, width - x.shape[1])) for x in tensors]
+        return torch.cat(tensors)
 
     return Rollout(
         of_all("prompt_ids"),
@@ -314,6 +355,7 @@ def _joined(pieces: list[Rollout]) -> Rollout:
         of_all("mask", longest),
         of_all("log_probs", longest),
         pieces[0].group_size,
+        None if pieces[0].stopped is None else of_all("stopped"),
         pieces[0].shared_prefixes,
     )
 

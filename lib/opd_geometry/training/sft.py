@@ -113,7 +113,7 @@ def sft_steps(
         config: the run.
         model: trained in place, float32 weights.
         tokenizer: reads and pads the demonstrations.
-        optimizer: as made by ``optimizer.adamw``, with its moments when resuming.
+        optimizer: as made by ``optimizer_of``, with its moments when resuming.
         seed: decides the demonstrations together with the step.
         first_step: where to continue.
 

@@ -7,11 +7,13 @@ other reader, of plain expressions, evaluates text and is not used.
 
 import atexit
 import json
+import os
 import re
 import select
 import subprocess
 import sys
 from functools import lru_cache
+from typing import Any
 
 SECONDS = 5.0  # for a verdict
 HANGS = 3  # in succession, and something is wrong
@@ -66,36 +68,54 @@ def is_right(answer: str, response: str) -> bool:
     return said == answer.strip("$ ") or _process().verdict(answer, said)
 
 
-class _Process:
-    """The process that asks math-verify, started anew after each hang."""
+class Process:
+    """A process that answers questions, started anew after each hang.
 
-    def __init__(self) -> None:
+    Args:
+        module: what it runs: says that it is ready, then a line for each line.
+        who: gives the verdicts, for messages.
+    """
+
+    def __init__(self, module: str, who: str) -> None:
+        self.module, self.who = module, who
         self.process: subprocess.Popen[str] | None = None
         self.hangs = 0
         atexit.register(self.end)
 
-    def verdict(self, answer: str, said: str) -> bool:
+    def ask(self, question: list[Any], seconds: float) -> str:
+        """Its answer, JSON; empty if it gives none in time, and is ended."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-m", self.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                # else what iterates over sets of words differs from run to run
+                env=os.environ | {"PYTHONHASHSEED": "0"},
             )
             self._line()  # it is ready
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([answer, said]) + "\n")
+        self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
-        ready = self._line(SECONDS)
-        self.hangs = 0 if ready else self.hangs + 1
-        if not ready:
+        answer = self._line(seconds)
+        if not answer:
             self.end()
+        return answer
+
+    def verdict(self, *question: Any) -> bool:
+        """Whether it says true.
+
+        Raises:
+            ValueError: no verdict within ``SECONDS``, ``HANGS`` times in succession.
+        """
+        ready = self.ask(list(question), SECONDS)
+        self.hangs = 0 if ready else self.hangs + 1
         if self.hangs >= HANGS:
             raise ValueError(
-                f"math-verify gave no verdict within {SECONDS:g} s, {HANGS} times in "
-                f"succession, the last for the answer {answer[:40]!r}: expected one "
-                "for nearly all; look at the column of answers"
+                f"{self.who} gave no verdict within {SECONDS:g} s, {HANGS} times in "
+                f"succession, the last for the answer {str(question[0])[:40]!r}: "
+                "expected one for nearly all; look at the column of answers"
             )
         return ready == "true"
 
@@ -108,6 +128,7 @@ class _Process:
         return self.process.stdout.readline().strip()
 
     def end(self) -> None:
+        """Kill it; the next question starts another."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
@@ -115,8 +136,8 @@ class _Process:
 
 
 @lru_cache
-def _process() -> _Process:
-    return _Process()
+def _process() -> Process:
+    return Process(__name__, "math-verify")
 
 
 def _serve() -> None:

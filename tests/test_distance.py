@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opd_geometry.analysis import collapse, directions
-from opd_geometry.book import collapse_figures
+from opd_geometry.analysis import directions, distance
+from opd_geometry.book import distance_figures
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.measure import COLUMNS
 
@@ -47,7 +47,7 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def shares(table: pd.DataFrame) -> pd.DataFrame:
-    return collapse.collapse(table)
+    return distance.collapse(table)
 
 
 def test_what_is_distance_collapses_and_what_is_not_does_not(
@@ -60,7 +60,7 @@ def test_what_is_distance_collapses_and_what_is_not_does_not(
     n_points = len(MATRICES) * len(STEPS) * 12
     for name in ("stable_rank", "hill_alpha"):
         # chance alone gives the bins' number over that of the points
-        assert found.loc[name, "share"] < 2 * collapse.N_BINS / n_points
+        assert found.loc[name, "share"] < 2 * distance.N_BINS / n_points
     assert (found["n_runs"] == 12).all()
     assert found.loc["sparsity", "n_points"] == n_points
     assert found.loc["similarity_to_end", "n_points"] == n_points * 3 / 4
@@ -73,32 +73,32 @@ def test_what_is_distance_collapses_and_what_is_not_does_not(
 
 
 def test_the_share_is_that_of_an_analysis_of_variance(table: pd.DataFrame) -> None:
-    found = collapse.points(table, "low_magnitude_overlap")
+    found = distance.points(table, "low_magnitude_overlap")
     order = found["x"].rank(method="first") - 1
-    bins = (order * collapse.N_BINS // len(found)).astype(int)
+    bins = (order * distance.N_BINS // len(found)).astype(int)
     groups = [part["y"].to_numpy() for _, part in found.groupby(bins)]
     within = sum(((g - g.mean()) ** 2).sum() for g in groups)
     total = ((found["y"] - found["y"].mean()) ** 2).sum()
-    assert collapse.explained(found) == pytest.approx(1 - within / total)
+    assert distance.explained(found) == pytest.approx(1 - within / total)
 
 
 def test_a_common_shift_or_another_unit_changes_no_share(table: pd.DataFrame) -> None:
-    found = collapse.points(table, "nss")
+    found = distance.points(table, "nss")
     moved = found.assign(y=1e4 + 3 * found["y"], x=found["x"] + 7)
-    assert collapse.explained(moved) == pytest.approx(collapse.explained(found))
+    assert distance.explained(moved) == pytest.approx(distance.explained(found))
     constant = found.assign(y=2.0)
-    assert math.isnan(collapse.explained(constant))
+    assert math.isnan(distance.explained(constant))
 
 
 def test_weights_count_runs_as_often_as_they_say(table: pd.DataFrame) -> None:
-    found = collapse.points(table, "nss")
+    found = distance.points(table, "nss")
     runs = found["run"].unique()
     once = pd.Series(1.0, index=runs)
-    assert collapse.explained(found, once) == pytest.approx(collapse.explained(found))
+    assert distance.explained(found, once) == pytest.approx(distance.explained(found))
     draws = np.array([[2.0] + [1.0] * (len(runs) - 1)])
-    many = collapse._resampled(collapse._sums(found), list(runs), draws)
+    many = distance._resampled(distance._sums(found), list(runs), draws)
     assert many[0] == pytest.approx(
-        collapse.explained(found, pd.Series(draws[0], index=runs))
+        distance.explained(found, pd.Series(draws[0], index=runs))
     )
 
 
@@ -107,7 +107,7 @@ def test_undefined_values_are_left_out(table: pd.DataFrame) -> None:
     gone = (spoilt["metric"] == "nss") & (spoilt["matrix"] == MATRICES[0])
     spoilt.loc[gone, "value"] = np.nan
     spoilt.loc[gone & (spoilt["step"] == 10), "value"] = 0.0  # no logarithm
-    row = collapse.collapse(spoilt, ["nss"]).iloc[0]
+    row = distance.collapse(spoilt, ["nss"]).iloc[0]
     assert row["n_points"] == (len(MATRICES) - 1) * len(STEPS) * 12
     assert np.isfinite(row["share"])
 
@@ -143,7 +143,7 @@ def test_an_update_with_a_place_parts_from_its_permutation() -> None:
             },
         }
     )
-    found = collapse.permuted(table, ["opd", "sft", "rlvr"]).set_index("arm")
+    found = distance.permuted(table, ["opd", "sft", "rlvr"]).set_index("arm")
     assert list(found.index) == ["opd", "sft"]
     assert found.loc["sft", "difference"] == pytest.approx(-0.15, abs=0.01)
     assert found.loc["sft", "high"] < 0
@@ -156,7 +156,7 @@ def test_angles_are_held_against_both_nulls_and_worlds_apart() -> None:
     metric = "angle_left_mean_deg"
     of_opd = {metric: 1.8, f"null_{metric}": 1.0, f"turned_{metric}": 0.9}
     small, large = at_end({"opd": of_opd}, 0), at_end({"opd": {metric: 1.8}}, 0)
-    found = collapse.by_world(collapse.turned, {"a": small, "b": large}, ["opd", "sft"])
+    found = distance.by_world(distance.turned, {"a": small, "b": large}, ["opd", "sft"])
     assert set(found["world"]) == {"a"}  # the other one has no nulls
     times = found.set_index("null")["times"]
     assert times.to_dict() == pytest.approx({"Gaussian": 1.8, "turned": 2.0})
@@ -189,7 +189,7 @@ def test_energies_are_in_units_of_chance() -> None:
     table = at_end(
         {"opd": {"energy_top_right": 0.5, "null_energy_top_right": 0.125}}, 0
     )
-    (row,) = collapse.energies(table, ["opd", "sft"]).itertuples()
+    (row,) = distance.energies(table, ["opd", "sft"]).itertuples()
     assert (row.place, row.times, row.n_seeds) == ("top_right", 4.0, 3)
 
 
@@ -212,7 +212,7 @@ def test_displacement_and_clipped_steps_of_every_run() -> None:
                 rows.append((*run, 2, *whole, "clipped_frac", clipped))
             rows.append((*run, 2, "head", "head", -1, "frobenius_norm", 1e3))
     table = pd.DataFrame(rows, columns=COLUMNS)
-    found = collapse.displacements(table, ["opd", "sft", "absent"]).set_index("arm")
+    found = distance.displacements(table, ["opd", "sft", "absent"]).set_index("arm")
     assert found["clipped"].to_dict() == {"opd": 0.5, "sft": 0.25}
     moved = found["displacement"].to_dict()
     assert moved == {"opd": pytest.approx(4.0), "sft": pytest.approx(2.0)}
@@ -223,36 +223,52 @@ def test_displacement_from_the_norms_is_that_of_the_weights() -> None:
     table = measure.committed("published")
     table = table[table["arm"].isin(["opd", "sft"]) & (table["seed"] == 0)]
     of_weights = table[table["metric"] == "displacement"]
-    for row in collapse.displacements(table, ["opd", "sft"]).itertuples():
+    for row in distance.displacements(table, ["opd", "sft"]).itertuples():
         own = of_weights[of_weights["arm"] == row.arm]
-        own = own[own["role"].isin(collapse.LAYERS)]
+        own = own[own["role"].isin(distance.LAYERS)]
         own = own[own["step"] == own["step"].max()]
         assert row.displacement == pytest.approx(own["value"].mean(), rel=1e-6)
 
 
+def test_runs_without_displacement_get_it_and_others_keep_theirs() -> None:
+    table = measure.committed("published")
+    two = table[(table["arm"] == "opd") & table["seed"].isin([0, 3])]
+    measured = two[two["seed"] == 0]
+    assert distance.with_displacement(measured) is measured
+    found = distance.with_displacement(two)
+    found = found[found["metric"] == "displacement"]
+    later, own = found[found["seed"] == 3], found[found["seed"] == 0]
+    assert len(later) == later["matrix"].nunique() == 28
+    assert len(own) > len(later)  # measured at every checkpoint
+    assert later["value"].mean() == pytest.approx(
+        own[(own["step"] == own["step"].max()) & own["layer"].ge(0)]["value"].mean(),
+        0.1,
+    )
+
+
 def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
-    figure = collapse_figures.curves(table, shares)
+    figure = distance_figures.curves(table, shares)
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[0].endswith(f"{shares['share'].iloc[0]:.1%} is distance")
     with pytest.raises(ValueError, match="no share of nss"):
-        collapse_figures.curves(table, shares[shares["metric"] != "nss"])
+        distance_figures.curves(table, shares[shares["metric"] != "nss"])
     names = [
-        f"{p}{m}@d=own" for m in collapse.OVERLAPS for p in ("", "shuffled_", "free_")
+        f"{p}{m}@d=own" for m in distance.OVERLAPS for p in ("", "shuffled_", "free_")
     ]
     placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0)
     worlds = {"small": placed, "large": placed, "none": placed.iloc[:0]}
-    found = collapse.by_world(collapse.permuted, worlds, ["opd"])
-    bars = collapse_figures.permutations(found)
+    found = distance.by_world(distance.permuted, worlds, ["opd"])
+    bars = distance_figures.permutations(found)
     assert len(bars.axes) == 2 * 2 * 2  # worlds, differences and shares, masks
-    names = [f"{p}{m}" for m in collapse.SPECTRAL for p in ("", "null_", "turned_")]
+    names = [f"{p}{m}" for m in distance.SPECTRAL for p in ("", "null_", "turned_")]
     placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0.01)
-    found = collapse.by_world(collapse.turned, {"small": placed}, ["opd"])
-    assert len(collapse_figures.angles(found).axes) == 3
+    found = distance.by_world(distance.turned, {"small": placed}, ["opd"])
+    assert len(distance_figures.angles(found).axes) == 3
     table = at_end({"opd": {"energy_inputs": 0.5, "null_energy_inputs": 0.125}}, 0.01)
-    assert collapse_figures.energy_dots(collapse.energies(table, ["opd"])).axes
+    assert distance_figures.energy_dots(distance.energies(table, ["opd"])).axes
     moved = pd.DataFrame(
         [("opd", 3, 2.0, 1.9, 2.1, 0.97)],
         columns=["arm", "n_seeds", "displacement", "low", "high", "clipped"],
     )
-    figure = collapse_figures.displacement_dots(moved)
+    figure = distance_figures.displacement_dots(moved)
     assert "97.0% of steps clipped" in [t.get_text() for t in figure.axes[0].texts]

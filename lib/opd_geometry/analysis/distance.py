@@ -5,6 +5,8 @@ whatever made it. So every diagnostic of every matrix and checkpoint is held aga
 number, the relative norm ||dW|| / ||W_0||: what share of its variance does one curve
 explain? What is left can be place, and is asked of the update itself: against its own
 permutation, against chance in the subspaces of W_0, in the learning rate's own unit.
+Two arms are compared twice: at their ends, and at the largest norm that both reach,
+read between checkpoints.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +23,7 @@ from opd_geometry.analysis.evidence import (
     levels_of,
     over_matrices,
 )
-from opd_geometry.analysis.verdicts import Values, interval
+from opd_geometry.analysis.verdicts import Values, defined, interval
 from opd_geometry.experiments.controls import (
     PRINTED_ALPHA,
     PRINTED_DENSITIES,
@@ -29,6 +31,7 @@ from opd_geometry.experiments.controls import (
 )
 
 DISTANCE = "relative_norm"
+NORM = "frobenius_norm"
 # Metrics to whether their logarithm is taken.
 PLACE = {
     "sparsity": False,
@@ -54,6 +57,17 @@ SUBSPACES = (
     "inputs",
     "principal",
     "low_magnitude",
+)
+AT_END, AT_EQUAL_NORM = "the end", "equal norm"
+# From SFT to RLVR, a change at a time: arm, next arm, what changes.
+LADDER = (
+    ("sft", "sft-base-matched", "rate, steps and batch"),
+    ("sft-base-matched", "sft-matched", "where it starts"),
+    ("sft-matched", "ce-teacher", "whose texts"),
+    ("ce-teacher", "off-policy", "the credit of a token"),
+    ("off-policy", "opd", "who writes"),
+    ("opd", "rlvr", "gap or reward"),
+    ("rlvr", "rlvr-paper", "batch and steps"),
 )
 
 
@@ -307,19 +321,195 @@ def displacements(table: Table, arms: Iterable[str]) -> pd.DataFrame:
 
 def _displacement(table: pd.DataFrame) -> Values:
     """That of every run, by arm and seed."""
-    run = ["arm", "seed", "run"]
+    each = displacement_of_matrices(table).groupby(
+        ["arm", "seed", "run"], observed=True
+    )
+    return each["value"].mean().dropna().droplevel("run")
+
+
+def displacement_of_matrices(table: pd.DataFrame) -> pd.DataFrame:
+    """Displacement of every matrix at the end of its run, from norms and rates.
+
+    ||dW||_F / sqrt(n_entries) / sqrt(sum_t lr_t^2)
+
+    Args:
+        table: as of ``displacements``.
+
+    Returns:
+        Rows of a tidy table with this metric, of matrices inside layers.
+    """
     names = ["frobenius_norm", "parameters", "learning_rate"]
     norm, size, rate = (table[table["metric"] == name] for name in names)
     norm = norm[norm["role"].isin(LAYERS)]
-    end = norm.groupby("run", observed=True)["step"].transform("max")
-    norm, size = (
-        rows.set_index([*run, "matrix"])["value"]
-        for rows in (norm[norm["step"] == end], size)
-    )
-    each = (norm / size.reindex(norm.index) ** 0.5).groupby(level=run, observed=True)
-    squares = rate.assign(value=rate["value"] ** 2).groupby(run, observed=True)["value"]
-    return (each.mean() / squares.sum() ** 0.5).dropna().droplevel("run")
+    last_step = norm.groupby("run", observed=True)["step"].transform("max")
+    end = norm[norm["step"] == last_step].reset_index(drop=True)
+    keys = ["run", "matrix"]
+    sizes = size.drop_duplicates(keys).set_index(keys)["value"]
+    entries = sizes.reindex(pd.MultiIndex.from_frame(end[keys])).to_numpy()
+    squares = (rate["value"] ** 2).groupby(rate["run"], observed=True).sum()
+    units = np.sqrt(end["run"].map(squares).astype(float).to_numpy() * entries)
+    return end.assign(metric="displacement", value=end["value"] / units)
+
+
+def with_displacement(table: pd.DataFrame) -> pd.DataFrame:
+    """A tidy table in which runs measured before there was that row have it, too."""
+    has = set(table.loc[table["metric"] == "displacement", "run"])
+    added = displacement_of_matrices(table[~table["run"].isin(has)]).dropna()
+    return pd.concat([table, added], ignore_index=True) if len(added) else table
 
 
 def _at_end(levels: Levels, arm: str, metric: str) -> Values:
     return last(over_matrices(levels, arm, metric, LAYERS)).dropna()
+
+
+# --- two arms at one norm, one change at a time ------------------------------------
+
+
+def at_norm(table: pd.DataFrame, arm: str, metric: str, norm: Values) -> Values:
+    """A metric at the moment an arm's update has a given norm.
+
+    Linear in the logarithm of the norm between the two checkpoints around it.
+
+    Args:
+        table: tidy, with the metric ``frobenius_norm``.
+        arm, metric: which rows; means over all matrices of the layers.
+        norm: one number a seed, a mean over the same matrices.
+
+    Returns:
+        One number a seed; NaN where the norm lies outside the arm's checkpoints, or
+        does not grow from each to the next: then it is reached more than once.
+
+    Source: ours; the paper compares final checkpoints, which went different distances.
+    """
+    norms = over_matrices(table, arm, NORM, LAYERS)
+    values = over_matrices(table, arm, metric, LAYERS)
+    found = {}
+    for seed, wanted in norm.items():
+        if seed not in values.index.get_level_values("seed"):
+            continue
+        of_seed = norms.loc[seed]
+        if not (of_seed.is_monotonic_increasing and of_seed.is_unique):
+            found[seed] = np.nan
+            continue
+        place = np.interp(
+            np.log(wanted), np.log(of_seed), of_seed.index, np.nan, np.nan
+        )
+        found[seed] = float(np.interp(place, of_seed.index, values.loc[seed]))
+    return pd.Series(found, dtype=float)
+
+
+def common_norm(table: pd.DataFrame, arm: str, other: str) -> Values:
+    """The largest norm that both arms reach: the smaller one of their last, by seed."""
+    ends = [last(over_matrices(table, a, NORM, LAYERS)) for a in (arm, other)]
+    return pd.concat(ends, axis=1, join="inner").min(axis=1)
+
+
+def ratio(
+    table: pd.DataFrame, arm: str, other: str, metric: str, at: str, prefix: str = ""
+) -> Values:
+    """Logarithm of a metric's ratio, other over arm, paired by seed.
+
+    Args:
+        table: tidy.
+        arm, other: the two.
+        metric: of positive values.
+        at: ``AT_END`` or ``AT_EQUAL_NORM``.
+        prefix: ``null_`` for the Gaussian updates of the two arms.
+    """
+    name = prefix + metric
+    if at == AT_END:
+        low, high = (last(over_matrices(table, a, name, LAYERS)) for a in (arm, other))
+    else:
+        norm = common_norm(table, arm, other)
+        low, high = (at_norm(table, a, name, norm) for a in (arm, other))
+    return np.log(high / low)
+
+
+def order(values: Values) -> str:
+    """``>``, ``<`` or ``?``: where the 95 % interval of the mean lies.
+
+    >>> [order(pd.Series(x)) for x in ([1.0, 2.0], [1.0], [-2.0, -2.1, -2.2])]
+    ['?', '?', '<']
+    """
+    _, low, high = interval(values)
+    return ">" if low > 0.0 else "<" if high < 0.0 else "?"
+
+
+def compared(
+    table: pd.DataFrame, pairs: Iterable[tuple[str, str]], metrics: Iterable[str]
+) -> pd.DataFrame:
+    """Pairs of arms in several metrics, at their ends and at equal norm.
+
+    Args:
+        table: tidy.
+        pairs: of arms.
+        metrics: of positive values.
+
+    Returns:
+        One row a pair, metric and moment: arm, other, metric, at, n_seeds, ratio (other
+        over arm), low, high (95 % interval over seeds), null (the ratio of the two
+        Gaussian updates; NaN for a metric without null), order (of ``order``). An arm
+        without rows gives no rows; a pair that is never equally far has NaN there.
+    """
+    there = set(table["arm"])
+    metrics = list(metrics)
+    rows = []
+    for arm, other in [pair for pair in pairs if set(pair) <= there]:
+        for metric in metrics:
+            for at in (AT_END, AT_EQUAL_NORM):
+                values = ratio(table, arm, other, metric, at)
+                null = interval(ratio(table, arm, other, metric, at, "null_"))[0]
+                n_seeds, numbers = len(defined(values)), np.exp(interval(values))
+                found = (n_seeds, *numbers, np.exp(null), order(values))
+                rows.append((arm, other, metric, at, *found))
+    columns = ["arm", "other", "metric", "at", "n_seeds", "ratio", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "null", "order"])
+
+
+def fates(comparison: pd.DataFrame) -> pd.DataFrame:
+    """What becomes of each order once both arms have gone equally far.
+
+    *survives*: the same order at the end and at equal norm; *turns round*: the opposite
+    one; *goes*: an order at the end, none at equal norm; *comes*: none at the end, one
+    at equal norm; *none*: none at either; *never equal*: no checkpoints at one norm.
+
+    Args:
+        comparison: of ``compared``.
+
+    Returns:
+        One row a pair and metric: arm, other, metric, the end, equal norm, fate.
+    """
+    wide = comparison.pivot_table(
+        index=["arm", "other", "metric"],
+        columns="at",
+        values=["order", "n_seeds"],
+        aggfunc="first",
+        sort=False,
+    )
+    end, equal = (wide["order"][at] for at in (AT_END, AT_EQUAL_NORM))
+    fate = pd.Series("none", index=wide.index)
+    fate[(end != "?") & (equal == "?")] = "goes"
+    fate[(end == "?") & (equal != "?")] = "comes"
+    fate[(end != "?") & (equal != "?") & (end != equal)] = "turns round"
+    fate[(end != "?") & (end == equal)] = "survives"
+    fate[wide["n_seeds"][AT_EQUAL_NORM] == 0] = "never equal"
+    found = {AT_END: end, AT_EQUAL_NORM: equal, "fate": fate}
+    return pd.DataFrame(found).reset_index()
+
+
+def typical_sizes(comparison: pd.DataFrame) -> pd.DataFrame:
+    """How large the differences between the arms of a pair are, at both moments.
+
+    median over pairs of |ln(other / arm)|, of the pairs that are read at both
+
+    Args:
+        comparison: of ``compared``.
+
+    Returns:
+        A row a metric, a column a moment.
+    """
+    sizes = comparison.assign(size=np.log(comparison["ratio"]).abs())
+    wide = sizes.pivot_table(
+        index=["metric", "arm", "other"], columns="at", values="size"
+    )
+    return wide.dropna().groupby("metric").median()[[AT_END, AT_EQUAL_NORM]]
