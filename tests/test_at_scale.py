@@ -29,11 +29,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student, a teacher and fifty problems."""
-    place = tmp_path_factory.mktemp("scale")
-    at_scale.save_model(place / "student")
-    at_scale.save_model(place / "teacher", seed=1)
-    at_scale.save_problems(place / "problems.jsonl")
-    return place
+    return at_scale.save_all(tmp_path_factory.mktemp("scale"))
 
 
 def dataset(place: Path, **columns: Any) -> DataConfig:
@@ -42,16 +38,7 @@ def dataset(place: Path, **columns: Any) -> DataConfig:
     return DataConfig(data.digest_of(named["source"]), **named)
 
 
-def scaled_down(place: Path, more: str = "") -> str:
-    """Profile gpu with every large thing replaced by its stand-in."""
-    return (
-        f"gpu:student={place / 'student'},teacher={place / 'teacher'},"
-        f"sft.dataset={place / 'problems.jsonl'},sft.dataset.response=response,"
-        "sft.dataset.prompt=prompt,sft.dataset.answer=reward_model.ground_truth,"
-        f"policy.dataset={place / 'problems.jsonl'},sft.steps=2,sft.batch_sequences=4,"
-        "sft.longest=96,sft.micro_batch=2,policy.steps=2,policy.prompts_per_step=2,"
-        f"policy.group_size=2,policy.max_new_tokens=12{more}"
-    )
+scaled_down = at_scale.profile_gpu
 
 
 # --- problems --------------------------------------------------------------------

@@ -101,10 +101,11 @@ class OwnSampler:
         share: slice,
     ) -> Rollout:
         """As ``Sampler`` says."""
-        return sample(
+        device = next(self.model.parameters()).device
+        rollout = sample(
             self.model,
-            prompt_ids,
-            prompt_mask,
+            prompt_ids.to(device),
+            prompt_mask.to(device),
             group_size=how.group_size,
             max_new_tokens=how.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
@@ -114,6 +115,7 @@ class OwnSampler:
             at_once=self.at_once,
             stops=stops_at(how.stop, self.tokenizer),
         )
+        return rollout.to(prompt_ids.device)
 
 
 class EngineSampler:
