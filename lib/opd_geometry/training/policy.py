@@ -113,6 +113,8 @@ class PolicyConfig:
             leaves the engine uncorrected. The full-vocabulary estimator has none.
         sampler_gap: mean distance of the engine's log-probabilities from those of the
             training pass, in nats a token, beyond which a step is refused.
+        shared_prefixes: completions of a prompt are sampled and scored as one until
+            they differ; the same rollouts and gradients but for last digits.
     """
 
     optimizer: OptimizerConfig
@@ -149,6 +151,7 @@ class PolicyConfig:
     sampler_memory: float = 0.3
     sampler_ratio: float = 2.0
     sampler_gap: float = 0.2
+    shared_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -322,7 +325,11 @@ def policy_steps(
             "gathered for every token; let the student write, or set sharded=false"
         )
     how = Writing(
-        config.group_size, config.max_new_tokens, config.temperature, config.stop
+        config.group_size,
+        config.max_new_tokens,
+        config.temperature,
+        config.stop,
+        config.shared_prefixes,
     )
     writer = sampler or OwnSampler(author, tokenizer, config.sampled_prompts)
     for step in range(first_step, config.steps):
