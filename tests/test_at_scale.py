@@ -7,7 +7,6 @@ from typing import Any
 
 import at_scale
 import children
-import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -426,21 +425,3 @@ def test_every_chapter_takes_the_stand_ins(notebook: Path, place: Path) -> None:
         assert chapters.check_model(given).model == given["model"]
     else:
         assert chapters.check_pair(given).places == (given["before"], given["after"])
-
-
-def test_a_chapter_is_executed_at_profile_gpu(tmp_path: Path) -> None:
-    """Its runs are trained on the stand-ins; all chapters: see ``at_scale``."""
-    place = at_scale.save_all(tmp_path)
-    (place / "data").mkdir()
-    notebook = at_scale.ROOT / "notebooks" / "03_rank.ipynb"
-    code = Child(place / "data", at_scale.main, str(place), notebook.name).result()
-    assert code is None
-    executed = nbformat.read(place / notebook.name, as_version=4)
-    said = [o for cell in executed.cells for o in cell.get("outputs", [])]
-    assert not [o.evalue for o in said if o.output_type == "error"]
-    trained = {
-        path.name.split("-")[0] for path in (place / "data" / "runs").glob("*-s0-*")
-    }
-    assert trained == {"sft", "opd", "rlvr"}
-    text = "\n".join(str(o.get("data", {}).get("text/markdown", "")) for o in said)
-    assert f"Profile {at_scale.profile_gpu(place)}" in text

@@ -430,8 +430,8 @@ def _completion_outputs(
 ) -> Tensor:
     """Computed where the model is, and given where the rollout is."""
     width, here = rollout.mask.shape[1], rollout.mask.device
-    rollout = rollout.to(next(model.parameters()).device)
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
+    rollout = rollout.to(next(model.parameters()).device)
     rollout = apart_if_long(rollout)
     parts = _passes(rollout)
     in_step = ranks.most(len(parts)) if ranks.lies_apart(model) else len(parts)
