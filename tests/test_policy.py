@@ -268,6 +268,7 @@ ARMS = {
     "sharp": replace(OPD, teacher_temperature=0.5),
     "sgd": replace(OPD, optimizer=OptimizerConfig(0.1, kind="sgd")),
     "muon": replace(OPD, optimizer=OptimizerConfig(1e-3, kind="muon")),
+    "shared": replace(OPD, alpha=0.6, shared_prefixes=True),
 }
 
 
@@ -293,6 +294,18 @@ def test_likelihood_is_cross_entropy_on_what_the_teacher_wrote(
     norm = float(gradients(model, cross_entropy).norm())
     assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics[0]["gap"] != 0.0  # still reported
+
+
+@pytest.mark.usefixtures("rewarded")
+@pytest.mark.parametrize("arm", ["opd", "rlvr", "full", "top-gap", "off-policy"])
+def test_shared_prefixes_train_what_apart_ones_do(arm: str) -> None:
+    config = replace(ARMS[arm], steps=2, temperature=0.2)
+    apart, metrics = trained(config)
+    shared, others = trained(replace(config, shared_prefixes=True))
+    assert not torch.equal(shared, apart)  # they did share some
+    torch.testing.assert_close(shared, apart, atol=2e-5, rtol=0)
+    for ours, theirs in zip(others, metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.usefixtures("rewarded")

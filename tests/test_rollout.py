@@ -83,6 +83,7 @@ def drawn(
     seed: int = 0,
     temperature: float = 1.0,
     longest: int = LONGEST,
+    shared: bool = False,
 ) -> Rollout:
     return sample(
         model,
@@ -93,6 +94,7 @@ def drawn(
         eos_token_id=EOS,
         generator=torch.Generator().manual_seed(seed),
         temperature=temperature,
+        shared_prefixes=shared,
     )
 
 
@@ -118,12 +120,15 @@ def naive_log_probs(
 # --- what is drawn ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("group_size", [1, 3, 8])
 def test_a_row_draws_what_it_would_draw_alone(
-    group_size: int, temperature: float
+    group_size: int, temperature: float, shared: bool
 ) -> None:
-    rollout = drawn(group_size=group_size, seed=3, temperature=temperature)
+    rollout = drawn(
+        group_size=group_size, seed=3, temperature=temperature, shared=shared
+    )
     uniform = torch.rand(
         LONGEST, len(rollout.mask), 1, generator=torch.Generator().manual_seed(3)
     )
@@ -305,12 +310,13 @@ def test_members_of_a_group_differ() -> None:
 # --- scoring ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("group_size", [1, 3, 8])
 def test_scores_are_those_of_a_plain_forward_pass(
-    group_size: int, temperature: float
+    group_size: int, temperature: float, shared: bool
 ) -> None:
-    rollout = drawn(group_size=group_size, temperature=temperature)
+    rollout = drawn(group_size=group_size, temperature=temperature, shared=shared)
     scored = completion_log_probs(MODEL, rollout, temperature)
     assert scored.dtype == torch.float32
     assert scored[~rollout.mask].eq(0).all()
@@ -330,10 +336,13 @@ def test_scores_are_those_of_a_plain_forward_pass(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_architectures_are_scored_alike(name: str, attention: str) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_other_architectures_are_scored_alike(
+    name: str, attention: str, shared: bool
+) -> None:
     model = sharpened(OTHERS[name]())
     model.set_attn_implementation(attention)
-    rollout = drawn(model, group_size=3)
+    rollout = drawn(model, group_size=3, shared=shared)
     expected = naive_log_probs(model, rollout)
     torch.testing.assert_close(rollout.log_probs, expected, atol=5e-5, rtol=1e-4)
     torch.testing.assert_close(
@@ -341,9 +350,59 @@ def test_other_architectures_are_scored_alike(name: str, attention: str) -> None
     )
 
 
-def test_a_group_of_one_token_completions() -> None:
+def test_what_begins_alike_is_read_once() -> None:
+    ids = torch.tensor(
+        [[3, 4, 5, 6], [3, 4, 7, EOS], [3, 4, 5, 6], [4, 4, 5, EOS], [3, EOS, 0, 0]]
+    )
+    mask = torch.tensor([4, 4, 4, 4, 2])[:, None] > torch.arange(4)
+    rollout = Rollout(IDS[1:2], MASK[1:2], ids, mask, mask.float(), 5)
+    read = []
+
+    def note(_: object, __: object, inputs: dict[str, Tensor]) -> None:
+        read.append(inputs["input_ids"].numel() - int(MASK[1].sum()))
+
+    handle = MODEL.register_forward_pre_hook(note, with_kwargs=True)
+    plain = completion_log_probs(MODEL, rollout)
+    alike = completion_log_probs(MODEL, replace(rollout, shared_prefixes=True))
+    handle.remove()
+    # 3, 3 4, 3 4 5, 3 4 7, 4, 4 4, 4 4 5: the last token of each is never read
+    assert read == [13, 7]
+    assert rollout.own_tokens().tolist() == [18]
+    assert replace(rollout, shared_prefixes=True).own_tokens().tolist() == [11]
+    torch.testing.assert_close(alike, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        plain, naive_log_probs(MODEL, rollout), atol=2e-5, rtol=1e-5
+    )
+
+
+def test_equal_beginnings_are_sampled_once() -> None:
+    sizes = []
+
+    def note(_: object, __: object, inputs: dict[str, Tensor]) -> None:
+        sizes.append(len(inputs["input_ids"]))
+
+    handle = MODEL.register_forward_pre_hook(note, with_kwargs=True)
+    rollout = drawn(group_size=8, temperature=0.4, shared=True)
+    handle.remove()
+    plain = drawn(group_size=8, temperature=0.4)
+    assert torch.equal(rollout.completions, plain.completions)
+    assert torch.equal(rollout.mask, plain.mask)
+    torch.testing.assert_close(rollout.log_probs, plain.log_probs)
+    begun = [
+        {
+            (row // 8, *rollout.completions[row, :t].tolist())
+            for row in rollout.mask[:, t].nonzero().flatten().tolist()
+        }
+        for t in range(rollout.mask.shape[1])
+    ]
+    assert sizes == [len(prefixes) for prefixes in begun]
+    assert sum(sizes) < 0.8 * int(rollout.mask.sum())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_group_of_one_token_completions(shared: bool) -> None:
     rollout = replace(
-        drawn(group_size=2),
+        drawn(group_size=2, shared=shared),
         completions=torch.full((10, 1), EOS),
         mask=torch.ones(10, 1, dtype=torch.bool),
     )
@@ -416,12 +475,13 @@ def test_taken_prompts_keep_their_groups() -> None:
     )
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_the_gradient_through_the_shared_prompt_is_the_plain_one(
-    group_size: int,
+    group_size: int, shared: bool
 ) -> None:
     model = qwen(seed=2).double()  # its norms stay in float32, hence the tolerance
-    rollout = drawn(group_size=group_size)
+    rollout = drawn(group_size=group_size, temperature=0.4, shared=shared)
     weights = torch.randn(rollout.mask.shape, generator=torch.Generator()).double()
     gradients = []
     for score in (completion_log_probs, naive_log_probs):

@@ -105,7 +105,6 @@ ARM_STYLES = {
     "opd-sgd": ArmStyle("OPD by SGD", BROWN),
     "opd-muon": ArmStyle("OPD by Muon", OLIVE),
     "opd-self-0.5": ArmStyle("own teacher, τ = 0.5", LIGHT_BLUE, "--"),
-    "opd-self-0.9": ArmStyle("own teacher, τ = 0.9", LIGHT_BLUE, ":"),
     "opd-self": ArmStyle("own teacher, no gap", LIGHT_BLUE),
     **{
         f"{family}-projected{suffix}": look

@@ -51,6 +51,8 @@ class Rollout:
         group_size: completions per prompt.
         stopped: (B,) bool, which completions ended with a stop string; None where
             nothing but the end-of-sequence token ends one.
+        shared_prefixes: whether completions of a prompt that begin alike are scored as
+            one as far as they do; other last digits.
     """
 
     prompt_ids: Tensor
@@ -60,6 +62,7 @@ class Rollout:
     log_probs: Tensor
     group_size: int
     stopped: Tensor | None = None
+    shared_prefixes: bool = False
 
     def take(self, prompts: Tensor) -> Rollout:
         """The given prompts with their groups, cut to the longest of each."""
@@ -76,12 +79,43 @@ class Rollout:
             self.log_probs[rows, :longest],
             self.group_size,
             None if self.stopped is None else self.stopped[rows],
+            self.shared_prefixes,
         )
 
     def ended(self, eos_token_id: int) -> Tensor:
         """Which completions the model ended itself, (B,) bool; the others were cut."""
         ended = ((self.completions == eos_token_id) & self.mask).any(1)
         return ended if self.stopped is None else ended | self.stopped
+
+    def to(self, device: torch.device) -> Rollout:
+        """The same on another device; itself where it is there."""
+        if self.mask.device == device:
+            return self
+        moved = tree_map_only(Tensor, lambda x: x.to(device), vars(self))
+        return Rollout(**moved)
+
+    def first_alike(self) -> Tensor:
+        """The first completion of a prompt that is the same up to each token.
+
+        Returns:
+            (P, group_size, T) int64 in [0, group_size): that completion's number in its
+            group, every completion's own where prefixes are not shared.
+        """
+        members = torch.arange(self.group_size, device=self.mask.device)
+        if not self.shared_prefixes:
+            return members[:, None].expand(*self._groups(self.mask).shape)
+        ids = self._groups(self.completions.masked_fill(~self.mask, -1))
+        alike = (ids[:, :, None] == ids[:, None]).cummin(-1).values
+        return alike.byte().argmax(2)
+
+    def own_tokens(self) -> Tensor:
+        """How many tokens a prompt's completions have that are scored, (P,) int64."""
+        members = torch.arange(self.group_size, device=self.mask.device)
+        own = self.first_alike() == members[:, None]
+        return (own & self._groups(self.mask)).sum((1, 2))
+
+    def _groups(self, of_rows: Tensor) -> Tensor:
+        return of_rows.unflatten(0, (len(self.prompt_ids), self.group_size))
 
     def rows_of(self, prompts: Tensor) -> Tensor:
         """Row numbers of the groups of the given prompts."""
@@ -152,6 +186,7 @@ def sample(
     share: slice = slice(None),
     at_once: int = 0,
     stops: Stops | None = None,
+    shared_prefixes: bool = False,
 ) -> Rollout:
     """Sample ``group_size`` completions per prompt with a key-value cache.
 
@@ -171,6 +206,8 @@ def sample(
             the numbers that it would draw among all.
         at_once: prompts that share a cache, for whom memory is short; 0 for all.
         stops: of ``stops_at``: what ends a row beside its end-of-sequence token.
+        shared_prefixes: completions of a prompt are computed as one until they differ,
+            here and wherever the rollout is scored; other last digits.
 
     Returns:
         The rollout of the share, with the log-probabilities it was sampled with.
@@ -182,7 +219,14 @@ def sample(
     parts = (x.split(size) for x in (prompt_ids, prompt_mask))
     pieces = [
         _sample_piece(
-            model, ids, mask, drawn.flatten(1, 2), eos_token_id, temperature, stops
+            model,
+            ids,
+            mask,
+            drawn.flatten(1, 2),
+            eos_token_id,
+            temperature,
+            stops,
+            shared_prefixes,
         )
         for ids, mask, drawn in zip(*parts, uniform.split(size, dim=1), strict=True)
     ]
@@ -197,14 +241,15 @@ def _sample_piece(
     eos_token_id: int,
     temperature: float,
     stops: Stops | None,
+    shared_prefixes: bool,
 ) -> Rollout:
     """``sample`` with the numbers of each position and row, (T, B, 1)."""
-    max_new_tokens = len(uniform)
-    group_size = uniform.shape[1] // len(prompt_ids)
+    max_new_tokens, rows = uniform.shape[:2]
+    group_size = rows // len(prompt_ids)
     logits, cache, mask, lengths = _read_prompts(
-        model, prompt_ids, prompt_mask, group_size
+        model, prompt_ids, prompt_mask, 1 if shared_prefixes else group_size
     )
-    rows, device = logits.shape[0], logits.device
+    device = logits.device
     uniform = uniform.to(device)
     tokens = torch.full((rows, max_new_tokens), eos_token_id, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
@@ -212,7 +257,10 @@ def _sample_piece(
     stopped = torch.zeros(rows, dtype=torch.bool, device=device)
     batch = torch.arange(rows, device=device)  # rows that are still in the cache
     running = torch.ones_like(batch, dtype=torch.bool)
+    prefix = batch // group_size  # their rows in the cache, if they share any
     for t in range(max_new_tokens):
+        if shared_prefixes:
+            logits = logits[prefix]
         chosen, log_prob = _draw(logits, uniform[t, batch], temperature)
         tokens[batch, t] = torch.where(running, chosen, eos_token_id)
         log_probs[batch, t] = torch.where(running, log_prob, 0.0)
@@ -224,11 +272,14 @@ def _sample_piece(
         alive = int(running.sum())
         if alive == 0 or t + 1 == max_new_tokens:
             break
-        if alive <= 0.9 * len(batch):
+        if shared_prefixes or alive <= 0.9 * len(batch):
             keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            batch, mask, lengths = batch[keep], mask[keep], lengths[keep]
-            chosen, running = chosen[keep], running[keep]
+            batch, chosen, running = batch[keep], chosen[keep], running[keep]
+            if shared_prefixes:
+                keep, chosen, prefix = _branches(prefix[keep], chosen)
+            if not torch.equal(keep, torch.arange(len(mask), device=device)):
+                cache.batch_select_indices(keep)
+                mask, lengths = mask[keep], lengths[keep]
         mask = pad(mask, (0, 1), value=1)
         with torch.inference_mode():
             logits = model(
@@ -247,7 +298,15 @@ def _sample_piece(
         log_probs[:, :used],
         group_size,
         None if stops is None else stopped,
+        shared_prefixes,
     )
+
+
+def _branches(prefix: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Parent and token of every prefix that goes on, and each completion's new one."""
+    span = int(chosen.max()) + 1
+    codes, prefix = (prefix * span + chosen).unique(return_inverse=True)
+    return codes // span, codes % span, prefix
 
 
 Stops = Callable[[Tensor], Tensor]  # tokens (B, t) that were written; whether they end
@@ -279,11 +338,9 @@ def of_all_ranks(rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
     """What all ranks wrote and earned, in the order of the prompts."""
     if ranks.count() == 1:
         return rollout, rewards
-    parts = ranks.gathered((vars(rollout), rewards))
-    device = rewards.device
-    found = tree_map_only(Tensor, lambda x: x.to(device), parts)
-    pieces = [Rollout(**written) for written, _ in found]
-    return _joined(pieces), torch.cat([earned for _, earned in found])
+    parts, device = ranks.gathered((vars(rollout), rewards)), rewards.device
+    pieces = [Rollout(**written).to(device) for written, _ in parts]
+    return _joined(pieces), torch.cat([earned.to(device) for _, earned in parts])
 
 
 def _joined(pieces: list[Rollout]) -> Rollout:
@@ -304,6 +361,7 @@ def _joined(pieces: list[Rollout]) -> Rollout:
         of_all("log_probs", longest),
         pieces[0].group_size,
         None if pieces[0].stopped is None else of_all("stopped"),
+        pieces[0].shared_prefixes,
     )
 
 
@@ -370,8 +428,10 @@ Outputs = Callable[..., Tensor]  # of a model and its inputs, (rows, tokens, col
 def _completion_outputs(
     model: PreTrainedModel, rollout: Rollout, outputs: Outputs
 ) -> Tensor:
-    width = rollout.mask.shape[1]
+    """Computed where the model is, and given where the rollout is."""
+    width, here = rollout.mask.shape[1], rollout.mask.device
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
+    rollout = rollout.to(next(model.parameters()).device)
     rollout = apart_if_long(rollout)
     parts = _passes(rollout)
     in_step = ranks.most(len(parts)) if ranks.lies_apart(model) else len(parts)
@@ -380,7 +440,7 @@ def _completion_outputs(
         _one_pass(model, rollout.take(parts[0]), outputs)
     padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in read]
     rows = torch.cat([rollout.rows_of(part) for part in parts])
-    return torch.cat(padded)[rows.argsort()]
+    return torch.cat(padded)[rows.argsort()].to(here)
 
 
 def apart_if_long(rollout: Rollout) -> Rollout:
@@ -398,7 +458,7 @@ def apart_if_long(rollout: Rollout) -> Rollout:
 
 def _passes(rollout: Rollout) -> tuple[Tensor, ...]:
     """Prompts of like length together, a few at a time: little padding, warm caches."""
-    tokens = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1)
+    tokens = rollout.own_tokens()
     longest = rollout.prompt_ids.shape[1] + int(tokens.max())
     budget = _TOKENS_PER_PASS.get(rollout.mask.device.type, _MANY_TOKENS)
     return tokens.argsort(stable=True).split(max(1, budget // longest))
@@ -421,7 +481,9 @@ def _one_pass(model: PreTrainedModel, rollout: Rollout, outputs: Outputs) -> Ten
 def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lay each prompt and its group out as one row of S tokens.
 
-    The last token of a completion is left out: nothing is predicted from it.
+    The last token of a completion is left out: nothing is predicted from it. Where
+    prefixes are shared, a token stands in the row once for all that begin alike, at
+    the first of them; it sees those that its own prefix is made of.
 
     Returns:
         ids and positions (P, S) int64; visible (P, S, S) bool, who sees whom; source
@@ -430,27 +492,55 @@ def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts, width = rollout.prompt_ids.shape
     device = rollout.mask.device
     given = rollout.mask[:, 1:]  # tokens that predict another one
-    counts = given.sum(1).view(prompts, -1)
+    first = replace(
+        rollout, completions=rollout.completions[:, :-1], mask=given
+    ).first_alike()
+    member = torch.arange(len(given), device=device)[:, None].expand_as(given)
+    own = given & (first.flatten(0, 1) == member % rollout.group_size)
+    counts = own.sum(1).view(prompts, -1)
     start = (width + counts.cumsum(1) - counts).view(-1, 1)
     size = width + int(counts.sum(1).max())
-    step = torch.arange(rollout.mask.shape[1], device=device)
-    source = (start + step - 1).masked_fill(~rollout.mask, 0)
+    place = (start + own.cumsum(1) - 1).view(first.shape).gather(1, first)
+    source = torch.zeros_like(rollout.completions)
     source[:, 0] = width - 1
+    source[:, 1:] = place.flatten(0, 1).masked_fill(~given, 0)
 
-    member = torch.arange(len(start), device=device)[:, None].expand_as(given)[given]
-    rows, places = member // rollout.group_size, source[:, 1:][given]
+    step = torch.arange(given.shape[1], device=device).expand_as(given)
+    rows, places = member[own] // rollout.group_size, source[:, 1:][own]
     lengths = rollout.prompt_mask.sum(1)
     ids = rollout.prompt_ids.new_zeros(prompts, size)
     positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
     ids[:, :width] = rollout.prompt_ids
     positions[:, :width] = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)
     branch[:, :width] = rollout.prompt_mask - 1  # 0 on the prompt, -1 on padding
-    ids[rows, places] = rollout.completions[:, :-1][given]
-    positions[rows, places] = lengths[rows] + step[:-1].expand_as(given)[given]
-    branch[rows, places] = 1 + member
+    ids[rows, places] = rollout.completions[:, :-1][own]
+    positions[rows, places] = lengths[rows] + step[own]
+    branch[rows, places] = 1 + member[own] % rollout.group_size
     same = branch[:, :, None] == branch[:, None, :]
+    if rollout.shared_prefixes and given.numel():
+        same = _on_one_line(first, branch, positions - lengths[:, None])
     visible = (same | (branch == 0)[:, None, :]).tril()
     return ids, positions, visible, source
+
+
+def _on_one_line(first: Tensor, branch: Tensor, depth: Tensor) -> Tensor:
+    """Whether a token's own prefix holds, at another's depth, that other token.
+
+    Args:
+        first: (P, group_size, T), see ``Rollout.first_alike``.
+        branch: (P, S) int64, -1 on padding, 0 on the prompt, else one more than the
+            completion a token belongs to.
+        depth: (P, S) int64, place of a token in its completion.
+
+    Returns:
+        (P, S, S) bool; padding sees padding, the prompt itself.
+    """
+    prompts, _, tokens = first.shape
+    others = first.new_tensor([-1, 0])[:, None].expand(prompts, 2, tokens)
+    lines = torch.cat([others, 1 + first], 1)
+    prompt = torch.arange(prompts, device=first.device)[:, None, None]
+    at = depth.clamp(0, tokens - 1)[:, None, :]
+    return lines[prompt, branch[:, :, None] + 1, at] == branch[:, None, :]
 
 
 def packed_outputs(
@@ -561,13 +651,15 @@ def completion_log_probs(
     Returns:
         (B, T) float32, in nats; 0 where ``rollout.mask`` is false.
     """
+    here = rollout.mask.device
+    rollout = rollout.to(next(model.parameters()).device)
     if scores_in_chunks(model, rollout.mask.numel()):
         states = completion_states(model, rollout)
         log_probs = chunked_log_probs(model, states, rollout.completions, temperature)
     else:
         logits = completion_logits(model, rollout) / temperature
         log_probs = token_log_probs(logits, rollout.completions)
-    return log_probs.masked_fill(~rollout.mask, 0.0)
+    return log_probs.masked_fill(~rollout.mask, 0.0).to(here)
 
 
 # --- large vocabularies --------------------------------------------------------------

@@ -36,12 +36,14 @@ class Writing:
         max_new_tokens: longest completion; one that has not ended by then is cut.
         temperature: logits are divided by it.
         stop: strings that end a completion, and stay in it.
+        shared_prefixes: see ``Rollout``; an engine shares what it can in any case.
     """
 
     group_size: int
     max_new_tokens: int
     temperature: float
     stop: tuple[str, ...] = ()
+    shared_prefixes: bool = False
 
 
 class Sampler(Protocol):
@@ -101,10 +103,11 @@ class OwnSampler:
         share: slice,
     ) -> Rollout:
         """As ``Sampler`` says."""
-        return sample(
+        device = next(self.model.parameters()).device
+        rollout = sample(
             self.model,
-            prompt_ids,
-            prompt_mask,
+            prompt_ids.to(device),
+            prompt_mask.to(device),
             group_size=how.group_size,
             max_new_tokens=how.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
@@ -113,7 +116,9 @@ class OwnSampler:
             share=share,
             at_once=self.at_once,
             stops=stops_at(how.stop, self.tokenizer),
+            shared_prefixes=how.shared_prefixes,
         )
+        return rollout.to(prompt_ids.device)
 
 
 class EngineSampler:
@@ -249,6 +254,7 @@ def _as_rollout(
         log_probs.to(device),
         how.group_size,
         torch.tensor(stopped, device=device) if how.stop else None,
+        how.shared_prefixes,
     )
 
 
