@@ -1,7 +1,15 @@
-"""Stand-ins for what a GPU machine has: a random Qwen3 that reads bytes, problems."""
+"""Stand-ins for what a GPU machine has: a random Qwen3 that reads bytes, problems.
+
+``python tests/at_scale.py FOLDER [NOTEBOOK ...]`` makes them in a folder and executes
+every chapter, or those named, by papermill at profile gpu with them.
+"""
 
 import json
+import os
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,3 +112,85 @@ def save_model(directory: Path, seed: int = 0, width: int = 32) -> Path:
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+# --- every chapter with them ---------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def save_all(place: Path) -> Path:
+    """A student, a teacher and the problems, in a folder."""
+    save_model(place / "student")
+    save_model(place / "teacher", seed=1)
+    save_problems(place / "problems.jsonl")
+    return place
+
+
+def profile_gpu(place: Path, more: str = "") -> str:
+    """Profile gpu with every large thing replaced by its stand-in."""
+    return (
+        f"gpu:student={place / 'student'},teacher={place / 'teacher'},"
+        f"sft.dataset={place / 'problems.jsonl'},sft.dataset.response=response,"
+        "sft.dataset.prompt=prompt,sft.dataset.answer=reward_model.ground_truth,"
+        f"policy.dataset={place / 'problems.jsonl'},sft.steps=2,sft.batch_sequences=4,"
+        "sft.longest=96,sft.micro_batch=2,policy.steps=2,policy.prompts_per_step=2,"
+        f"policy.group_size=2,policy.max_new_tokens=12{more}"
+    )
+
+
+def parameters_of(notebook: Path, place: Path) -> dict[str, Any]:
+    """What a chapter is given: the profile, or the stand-ins as a reader's own."""
+    import papermill
+
+    given = {
+        # a random model earns nothing: coin flips, or RLVR would go nowhere
+        "profile": profile_gpu(place, ",policy.reward_flip=0.5"),
+        "seeds": "0",
+        "source": "local",
+        "jobs": 1,
+        "model": str(place / "student"),
+        "before": str(place / "student"),
+        "after": str(place / "teacher"),
+    }
+    known = papermill.inspect_notebook(str(notebook))
+    return {name: given[name] for name in known}
+
+
+def execute(notebook: Path, place: Path) -> Path:
+    """A chapter as papermill leaves it; runs are trained below the folder, once."""
+    import papermill
+
+    os.environ |= {"OPD_GEOMETRY_DATA": str(place / "data"), "ACCELERATE_USE_CPU": "1"}
+    done = place / notebook.name
+    papermill.execute_notebook(
+        str(notebook),
+        str(done),
+        parameters_of(notebook, place),
+        cwd=str(ROOT),
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    return done
+
+
+def main(folder: str, *names: str) -> None:
+    """Execute chapters, and say how long each took."""
+    from papermill.exceptions import PapermillExecutionError
+
+    place = Path(folder).resolve()
+    (place / "data").mkdir(parents=True, exist_ok=True)
+    save_all(place)
+    for notebook in [ROOT / "notebooks" / name for name in names] or NOTEBOOKS:
+        began, said = time.monotonic(), "done"
+        try:
+            execute(notebook, place)
+        except PapermillExecutionError as error:
+            said = f"failed: {error.ename}: {error.evalue}"
+        seconds = time.monotonic() - began
+        print(f"{notebook.name} {seconds:.0f} s {said}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -29,11 +29,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student, a teacher and fifty problems."""
-    place = tmp_path_factory.mktemp("scale")
-    at_scale.save_model(place / "student")
-    at_scale.save_model(place / "teacher", seed=1)
-    at_scale.save_problems(place / "problems.jsonl")
-    return place
+    return at_scale.save_all(tmp_path_factory.mktemp("scale"))
 
 
 def dataset(place: Path, **columns: Any) -> DataConfig:
@@ -42,16 +38,7 @@ def dataset(place: Path, **columns: Any) -> DataConfig:
     return DataConfig(data.digest_of(named["source"]), **named)
 
 
-def scaled_down(place: Path, more: str = "") -> str:
-    """Profile gpu with every large thing replaced by its stand-in."""
-    return (
-        f"gpu:student={place / 'student'},teacher={place / 'teacher'},"
-        f"sft.dataset={place / 'problems.jsonl'},sft.dataset.response=response,"
-        "sft.dataset.prompt=prompt,sft.dataset.answer=reward_model.ground_truth,"
-        f"policy.dataset={place / 'problems.jsonl'},sft.steps=2,sft.batch_sequences=4,"
-        "sft.longest=96,sft.micro_batch=2,policy.steps=2,policy.prompts_per_step=2,"
-        f"policy.group_size=2,policy.max_new_tokens=12{more}"
-    )
+scaled_down = at_scale.profile_gpu
 
 
 # --- problems --------------------------------------------------------------------
@@ -424,3 +411,17 @@ def test_the_script_for_a_gpu_runs_and_names_what_it_leaves_out(
     assert {name.split()[0] for name in told} == {"opd"}
     rewards = table.loc["step rlvr"].set_index("quantity")["value"]
     assert rewards["learned share"] > 0
+
+
+# --- chapters --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("notebook", at_scale.NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_chapter_takes_the_stand_ins(notebook: Path, place: Path) -> None:
+    given = at_scale.parameters_of(notebook, place)
+    if "profile" in given:
+        assert chapters.check_parameters(given).profile == given["profile"]
+    elif "model" in given:
+        assert chapters.check_model(given).model == given["model"]
+    else:
+        assert chapters.check_pair(given).places == (given["before"], given["after"])

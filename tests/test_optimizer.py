@@ -6,6 +6,11 @@ import pytest
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from opd_geometry.geometry.projection import (
+    leaked_energy,
+    project_updates,
+    random_subspace,
+)
 from opd_geometry.training.models import ModelConfig, build_model
 from opd_geometry.training.optimizer import (
     Compute,
@@ -150,6 +155,20 @@ def test_muon_steps_layers_and_adamw_the_rest() -> None:
             optimizer.step()
         pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_muon_can_be_confined() -> None:
+    config = OptimizerConfig(1e-3, kind="muon", weight_decay=0.0)
+    model = build_model(ModelConfig(32, 1, 16), seed=0)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    basis = random_subspace(weight.shape[1], 2, torch.Generator().manual_seed(0))
+    optimizer, before = optimizer_of(model, config), weight.detach().clone()
+    project_updates(optimizer, {weight: basis})
+    for step in range(3):
+        gradients_of(model, step)
+        optimizer.step()
+    assert float((weight.detach() - before).norm()) > 1e-5
+    assert leaked_energy(weight.detach() - before, basis) < 1e-6
 
 
 def test_sgd_has_momentum_and_no_scale() -> None:

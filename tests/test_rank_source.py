@@ -93,6 +93,13 @@ def test_predictions_are_asked_at_both_moments() -> None:
     }
 
 
+def test_a_prediction_of_another_step_is_none() -> None:
+    table = planted({"opd": {"stable_rank": 4.0}})
+    rows = [("x", "opd", s, "a", "q", 0, 10, "frozen_stable_rank", 4.0) for s in SEEDS]
+    known = pd.DataFrame(rows, columns=frozen.COLUMNS)
+    assert list(rank_source.predictions(table, known)["moment"]) == ["first"]
+
+
 def test_fates_are_those_since_the_start() -> None:
     before = {f"accuracy/{b}": 0.5 for b in rank_source.BENCHMARKS}
     after = before | {"accuracy/chain": 0.9, "accuracy/gcd": 0.3}
@@ -159,3 +166,23 @@ def test_frozen_runs_share_a_pass_only_if_they_can() -> None:
     other = replace(run, seed=1)
     with pytest.raises(ValueError, match="one by one"):
         frozen.frozen_table([run, other])
+
+
+def test_the_summary_says_what_came_out_and_what_was_not_run() -> None:
+    values = {"opd": 4.0, "opd-sgd": 4.0, "opd-muon": 8.0}
+    table = planted({arm: {"stable_rank": value} for arm, value in values.items()})
+    nothing = pd.DataFrame(columns=frozen.COLUMNS)
+    found = rank_source.summary(
+        rank_source.compared(table),
+        rank_source.predictions(table, nothing),
+        rank_source.links(pd.DataFrame()),
+    )
+    assert list(found.index) == list(rank_source.RULES)
+    row = found.loc["optimizer"]
+    words = "opd-sgd rank alike (1.00); opd-muon rank higher (2.00)"
+    assert row["what came out"] == words
+    assert row["n"] == "3 seeds"
+    rest = found["what came out"].drop("optimizer")
+    assert set(rest.drop("early")) == {"not run"}
+    assert "predicts" not in rest["early"]
+    assert found.loc["early", "n"] == "0 arms"

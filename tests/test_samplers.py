@@ -29,11 +29,7 @@ ALL = slice(None)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("engines")
-    at_scale.save_model(place / "student")
-    at_scale.save_model(place / "teacher", seed=1)
-    at_scale.save_problems(place / "problems.jsonl")
-    return place
+    return at_scale.save_all(tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(autouse=True)
@@ -417,3 +413,52 @@ def test_plan_counts_the_engines_memory() -> None:
     small, large, own = (found.memory for found in told if found is not None)
     assert large - small == pytest.approx(0.1 * forecast.H100.memory)
     assert small > own
+
+
+# --- the teacher's place -------------------------------------------------------------
+
+
+def test_the_teacher_has_a_dtype_and_a_place_of_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is asked to be, in what it is asked to compute, whatever the student."""
+    seen: list[Any] = []
+    monkeypatch.setattr(runs, "policy_steps", lambda *given, **_: seen.append(given))
+    tokens = ("float32", "bfloat16", "")
+    for dtype in tokens:
+        text = f"{at_scale.profile_gpu(place)},policy.teacher_dtype={dtype}"
+        run = profiles.build(text, "opd", 0)
+        model, tokenizer = load_model(place / "student")
+        runs.loop_of(run, model, tokenizer, adamw(model, run.train.optimizer), 0)
+    dtypes = [next(given[2].parameters()).dtype for given in seen]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+    moved: list[Any] = []
+    teacher, _ = load_model(place / "teacher")
+    to = type(teacher).to
+    monkeypatch.setattr(
+        type(teacher), "to", lambda self, where: moved.append(where) or to(self, where)
+    )
+    train = config(place, steps=1, sampler="own", teacher_device="cpu")
+    steps(place, train, OwnSampler(*load_model(place / "student")))
+    assert "cpu" in moved
+
+
+def test_no_such_place_for_the_teacher_is_one_line(place: Path) -> None:
+    train = config(place, sampler="own", teacher_device="nowhere:1")
+    with pytest.raises(ValueError, match="teacher_device nowhere:1: ") as raised:
+        steps(place, train, OwnSampler(*load_model(place / "student")))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="with sharded: the teacher's"):
+        config(place, sampler="own", teacher_device="cpu", sharded=True)
+
+
+def test_plan_counts_the_teacher_where_it_is() -> None:
+    given = ("", ",policy.teacher_dtype=float32", ",policy.teacher_device=cpu")
+    told = [
+        forecast.forecast(profiles.build(f"gpu:policy.steps=9{more}", "opd", 0))
+        for more in given
+    ]
+    low, high, elsewhere = (found.memory for found in told if found is not None)
+    weights = forecast.QWEN3["Qwen3-8B"].parameters
+    assert high - low == pytest.approx(2 * weights)
+    assert low - elsewhere == pytest.approx(2 * weights)

@@ -89,6 +89,7 @@ def points(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         for name in (DISTANCE, metric)
     ]
     wide = pd.concat(sides, axis=1, keys=["x", "y"], join="inner").reset_index()
+    wide = wide.astype({"x": float, "y": float})  # objects, where no row has both
     if metric.startswith("similarity"):
         end = wide.groupby("run", observed=True)["step"].transform("max")
         wide = wide[wide["step"] < end]

@@ -51,7 +51,7 @@ from opd_geometry.experiments.runs import Run
 from opd_geometry.training.tasks import BENCHMARKS
 
 PREDICTED_WITHIN = 1.2
-RESAMPLES = 10_000
+RESAMPLES, LEAST_ARMS = 10_000, 8
 # What the anchor can do and no arm on chains trains on.
 HELD_OUT = tuple(f"accuracy/{b}" for b in BENCHMARKS if not b.startswith("chain"))
 
@@ -87,6 +87,8 @@ COMPARISONS = (
 )
 # Arms whose rank is predicted from gradients at the anchor, each expected *alike*.
 PREDICTIONS = ("opd", "rlvr", "opd-sgd", "opd-muon")
+# Arms that these experiments added; *early* is judged on those that were there before.
+ADDED = ("opd-sgd", "opd-muon", "opd-full", FORWARD, "opd-self", "opd-self-0.5")
 PREDICTORS = ("frozen_stable_rank", "covariance_rank")
 
 
@@ -161,11 +163,14 @@ def predictions(
     for arm, name, moment in product(arms, PREDICTORS, ("first", "last")):
         own = over_matrices(levels, arm, RANK, ATTENTION)
         told = known[(known["arm"] == arm) & (known["metric"] == name)]
-        told = told.groupby(["seed", "step"])["value"].mean()
-        measured, predicted = (
-            (first if moment == "first" else last)(v) if len(v) else v.droplevel("step")
-            for v in (own, told)
-        )
+        told = told.astype({"value": float}).groupby(["seed", "step"])["value"].mean()
+        steps = own.index.to_frame(index=False).groupby("seed")["step"]
+        ends = (steps.min() if moment == "first" else steps.max()).reset_index()
+        places = pd.MultiIndex.from_frame(ends)
+        measured = own.reindex(places).droplevel("step")
+        if name == "covariance_rank":  # of no checkpoint
+            places = pd.MultiIndex.from_frame(ends.assign(step=0))
+        predicted = told.reindex(places).droplevel("step")
         gaps = defined(np.log(predicted / measured))
         if len(gaps):
             means = (predicted[gaps.index].mean(), measured[gaps.index].mean())
@@ -226,20 +231,88 @@ def links(found: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
 
     Returns:
         One row an outcome and predictor: outcome, predictor, given, correlation, low,
-        high (95 % for all rows together), n (arms), found (``predicts`` or ``open``).
+        high (95 % for all rows together; NaN below ``LEAST_ARMS``), n (arms), found
+        (``predicts`` or ``open``).
     """
+    found, rows = found.sort_index(), []  # the draws are of places
     rng, outcomes = np.random.default_rng(0), ("learned", "forgotten")
     pairs = (("early", "distance"), ("distance", "early"))
-    draws = rng.integers(len(found), size=(resamples, len(found)))
     share = 100 * 0.05 / (len(outcomes) * len(pairs)) / 2
-    rows = []
     for y, (x, z) in product(outcomes, pairs):
-        values = found[[x, y, z]].to_numpy(dtype=float)
-        low, high = np.nanpercentile(_partial(values[draws]), [share, 100 - share])
+        own = low = high = math.nan
+        if len(found) >= LEAST_ARMS:
+            values = found[[x, y, z]].to_numpy(dtype=float)
+            draws = rng.integers(len(found), size=(resamples, len(found)))
+            own = float(_partial(values))
+            low, high = np.nanpercentile(_partial(values[draws]), [share, 100 - share])
         word = "predicts" if low > 0.0 or high < 0.0 else "open"
-        rows.append((y, x, z, float(_partial(values)), low, high, len(found), word))
+        rows.append((y, x, z, own, low, high, len(found), word))
     columns = ["outcome", "predictor", "given", "correlation", "low", "high", "n"]
     return pd.DataFrame(rows, columns=[*columns, "found"])
+
+
+# --- all five -------------------------------------------------------------------------
+
+RULES = {
+    "optimizer": "another optimizer's rank lies beyond a factor of 1.25",
+    "gradients": "gradients of the start give the rank within a factor of 1.2",
+    "gap": "without a gap: higher rank, as far as on coin flips",
+    "vocabulary": "without the sampled token's noise: farther, at the same rank",
+    "early": "rank correlation over arms, each given the other; zero excluded",
+}
+WORDS = {RANK: "rank", MOVED: "distance"}
+
+
+def summary(
+    comparisons: pd.DataFrame, told: pd.DataFrame, linked: pd.DataFrame
+) -> pd.DataFrame:
+    """One row an experiment: its rule, what came out, and n.
+
+    Args:
+        comparisons: of ``compared``.
+        told: of ``predictions``, of which the last checkpoint counts.
+        linked: of ``links``.
+
+    Returns:
+        Index: the experiments; columns rule, what came out, n. Of an experiment
+        without runs: *not run*.
+    """
+    said: dict[str, list[str]] = {name: [] for name in RULES}
+    counts: dict[str, list[str]] = {name: [] for name in RULES}
+    for row in comparisons.itertuples():
+        beside = "" if row.reference == "opd" else f" beside {row.reference}"
+        text = f"{row.arm} {WORDS[row.metric]} {row.found}{beside} ({row.ratio:.2f})"
+        said[row.experiment].append(text)
+        counts[row.experiment].append(f"{row.n} seeds")
+    for row in told[told["moment"] == "last"].itertuples():
+        kind = row.predictor.partition("_")[0]
+        said["gradients"].append(f"{row.arm}, {kind}: {row.found} ({row.ratio:.2f})")
+        counts["gradients"].append(f"{row.n} seeds")
+    for row in linked.itertuples():
+        text = f"{row.outcome}, {row.predictor}: {row.found} ({row.correlation:.2f})"
+        said["early"].append(text)
+        counts["early"].append(f"{row.n} arms")
+    rows = {
+        name: (rule, "; ".join(said[name]) or "not run", _span(counts[name]))
+        for name, rule in RULES.items()
+    }
+    columns = ["rule", "what came out", "n"]
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return found.rename_axis("experiment")
+
+
+def _span(counts: Sequence[str]) -> str:
+    """The smallest and the largest of several counts of one unit.
+
+    >>> _span(["3 seeds", "2 seeds", "3 seeds"])
+    '2 to 3 seeds'
+    """
+    numbers = sorted({int(count.split()[0]) for count in counts})
+    if not numbers:
+        return "0"
+    unit = counts[0].split()[1]
+    ends = [str(n) for n in dict.fromkeys((numbers[0], numbers[-1]))]
+    return f"{' to '.join(ends)} {unit.removesuffix('s') if ends == ['1'] else unit}"
 
 
 def _partial(values: np.ndarray) -> np.ndarray:

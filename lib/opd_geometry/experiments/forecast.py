@@ -263,11 +263,13 @@ def _held(
     shards = gpus if train.sharded else 1
     copy = 2 if train.mixed_precision == "bf16-copy" else 4 * (shards > 1)
     own = (12 / shards + 4 + copy) * student.parameters
-    if teacher is None:
+    if teacher is None or getattr(train, "teacher_device", None):
         return own
     tables = teacher.vocabulary * teacher.width * (1 if teacher.tied else 2)
     split = (teacher.parameters - tables) / shards
-    return own + (tables + split) * _item(train)
+    dtype = getattr(train, "teacher_dtype", None) or ""
+    item = {"float32": 4, "bfloat16": 2}.get(dtype, _item(train))
+    return own + (tables + split) * item
 
 
 def _activations(

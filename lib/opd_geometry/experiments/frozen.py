@@ -87,12 +87,14 @@ class Followers(torch.optim.Optimizer):
         self._taken += 1
 
 
-def frozen_table(runs: Sequence[Run]) -> pd.DataFrame:
+def frozen_table(runs: Sequence[Run], batches: int | None = None) -> pd.DataFrame:
     """Stable rank of the updates that runs would make if their gradients stayed.
 
     Args:
         runs: which differ in their optimizers alone, so that they share a pass. They
             are not trained, and nothing is stored; the batches are none of their own.
+        batches: stop after so many: enough for the covariance and the first checkpoints
+            (None: as many as the runs have steps).
 
     Returns:
         Columns ``COLUMNS``, at the checkpoints' steps.
@@ -125,15 +127,16 @@ def frozen_table(runs: Sequence[Run]) -> pd.DataFrame:
         loop = loop_of(asked_run, model, tokenizer, followers, 0)
         before = dict(model.named_parameters())
         for step, _ in enumerate(loop, start=1):
-            if step not in one.checkpoint_steps():
-                continue
-            for run, copied in zip(runs, followers.models, strict=True):
+            there = runs if step in one.checkpoint_steps() else ()
+            for run, copied in zip(there, followers.models, strict=False):
                 after = dict(copied.named_parameters())
                 for m in matrices:
                     delta = after[m.name].double() - before[m.name].double()
                     place = (run.key(), run.arm, run.seed, m.name, m.role, m.layer)
                     rank = spectra.stable_rank(delta.detach())
                     rows.append((*place, step, "frozen_stable_rank", rank))
+            if step == batches:
+                break
         for run in runs:
             for m in matrices:
                 place = (run.key(), run.arm, run.seed, m.name, m.role, m.layer)

@@ -137,7 +137,7 @@ _OPTIMIZER_ARMS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 # OPD whose teacher is the anchor itself, its logits divided by a temperature: at one
 # there is no gap when the run begins.
-_SELF_ARMS = {"opd-self-0.5": 0.5, "opd-self-0.9": 0.9, "opd-self": 1.0}
+_SELF_ARMS = {"opd-self-0.5": 0.5, "opd-self": 1.0}
 # Arms whose gradients are never scaled down.
 _UNCLIPPED_ARMS = {
     f"{arm}-unclipped": arm for arm in ("sft", "sft-matched", "opd", "rlvr")

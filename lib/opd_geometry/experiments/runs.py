@@ -632,12 +632,14 @@ def loop_of(
         )
     teacher = None
     if run.teacher is not None and run.train.needs_teacher:
-        own = torch.bfloat16 if run.train.dataset else torch.float32
+        usual = "bfloat16" if run.train.dataset else "float32"
+        own: torch.dtype = getattr(torch, run.train.teacher_dtype or usual)
         teacher, theirs = load_model(_location(run.teacher), own)
         check_same_vocabulary(tokenizer, theirs)
         if run.teacher == run.start:  # as it is handed over: the student at step 0
             teacher = round_to_bfloat16(teacher)
-        if run.train.mixed_precision == "bf16-copy" and own == torch.float32:
+        copied = run.train.mixed_precision == "bf16-copy" and own == torch.float32
+        if copied and not run.train.teacher_dtype:
             teacher = bfloat16_copy(teacher)
     sampler = None
     if run.train.sampler == "vllm":

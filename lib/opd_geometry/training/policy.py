@@ -99,6 +99,10 @@ class PolicyConfig:
         gradient_checkpointing: layers are computed again for the gradient.
         sampled_prompts: prompts whose completions a process samples at once, 0 for all
             of its share; memory only.
+        teacher_dtype: what the teacher computes in, ``float32`` or ``bfloat16``; empty
+            for bf16 on a dataset, else as the student does.
+        teacher_device: where the teacher is, such as ``cuda:1`` or ``cpu``; empty for
+            beside the student.
         sharded: several processes split master weights, moments and the teacher's
             layers (see ``ranks``).
         stop: strings that end a completion as its end-of-sequence token does.
@@ -140,6 +144,8 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     sampled_prompts: int = 0
     sharded: bool = False
+    teacher_dtype: str = ""
+    teacher_device: str = ""
     stop: tuple[str, ...] = ()
     sampler: str = "own"
     sampler_memory: float = 0.3
@@ -207,6 +213,11 @@ class PolicyConfig:
                 "rollouts: it would write at one temperature and score at another; "
                 "set temperature, or rollouts to student"
             )
+        if self.sharded and self.teacher_device:
+            raise ValueError(
+                f"teacher_device {self.teacher_device} with sharded: the teacher's "
+                "layers are split over the processes; leave one of them out"
+            )
         if self.sampler != "own":
             self._check_engine()
 
@@ -248,6 +259,7 @@ _CHOICES = {
     "mixed_precision": PRECISIONS,
     "gap_from": ("rollout", "scoring"),
     "sampler": ("own", "vllm"),
+    "teacher_dtype": ("", "float32", "bfloat16"),
 }
 
 
@@ -303,7 +315,7 @@ def policy_steps(
         has_plain_head(teacher)  # asked while every rank can read it alone
         ranks.shard_layers(teacher.eval(), accelerator.device)
     elif teacher is not None:
-        teacher = teacher.to(accelerator.device).eval()
+        teacher = placed(teacher, config.teacher_device or accelerator.device).eval()
     student.eval()  # no dropout anywhere; Qwen3 has none, other models may
     author = student if config.rollouts == "student" else teacher
     assert author is not None
@@ -551,6 +563,23 @@ def prompts_to_learn(config: PolicyConfig, rewards: Tensor) -> Tensor:
     return losses.group_has_variance(rewards, config.group_size).nonzero().squeeze(1)
 
 
+def placed(model: Any, device: str | torch.device) -> Any:
+    """A model on another device.
+
+    Raises:
+        ValueError: there is no such device, or it has no room.
+    """
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"teacher_device {device}: {said}; expected one such as cpu or cuda:0"
+        ) from error
+
+
 def token_gap(
     config: PolicyConfig,
     student_log_probs: Tensor,
@@ -600,7 +629,8 @@ def _full_vocabulary_loss_in_chunks(
     def score(ours: Tensor, theirs: Tensor, tokens: Tensor) -> Tensor:
         logits = head(ours) / config.temperature
         with torch.no_grad():
-            scored = other(theirs) / config.scoring_temperature
+            scored = other(theirs.to(other.weight.device)).to(ours.device)
+            scored = scored / config.scoring_temperature
             gap = losses.token_log_probs(logits, tokens)
             gap = gap - losses.token_log_probs(scored, tokens)
         kl = losses.token_reverse_kl

@@ -87,6 +87,13 @@ class Rollout:
         ended = ((self.completions == eos_token_id) & self.mask).any(1)
         return ended if self.stopped is None else ended | self.stopped
 
+    def to(self, device: torch.device) -> Rollout:
+        """The same on another device; itself where it is there."""
+        if self.mask.device == device:
+            return self
+        moved = tree_map_only(Tensor, lambda x: x.to(device), vars(self))
+        return Rollout(**moved)
+
     def first_alike(self) -> Tensor:
         """The first completion of a prompt that is the same up to each token.
 
@@ -331,11 +338,9 @@ def of_all_ranks(rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
     """What all ranks wrote and earned, in the order of the prompts."""
     if ranks.count() == 1:
         return rollout, rewards
-    parts = ranks.gathered((vars(rollout), rewards))
-    device = rewards.device
-    found = tree_map_only(Tensor, lambda x: x.to(device), parts)
-    pieces = [Rollout(**written) for written, _ in found]
-    return _joined(pieces), torch.cat([earned for _, earned in found])
+    parts, device = ranks.gathered((vars(rollout), rewards)), rewards.device
+    pieces = [Rollout(**written).to(device) for written, _ in parts]
+    return _joined(pieces), torch.cat([earned.to(device) for _, earned in parts])
 
 
 def _joined(pieces: list[Rollout]) -> Rollout:
@@ -423,8 +428,10 @@ Outputs = Callable[..., Tensor]  # of a model and its inputs, (rows, tokens, col
 def _completion_outputs(
     model: PreTrainedModel, rollout: Rollout, outputs: Outputs
 ) -> Tensor:
-    width = rollout.mask.shape[1]
+    """Computed where the model is, and given where the rollout is."""
+    width, here = rollout.mask.shape[1], rollout.mask.device
     _require_masked_attention(model, rollout.prompt_ids.shape[1] + width)
+    rollout = rollout.to(next(model.parameters()).device)
     rollout = apart_if_long(rollout)
     parts = _passes(rollout)
     in_step = ranks.most(len(parts)) if ranks.lies_apart(model) else len(parts)
@@ -433,7 +440,7 @@ def _completion_outputs(
         _one_pass(model, rollout.take(parts[0]), outputs)
     padded = [pad(part, (0, 0, 0, width - part.shape[1])) for part in read]
     rows = torch.cat([rollout.rows_of(part) for part in parts])
-    return torch.cat(padded)[rows.argsort()]
+    return torch.cat(padded)[rows.argsort()].to(here)
 
 
 def apart_if_long(rollout: Rollout) -> Rollout:
@@ -644,13 +651,15 @@ def completion_log_probs(
     Returns:
         (B, T) float32, in nats; 0 where ``rollout.mask`` is false.
     """
+    here = rollout.mask.device
+    rollout = rollout.to(next(model.parameters()).device)
     if scores_in_chunks(model, rollout.mask.numel()):
         states = completion_states(model, rollout)
         log_probs = chunked_log_probs(model, states, rollout.completions, temperature)
     else:
         logits = completion_logits(model, rollout) / temperature
         log_probs = token_log_probs(logits, rollout.completions)
-    return log_probs.masked_fill(~rollout.mask, 0.0)
+    return log_probs.masked_fill(~rollout.mask, 0.0).to(here)
 
 
 # --- large vocabularies --------------------------------------------------------------

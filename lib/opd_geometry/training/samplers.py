@@ -103,10 +103,11 @@ class OwnSampler:
         share: slice,
     ) -> Rollout:
         """As ``Sampler`` says."""
-        return sample(
+        device = next(self.model.parameters()).device
+        rollout = sample(
             self.model,
-            prompt_ids,
-            prompt_mask,
+            prompt_ids.to(device),
+            prompt_mask.to(device),
             group_size=how.group_size,
             max_new_tokens=how.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
@@ -117,6 +118,7 @@ class OwnSampler:
             stops=stops_at(how.stop, self.tokenizer),
             shared_prefixes=how.shared_prefixes,
         )
+        return rollout.to(prompt_ids.device)
 
 
 class EngineSampler:

@@ -14,6 +14,7 @@ from pathlib import Path
 from opd_geometry.training import ranks
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+PROJECT = "opd-geometry"  # in which those that know projects keep the runs
 Log = Callable[[dict[str, float], int], None]  # of metrics and their step
 
 
@@ -37,16 +38,29 @@ def tracked(name: str, folder: Path, usual: str = "none") -> Iterator[Log]:
     if kind == "none" or ranks.index() > 0:
         yield lambda *_: None
         return
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    PartialState()  # else accelerate's own logger refuses what its trackers say
     made = LOGGER_TYPE_TO_CLASS[kind]
     try:
-        tracker = made(name, folder) if made.requires_logging_directory else made(name)
+        if made.requires_logging_directory:
+            tracker = made(name, folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            apart = {"dir": str(folder)} if kind == "wandb" else {}
+            tracker = made(PROJECT, name=name, **apart)
         tracker.start()
     except ImportError as error:
         raise ValueError(
             f"{kind} is not installed: pip install {kind}, or set "
             "OPD_GEOMETRY_TRACKER to another or to none"
+        ) from error
+    except Exception as error:  # no account, no network, another release
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{kind} does not start: {said}; set OPD_GEOMETRY_TRACKER to another or "
+            "to none"
         ) from error
     try:
         yield lambda metrics, step: tracker.log(metrics, step=step)
