@@ -118,10 +118,11 @@ def expected(row: dict[str, str], finding: dict[str, Any]) -> dict[str, str]:
     seeds = f"{finding['n_seeds']} seed{'' if finding['n_seeds'] == 1 else 's'}"
     verdict = finding["verdict"]
     marked = f"{chapters.VERDICT_MARKS[verdict]} {verdict}"
+    against = board.in_words(f"{finding['null']}; {finding['matched']}")
     known = {
         "claim": f"{finding['statement']} ({finding['id']})",
         "here": board.in_words(f"{shown}; {seeds}") if measured else "–",
-        chapters.AGAINST: board.in_words(f"{finding['null']}; {finding['matched']}"),
+        chapters.AGAINST: re.sub(r": \S+( points)?, ", ": ", against),
         "verdict": marked,
     }
     return {name: known[name] for name in row if name in known}

@@ -156,6 +156,11 @@ def test_a_caption_goes_to_its_figure() -> None:
     (cell,) = site.as_page(v4.new_notebook(cells=[figure, caption])).cells
     options = {"name": "f", "caption": "**A quarter.** Means over 5 seeds."}
     assert cell.metadata["mystnb"]["figure"] == options
+    caption.outputs[0].data["text/markdown"] += " Detection limits: 3 points."
+    figure.metadata["mystnb"]["figure"] = {"name": "f"}
+    drawn, limits = site.as_page(v4.new_notebook(cells=[figure, caption])).cells
+    assert drawn.metadata["mystnb"]["figure"] == options
+    assert "<summary>Detection limits</summary>\n\n3 points.\n" in limits.source
     for cells in ([caption], [v4.new_code_cell("x"), caption]):
         with pytest.raises(ValueError, match="no figure for the caption"):
             site.as_page(v4.new_notebook(cells=cells))
@@ -185,9 +190,11 @@ def test_a_page_folds_code_and_long_tables_and_drops_what_shows_nothing() -> Non
         cell("show()", **table),
         cell("show(long)", **long),
         cell("print(1)", **{"text/plain": "1"}),
+        cell("\n".join(10 * ["x = 1"]), **{"text/plain": "1"}),
+        cell("\n".join(10 * ["assert x"]), **{"text/plain": "1"}),
         cell("say()", "hide-input", "lead", **table),
     ]
-    title, first, published, shown, folded, printed = site.as_page(
+    title, first, published, shown, folded, printed, *code = site.as_page(
         v4.new_notebook(cells=cells)
     ).cells
     assert title.source.startswith("# Title")
@@ -195,6 +202,7 @@ def test_a_page_folds_code_and_long_tables_and_drops_what_shows_nothing() -> Non
     assert published.metadata["tags"] == ["remove-cell"]
     assert shown.metadata["tags"] == ["hide-input"]
     assert printed.metadata["tags"] == []
+    assert [cell.metadata["tags"] for cell in code] == [["hide-input"], []]
     assert folded.metadata["tags"] == ["hide-cell"]
     assert folded.metadata["mystnb"]["code_prompt_show"] == "Rows & more"
 

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from opd_geometry.analysis.bounds import ANGLE, SHIFT, SILENT_DEG
 from opd_geometry.book.figures import (
@@ -20,6 +19,9 @@ from opd_geometry.book.figures import (
     NULL_LABEL,
     SMALL,
     WIDTH,
+    draw_dot,
+    key,
+    legend_above,
     plain_log_ticks,
     present,
     styled,
@@ -58,22 +60,9 @@ def against_bounds(held: pd.DataFrame, arms: Sequence[str]) -> Figure:
         axes[1].set_xlim(low, high)
         axes[0].set(xlabel="norm of the update over gap", ylabel="measured, degrees")
         axes[1].set(xlabel="Mirsky's bound", ylabel="measured")
-        looks: Any = {"linestyle": "", "marker": "o", "markersize": 5}
-        keys: list[Any] = [
-            Line2D(
-                [], [], color=ARM_STYLES[a].colour, label=ARM_STYLES[a].label, **looks
-            )
-            for a in arms
-        ]
-        keys.append(Line2D([], [], color=GREY, label=NULL_LABEL, **looks))
-        keys.append(Line2D([], [], color=GREY, lw=1, label="bound"))
-        figure.legend(
-            handles=keys,
-            loc="outside upper center",
-            ncols=4,
-            fontsize=SMALL,
-            frameon=False,
-        )
+        keys = {ARM_STYLES[arm].label: key(ARM_STYLES[arm].colour) for arm in arms}
+        keys |= {NULL_LABEL: key(GREY), "bound": key(GREY, "-")}
+        legend_above(figure, keys, ncols=4)
     return figure
 
 
@@ -166,8 +155,7 @@ def share_of_bounds(
         for ax in axes:
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
-        key = Line2D([], [], color=GREY, lw=2.4, label=NULL_LABEL)
-        figure.legend(handles=[key], loc="outside upper right", frameon=False)
+        legend_above(figure, {NULL_LABEL: key(GREY, "-")}, ncols=1)
     return figure
 
 
@@ -215,8 +203,7 @@ def steering_dots(found: pd.DataFrame, arms: Sequence[str]) -> Figure:
                     row = rows.loc[(arm, side)]
                     colour = GREY if side == "null" else ARM_STYLES[arm].colour
                     y = place + offset
-                    ax.plot(row["mean"], y, "o", color=colour, ms=5, label=f"_{side}")
-                    ax.hlines(y, row["low"], row["high"], color=colour, lw=1.4)
+                    draw_dot(ax, row["mean"], y, (row["low"], row["high"]), colour)
             ax.axvline(0, color=GREY, lw=0.8)
             ax.set(
                 title=f"goes with a {cause}", xlabel="rank correlation", xlim=(-1, 1)
@@ -227,6 +214,5 @@ def steering_dots(found: pd.DataFrame, arms: Sequence[str]) -> Figure:
         axes[0].invert_yaxis()
         for label, arm in zip(axes[0].get_yticklabels(), arms, strict=True):
             label.set_color(ARM_STYLES[arm].colour)
-        key = Line2D([], [], color=GREY, marker="o", ms=5, lw=1.4, label=NULL_LABEL)
-        figure.legend(handles=[key], loc="outside upper right", frameon=False)
+        legend_above(figure, {NULL_LABEL: key(GREY)}, ncols=1)
     return figure

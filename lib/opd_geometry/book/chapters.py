@@ -638,11 +638,16 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
                 "claim": f"{claim.statement} ({claim.id})",
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 "here": _here(finding, levels_text(claim, levels)),
-                AGAINST: in_words(f"{finding.null}; {finding.matched}"),
+                AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _outcomes(against: str) -> str:
+    """What a null and a control came to; their numbers stand in the cards."""
+    return in_words(re.sub(r": [^;,]*, (?=[a-z])", ": ", against))
 
 
 def _here(finding: Finding, levels: str) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from opd_geometry.analysis.choices import Choice, Reading, level
@@ -20,6 +19,8 @@ from opd_geometry.book.figures import (
     GREY,
     METRIC_LABELS,
     WIDTH,
+    key,
+    legend_above,
     place_labels,
     plain_log_ticks,
     present,
@@ -75,11 +76,8 @@ def by_choice(
             if alike:  # one quantity: one axis, and the lines are named once
                 share_vertical(used)
             named += used[-1:] if alike else used
-        keys: list[Any] = [
-            Line2D([], [], linestyle=":", color=GREY, label=NULL_KEY),
-            Rectangle((0, 0), 1, 1, color=GREY, alpha=0.2, lw=0, label=DEFAULT_KEY),
-        ]
-        figure.legend(handles=keys, loc="outside upper left", ncols=2, frameon=False)
+        band = Rectangle((0, 0), 1, 1, color=GREY, alpha=0.2, lw=0)
+        legend_above(figure, {NULL_KEY: key(GREY, ":"), DEFAULT_KEY: band}, ncols=2)
         figure.draw_without_rendering()  # places the axes, which the labels measure
         for ax in named:
             place_labels(ax)

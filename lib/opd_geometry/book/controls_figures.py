@@ -4,7 +4,6 @@ In the book's one style (see ``figures``); tidy tables in, figures out.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -19,6 +18,9 @@ from opd_geometry.book.figures import (
     SMALL,
     ArmStyle,
     at_end,
+    draw_dot,
+    key,
+    legend_above,
     name_rows,
     panel_row,
     present,
@@ -80,9 +82,8 @@ def subspace_dots(
 
 def _draw_loss(ax: Axes, place: int, row: pd.Series, colour: str) -> None:
     """A dot with its interval; open where the subspace falls short."""
-    ax.hlines(place, row["kept_low"], row["kept_high"], color=colour, lw=1.4)
-    face = colour if row["outcome"] == "suffices" else "none"
-    ax.plot(row["kept"], place, "o", ms=5, mfc=face, mec=colour)
+    ends, short = (row["kept_low"], row["kept_high"]), row["outcome"] != "suffices"
+    draw_dot(ax, row["kept"], place, ends, colour, hollow=short)
 
 
 def benchmark_dots(
@@ -117,9 +118,8 @@ def benchmark_dots(
                 ax.axhline(between - 0.5, color=GREY, lw=0.3)
         names = [metric.removeprefix("accuracy/") for metric in ALL_ACCURACIES]
         name_rows(axes[0], names)
-        dots, labels = axes[0].get_legend_handles_labels()
-        place: Any = {"loc": "outside upper center", "ncols": len(labels)}
-        figure.legend(dots, labels, fontsize=SMALL, frameon=False, **place)
+        keys = {x.label: key(x.colour, hollow=x.dash == "--") for x in arms.values()}
+        legend_above(figure, keys, ncols=len(keys))
     return figure
 
 
@@ -131,8 +131,5 @@ def _draw_benchmarks(
         seeds = at_end(table[table["arm"] == arm], metric)["value"]
         if seeds.empty:
             continue
-        ax.hlines(place + shift, seeds.min(), seeds.max(), color=look.colour, lw=1.2)
-        face = "none" if look.dash == "--" else look.colour
-        label = look.label if place == 0 else "_again"
-        dot: Any = {"mfc": face, "mec": look.colour, "color": look.colour}
-        ax.plot(seeds.mean(), place + shift, "o", ms=4.5, lw=0, label=label, **dot)
+        ends, hollow = (seeds.min(), seeds.max()), look.dash == "--"
+        draw_dot(ax, seeds.mean(), place + shift, ends, look.colour, hollow=hollow)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
     TEXT,
+    draw_dot,
+    key,
     labelled,
     legend_above,
     mark_of,
@@ -41,20 +42,15 @@ def shared(worlds: Mapping[str, pd.DataFrame], arm: str = "opd") -> Figure:
             ax.axvline(0.0, color=GREY, ls=":", lw=1.2)
             for row in table.to_dict("records"):
                 y, colour = arms.index(row["other"]), ARM_STYLES[row["other"]].colour
-                ax.plot([row["low"], row["high"]], [y, y], color=colour, lw=1.4)
-                ax.plot(row["cosine"], y, "o", color=colour, ms=6)
+                draw_dot(ax, row["cosine"], y, (row["low"], row["high"]), colour)
                 ax.plot(row["subspace"], y, "D", color=colour, mfc="none", ms=5)
             ax.set_xlim(-1, 1.05)  # of a cosine, whatever an interval of two pairs says
         same = f"{ARM_STYLES[arm].label}, another seed"
         names = [same if a == arm else ARM_STYLES[a].label for a in arms]
         name_rows(axes[0], names)
         keys = {
-            "cosine of the updates": Line2D(
-                [], [], color=TEXT, marker="o", ls="", ms=6
-            ),
-            "overlap of their leading subspaces": Line2D(
-                [], [], color=TEXT, marker="D", mfc="none", ls="", ms=5
-            ),
+            "cosine of the updates": key(TEXT),
+            "overlap of their leading subspaces": key(TEXT, "D", hollow=True),
         }
         legend_above(figure, keys, ncols=2)
     return figure

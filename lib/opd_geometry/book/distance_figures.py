@@ -4,7 +4,7 @@ In the book's one style (see ``figures``); tables of ``analysis.distance`` in, f
 out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from opd_geometry.analysis.distance import (
@@ -30,6 +29,11 @@ from opd_geometry.book.figures import (
     SMALL,
     TEXT,
     WIDTH,
+    arm_keys,
+    draw_dot,
+    key,
+    legend_above,
+    mark_of,
     name_rows,
     panel_row,
     styled,
@@ -85,14 +89,8 @@ def curves(table: pd.DataFrame, shares: pd.DataFrame) -> Figure:
             share = known.loc[metric, "share"]
             ax.set_title(f"{METRIC_LABELS[metric]}\n{share:.1%} is distance")
         figure.supxlabel("relative norm of the update", fontsize=10, color=TEXT)
-        keys = [
-            Line2D([], [], color=ARM_STYLES[a].colour, marker="o", ls="", markersize=4)
-            for a in MAIN
-        ]
-        keys += [Line2D([], [], color=GREY, marker="o", ls="", markersize=4)]
-        keys += [Line2D([], [], color=TEXT)]
-        names = [*(ARM_STYLES[a].label for a in MAIN), "all other runs", "one curve"]
-        figure.legend(keys, names, loc="outside upper left", ncols=5, frameon=False)
+        others = {"all other runs": key(GREY), "one curve": key(TEXT, "-")}
+        legend_above(figure, arm_keys(MAIN) | others, ncols=5)
     return figure
 
 
@@ -151,20 +149,16 @@ def permutations(found: pd.DataFrame) -> Figure:
                 ax.axvline(null, color=GREY, ls=":", lw=1.2)
                 for _, row in rows[rows["mask"] == mask].iterrows():
                     place = densities.index(row["density"]) - (len(densities) - 1) / 2
-                    y, look = (
-                        arms.index(row["arm"]) + 0.18 * place,
-                        ARM_STYLES[row["arm"]],
-                    )
-                    ends = [unit * row[low], unit * row[high]]
-                    ax.plot(ends, [y, y], color=look.colour, lw=1)
-                    mark = markers[row["density"]]
-                    ax.plot(unit * row[value], y, mark, color=look.colour, markersize=4)
+                    y = arms.index(row["arm"]) + 0.18 * place
+                    ends = (unit * row[low], unit * row[high])
+                    look = ARM_STYLES[row["arm"]].colour, markers[row["density"]]
+                    draw_dot(ax, unit * row[value], y, ends, *look)
                 ax.set_title(MASK_LABELS[mask], fontsize=SMALL)
                 ax.set_xlabel(words, fontsize=SMALL)
             line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
-        keys = [Line2D([], [], color=GREY, marker=m, ls="") for m in markers.values()]
         names = ["own density" if d == "own" else f"{float(d):.1%}" for d in markers]
-        figure.legend(keys, names, loc="outside upper left", ncols=4, frameon=False)
+        keys = [key(GREY, mark) for mark in markers.values()]
+        legend_above(figure, dict(zip(names, keys, strict=True)), ncols=4)
     return figure
 
 
@@ -210,20 +204,16 @@ def angles(found: pd.DataFrame) -> Figure:
                 for row in rows[rows["metric"] == metric].itertuples():
                     colour, open_ = ARM_STYLES[row.arm].colour, row.null == "turned"
                     y = arms.index(row.arm) + (0.14 if open_ else -0.14)
-                    ax.plot([row.low, row.high], [y, y], color=colour, lw=1)
-                    face = "none" if open_ else colour
-                    ax.plot(
-                        row.times, y, "D" if open_ else "o", mfc=face, mec=colour, ms=5
-                    )
+                    mark, ends = "D" if open_ else "o", (row.low, row.high)
+                    draw_dot(ax, row.times, y, ends, colour, mark, open_)
                 ax.set_title(METRIC_LABELS[metric].removesuffix(" (deg)"))
                 ax.set_xlabel("times its null", fontsize=SMALL)
             line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
-        keys = [
-            Line2D([], [], color=GREY, ls="", marker="o"),
-            Line2D([], [], color=GREY, ls="", marker="D", mfc="none"),
-        ]
-        names = ["over a Gaussian of its norm", "over its own singular values, turned"]
-        figure.legend(keys, names, loc="outside upper left", ncols=2, frameon=False)
+        keys = {
+            "over a Gaussian of its norm": key(GREY),
+            "over its own singular values, turned": key(GREY, "D", hollow=True),
+        }
+        legend_above(figure, keys, ncols=2)
     return figure
 
 
@@ -245,53 +235,39 @@ def energy_dots(found: pd.DataFrame) -> Figure:
             look, rows = ARM_STYLES[arm], found[found["arm"] == arm]
             shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
             y = [places.index(name) + shift for name in rows["place"]]
-            ax.hlines(y, rows["low"], rows["high"], color=look.colour, lw=1)
-            mark = "o" if look.dash == "-" else "D"
-            ax.plot(rows["times"], y, mark, color=look.colour, ms=4, label=look.label)
-        ax.set_yticks(range(len(places)), [PLACE_LABELS[name] for name in places])
-        ax.invert_yaxis()
+            ends = (rows["low"], rows["high"])
+            draw_dot(ax, rows["times"], y, ends, look.colour, mark_of(arm))
+        name_rows(ax, [PLACE_LABELS[name] for name in places])
         ax.set_xscale("log")
         ax.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
         ax.set_xlabel("energy of the update, chance = 1")
-        figure.legend(loc="outside upper left", ncols=4, frameon=False)
+        legend_above(figure, arm_keys(arms), ncols=4)
     return figure
 
 
-def displacement_dots(found: pd.DataFrame, arms: Sequence[str] | None = None) -> Figure:
+def displacement_dots(found: pd.DataFrame) -> Figure:
     """How far arms moved in the learning rate's own unit, and how often clipped.
 
     Args:
         found: of ``distance.displacements``.
-        arms: order of the rows; None: as found.
 
     Returns:
         A row an arm: the displacement with its 95 % interval, and the share of clipped
         steps in words; grey where Adam takes noise.
     """
     rows = found.set_index("arm")
-    rows = rows.loc[[arm for arm in arms or rows.index if arm in rows.index]]
     with styled():
         figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.33 * len(rows)))
         ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
         ax.set_xlim(0, 1.6 * float(rows["displacement"].max()))
         for y, (arm, row) in enumerate(rows.iterrows()):
             colour = ARM_STYLES[str(arm)].colour
-            ax.plot([row["low"], row["high"]], [y, y], color=colour, lw=1.5)
-            ax.plot(row["displacement"], y, "o", color=colour, ms=5)
+            draw_dot(ax, row["displacement"], y, (row["low"], row["high"]), colour)
             said = f"{row['clipped']:.1%} of steps clipped"
-            ax.text(
-                0.99,
-                y,
-                said,
-                transform=ax.get_yaxis_transform(),
-                ha="right",
-                va="center",
-                fontsize=SMALL,
-            )
-        labels = [ARM_STYLES[str(arm)].label for arm in rows.index]
-        ax.set_yticks(range(len(rows)), labels)
-        ax.invert_yaxis()
+            at: Any = {"transform": ax.get_yaxis_transform(), "va": "center"}
+            ax.text(0.99, y, said, ha="right", fontsize=SMALL, **at)
+        name_rows(ax, [ARM_STYLES[str(arm)].label for arm in rows.index])
         ax.set_xlabel("root mean square change in units of the learning rate, √Σ lr²")
     return figure
 
@@ -340,14 +316,12 @@ def ladder(comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> Fi
 
 def _draw_rung(ax: Axes, place: int, rows: pd.DataFrame) -> None:
     """One pair in one metric: two dots with intervals, and the null."""
-    for at, shift, face in ((AT_END, -0.14, "none"), (AT_EQUAL_NORM, 0.14, None)):
+    for at, shift, hollow in ((AT_END, -0.14, True), (AT_EQUAL_NORM, 0.14, False)):
         row = rows.loc[at]
         if np.isnan(row["ratio"]):
             continue
-        colour = ARM_STYLES[row["other"]].colour
-        look: Any = {"color": colour, "lw": 1.2}
-        ax.hlines(place + shift, row["low"], row["high"], **look)
-        ax.plot(row["ratio"], place + shift, "o", ms=5, mfc=face or colour, mec=colour)
+        ends, colour = (row["low"], row["high"]), ARM_STYLES[row["other"]].colour
+        draw_dot(ax, row["ratio"], place + shift, ends, colour, hollow=hollow)
     null = rows.loc[AT_EQUAL_NORM, "null"]
     if np.isfinite(null):
         ax.vlines(null, place + 0.0, place + 0.3, color=GREY, lw=2)

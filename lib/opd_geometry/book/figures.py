@@ -17,6 +17,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from opd_geometry.geometry.defaults import ATTENTION_ROLES, LAYER_ROLES, MASK_ALPHA
@@ -32,7 +33,6 @@ GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0065b8", "#b35900", "#007a4d"
 RED, PURPLE, BROWN, LIGHT_BLUE = "#c2256b", "#7348bd", "#7d5526", "#007a8f"
 OLIVE = "#5b6b00"
 _COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, LIGHT_BLUE, OLIVE]
-_SEQUENTIAL = "YlGnBu"
 
 
 class ArmStyle(NamedTuple):
@@ -77,7 +77,7 @@ ARM_STYLES = {
     "tokens-top-25": ArmStyle("top-gap 25 %", PURPLE),
     "tokens-random-50": ArmStyle("random 50 %", BROWN, "--"),
     "tokens-random-25": ArmStyle("random 25 %", OLIVE, "--"),
-    "off-policy": ArmStyle("teacher writes", PURPLE),
+    "off-policy": ArmStyle("OPD off-policy", PURPLE),
     "mix-0.75": ArmStyle("α = 0.75", BLUE, "--"),
     "mix-0.50": ArmStyle("α = 0.5", LIGHT_BLUE),
     "mix-0.25": ArmStyle("α = 0.25", PURPLE),
@@ -89,8 +89,8 @@ ARM_STYLES = {
     "rlvr-flip-30": ArmStyle("RLVR, 30 % flipped", GREEN, ":"),
     "rlvr-flip-45": ArmStyle("RLVR, 45 % flipped", GREEN, "-."),
     "rlvr-coin": ArmStyle("RLVR on coin flips", GREY),
-    "off-policy-ratio": ArmStyle("teacher writes, ratio", PURPLE, "--"),
-    "off-policy-ratio-clip": ArmStyle("teacher writes, clipped ratio", PURPLE, ":"),
+    "off-policy-ratio": ArmStyle("OPD off-policy, ratio", PURPLE, "--"),
+    "off-policy-ratio-clip": ArmStyle("OPD off-policy, clipped", PURPLE, ":"),
     "sft-matched-unclipped": ArmStyle("SFT, matched, unclipped", RED, ":"),
     "rlvr-paper": ArmStyle("RLVR, the paper's ratio", GREEN, "--"),
     "opd-task-gcd": ArmStyle("OPD on gcd", PURPLE),
@@ -400,9 +400,7 @@ def trajectories(
     heights = [h for row in far for h in ((0.3, 2.3) if any(row) else (2.6,))]
     n_columns = max(map(len, grid))
     with styled():
-        figure = plt.figure(
-            figsize=(WIDTH if n_columns > 1 else 0.62 * WIDTH, 0.4 + sum(heights))
-        )
+        figure = plt.figure(figsize=(WIDTH, 0.4 + sum(heights)))
         places = figure.add_gridspec(len(heights), n_columns, height_ratios=heights)
         place = 0
         for panels, broken in zip(grid, far, strict=True):
@@ -547,6 +545,27 @@ def name_rows(ax: Axes, names: Sequence[str], **look: Any) -> None:
     ax.invert_yaxis()
 
 
+def draw_dot(
+    ax: Axes,
+    x: Any,
+    y: Any,
+    ends: tuple[Any, Any],
+    colour: str,
+    mark: str = "o",
+    hollow: bool = False,
+) -> None:
+    """A mark in its row, or several, each with a line from end to end."""
+    ax.hlines(y, *ends, color=colour, lw=1.3)
+    ax.plot(x, y, mark, color=colour, mfc="none" if hollow else colour, ms=5)
+
+
+def key(colour: str, mark: str = "o", hollow: bool = False) -> Line2D:
+    """What a mark looks like, for a legend; ``-`` and ``:`` are lines."""
+    line = mark in "-:"
+    look: Any = {"ls": mark} if line else {"ls": "", "marker": mark, "ms": 5}
+    return Line2D([], [], color=colour, mfc="none" if hollow else colour, **look)
+
+
 def world_panels(
     worlds: Iterable[str], height: float, xlabel: str, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
@@ -578,6 +597,12 @@ def labelled(axes: Iterable[Axes]) -> dict[str, Artist]:
 def mark_of(arm: str) -> str:
     """The marker that goes with an arm's dash."""
     return {"-": "o", "--": "D", ":": "v", "-.": "s"}[ARM_STYLES[arm].dash]
+
+
+def arm_keys(arms: Iterable[str]) -> dict[str, Artist]:
+    """For a legend: the arms' names and marks."""
+    looks = {arm: ARM_STYLES[arm] for arm in arms}
+    return {look.label: key(look.colour, mark_of(arm)) for arm, look in looks.items()}
 
 
 def share_vertical(row: Sequence[Axes]) -> None:
@@ -743,12 +768,8 @@ def _by_role_and_layer(
     ).reindex(columns=list(roles))
 
 
-def draw_heat(
-    ax: Axes,
-    values: pd.DataFrame,
-    limits: tuple[float, float],
-    form: str | None = None,
-    colours: str = _SEQUENTIAL,
+def _draw_heat(
+    ax: Axes, values: pd.DataFrame, limits: tuple[float, float], form: str | None
 ) -> None:
     """A square a cell, the first row at the top; with a number in it or a colour bar.
 
@@ -757,7 +778,6 @@ def draw_heat(
         values: a row a line of the map; NaN leaves its square empty.
         limits: values of the first and of the last colour.
         form: of the numbers, such as ``.0f``; None writes none.
-        colours: a colour map.
     """
     import seaborn as sns  # takes a second, which pages without a map need not wait
 
@@ -769,7 +789,7 @@ def draw_heat(
         fmt=form or "",
         annot_kws={"fontsize": SMALL},
         cbar=False,
-        cmap=colours,
+        cmap="YlGnBu",
         vmin=limits[0],
         vmax=limits[1],
         linewidths=0.5 if few else 0.0,
@@ -832,7 +852,7 @@ def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> Non
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
     few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 3
-    draw_heat(ax, values, (low, high), ".2g" if few else None)
+    _draw_heat(ax, values, (low, high), ".2g" if few else None)
     if not few:
         figure = ax.get_figure(root=True)
         assert figure is not None
@@ -911,10 +931,7 @@ def draw_bars(
 
 
 def projected_training(
-    table: pd.DataFrame,
-    families: Sequence[str] = ("opd", "sft"),
-    branch_frac: float = 0.2,
-    metric: str = "accuracy/chain",
+    table: pd.DataFrame, families: Sequence[str] = ("opd", "sft")
 ) -> Figure:
     """Accuracy of projected against free runs (Figure 6 of the paper).
 
@@ -922,8 +939,6 @@ def projected_training(
         table: tidy.
         families: a panel each: the free arm, whose confined twins are named
             ``-projected`` and more.
-        branch_frac: share of training after which the projection holds.
-        metric: a model metric.
 
     Returns:
         The figure; the null is the random subspace of the same rank, and a dotted
@@ -932,24 +947,24 @@ def projected_training(
     Raises:
         ValueError: the table has none of a panel's arms.
     """
-    moment = f"{100 * branch_frac:.0f} %"
+    branch, moment = 0.2, "20 %"
     with styled():
         figure, axes = plt.subplots(
             1, len(families), figsize=(WIDTH, 3.4), sharey=True, squeeze=False
         )
         for ax, family in zip(axes[0], families, strict=True):
             twins = [arm for arm in ARM_STYLES if arm.startswith(f"{family}-projected")]
-            values = over_matrices(table, metric)
+            values = over_matrices(table, "accuracy/chain")
             for arm in present(table, [family, *reversed(twins)]):
                 draw_curve(ax, values[values["arm"] == arm], ARM_STYLES[arm])
-            parting = values[np.isclose(values["frac"], branch_frac)]
+            parting = values[np.isclose(values["frac"], branch)]
             level = parting[parting["arm"] == family]["value"].mean()
-            ax.axvline(branch_frac, color=GREY, lw=0.8, label="_branch")
+            ax.axvline(branch, color=GREY, lw=0.8, label="_branch")
             flat: Any = {"color": GREY, "label": f"as at {moment}"}
-            ax.plot([branch_frac, 1], [level, level], ":", **flat)
+            ax.plot([branch, 1], [level, level], ":", **flat)
             title = f"{ARM_STYLES[family].label}, confined after {moment}"
             ax.set(xlim=(0, 1), title=title, xlabel="share of training")
-        axes[0][0].set_ylabel(METRIC_LABELS.get(metric, metric))
+        axes[0][0].set_ylabel(METRIC_LABELS["accuracy/chain"])
         for ax in axes[0]:
             place_labels(ax)
     return figure

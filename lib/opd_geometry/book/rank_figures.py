@@ -3,7 +3,7 @@
 In the book's one style (see ``figures``); tidy tables in, figures out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from opd_geometry.book.figures import (
     ARM_STYLES,
@@ -20,6 +19,9 @@ from opd_geometry.book.figures import (
     GREY,
     SMALL,
     WIDTH,
+    draw_dot,
+    key,
+    legend_above,
     over_matrices,
     plain_log_ticks,
     present,
@@ -66,20 +68,14 @@ def null_dots(
                 ):
                     seeds = ends[ends["arm"] == arm]["value"]
                     if len(seeds):
-                        face = ARM_STYLES[arm].colour if place == 0 else "none"
-                        _draw_mean(ax, place + shift, seeds, arm, face)
+                        _draw_mean(ax, place + shift, seeds, arm, place > 0)
             ax.axhline(0.5, color=GREY, lw=0.6)
             ax.set_yticks(range(len(rows)), list(rows.values()))
             ax.set(title=title, ylim=(len(rows) - 0.5, -0.5), xscale="log")
             plain_log_ticks(ax.xaxis)
             ax.tick_params(axis="y", length=0)
-        keys = [
-            Line2D([], [], color=ARM_STYLES[arm].colour, marker="o", ms=5)
-            for arm in arms
-        ]
-        names = [ARM_STYLES[arm].label for arm in arms]
-        place_of: Any = {"loc": "outside upper right", "ncols": len(arms)}
-        figure.legend(keys, names, fontsize=SMALL, frameon=False, **place_of)
+        keys = {ARM_STYLES[arm].label: key(ARM_STYLES[arm].colour) for arm in arms}
+        legend_above(figure, keys, ncols=len(arms))
     return figure
 
 
@@ -98,11 +94,12 @@ def moments(table: pd.DataFrame, metric: str, moment: str) -> pd.DataFrame:
     return values.groupby(["arm", "seed"], as_index=False).agg(value=("value", moment))
 
 
-def _draw_mean(ax: Axes, place: float, seeds: pd.Series, arm: str, face: str) -> None:
+def _draw_mean(
+    ax: Axes, place: float, seeds: pd.Series, arm: str, hollow: bool = False
+) -> None:
     """A dot at the mean, a line over the seeds."""
-    colour = ARM_STYLES[arm].colour
-    ax.hlines(place, seeds.min(), seeds.max(), color=colour, lw=1.4)
-    ax.plot(seeds.mean(), place, "o", ms=5.5, mfc=face, mec=colour, mew=1.4)
+    ends, colour = (seeds.min(), seeds.max()), ARM_STYLES[arm].colour
+    draw_dot(ax, seeds.mean(), place, ends, colour, hollow=hollow)
 
 
 def course_dots(
@@ -131,17 +128,23 @@ def course_dots(
         ax.text(margin, -0.75, " margin", color=GREY, fontsize=SMALL, va="bottom")
         for place, arm in enumerate(there):
             row, colour = rows.loc[arm], ARM_STYLES[arm].colour
-            ax.hlines(place, row["low"], row["high"], color=colour, lw=1.6)
-            ax.plot(row["factor"], place, "o", ms=5.5, color=colour)
-        of_group = {arm: name for name, arms in groups.items() for arm in arms}
-        for place, (one, two) in enumerate(pairwise(there)):
-            if of_group[one] != of_group[two]:
-                ax.axhline(place + 0.5, color=GREY, lw=0.6)
+            draw_dot(ax, row["factor"], place, (row["low"], row["high"]), colour)
+        _part_groups([ax], there, groups)
         ax.set_yticks(range(len(there)), [named[arm] for arm in there])
         ax.set(ylim=(len(there) - 0.5, -0.8))
         ax.set_xlabel("mean factor between the stable ranks; 1: one trajectory")
         ax.tick_params(axis="y", length=0)
     return figure
+
+
+def _part_groups(
+    axes: Iterable[Axes], arms: Sequence[str], groups: Mapping[str, Iterable[str]]
+) -> None:
+    """A line between the rows of two groups."""
+    of_group = {arm: name for name, there in groups.items() for arm in there}
+    for place, (one, two) in enumerate(pairwise(arms)):
+        for ax in axes if of_group[one] != of_group[two] else ():
+            ax.axhline(place + 0.5, color=GREY, lw=0.6)
 
 
 def source_dots(
@@ -173,18 +176,14 @@ def source_dots(
             ends = moments(table, metric, "last")
             for place, arm in enumerate(arms):
                 seeds = ends[ends["arm"] == arm]["value"]
-                _draw_mean(ax, place, seeds, arm, ARM_STYLES[arm].colour)
+                _draw_mean(ax, place, seeds, arm)
                 if metric == "stable_rank" and arm in walked:
                     mark: Any = {"mfc": "none", "mec": ARM_STYLES[arm].colour}
                     ax.plot(walked[arm], place, "D", ms=5, **mark)
             ax.set(title=f"{title} at the end", xscale="log")
             plain_log_ticks(ax.xaxis)
             ax.tick_params(axis="y", length=0)
-        of_group = {arm: name for name, of in groups.items() for arm in of}
-        for place, (one, two) in enumerate(pairwise(arms)):
-            if of_group[one] != of_group[two]:
-                for ax in axes:
-                    ax.axhline(place + 0.5, color=GREY, lw=0.6)
+        _part_groups(axes, arms, groups)
         axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
         axes[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from opd_geometry.analysis.real_model import LOCK_NULLS
 from opd_geometry.book.figures import (
@@ -15,6 +14,9 @@ from opd_geometry.book.figures import (
     GREY,
     LABELS,
     TEXT,
+    arm_keys,
+    draw_dot,
+    key,
     legend_above,
     mark_of,
     name_rows,
@@ -46,19 +48,13 @@ def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
                 rows, look = table[table["arm"] == arm], ARM_STYLES[arm]
                 shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
                 y = [metrics.index(metric) + shift for metric in rows["metric"]]
-                ax.hlines(y, rows["low"], rows["high"], color=look.colour, lw=1)
-                ax.plot(rows["times"], y, mark_of(arm), color=look.colour, ms=4)
+                ends = (rows["low"], rows["high"])
+                draw_dot(ax, rows["times"], y, ends, look.colour, mark_of(arm))
             ax.set_xscale("log")
             ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
             ax.minorticks_off()
         name_rows(axes[0], [LABELS[metric] for metric in metrics])
-        dots = {
-            ARM_STYLES[arm].label: Line2D(
-                [], [], color=ARM_STYLES[arm].colour, marker=mark_of(arm), ls=""
-            )
-            for arm in arms
-        }
-        legend_above(figure, dots, ncols=4)
+        legend_above(figure, arm_keys(arms), ncols=4)
     return figure
 
 
@@ -85,9 +81,7 @@ def locking(worlds: Mapping[str, pd.DataFrame]) -> Figure:
                     ax.plot(row[name], y, mark, color=TEXT, mfc="none", ms=5)
             ax.set_xlim(0, 1)
         name_rows(axes[0], [ARM_STYLES[arm].label for arm in arms])
-        keys = {"own": Line2D([], [], color=TEXT, marker="o", ls="", ms=6)}
-        for name, mark in LOCK_MARKS.items():
-            hollow = Line2D([], [], color=TEXT, marker=mark, mfc="none", ls="")
-            keys[f"null: {name}"] = hollow
+        nulls = {f"null: {n}": key(TEXT, m, True) for n, m in LOCK_MARKS.items()}
+        keys = {"own": key(TEXT)} | nulls
         legend_above(figure, keys, ncols=3)
     return figure

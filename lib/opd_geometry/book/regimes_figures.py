@@ -23,6 +23,8 @@ from opd_geometry.book.figures import (
     ArmStyle,
     at_end,
     draw_curve,
+    labelled,
+    legend_above,
     name_rows,
     panel_row,
     plain_log_ticks,
@@ -86,9 +88,8 @@ def sweep(
         if printed:
             at_paper: Any = {"color": GREY, "lw": 0, "label": "the paper prints"}
             axes[0][0].plot([], [], "<", **at_paper)
-        lines, names = axes[0][0].get_legend_handles_labels()
-        place: Any = {"loc": "outside upper center", "ncols": len(names)}
-        figure.legend(lines, names, fontsize=SMALL, frameon=False, **place)
+        keys = labelled(axes[0][:1])
+        legend_above(figure, keys, ncols=len(keys))
     return figure
 
 

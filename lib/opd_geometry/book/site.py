@@ -23,6 +23,7 @@ import nbformat
 import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
 from PIL import Image
 
 from opd_geometry import sources
@@ -30,7 +31,6 @@ from opd_geometry.analysis.claims import read_claims
 from opd_geometry.book import board
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
-COMPLAINT = re.compile(r"(?:WARNING|ERROR|CRITICAL|Error):")
 
 # A path that exists on one machine only. In a text the first folder gives it away.
 MACHINE_PATH = re.compile(
@@ -38,6 +38,8 @@ MACHINE_PATH = re.compile(
     r"|builds|usr/(?:local|lib))/[\w.-]+|\b[A-Z]:\\+Users\b"
 )
 LONGEST_TABLE = 9  # rows that are shown unfolded, the head among them
+LONGEST_CODE = 8  # lines, likewise, of code that asserts nothing
+LIMITS = "Detection limits:"  # begins the tail of a caption, which is folded
 FOLDED = {"hide-input", "remove-input", "remove-cell", "hide-output", "hide-cell"}
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
@@ -389,9 +391,13 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
         texts = [o.data["text/markdown"] for o in cell.outputs if "data" in o]
         if "figure" not in options or not texts:
             raise ValueError(f"no figure for the caption, or none executed: {cell.id}")
-        options["figure"]["caption"] = texts[0]
+        told, _, limits = texts[0].partition(LIMITS)
+        options["figure"]["caption"] = told.rstrip()
+        if limits:
+            kept.append(_folded(cell.id, LIMITS.rstrip(":"), limits))
     first = [cell for cell in kept if "lead" in _tags(cell)]
     rest = [cell for cell in kept if "lead" not in _tags(cell)]
+    first.sort(key=_draws)  # the sentence, then its table
     for cell in first:  # a page begins with what came out, not with a bar of code
         if cell.cell_type == "code":
             cell.metadata["tags"] = ["lead", "remove-input"]
@@ -402,12 +408,24 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
             "chapters.check_" in cell.source or not _shows(cell)
         ):
             cell.metadata["tags"] = ["remove-cell"]
-        elif _draws(cell) and not FOLDED & {*_tags(cell)}:
+        elif (_draws(cell) or _is_long(cell)) and not FOLDED & {*_tags(cell)}:
             cell.metadata["tags"] = [*_tags(cell), "hide-input"]
     for cell in rest:
         _name_fold(cell)
     notebook.cells = [*rest[:1], *first, *rest[1:]]
     return notebook
+
+
+def _folded(name: str, summary: str, text: str) -> NotebookNode:
+    """Text under a summary that opens it."""
+    head = f'<details class="limits"><summary>{summary}</summary>'
+    return new_markdown_cell(f"{head}\n\n{text.strip()}\n\n</details>", id=name)
+
+
+def _is_long(cell: NotebookNode) -> bool:
+    """Whether a cell is code that its outputs can be read without."""
+    case = "assert " in cell.source
+    return not case and len(cell.source.splitlines()) > LONGEST_CODE
 
 
 def _shows(cell: NotebookNode) -> bool:

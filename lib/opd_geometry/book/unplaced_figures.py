@@ -19,7 +19,6 @@ from opd_geometry.book import figures
 from opd_geometry.book.figures import ARM_STYLES, PURPLE, WIDTH, styled
 
 SMALL = 10  # points; at the width of a page's column more than 11 pixels
-NEUTRAL = {"low_magnitude_overlap": "random", "jaccard": "independent"}
 TITLES = {
     "low_magnitude_overlap": "changed entries among the smallest 30 % of weights",
     "principal_overlap": "changed entries among the principal 30 %",
@@ -218,7 +217,7 @@ def shift_by_size(
         decade either way) and a cross for decay alone.
     """
     with styled():
-        figure, ax = plt.subplots(figsize=(0.8 * WIDTH, 4.2))
+        figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
         right = points["n"].max()
         for arm, rows in points.groupby("arm", sort=False):
             style, rows = ARM_STYLES[arm], rows.sort_values("n")

@@ -53,4 +53,6 @@ def with_endings(profile: str, table: pd.DataFrame) -> pd.DataFrame:
     added = committed_table("endings", profile, COLUMNS)
     shuffled = table["metric"].astype(str).str.startswith("shuffled_")
     known, has = set(table["run"]), set(table.loc[shuffled, "run"])
-    return pd.concat([table, added[added["run"].isin(known - has)]], ignore_index=True)
+    added = added[added["run"].isin(known - has)]
+    # Columns of no rows have no type of their own, and would take the table's away.
+    return pd.concat([table, added], ignore_index=True) if len(added) else table
