@@ -52,7 +52,10 @@ MORE = 1  # step, after those, of which the parts are printed
 @click.option("--steps", default=3, help="Steps that are timed, after one to warm up.")
 @click.option("--model", help="A cut checkpoint; else random weights of that shape.")
 @click.option("--longest", default=10, help="Tokens a completion, at most.")
-def main(threads: int, steps: int, model: str | None, longest: int) -> None:
+@click.option("--shared/--apart", default=True, help="Our policy.shared_prefixes.")
+def main(
+    threads: int, steps: int, model: str | None, longest: int, shared: bool
+) -> None:
     """Print median step seconds of the three, the ratios and the floor."""
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
@@ -61,7 +64,7 @@ def main(threads: int, steps: int, model: str | None, longest: int) -> None:
     student, tokenizer = load_model(model) if model else random_model()
     config = replace(OURS, steps=steps + WARM_UP + MORE, max_new_tokens=longest)
     loops = {
-        "ours": our_steps(config, student, tokenizer),
+        "ours": our_steps(replace(config, shared_prefixes=shared), student, tokenizer),
         "recipe": recipe_steps(config, student, tokenizer),
     }
     theirs = replace(config, steps=steps + WARM_UP)

@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from opd_geometry.training import policy, tasks
+from opd_geometry.training import policy, samplers, tasks
 from opd_geometry.training.models import (
     ModelConfig,
     build_model,
@@ -60,7 +60,10 @@ MIXED = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
 @click.option("--steps", default=10, help="Steps that are timed, after two to warm up.")
 @click.option("--model", help="Checkpoint to train instead of a briefly trained one.")
 @click.option("--sft-steps", default=150, help="How briefly: its completions must end.")
-def main(threads: int, steps: int, model: str | None, sft_steps: int) -> None:
+@click.option("--shared/--apart", default=True, help="Our policy.shared_prefixes.")
+def main(
+    threads: int, steps: int, model: str | None, sft_steps: int, shared: bool
+) -> None:
     """Print median step seconds of OPD, RLVR and TRL's GRPO, and the ratios."""
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
@@ -81,6 +84,7 @@ def main(threads: int, steps: int, model: str | None, sft_steps: int) -> None:
         prompts_per_step=PROMPTS,
         group_size=GROUP,
         max_new_tokens=LONGEST,
+        shared_prefixes=shared,
     )
     ours = {
         name: our_steps(replace(config, alpha=alpha), teacher, student, tokenizer)
@@ -220,7 +224,7 @@ class Parts:
         score = policy.completion_log_probs
         timed = self._timed
         for owner, name, made in (
-            (policy, "sample", timed("rollout", policy.sample)),
+            (samplers, "sample", timed("rollout", samplers.sample)),
             (
                 policy,
                 "completion_log_probs",
