@@ -22,6 +22,10 @@ from opd_geometry.geometry.checkpoints import list_matrices
 from opd_geometry.geometry.comparison import METRICS, NULL_METRICS, compare, reference
 
 
+def committed_path(run):
+    return measure._place_and_digest(run, measure._digests())[0]
+
+
 @pytest.fixture
 def copied(data: Path, trained: Path) -> Path:
     shutil.copytree(trained, data)
@@ -449,7 +453,7 @@ def test_damaged_provenance_is_named(
 def test_a_table_with_other_rows_than_its_runs_is_refused(copied: Path) -> None:
     """As of another run, edited by hand, or merged: nothing is averaged over it."""
     measure.commit("smoke", [OPD, RLVR])
-    path, other = measure.committed_path(OPD), measure.committed_path(RLVR)
+    path, other = committed_path(OPD), committed_path(RLVR)
     table = pd.read_parquet(path)
     for changed, reason in (
         (pd.read_parquet(other), "its rows are not those of run opd-s0-"),
@@ -480,7 +484,7 @@ def list_anew(path: Path) -> None:
 @pytest.mark.usefixtures("tiny_profile")
 def test_no_flipped_bit_of_a_committed_table_is_silent(copied: Path) -> None:
     measure.commit("smoke", [RLVR])
-    path, draw = measure.committed_path(RLVR), random.Random(0)
+    path, draw = committed_path(RLVR), random.Random(0)
     whole = path.read_bytes()
     for _ in range(200):
         damaged = bytearray(whole)
@@ -527,8 +531,8 @@ def test_committed_data_of_the_checkout_are_found(
     shutil.copytree(copied / "runs", tmp_path / "elsewhere" / "runs")
     measure.commit("smoke", [ANCHOR])  # goes elsewhere, and leaves the checkout alone
     assert set(measure.committed_provenance()["arm"]) == {"sft", "opd", "rlvr"}
-    assert measure.committed_path(ANCHOR).parent.parent.name == "elsewhere"
-    assert measure.committed_path(OPD).parent == copied / "measurements"
+    assert committed_path(ANCHOR).parent.parent.name == "elsewhere"
+    assert committed_path(OPD).parent == copied / "measurements"
     assert len(measure.read_lines(copied / "measurements" / "runs.csv")) == 2
     (copied / "base").mkdir()
     save_file({"w": torch.eye(2)}, copied / "base" / "model.safetensors")
@@ -552,7 +556,7 @@ def test_a_damaged_run_is_left_out_of_what_is_committed(copied: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "cut", "columns"])
 def test_listed_run_without_its_table_is_an_error(damage: str, copied: Path) -> None:
     measure.commit("smoke", [OPD, RLVR])
-    path = measure.committed_path(OPD)
+    path = committed_path(OPD)
     if damage == "missing":
         path.unlink()
     elif damage == "cut":

@@ -76,6 +76,10 @@ class Page(HTMLParser):
         self._into.append(data)
 
 
+def committed_path(run):
+    return measure._place_and_digest(run, measure._digests())[0]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A measured pair, a trajectory and the page of both, as the commands make them."""
@@ -575,7 +579,7 @@ def test_a_flipped_bit_in_this_books_runs_is_one_line(
 ) -> None:
     folder = tmp_path / "measurements"
     folder.mkdir()
-    source = measure.committed_path(build(PUBLISHED, "opd", 0))
+    source = committed_path(build(PUBLISHED, "opd", 0))
     listing = source.with_name("runs.csv")
     monkeypatch.setenv("OPD_GEOMETRY_DATA", str(tmp_path))
     for victim, said in ((source, "another digest than"), (listing, "line 3 is cut")):

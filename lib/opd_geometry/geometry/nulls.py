@@ -36,27 +36,6 @@ SHORT_SIDE = 64  # the same where many are drawn
 ROUNDS = 3  # of permutation, signs and cosine transform beyond it
 
 
-def gaussian_null(delta: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian update of the same shape and Frobenius norm: the null of any metric.
-
-    ||delta||_F * z / ||z||_F, z_ij ~ N(0, 1) independent
-
-    Args:
-        delta: any shape, w_after - w_before.
-        generator: a CPU generator; the same state gives the same null.
-
-    Returns:
-        Float64 tensor of the same shape and norm; add it to w_before.
-
-    Raises:
-        ValueError: NaN or inf, or a zero update, which has no null to compare with.
-
-    Source: ours; the paper shows no null.
-    """
-    values, size = _nonzero(delta)
-    return gaussian_noise(values.shape, size, generator)
-
-
 def _nonzero(delta: Tensor) -> tuple[Tensor, float]:
     """Values in float64 and their norm, which is not zero."""
     if not delta.numel() or not delta.is_floating_point():

@@ -215,21 +215,10 @@ class Magnitudes:
         return int(self.counts[self.keys == 0].sum())
 
     @property
-    def n_tied(self) -> int:
-        """Entries that share their bf16 magnitude with another one."""
-        cells = np.bincount(_cell(self.keys), self.counts)
-        return int(cells[cells > 1].sum())
-
-    @property
     def n_on_border(self) -> int:
         """Entries half way between two bf16 numbers."""
         _, down, up = self.edges
         return int(self.counts[np.minimum(down, up) == 0.0].sum())
-
-    @property
-    def share_on_grid(self) -> float:
-        """Share of entries that bf16 holds exactly."""
-        return float(self.counts[self.keys % (2 * SUBCELLS) == 0].sum() / self.n)
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
