@@ -103,5 +103,5 @@ def foretold(worlds: Mapping[str, pd.DataFrame]) -> Figure:
             plain_log_ticks(ax.xaxis)
             ax.set_ylim(0.8, highest)
         axes[0].set_ylabel("displacement at the end")
-        legend_above(figure, labelled(axes), ncols=4)
+        legend_above(figure, labelled(axes), ncols=3)
     return figure
