@@ -31,6 +31,7 @@ from opd_geometry.geometry import (
 )
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
 from opd_geometry.geometry.comparison import generator_of, null_seed
+from opd_geometry.geometry.shadow import Shadow
 from opd_geometry.training import callback
 from opd_geometry.training.callback import GeometryCallback, ProjectionCallback
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
@@ -276,7 +277,8 @@ def test_the_walk_takes_the_rates_of_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optim", "walks"), [("sgd", True), ("adafactor", False), ("adamw_torch", True)]
+    ("optim", "walks"),
+    [("sgd", True), ("adafactor", False), ("rmsprop", False), ("adamw_torch", True)],
 )
 def test_a_walk_only_of_an_optimizer_that_it_knows(
     optim: str, walks: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
@@ -289,6 +291,47 @@ def test_a_walk_only_of_an_optimizer_that_it_knows(
     assert "geometry/increments_similarity_to_locked" in row
     told = [w for w in recwarn if "no walk" in str(w.message)]
     assert len(told) == (not walks)
+    assert ("geometry/displacement" in row) == (optim == "adamw_torch")
+
+
+def test_one_direction_is_stored_and_a_failing_null_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With K = 1 the lock's subspace and that of the time before share their memory."""
+    trainer = trainer_of("sft", tmp_path)
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=1, lock_at=2))
+
+    def fails(*_: object) -> None:
+        raise MemoryError("no room for a null")
+
+    monkeypatch.setattr(Shadow, "add", fails)
+    with pytest.warns(UserWarning, match="not complete: no room for a null"):
+        trainer.train()
+    rows = logged(trainer)
+    assert list(rows) == [2, 4, 6]
+    assert "geometry/similarity_to_locked" in rows[6]
+    assert not [name for name in rows[6] if "walk" in name]
+
+
+def test_what_cannot_be_stored_or_read_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of("sft", tmp_path)
+    watch = GeometryCallback(trainer, every=2, k=K)
+    trainer.add_callback(watch)
+
+    def fails() -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(watch.checkpoints, "content", fails)
+    with pytest.warns(UserWarning, match="not complete: disk full"):
+        trainer.train()
+    for group in trainer.optimizer.param_groups:
+        del group["lr"]
+    watch.on_optimizer_step(
+        trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer
+    )
+    assert watch.squares is None
 
 
 def test_nulls_can_be_left_out(tmp_path: Path) -> None:

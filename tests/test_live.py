@@ -193,3 +193,17 @@ def test_float64_is_rounded_to_bf16_once() -> None:
     for value in odd.double():
         same = to_bfloat16(value), value.bfloat16()
         assert torch.equal(*same) or same[0].isnan()
+
+
+def test_draws_leave_the_generators_of_all_devices_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those of accelerators, which ``torch.manual_seed`` would set."""
+    told: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)
+    before = torch.get_rng_state()
+    delta = torch.randn(600, 600, generator=torch.Generator().manual_seed(1))
+    one, other = (live.leading_right(delta, 4) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert told == []

@@ -168,7 +168,8 @@ def _finite(
     "--null/--no-null",
     default=True,
     show_default=True,
-    help="Also measure a Gaussian update of the same norm.",
+    help="Also measure updates of this size with one thing taken away: Gaussian, "
+    "shuffled, turned; where energy lies; and the closed form.",
 )
 @click.option(
     "--seed",

@@ -9,7 +9,8 @@ quarter of it comes on top, for what bf16 would show.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,29 @@ def leading_right(delta: Tensor, k: int) -> tuple[Tensor, Tensor]:
             v = torch.linalg.qr(matrix.T @ v).Q
     else:
         width = min(2 * k + 8, *delta.shape)
-        devices = [delta.device] if delta.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+        delta = delta if delta.device.type in ("cpu", "cuda") else delta.cpu()
+        with _seeded(delta.device):
             _, values, vectors = torch.svd_lowrank(delta.float(), width, ITERATIONS)
         s, v = values[:k], vectors[:, :k]
     return s.float().cpu(), v.float().cpu()
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Draws of one device that repeat, its generator left as it was.
+
+    ``torch.manual_seed`` would set those of all devices, and so a training's.
+    """
+    generator = torch.default_generator
+    if device.type == "cuda":
+        torch.cuda.init()
+        generator = torch.cuda.default_generators[device.index or 0]
+    state = generator.get_state()
+    generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def energy_within(w_before: Tensor, w: Tensor, basis: Tensor) -> float:

@@ -144,7 +144,11 @@ def _betas(file: Path) -> tuple[tuple[float, float] | None, float] | None:
         group = load_archive(file)["param_groups"][0]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
-    return moments_of(group, str(file))
+    try:
+        return moments_of(group, str(file))
+    except UnknownRates as error:
+        advice = "give --lr and --betas of an Adam that goes as far"
+        raise UnknownRates(f"{error}; {advice}") from error
 
 
 def moments_of(
@@ -163,16 +167,18 @@ def moments_of(
         UnknownRates: of another optimizer.
     """
     try:
-        momentum, known = group.get("momentum"), {"betas", "eps"} <= {*group}
-        if known:
+        names = {*group}
+        # torch's own say whether they maximize; of these only Adam knows amsgrad
+        other = "maximize" in names and "amsgrad" not in names
+        if {"betas", "eps"} <= names and group["eps"] and not other:
             first, second = map(float, group["betas"])
             return (first, second), float(group["eps"])
+        if group.get("momentum") == 0 and "dampening" in names:
+            return None, EPS
     except (TypeError, ValueError, AttributeError):
         return None
-    if momentum == 0:
-        return None, EPS
     raise UnknownRates(
         f"{origin} is of an optimizer that the walk does not know (it has "
         f"{', '.join(sorted(map(str, group)))}), expected Adam or plain gradient "
-        "descent; give --lr and --betas of an Adam that goes as far"
+        "descent"
     )

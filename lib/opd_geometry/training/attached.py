@@ -206,6 +206,10 @@ class Checkpoints:
         kind: of the callback; part of the file's name.
         content: tensors to store now, and what to say of them.
         finish: called when a training is over, whatever is loaded at its end.
+        guarded: runs what must not end a training.
+
+    Attributes:
+        null: what was read of groups that begin so, in the first process alone.
     """
 
     def __init__(
@@ -215,9 +219,11 @@ class Checkpoints:
         kind: str,
         content: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
         finish: Callable[[], None] = lambda: None,
+        guarded: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> None:
         self.owner, self.trainer, self.kind = owner, trainer, kind
         self.content = content
+        self.null: dict[str, dict[str, Tensor]] = {}
         self.resumed: Path | None = None
         save, train = trainer.save_model, trainer.train
 
@@ -225,7 +231,7 @@ class Checkpoints:
             save(*arguments, **named)
             folder = arguments[0] if arguments else named.get("output_dir")
             if named.get("_internal_call") and folder is not None:
-                self.write(Path(folder))
+                guarded(lambda: self.write(Path(folder)))
 
         def train_from(
             resume_from_checkpoint: Any = None, *arguments: Any, **named: Any
@@ -257,7 +263,7 @@ class Checkpoints:
             return
         tensors, said = self.content()
         draft = folder / f".{self.name}"
-        owned = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        owned = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         save_file(owned, draft, {name: json.dumps(v) for name, v in said.items()})
         os.replace(draft, folder / self.name)
 
@@ -279,8 +285,12 @@ class Checkpoints:
         """
 
         def read() -> Any:
-            return _read(place)
+            groups, said = _read(place)
+            large = [name for name in groups if name.startswith("null ")]
+            self.null = {name: groups.pop(name) for name in large}
+            return groups, said
 
+        self.null = {}
         return for_all(self.trainer, read)
 
 

@@ -14,8 +14,10 @@ model as for the first start (the trainer loads the checkpoint later), or give
 ``w_before``.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ from opd_geometry.training.confining import (
 __all__ = ["GeometryCallback", "ProjectionCallback"]
 
 PREFIX = "geometry"
+SHADOWED = 2**24  # entries of the largest matrix whose nulls are followed: 0.5 GB
 
 
 class GeometryCallback(TrainerCallback):
@@ -97,9 +100,10 @@ class GeometryCallback(TrainerCallback):
       and so on: of what training added between two measurements, each turned by a
       rotation of its own, summed; ``geometry/walk_...``: of the optimizer's own steps
       on gradients that are noise, as long as training's. Both follow one matrix of
-      each shape, from the first step on, and are what a lock has to exceed;
+      each shape, inside layers and of at most `SHADOWED` entries, from the first step
+      on, and are what a lock has to exceed. Rounding of 16-bit weights is in both;
     - ``geometry/displacement``: rms(dW) / sqrt(sum of lr^2 over the steps), lr being
-      that of the matrix's own group; about 1 for gradients that are noise;
+      that of the matrix's own group; about 1 for gradients that are noise; Adam's only;
     - ``geometry/clipped_share``: of the steps whose gradient norm the trainer logged
       so far, those above its ``max_grad_norm``;
     - ``geometry/seconds``, ``geometry/time_share``: what this cost, also as a share of
@@ -124,7 +128,9 @@ class GeometryCallback(TrainerCallback):
             a copy to the accelerator each time, the accelerator memory.
         detail: ``mean``, or also by ``role`` (``geometry/q/stable_rank``), or also by
             ``matrix`` (``geometry/NAME/stable_rank``).
-        nulls: whether increments and walk are followed, too (see `shadow`).
+        nulls: whether increments and walk are followed, too (see `shadow`): 28 bytes an
+            entry of those matrices, in memory and in every checkpoint, and about a
+            third more time.
 
     Raises:
         ValueError: an option out of range, no such matrix, a w_before that does not
@@ -161,7 +167,9 @@ class GeometryCallback(TrainerCallback):
         self.origin = Origin(trainer, self._matrices, w_before, keep_on)
         self.names = set(self._matrices(_inner(trainer.model)))
         self._tell()
-        self.checkpoints = Checkpoints(self, trainer, "geometry", self._content)
+        self.checkpoints = Checkpoints(
+            self, trainer, "geometry", self._content, guarded=self._guarded
+        )
         self.previous: dict[str, Tensor] = {}
         self.locked: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Magnitudes] = {}  # of W_0
@@ -214,9 +222,9 @@ class GeometryCallback(TrainerCallback):
         if state.global_step == 0:
             if self.origin.begin():  # else W_0 is that of an earlier training, too
                 self.squares, self.rates, self.shadows = [], [], {}
-            if self.nulls and not self.shadows:
-                self.shadows = self._shadows()
             self.lock_step = step_of(self.lock_at, state.max_steps)
+            if self.nulls and not self.shadows:
+                self._guarded(self._start_nulls)
             return
         self.squares, self.rates, self.shadows = None, [], {}
         place = self.checkpoints.place(args, state)
@@ -244,7 +252,7 @@ class GeometryCallback(TrainerCallback):
             self.origin.forget()  # nothing is measured against another W_0
             raise
         if self.nulls:
-            self._recall(kept, said)
+            self._guarded(lambda: self._recall(said))
 
     def on_optimizer_step(
         self,
@@ -259,7 +267,11 @@ class GeometryCallback(TrainerCallback):
         if self.squares is None or getattr(optimizer, "step_was_skipped", False):
             return
         sums = self.squares or [0.0] * len(groups)
-        rates = [float(group["lr"]) for group in groups]
+        try:
+            rates = [float(group["lr"]) for group in groups]
+        except (KeyError, TypeError, ValueError):  # rates of a kind of its own
+            self.squares = None
+            return
         known = len(rates) == len(sums) and all(rate == rate for rate in rates)
         added = zip(sums, rates, strict=False)
         self.squares = [total + rate**2 for total, rate in added] if known else None
@@ -275,16 +287,22 @@ class GeometryCallback(TrainerCallback):
         return None
 
     def _square_of(self, tensor: Tensor) -> float | None:
-        """Sum of lr^2 over the steps of a matrix; None where it is not known."""
+        """Sum of lr^2 over Adam's steps of a matrix; None where it is not known."""
         found = self._group_of(tensor)
-        return self.squares[found[0]] if found and self.squares else None
+        moments = self._moments(tensor)
+        adam = moments is not None and moments[0] is not None
+        return self.squares[found[0]] if found and adam and self.squares else None
+
+    def _start_nulls(self) -> None:
+        self.shadows = self._shadows()
 
     def _shadows(self) -> dict[str, Shadow]:
         """Nulls of one matrix of each shape, in the middle of the model."""
         alike: dict[tuple[int, ...], list[str]] = {}
         matrices = self._matrices(_inner(self.trainer.model))
         for name, (matrix, _) in matrices.items():
-            alike.setdefault(matrix.shape, []).append(name)
+            if matrix.layer >= 0 and math.prod(matrix.shape) <= SHADOWED:
+                alike.setdefault(matrix.shape, []).append(name)
         middle = [names[len(names) // 2] for names in alike.values()]
         start = self.start.weights if self.origin.start is not None else {}
         return {
@@ -304,13 +322,13 @@ class GeometryCallback(TrainerCallback):
             self.warn("walk", f"no walk: {error}")
             return None
 
-    def _recall(self, kept: dict[str, dict[str, Tensor]], said: dict[str, Any]) -> None:
+    def _recall(self, said: dict[str, Any]) -> None:
         """Take up the nulls where the training that is resumed left them."""
         self.rates = said.get("rates", [])
         self.shadows = self._shadows()
         for name in list(self.shadows):
             try:
-                self.shadows[name].recall(kept.get(f"null {name}", {}))
+                self.shadows[name].recall(self.checkpoints.null[f"null {name}"])
             except KeyError:
                 del self.shadows[name]
                 self.warn("nulls", "this checkpoint has no nulls; none are logged")
@@ -390,7 +408,9 @@ class GeometryCallback(TrainerCallback):
                 if moved.right is not None:
                     subspaces[name] = moved.right
                 if name in self.shadows and name not in broken:
-                    rows.append((matrix, self._unled(name, tensor, k, step, subspaces)))
+                    unled = partial(self._unled, matrix, tensor, k, step)
+                    if not self._guarded(partial(unled, rows, subspaces)):
+                        del self.shadows[name]
         self.rates = []
         self._report(model, step, broken)
         if step == self.lock_step:
@@ -468,9 +488,16 @@ class GeometryCallback(TrainerCallback):
         }
 
     def _unled(
-        self, name: str, w: Tensor, k: int, step: int, subspaces: dict[str, Tensor]
-    ) -> dict[str, float]:
-        """What one matrix's nulls show, whose subspaces join those of this time."""
+        self,
+        matrix: Matrix,
+        w: Tensor,
+        k: int,
+        step: int,
+        rows: list[tuple[Matrix, dict[str, float]]],
+        subspaces: dict[str, Tensor],
+    ) -> None:
+        """Add what one matrix's nulls show, and their subspaces of this time."""
+        name = matrix.name
         found = self._group_of(w)
         known = found if self.squares is not None else None
         rates = [each[known[0]] for each in self.rates] if known else None
@@ -481,7 +508,7 @@ class GeometryCallback(TrainerCallback):
             values |= {f"{null}_{metric}": value for metric, value in own.items()}
             if right is not None:
                 subspaces[f"{null} {name}"] = right
-        return values
+        rows.append((matrix, values))
 
     def _placed(self, name: str, w: Tensor, moved: Movement) -> dict[str, float]:
         """Where an update lies: against W_0's top subspace and its own permutation."""

@@ -55,7 +55,7 @@ def digest_of(source: str) -> str:
     return digest
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**15)
 def draw(digest: str, seed: int) -> tuple[str, str, str]:
     """A problem: its family, question and answer.
 

@@ -96,7 +96,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         "dtype": torch.float32,
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # and no accelerator's
         if not config.experts:
             return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
         shape |= {
