@@ -79,9 +79,6 @@ COMPARISONS = (
     Comparison("gap", "opd-self", "opd-self-0.5", RANK, SAME_FACTOR, "higher"),
     Comparison("vocabulary", "opd-full", "opd", RANK, COMPARABLE_FACTOR, "alike"),
     Comparison("vocabulary", "opd-full", "opd", MOVED, SAME_FACTOR, "higher"),
-    Comparison(
-        "vocabulary", "opd-full-forward", "opd", RANK, COMPARABLE_FACTOR, "alike"
-    ),
     Comparison("vocabulary", FORWARD, "opd", RANK, COMPARABLE_FACTOR, "alike"),
     Comparison("vocabulary", FORWARD, "opd", MOVED, SAME_FACTOR, "higher"),
 )
