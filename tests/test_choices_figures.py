@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from opd_geometry.analysis import bounds
 from opd_geometry.analysis.choices import Choice, Reading
-from opd_geometry.book import bounds_figures, choices_figures
+from opd_geometry.book import bounds_figures, choices_figures, figures
 from opd_geometry.experiments.measure import COLUMNS
 
 SEEDS = (0, 1, 2)
@@ -163,8 +163,9 @@ def test_correlations_are_drawn_with_their_intervals() -> None:
     gap, update = bounds_figures.steering_dots(found, ["opd"]).axes
     assert gap.get_title() == "goes with a small gap"
     for ax, arm, null in ((gap, 0.5, 0.6), (update, -0.1, 0.0)):
-        assert [x.get_xdata()[0] for x in ax.lines if x.get_label() == "_arm"] == [arm]
-        dots = [x.get_xdata()[0] for x in ax.lines if x.get_label() == "_null"]
-        assert dots == [null]
+        dots = [x for x in ax.lines if x.get_marker() == "o"]
+        grey = [x.get_xdata()[0] for x in dots if x.get_color() == figures.GREY]
+        own = [x.get_xdata()[0] for x in dots if x.get_color() != figures.GREY]
+        assert (own, grey) == ([arm], [null])
     ends = [c.get_segments()[0][:, 0].tolist() for c in gap.collections]
     assert ends == [[0.3, 0.7], [0.5, 0.8]]

@@ -59,6 +59,15 @@ def drafts(data: Path) -> list[str]:
 # --- identity --------------------------------------------------------------------
 
 
+# Fields whose words do not follow from what they are.
+CHANGED: dict[str, list[Any]] = {
+    "ratio_to": ["author"],
+    "teacher_dtype": ["bfloat16"],
+    "teacher_device": ["cpu"],
+    "sampler": [],  # not by itself: an engine's gap is scored
+}
+
+
 def variants(value: Any) -> Iterator[Any]:
     """The value with one thing changed, for everything that can be."""
     others = {
@@ -73,12 +82,14 @@ def variants(value: Any) -> Iterator[Any]:
         "gradient": "update",
         "no": "bf16",
         "rollout": "scoring",
+        "adamw": "sgd",
     }
     if dataclasses.is_dataclass(value):
         # what does not compare is of no consequence: where a student lies, memory
         for field in (field for field in dataclasses.fields(value) if field.compare):
-            own = {"ratio_to": ["author"]}.get(field.name)
-            for other in own or variants(getattr(value, field.name)):
+            own = CHANGED.get(field.name)
+            unknown = own is None
+            for other in variants(getattr(value, field.name)) if unknown else own:
                 yield replace(value, **{field.name: other})
     elif isinstance(value, tuple):
         yield (*value, *value) or (1,)
@@ -95,6 +106,9 @@ def test_key_changes_with_every_field() -> None:
         assert len({one.key() for one in several}) == len(several) > 10
     assert len(list(variants(PROJECTED))) > 140
     assert replace(OPD, teacher=None).key() != OPD.key()
+    scored = replace(OPD, train=replace(OPD.train, gap_from="scoring"))
+    engine = replace(scored, train=replace(scored.train, sampler="vllm"))
+    assert engine.key() != scored.key()
     assert {run.name for run in (ANCHOR, replace(ANCHOR, seed=1))} == {
         f"sft-s0-{ANCHOR.key()}",
         f"sft-s1-{replace(ANCHOR, seed=1).key()}",
