@@ -7,8 +7,9 @@ looks like is known before the run is trained.
     run, arm, seed, matrix, role, layer, step, metric, value
 
     frozen_stable_rank  of the copy's update after that many steps
-    covariance_rank     tr C / max eigenvalue of C, C = mean G^T G over all gradients
-                        (at step 0; of the gradients alone, whatever the optimizer)
+    covariance_rank     tr C / max eigenvalue of C, C = mean G^T G over all gradients,
+                        clipped as the run clips them (at step 0; of the
+                        gradients alone, whatever the optimizer)
 """
 
 import copy
