@@ -178,6 +178,14 @@ def test_draws_keep_to_the_arms(shelf: list[str]) -> None:
         names(1, 0, "rlvr")  # two seeds: the other one alone has no spread
 
 
+def test_says_whose_teacher_is_trained_anew() -> None:
+    own, committed = (
+        profiles.build("published", a, 0) for a in ("opd-teacher-x1", "opd")
+    )
+    assert audit.taught_anew([committed, own]).startswith("opd-teacher-x1: the teacher")
+    assert audit.taught_anew([committed]) == ""
+
+
 def test_says_on_which_machines(shelf: list[str]) -> None:
     said = audit.machines(draw("smoke", 2, 0, ["opd"]))
     assert said == f"committed on theirs, trained now on {provenance()['machine']}"
