@@ -224,7 +224,7 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     )
     said = chapters.limits_text(table, ["opd"], ["principal_overlap"])
     assert "One seed parts no arms" not in said
-    assert "a gain: how many times as far" in said
+    assert "(gain: how many times as far" in said
     assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
 
 

@@ -314,18 +314,18 @@ def concluded(
     """
     where = {"alike": "at", "higher": "above", "lower": "below"}
     names = {"opd-sgd": "SGD, which rescales nothing,", "opd-muon": "Muon"}
-    said = []
-    for arm, name in names.items():
-        if arm in words:
-            place = where.get(words[arm], "undecided beside")
-            said.append(f"By the rule {name} ends {place} AdamW's rank.")
-    _, low, _ = interval(learned)
-    if low > -ACCURACY_MARGIN:
-        said.append("Muon learns as much as AdamW, within the margin.")
-    if words.get("opd-sgd") == "alike":
-        said.append("So it is not Adam that makes the rank low.")
-    if words.get("opd-muon") == "higher" and low > -ACCURACY_MARGIN:
-        said.append("And learning does not need a low one.")
+    ends = [
+        f"{name} ends {where.get(words[arm], 'undecided beside')} AdamW's rank"
+        for arm, name in names.items()
+        if arm in words
+    ]
+    as_much = interval(learned)[1] > -ACCURACY_MARGIN
+    so = ["it is not Adam that makes the rank low"] * (words.get("opd-sgd") == "alike")
+    if words.get("opd-muon") == "higher" and as_much:
+        ends[-1] += " and learns as much, within the margin"
+        so.append("learning does not need a low one")
+    said = [f"By the rule {'; '.join(ends)}."] if ends else []
+    said += [f"So {', and '.join(so)}."] if so else []
     if covariance and set(covariance.values()) <= {"alike"}:
         said.append("The rank is in the gradients before anything is trained.")
     if words.get("opd-self") == "higher":

@@ -620,7 +620,7 @@ def limits_text(
     elif len(arms) > 1:
         said.append("One seed parts no arms.")
     if placed:
-        means = "; a gain: how many times as far those entries move"
+        means = " (gain: how many times as far those entries move)"
         gain = means if "gain" in placed[0] else ""
         said.append(f"Of a place in one update{gain}: {', '.join(placed)}.")
     return FOLDED_LIMITS.format(" ".join(said)) if said else ""
@@ -641,9 +641,9 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         claim_ids: which claims.
 
     Returns:
-        One row a claim: claim, the paper, here (levels as the paper prints them, and
-        what decides), ``AGAINST`` (the null and the control that stand most in the
-        way), verdict.
+        One row a claim: claim, verdict, here (levels as the paper prints them, and
+        what decides), the paper, ``AGAINST`` (the null and the control that stand most
+        in the way).
 
     Raises:
         ValueError: unknown claim.
@@ -654,10 +654,10 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         rows.append(
             {
                 "claim": f"{claim.statement} ({claim.id})",
-                "the paper": f"{claim.paper_item}: {claim.paper_value}",
-                "here": _here(finding, levels_text(claim, levels)),
-                AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
                 "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
+                "here": _here(finding, levels_text(claim, levels)),
+                "the paper": f"{claim.paper_item}: {claim.paper_value}",
+                AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
             }
         )
     return pd.DataFrame(rows)
