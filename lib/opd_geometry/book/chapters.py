@@ -397,9 +397,9 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
         metric = str(name).removeprefix("null_")
         if metric in LABELS:
             return LABELS[metric] + (", null" if metric != name else "")
-        # n_seeds is a count of seeds
-        plain = isinstance(name, str)
-        return in_words(name).removeprefix("n_").replace("_", " ") if plain else name
+        if not isinstance(name, str):
+            return name
+        return in_words(name).removeprefix("n_").replace("_", " ")  # n_seeds counts
 
     # The name of an index would take a row of its own; that of the columns stands in
     # the corner above it.
