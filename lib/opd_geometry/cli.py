@@ -549,7 +549,10 @@ def claims(profile: str | None, against: Path | None) -> None:
 )
 @_arms("all")
 @_jobs
-def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
+@_student
+def audit(
+    sample: int, profile: str, seed: int, arms: str, jobs: int, student: str | None
+) -> int:
     """Train some committed runs anew, and compare.
 
     Draws N of the committed runs, trains each with all it starts from below
@@ -571,12 +574,13 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
     Examples:
       opd-geometry audit --sample 3
       opd-geometry audit --sample 1 --seed 7 --arms sft,opd --jobs 1
+      opd-geometry audit --sample 3 --profile pretrained --student path/to/model
     """
     from opd_geometry.analysis import audit as audits
     from opd_geometry.experiments.profiles import parse_arms
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    runs = audits.draw(profile, sample, seed, parse_arms(arms, profile))
+    runs = audits.draw(profile, sample, seed, parse_arms(arms, profile), student)
     with audits.apart() as place:
         click.echo(
             f"Drawn with seed {seed}: {', '.join(run.name for run in runs)}; "
