@@ -181,9 +181,9 @@ def test_says_where_runs_come_from(shelf: pd.DataFrame) -> None:
 
 def test_costs_are_minutes_of_a_run(shelf: pd.DataFrame) -> None:
     more = pd.concat([shelf, shelf[:1].assign(seed=1, wall_seconds=3000.0)])
-    costs = chapters.cost_table(more).set_index("arm")
-    assert costs.loc["opd"].tolist() == [2, 10, "40.0"]
-    assert costs.loc["rlvr"].tolist() == [1, 10, "60.0"]
+    costs = chapters.cost_table(more).set_index("called")
+    assert costs.loc["opd"].tolist() == ["OPD", 2, 10, "40.0"]
+    assert costs.loc["rlvr"].tolist() == ["RLVR", 1, 10, "60.0"]
 
 
 def test_versions_are_named_once_each(shelf: pd.DataFrame) -> None:

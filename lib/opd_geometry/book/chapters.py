@@ -37,7 +37,7 @@ from opd_geometry.analysis.unplaced.power import (
     difference_limit,
     own_limits,
 )
-from opd_geometry.book.board import VERDICT_MARKS, effect_text, in_words
+from opd_geometry.book.board import VERDICT_MARKS, arm_name, effect_text, in_words
 from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
@@ -744,13 +744,15 @@ def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:
         provenance: of ``load``.
 
     Returns:
-        One row an arm: arm, runs, steps, minutes (mean over its runs, on one core).
+        One row an arm: arm, called (what commands call it), runs, steps, minutes (mean
+        over its runs, on one core).
     """
     by_arm = provenance.groupby("arm", sort=False)
     minutes = by_arm["wall_seconds"].mean() / 60
     return pd.DataFrame(
         {
-            "arm": list(by_arm.groups),
+            "arm": [arm_name(str(arm)) for arm in by_arm.groups],
+            "called": list(by_arm.groups),
             "runs": by_arm.size().to_numpy(),
             "steps": by_arm["steps"].max().to_numpy(),
             "minutes a run": [f"{x:.1f}" for x in minutes],

@@ -796,6 +796,7 @@ def _draw_heat(
     )
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
+    ax.tick_params(axis="x", labelrotation=90)  # roles are words, squares narrow
 
 
 def role_maps(
