@@ -3,9 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
-from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS, at_end, present
+from opd_geometry.book.figures import (
+    ARM_STYLES,
+    GREY,
+    METRIC_LABELS,
+    WIDTH,
+    arm_keys,
+    at_end,
+    draw_dot,
+    legend_above,
+    mark_of,
+    name_rows,
+    present,
+    styled,
+)
 
 METRICS = (
     "accuracy/chain",
@@ -18,6 +33,8 @@ METRICS = (
     "hill_alpha",
 )
 WITHIN, OUTSIDE = "within", "outside"
+PICTURE = "yours.png"  # beside the page
+FARTHEST = 1.5  # widths of a range that the picture shows to either side of it
 
 
 def against_published(
@@ -67,6 +84,40 @@ def against_published(
     return pd.DataFrame(rows)
 
 
+def bands(compared: pd.DataFrame) -> Figure:
+    """A reader's runs on the published ranges, all drawn to one width.
+
+    Args:
+        compared: of ``against_published``.
+
+    Returns:
+        The figure: a row a diagnostic, a dot a run; hollow, and at the edge where it
+        lies farther than ``FARTHEST`` ranges off, if it lies outside.
+    """
+    of_label = {look.label: arm for arm, look in ARM_STYLES.items()}
+    names = list(dict.fromkeys(compared["diagnostic"]))
+    with styled():
+        figure, ax = plt.subplots(figsize=(WIDTH, 1.2 + 0.34 * len(names)))
+        ax.axvspan(0, 1, color=GREY, alpha=0.2, lw=0)
+        arms = [of_label[label] for label in dict.fromkeys(compared["arm"])]
+        for row in compared.to_dict("records"):
+            arm = of_label[row["arm"]]
+            width = max(row["highest"] - row["lowest"], 1e-12 * abs(row["highest"]))
+            x = (row["yours"] - row["lowest"]) / (width or 1.0)
+            x = min(max(x, -FARTHEST), 1 + FARTHEST)
+            y = names.index(row["diagnostic"]) + 0.6 * (
+                (arms.index(arm) + 0.5) / len(arms) - 0.5
+            )
+            hollow = row["lies"] == OUTSIDE
+            draw_dot(ax, x, y, (x, x), ARM_STYLES[arm].colour, mark_of(arm), hollow)
+        name_rows(ax, names)
+        edges = (-FARTHEST - 0.1, 1.1 + FARTHEST)
+        ax.set(xlim=edges, xticks=(0, 1), xticklabels=("lowest", "highest"))
+        ax.set_xlabel("published seeds (hollow: yours lies outside their range)")
+        legend_above(figure, arm_keys(arms), 4)
+    return figure
+
+
 def page(compared: pd.DataFrame) -> str:
     """The page of a reader's own book, as Markdown.
 
@@ -83,6 +134,15 @@ def page(compared: pd.DataFrame) -> str:
         "in n + 1, so some outside are expected, and the numbers of one run are not "
         "independent of each other. One seed has no interval, so the board gives it no "
         "verdict. Sentences about *the published runs* describe the published book.",
+        "",
+        f"```{{figure}} {PICTURE}",
+        ":alt: A row a diagnostic, a dot a run of yours, on a grey band that reaches "
+        "from the lowest to the highest of the published seeds. Hollow dots lie "
+        "outside the band.",
+        "",
+        f"**{within} of {len(compared)} lie on the band of the published seeds.** "
+        "Every band is drawn to one width; n of each is in the table.",
+        "```",
         "",
         "| arm | seed | diagnostic | yours | published seeds | n | yours lies |",
         "|---|---|---|---|---|---|---|",
