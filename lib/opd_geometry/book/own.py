@@ -7,16 +7,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from opd_geometry.book.board import arm_name
 from opd_geometry.book.figures import (
-    ARM_STYLES,
+    BLUE,
     GREY,
     METRIC_LABELS,
     WIDTH,
-    arm_keys,
     at_end,
     draw_dot,
-    legend_above,
-    mark_of,
     name_rows,
     present,
     styled,
@@ -34,6 +32,7 @@ METRICS = (
 )
 WITHIN, OUTSIDE = "within", "outside"
 PICTURE = "yours.png"  # beside the page
+PANELS = 4  # in a row of the picture
 FARTHEST = 1.5  # widths of a range that the picture shows to either side of it
 
 
@@ -71,7 +70,7 @@ def against_published(
                 inside = low <= run.value <= high
                 rows.append(
                     {
-                        "arm": ARM_STYLES[arm].label,
+                        "arm": arm_name(arm),
                         "seed": run.seed,
                         "diagnostic": METRIC_LABELS[metric],
                         "yours": run.value,
@@ -91,30 +90,32 @@ def bands(compared: pd.DataFrame) -> Figure:
         compared: of ``against_published``.
 
     Returns:
-        The figure: a row a diagnostic, a dot a run; hollow, and at the edge where it
-        lies farther than ``FARTHEST`` ranges off, if it lies outside.
+        The figure: a panel an arm, a row a diagnostic, a dot a run; hollow, and at the
+        edge where it lies farther than ``FARTHEST`` ranges off, if it lies outside.
     """
-    of_label = {look.label: arm for arm, look in ARM_STYLES.items()}
     names = list(dict.fromkeys(compared["diagnostic"]))
+    arms = list(dict.fromkeys(compared["arm"]))
+    n_rows = -(-len(arms) // PANELS)
+    height = n_rows * (0.7 + 0.24 * len(names))
     with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 1.2 + 0.34 * len(names)))
-        ax.axvspan(0, 1, color=GREY, alpha=0.2, lw=0)
-        arms = [of_label[label] for label in dict.fromkeys(compared["arm"])]
-        for row in compared.to_dict("records"):
-            arm = of_label[row["arm"]]
-            width = max(row["highest"] - row["lowest"], 1e-12 * abs(row["highest"]))
-            x = (row["yours"] - row["lowest"]) / (width or 1.0)
-            x = min(max(x, -FARTHEST), 1 + FARTHEST)
-            y = names.index(row["diagnostic"]) + 0.6 * (
-                (arms.index(arm) + 0.5) / len(arms) - 0.5
-            )
-            hollow = row["lies"] == OUTSIDE
-            draw_dot(ax, x, y, (x, x), ARM_STYLES[arm].colour, mark_of(arm), hollow)
-        name_rows(ax, names)
-        edges = (-FARTHEST - 0.1, 1.1 + FARTHEST)
-        ax.set(xlim=edges, xticks=(0, 1), xticklabels=("lowest", "highest"))
-        ax.set_xlabel("published seeds (hollow: yours lies outside their range)")
-        legend_above(figure, arm_keys(arms), 4)
+        figure, axes = plt.subplots(
+            n_rows, min(PANELS, len(arms)), figsize=(WIDTH, height), squeeze=False
+        )
+        for ax in axes.flat[len(arms) :]:
+            ax.set_axis_off()
+        for ax, arm in zip(axes.flat, arms, strict=False):
+            ax.axvspan(0, 1, color=GREY, alpha=0.2, lw=0)
+            for row in compared[compared["arm"] == arm].to_dict("records"):
+                width = row["highest"] - row["lowest"] or 1.0
+                place = (row["yours"] - row["lowest"]) / width
+                place = min(max(place, -FARTHEST), 1 + FARTHEST)
+                outside, y = row["lies"] == OUTSIDE, names.index(row["diagnostic"])
+                draw_dot(ax, place, y, (place, place), BLUE, hollow=outside)
+            name_rows(ax, names if ax in axes[:, 0] else [""] * len(names))
+            edges = (-FARTHEST - 0.2, 1.2 + FARTHEST)
+            ax.set(xlim=edges, xticks=(), title=arm.replace(" (", "\n("))
+            ax.tick_params(axis="y", length=0)
+        figure.supxlabel("grey: lowest to highest of the published seeds", fontsize=9)
     return figure
 
 
@@ -136,9 +137,9 @@ def page(compared: pd.DataFrame) -> str:
         "verdict. Sentences about *the published runs* describe the published book.",
         "",
         f"```{{figure}} {PICTURE}",
-        ":alt: A row a diagnostic, a dot a run of yours, on a grey band that reaches "
-        "from the lowest to the highest of the published seeds. Hollow dots lie "
-        "outside the band.",
+        ":alt: A panel an arm, a row a diagnostic, a dot a run of yours, on a grey "
+        "band from the lowest to the highest of the published seeds. Hollow dots lie "
+        "outside the band, at the edge of a panel farther out than is drawn.",
         "",
         f"**{within} of {len(compared)} lie on the band of the published seeds.** "
         "Every band is drawn to one width; n of each is in the table.",
