@@ -151,7 +151,9 @@ def permutations(found: pd.DataFrame, bound: float) -> Figure:
         for ax, mask in zip(axes[0], masks, strict=True):
             ax.set_title(MASK_LABELS[mask], fontsize=SMALL)
         figure.supxlabel("overlap, own minus shuffled (points)", fontsize=SMALL)
-        names = ["own density" if d == "own" else f"{100 * float(d):.1f} %" for d in markers]
+        names = [
+            "own density" if d == "own" else f"{100 * float(d):.1f} %" for d in markers
+        ]
         keys = [key(GREY, mark) for mark in markers.values()]
         legend_above(figure, dict(zip(names, keys, strict=True)), ncols=4)
     return figure
