@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
@@ -281,8 +282,10 @@ def stage_site(
         stage_chapter(chapter, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
     (fresh / "data").mkdir()
-    for table in root.glob("data/confinement.csv"):  # that a page shows as it is
-        shutil.copy(table, fresh / "data")
+    for path in root.glob("data/confinement.csv"):  # a page shows what differs in it
+        table = pd.read_csv(path, dtype=str)
+        same = [column for column in table if table[column].nunique() < 2]
+        table.drop(columns=same).to_csv(fresh / "data" / path.name, index=False)
     config = read_config(root / "_config.yml")
     config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
     (fresh / "_config.yml").write_text(
