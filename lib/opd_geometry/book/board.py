@@ -184,12 +184,12 @@ def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str
         head += '<p class="claim-regime">here; the paper\'s regime is not tested</p>'
     statement = html.escape(str(row["statement"]))
     link = f'href="chapters/{chapter}.html"'
-    own = facts(row)
     if brief:
-        beside = html.escape(in_words(own.get(BESIDE, "")))
-        note = f'<p class="claim-regime">{BESIDE}: {beside}</p>' if beside else ""
+        nearest = row["matched"] if verdict == "reproduced" else ""
+        beside = f"The control nearest to it: {html.escape(in_words(nearest))}."
+        note = f'<p class="claim-regime">{beside}</p>' if nearest else ""
         return f"{head}<p><a {link}>{statement}</a></p>{note}</li>"
-    told = own | {_world(other): in_short(other) for other in others}
+    told = facts(row) | {_world(other): in_short(other) for other in others}
     there = [(_world(x), str(x["regime"])) for x in others if x.get("regime")]
     told |= {f"Regime, {name}": text for name, text in there}
     known = {name: html.escape(in_words(text)) for name, text in told.items()}

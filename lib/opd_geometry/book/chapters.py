@@ -64,7 +64,7 @@ FOLDED_LIMITS = (
     '\n\n<details class="limits"><summary>Detection limits</summary>\n\n{}\n\n'
     "</details>"
 )
-LONGEST_CELL = 40  # letters; a table of longer ones is one of sentences
+LONGEST_CELL = 90  # letters; a table of longer ones is one of sentences
 DIGITS = 4  # what is printed and published: another processor changes the seventh
 
 
@@ -438,6 +438,7 @@ def publish(**values: Any) -> None:
 
 
 # A hyphen before a number that no word, bracket or other number comes before.
+DASH = "\N{MINUS SIGN}"
 MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)")
 
 
@@ -455,7 +456,7 @@ def say(text: str, **values: Any) -> Any:
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
         told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
-        return markdown(re.sub(MINUS, "\N{MINUS SIGN}", told))
+        return markdown(MINUS.sub(DASH, told))
     except KeyError as error:
         raise ValueError(
             f"no value {error.args[0]!r}: publish it in a cell above, or give it here"
@@ -515,7 +516,8 @@ def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
 
 def html(frame: pd.DataFrame, caption: str = "") -> Table:
     """A table for a page: without index, its cells wrapped, in the page's style."""
-    return Table(frame, caption, index=False)
+    plain = frame.map(lambda x: MINUS.sub(DASH, x) if isinstance(x, str) else x)
+    return Table(plain, caption, index=False)
 
 
 def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
