@@ -228,6 +228,13 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
 
 
+def test_a_number_that_is_not_there_is_a_dash() -> None:
+    told = chapters.say(
+        "OPD keeps {x:.2f} [{x:.2f}, {y:.1f}], nanometres", x=math.nan, y=-2
+    )
+    assert told.data == "OPD keeps – [–, −2.0], nanometres"
+
+
 def test_rounds_numbers_and_leaves_the_rest() -> None:
     frame = pd.DataFrame({"x": [0.123456, math.nan, 1234567.0], "n": [1, 2, 30]})
     shown = chapters.rounded(frame.assign(text="a"))

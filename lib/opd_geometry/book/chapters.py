@@ -456,6 +456,7 @@ def say(text: str, **values: Any) -> Any:
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
         told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
+        told = re.sub(r"\bnan\b", "\N{EN DASH}", told)  # of an arm that is not there
         return markdown(MINUS.sub(DASH, told))
     except KeyError as error:
         raise ValueError(
