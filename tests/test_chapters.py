@@ -230,9 +230,11 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
 
 def test_a_number_that_is_not_there_is_a_dash() -> None:
     told = chapters.say(
-        "OPD keeps {x:.2f} [{x:.2f}, {y:.1f}], nanometres", x=math.nan, y=-2
+        "OPD has 0.5 [{x:.2f}, {x:.2f}], more {x:+.2f} to {y:.1f} nanometres",
+        x=math.nan,
+        y=-2,
     )
-    assert told.data == "OPD keeps – [–, −2.0], nanometres"
+    assert told.data == "OPD has 0.5, more – to −2.0 nanometres"
 
 
 def test_rounds_numbers_and_leaves_the_rest() -> None:

@@ -37,7 +37,7 @@ from opd_geometry.analysis.unplaced.power import (
     difference_limit,
     own_limits,
 )
-from opd_geometry.book.board import VERDICT_MARKS, arm_name, effect_text, in_words
+from opd_geometry.book.board import arm_name, effect_text, in_words, marked
 from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
@@ -456,7 +456,8 @@ def say(text: str, **values: Any) -> Any:
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
         told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
-        told = re.sub(r"\bnan\b", "\N{EN DASH}", told)  # of an arm that is not there
+        told = told.replace(" [nan, nan]", "")  # one seed has no interval
+        told = re.sub(r"\+?\bnan\b", "\N{EN DASH}", told)  # an arm is not there
         return markdown(MINUS.sub(DASH, told))
     except KeyError as error:
         raise ValueError(
@@ -657,7 +658,7 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         rows.append(
             {
                 "claim": f"{claim.statement} ({claim.id})",
-                "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
+                "verdict": marked(finding.verdict, finding.n_seeds),
                 "here": _here(finding, levels_text(claim, levels)),
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
@@ -695,7 +696,8 @@ def deciding(claim_ids: Sequence[str], judged: pd.DataFrame) -> Table:
     """
     found = claims_table(judged).set_index("id").loc[list(claim_ids)]
     publish(**{f"verdict_{key}": row["verdict"] for key, row in found.iterrows()})
-    shown = found[["effect", "low", "high", "unit", "verdict"]]
+    shown = found[["effect", "low", "high", "unit", "verdict"]].copy()
+    shown.loc[found["n_seeds"] == 1, "verdict"] = "no verdict (one seed)"
     return table(shown, "The part that decides each claim")
 
 
