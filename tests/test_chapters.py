@@ -181,9 +181,9 @@ def test_says_where_runs_come_from(shelf: pd.DataFrame) -> None:
 
 def test_costs_are_minutes_of_a_run(shelf: pd.DataFrame) -> None:
     more = pd.concat([shelf, shelf[:1].assign(seed=1, wall_seconds=3000.0)])
-    costs = chapters.cost_table(more).set_index("arm")
-    assert costs.loc["opd"].tolist() == [2, 10, "40.0"]
-    assert costs.loc["rlvr"].tolist() == [1, 10, "60.0"]
+    costs = chapters.cost_table(more).set_index("called")
+    assert costs.loc["opd"].tolist() == ["OPD", 2, 10, "40.0"]
+    assert costs.loc["rlvr"].tolist() == ["RLVR", 1, 10, "60.0"]
 
 
 def test_versions_are_named_once_each(shelf: pd.DataFrame) -> None:
@@ -204,7 +204,7 @@ def test_n_counts_what_seeds_do_not_share() -> None:
     said = "n = 5: data, sampling and anchor each; 3 bases"
     assert chapters.n_text(published) == said
     assert chapters.n_text(published, [0, 2]).endswith("one base")
-    assert chapters.seeds_text(published) == f"seeds 0, 1, 2, 3 and 4 ({said})"
+    assert chapters.seeds_text(published) == f"seeds 0 to 4 ({said})"
     assert chapters.n_text(Parameters("laptop", (3, 4), "local", 1)).endswith(
         "one base"
     )
@@ -219,12 +219,12 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     ]
     table = pd.DataFrame(rows, columns=measure.COLUMNS)
     said = chapters.limits_text(table, ["opd", "rlvr"], ["sparsity"])
-    assert said == (
-        "Detection limits: the widest pair of arms, at n = 3, 2.5 points (update "
-        "sparsity)."
+    assert said == chapters.FOLDED_LIMITS.format(
+        "Between two arms, n = 3: 2.5 points (update sparsity)."
     )
     said = chapters.limits_text(table, ["opd"], ["principal_overlap"])
-    assert "one seed parts no arms" not in said
+    assert "One seed parts no arms" not in said
+    assert "(gain: how many times as far" in said
     assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
 
 
@@ -297,7 +297,7 @@ def test_a_table_of_claims_says_what_is_not_measured() -> None:
 def test_html_escapes_and_is_never_cut() -> None:
     table = chapters.html(pd.DataFrame({"a": ["x < y " * 40]}), "a < b")
     text = table._repr_html_()
-    assert text.startswith('<table class="table"><caption>a &lt; b</caption>')
+    assert text.startswith('<table class="table sentences"><caption>a &lt; b</caption>')
     assert "x &lt; y " * 39 in text
     assert "..." not in text
     assert repr(table).startswith("a < b\n")

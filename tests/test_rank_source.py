@@ -187,3 +187,20 @@ def test_the_summary_says_what_came_out_and_what_was_not_run() -> None:
     assert set(rest.drop("early")) == {"not run"}
     assert "predicts" not in rest["early"]
     assert found.loc["early", "n"] == "0 arms"
+
+
+def test_conclusions_say_only_what_the_words_bear() -> None:
+    words = {"opd-sgd": "alike", "opd-muon": "higher", "opd-self": "higher"}
+    as_much = pd.Series([0.0, 0.01, 0.02])
+    told = " ".join(rank_source.concluded(words, as_much, {"opd": "alike"}))
+    assert "ends at AdamW's rank; Muon ends above AdamW's rank and learns" in told
+    assert "So it is not Adam that makes the rank low, and learning does not" in told
+    assert "in the gradients before" in told
+    assert "Without a gap" in told
+    less = " ".join(rank_source.concluded(words, as_much - 0.1, {"opd": "open"}))
+    assert "learns as much" not in less
+    assert "learning does not" not in less
+    assert "in the gradients" not in less
+    lower = dict.fromkeys(words, "lower")
+    assert "So " not in " ".join(rank_source.concluded(lower, as_much, {}))
+    assert rank_source.concluded({}, pd.Series(dtype=float), {}) == []

@@ -30,10 +30,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from opd_geometry.analysis.evidence import (
-    ALL_ACCURACIES,
     ATTENTION,
     LAYERS,
     accuracy,
+    benchmarks,
     first,
     last,
     over_matrices,
@@ -189,7 +189,8 @@ def readings(table: pd.DataFrame, arm: str) -> pd.DataFrame:
 
     values = {metric: last(mean(metric)) for metric in (*METRICS, "leak")}
     values[SIMILARITY] = first(mean(SIMILARITY))
-    values |= {metric: accuracy(table, arm, (metric,)) for metric in ALL_ACCURACIES}
+    asked = benchmarks(table)
+    values |= {metric: accuracy(table, arm, (metric,)) for metric in asked}
     return pd.DataFrame(values).astype(float).T
 
 

@@ -36,7 +36,8 @@ WORLDS = {
     "pretrained": "Gemma 3 270M",
 }
 # What a tile shows at once; the rest is folded.
-FIRST = ("The paper", "Here", "What decides", *WORLDS.values())
+BESIDE = "Its controls"  # of a claim that came out: what it was held against
+FIRST = ("The paper", "Here", "What decides", BESIDE, *WORLDS.values())
 UNTESTED = "regime not tested"
 NOT_ASKED = "not asked"  # of a claim about one arm
 CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
@@ -184,7 +185,10 @@ def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str
     statement = html.escape(str(row["statement"]))
     link = f'href="chapters/{chapter}.html"'
     if brief:
-        return f"{head}<p><a {link}>{statement}</a></p></li>"
+        nearest = row["matched"] if verdict == "reproduced" else ""
+        beside = f"The control nearest to it: {html.escape(in_words(nearest))}."
+        note = f'<p class="claim-regime">{beside}</p>' if nearest else ""
+        return f"{head}<p><a {link}>{statement}</a></p>{note}</li>"
     told = facts(row) | {_world(other): in_short(other) for other in others}
     there = [(_world(x), str(x["regime"])) for x in others if x.get("regime")]
     told |= {f"Regime, {name}": text for name, text in there}
@@ -211,13 +215,14 @@ def facts(row: Mapping[str, Any]) -> dict[str, str]:
         "Gaussian null": row.get("ours_null", ""),
         "SFT, matched, for OPD": row.get("ours_control", ""),
         "What decides": asked_text(row),
+        BESIDE: row["controls"] if row["verdict"] == "reproduced" else "",
         "A null": row["null"],
         "A control": row["matched"],
         "Where": f"{_world(row)}; {row.get('n', '') or seeds}",
         "Regime (displacements)": row.get("regime", ""),
         "Read from": row.get("readout", ""),
         "Read from bf16": row.get("verdict_in_bf16", ""),
-        "RLVR at the paper's ratio": row.get("verdict_at_papers_ratio", ""),
+        "RLVR at the paper's batch and steps": row.get("verdict_at_papers_ratio", ""),
         "45 % of RLVR's rewards wrong": wrong
         and f"{wrong}; {row['regime_with_wrong_rewards']}",
     }
@@ -259,7 +264,7 @@ def effect_text(row: Mapping[str, Any]) -> str:
     )
 
 
-def _arm(name: str) -> str:
+def arm_name(name: str) -> str:
     """An arm's name; of a confined one, with the name of its free run."""
     family, confined, _ = name.partition("-projected")
     label = ARM_STYLES[name].label
@@ -274,5 +279,5 @@ def in_words(text: str) -> str:
     >>> in_words("kept by rlvr-projected")
     'kept by RLVR (own early subspace)'
     """
-    text = ARM.sub(lambda found: _arm(found[0]), text)
+    text = ARM.sub(lambda found: arm_name(found[0]), text)
     return re.sub(r"(?<![\w-])-(?=[\d.])", "\N{MINUS SIGN}", text)
