@@ -40,6 +40,7 @@ CASES: dict[str, SFTConfig | PolicyConfig] = {
     "recomputed": replace(POLICY, gradient_checkpointing=True, micro_prompts=4),
     "pieces": replace(POLICY, alpha=0.5, sampled_prompts=1),
     "long rows": replace(POLICY, gap_from="scoring"),
+    "shared": replace(POLICY, alpha=0.5, shared_prefixes=True),
     "copy": replace(POLICY, mixed_precision="bf16-copy", gap_from="scoring"),
 }
 
