@@ -285,7 +285,9 @@ def test_says_what_was_published_or_is_given(monkeypatch: pytest.MonkeyPatch) ->
         {verdict_early-lock}.
         """
     shown = chapters.say(text, n=28)
-    assert shown.data == "Of 28 matrices 25.2%, $x^{2}$;\ninconclusive."
+    assert (
+        shown.data == "Of 28 matrices 25.2\N{NO-BREAK SPACE}%, $x^{2}$;\ninconclusive."
+    )
     assert chapters.show("share") == 0.2522
     with pytest.raises(ValueError, match=r"^no value 'rank': publish it in a cell"):
         chapters.say("{rank:.1f}")
@@ -360,7 +362,7 @@ def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> No
 
 def test_differences_are_told_field_by_field() -> None:
     arms = ["opd", "rlvr", "tokens-top-25", "sft-matched", "opd-projected-update"]
-    table = chapters.differences_table("published", arms).set_index("arm")
+    table = chapters.differences_table("published", arms).set_index("called")
     told = table["against opd"]
     assert told["opd"] == "nothing"
     assert told["rlvr"] == (

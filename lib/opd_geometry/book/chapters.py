@@ -442,6 +442,15 @@ DASH = "\N{MINUS SIGN}"
 MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)")
 
 
+def typeset(text: str) -> str:
+    """Minus signs for hyphens before numbers, and a space before per cent signs.
+
+    >>> typeset("-0.5 to 4.6%")
+    '−0.5 to 4.6\xa0%'
+    """
+    return re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", MINUS.sub(DASH, text))
+
+
 def say(text: str, **values: Any) -> Any:
     """A passage with numbers, as a cell's own output: readable wherever it is opened.
 
@@ -458,7 +467,7 @@ def say(text: str, **values: Any) -> Any:
         told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
         told = told.replace(" [nan, nan]", "")  # one seed has no interval
         told = re.sub(r"\+?\bnan\b", "\N{EN DASH}", told)  # an arm is not there
-        return markdown(MINUS.sub(DASH, told))
+        return markdown(typeset(told))
     except KeyError as error:
         raise ValueError(
             f"no value {error.args[0]!r}: publish it in a cell above, or give it here"
@@ -518,7 +527,7 @@ def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
 
 def html(frame: pd.DataFrame, caption: str = "") -> Table:
     """A table for a page: without index, its cells wrapped, in the page's style."""
-    plain = frame.map(lambda x: MINUS.sub(DASH, x) if isinstance(x, str) else x)
+    plain = frame.map(lambda x: typeset(x) if isinstance(x, str) else x)
     return Table(plain, caption, index=False)
 
 
@@ -812,7 +821,8 @@ def differences_table(
         reference: what they are held against.
 
     Returns:
-        One row an arm: arm, and "against REFERENCE": the fields that differ, with both
+        One row an arm: arm, called (what commands call it), and "against REFERENCE":
+        the fields that differ, with both
         values, and where the arm is confined. Fields that only one of the two loops
         has are left out.
 
@@ -830,7 +840,8 @@ def differences_table(
             confined = dataclasses.asdict(run.projection)
             told += [f"confined, {name}: {value}" for name, value in confined.items()]
             told.append(f"from step {run.branch_step()} on")
-        rows.append({"arm": arm, f"against {reference}": "; ".join(told) or "nothing"})
+        named = {"arm": arm_name(arm), "called": arm}
+        rows.append(named | {f"against {reference}": "; ".join(told) or "nothing"})
     return pd.DataFrame(rows)
 
 
