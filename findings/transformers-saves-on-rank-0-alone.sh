@@ -26,6 +26,7 @@ if sys.argv[2] == "group":
         "gloo", init_method="file://" + os.path.abspath("meet"), rank=rank, world_size=2
     )
 sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 16, "n_positions": 8}
+sizes |= {"bos_token_id": 1, "eos_token_id": 2}
 own = f"{sys.argv[2]} {rank}"
 GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(own, is_main_process=True)
 print(transformers.__version__, own, sorted(os.listdir(own)), flush=True)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from opd_geometry.analysis import controls, evidence
-from opd_geometry.analysis.evidence import ALL_ACCURACIES
+from opd_geometry.analysis.evidence import ALL_ACCURACIES, PRETRAINED_ACCURACIES
 from opd_geometry.book import controls_figures
 from opd_geometry.experiments.measure import COLUMNS
 
@@ -49,6 +49,29 @@ def test_which_confinements_suffice(table: pd.DataFrame) -> None:
     np.testing.assert_allclose(found.loc["stopped", "kept"], 0.0, atol=1e-12)
     claimed = evidence.kept_share(table, "opd", "opd-projected").mean()
     np.testing.assert_allclose(found.loc["opd-projected", "kept"], claimed)
+
+
+def test_what_left_the_subspace_stands_beside_what_was_kept(
+    table: pd.DataFrame,
+) -> None:
+    arm, leaks = "opd-projected", {0: 0.1, 1: 0.2, 2: 0.6}
+    rows = [
+        (f"{arm}-{seed}", arm, seed, step, "a", "q", 0, "leak", value * step / 100)
+        for seed, value in leaks.items()
+        for step in (40, 100)
+    ]
+    grown = pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)])
+    found = controls.sufficiency(grown, "opd", "trained task").set_index("arm")["leak"]
+    np.testing.assert_allclose(found[arm], 0.3)  # at the end, mean over seeds
+    assert found.drop(arm).isna().all()
+
+
+def test_a_language_model_is_asked_its_own_benchmarks(table: pd.DataFrame) -> None:
+    theirs = dict(zip(ALL_ACCURACIES, PRETRAINED_ACCURACIES, strict=False))
+    other = table.assign(metric=table["metric"].map(theirs)).dropna()
+    found = controls.sufficiency(other, "opd", "all benchmarks").set_index("arm")
+    want = controls.sufficiency(table, "opd", "all benchmarks").set_index("arm")
+    np.testing.assert_allclose(found["difference"], want["difference"])
 
 
 def test_nothing_is_decided_where_nothing_was_gained(table: pd.DataFrame) -> None:

@@ -181,9 +181,9 @@ def test_says_where_runs_come_from(shelf: pd.DataFrame) -> None:
 
 def test_costs_are_minutes_of_a_run(shelf: pd.DataFrame) -> None:
     more = pd.concat([shelf, shelf[:1].assign(seed=1, wall_seconds=3000.0)])
-    costs = chapters.cost_table(more).set_index("arm")
-    assert costs.loc["opd"].tolist() == [2, 10, "40.0"]
-    assert costs.loc["rlvr"].tolist() == [1, 10, "60.0"]
+    costs = chapters.cost_table(more).set_index("called")
+    assert costs.loc["opd"].tolist() == ["OPD", 2, 10, "40.0"]
+    assert costs.loc["rlvr"].tolist() == ["RLVR", 1, 10, "60.0"]
 
 
 def test_versions_are_named_once_each(shelf: pd.DataFrame) -> None:
@@ -204,7 +204,7 @@ def test_n_counts_what_seeds_do_not_share() -> None:
     said = "n = 5: data, sampling and anchor each; 3 bases"
     assert chapters.n_text(published) == said
     assert chapters.n_text(published, [0, 2]).endswith("one base")
-    assert chapters.seeds_text(published) == f"seeds 0, 1, 2, 3 and 4 ({said})"
+    assert chapters.seeds_text(published) == f"seeds 0 to 4 ({said})"
     assert chapters.n_text(Parameters("laptop", (3, 4), "local", 1)).endswith(
         "one base"
     )
@@ -219,13 +219,22 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     ]
     table = pd.DataFrame(rows, columns=measure.COLUMNS)
     said = chapters.limits_text(table, ["opd", "rlvr"], ["sparsity"])
-    assert said == (
-        "Detection limits: the widest pair of arms, at n = 3, 2.5 points (update "
-        "sparsity)."
+    assert said == chapters.FOLDED_LIMITS.format(
+        "Between two arms, n = 3: 2.5 points (update sparsity)."
     )
     said = chapters.limits_text(table, ["opd"], ["principal_overlap"])
-    assert "one seed parts no arms" not in said
+    assert "One seed parts no arms" not in said
+    assert "(gain: how many times as far" in said
     assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
+
+
+def test_a_number_that_is_not_there_is_a_dash() -> None:
+    told = chapters.say(
+        "OPD has 0.5 [{x:.2f}, {x:.2f}], more {x:+.2f} to {y:.1f} nanometres",
+        x=math.nan,
+        y=-2,
+    )
+    assert told.data == "OPD has 0.5, more – to −2.0 nanometres"
 
 
 def test_rounds_numbers_and_leaves_the_rest() -> None:
@@ -276,7 +285,9 @@ def test_says_what_was_published_or_is_given(monkeypatch: pytest.MonkeyPatch) ->
         {verdict_early-lock}.
         """
     shown = chapters.say(text, n=28)
-    assert shown.data == "Of 28 matrices 25.2%, $x^{2}$;\ninconclusive."
+    assert (
+        shown.data == "Of 28 matrices 25.2\N{NO-BREAK SPACE}%, $x^{2}$;\ninconclusive."
+    )
     assert chapters.show("share") == 0.2522
     with pytest.raises(ValueError, match=r"^no value 'rank': publish it in a cell"):
         chapters.say("{rank:.1f}")
@@ -297,7 +308,7 @@ def test_a_table_of_claims_says_what_is_not_measured() -> None:
 def test_html_escapes_and_is_never_cut() -> None:
     table = chapters.html(pd.DataFrame({"a": ["x < y " * 40]}), "a < b")
     text = table._repr_html_()
-    assert text.startswith('<table class="table"><caption>a &lt; b</caption>')
+    assert text.startswith('<table class="table sentences"><caption>a &lt; b</caption>')
     assert "x &lt; y " * 39 in text
     assert "..." not in text
     assert repr(table).startswith("a < b\n")
@@ -351,7 +362,7 @@ def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> No
 
 def test_differences_are_told_field_by_field() -> None:
     arms = ["opd", "rlvr", "tokens-top-25", "sft-matched", "opd-projected-update"]
-    table = chapters.differences_table("published", arms).set_index("arm")
+    table = chapters.differences_table("published", arms).set_index("called")
     told = table["against opd"]
     assert told["opd"] == "nothing"
     assert told["rlvr"] == (

@@ -249,7 +249,7 @@ def test_runs_without_displacement_get_it_and_others_keep_theirs() -> None:
 def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
     figure = distance_figures.curves(table, shares)
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[0].endswith(f"{shares['share'].iloc[0]:.1%} is distance")
+    assert titles[0].endswith(f"{100 * shares['share'].iloc[0]:.1f} % is distance")
     with pytest.raises(ValueError, match="no share of nss"):
         distance_figures.curves(table, shares[shares["metric"] != "nss"])
     names = [
@@ -258,8 +258,8 @@ def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
     placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0)
     worlds = {"small": placed, "large": placed, "none": placed.iloc[:0]}
     found = distance.by_world(distance.permuted, worlds, ["opd"])
-    bars = distance_figures.permutations(found)
-    assert len(bars.axes) == 2 * 2 * 2  # worlds, differences and shares, masks
+    bars = distance_figures.permutations(found, 2)
+    assert len(bars.axes) == 2 * 2  # worlds, masks
     names = [f"{p}{m}" for m in distance.SPECTRAL for p in ("", "null_", "turned_")]
     placed = at_end({"opd": dict.fromkeys(names, 0.5)}, 0.01)
     found = distance.by_world(distance.turned, {"small": placed}, ["opd"])
@@ -271,4 +271,4 @@ def test_figures_are_drawn(table: pd.DataFrame, shares: pd.DataFrame) -> None:
         columns=["arm", "n_seeds", "displacement", "low", "high", "clipped"],
     )
     figure = distance_figures.displacement_dots(moved)
-    assert "97.0% of steps clipped" in [t.get_text() for t in figure.axes[0].texts]
+    assert "97.0 % of steps clipped" in [t.get_text() for t in figure.axes[0].texts]

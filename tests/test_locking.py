@@ -105,13 +105,6 @@ def test_turned_increments_of_a_walk_are_as_the_walk():
     assert early(turned) == pytest.approx(early(path), abs=0.05)
 
 
-@pytest.mark.parametrize("steps", [(5,), (5, 10)])
-def test_short_trajectories_have_no_null(steps):
-    with pytest.raises(ValueError, match=f"{len(steps)} checkpoints") as error:
-        locking.check_length(steps)
-    assert "\n" not in str(error.value)
-
-
 def test_increments_that_are_damaged_or_nothing():
     deltas = {step: gaussian(6, 6, seed=step) for step in (1, 2, 3)}
     deltas[2] = deltas[1]

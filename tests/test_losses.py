@@ -188,7 +188,8 @@ def test_full_vocabulary_and_sampled_gradients_agree_over_sequences():
     rows = range(len(tokens))
     full = sum(
         log_probs[i].sum().exp()
-        * losses.reverse_kl(
+        * losses.full_vocabulary_kl(
+            losses.token_reverse_kl,
             prefix_logits(table, tokens[i : i + 1]),
             prefix_logits(teacher, tokens[i : i + 1]),
             mask[i : i + 1],
@@ -226,7 +227,9 @@ def test_a_student_equal_to_its_teacher_stands_still():
     )
     assert sampled == 0.0
     assert torch.count_nonzero(grad_of(sampled, logits)) == 0
-    full = losses.reverse_kl(logits, logits.detach().clone(), batch["mask"])
+    full = losses.full_vocabulary_kl(
+        losses.token_reverse_kl, logits, logits.detach().clone(), batch["mask"]
+    )
     assert full == 0.0
     assert torch.count_nonzero(grad_of(full, logits)) == 0
 
@@ -305,8 +308,12 @@ def objective(name: str, batch: dict[str, Tensor], n_sequences: int) -> Tensor:
         batch["logits"], batch["tokens"].masked_fill(~batch["mask"], 0)
     )
     if name == "reverse_kl":
-        return losses.reverse_kl(
-            batch["logits"], batch["teacher"], batch["mask"], n_sequences
+        return losses.full_vocabulary_kl(
+            losses.token_reverse_kl,
+            batch["logits"],
+            batch["teacher"],
+            batch["mask"],
+            n_sequences,
         )
     weights = batch["weights"] if name == "weighted" else None
     return losses.policy_loss(
@@ -619,7 +626,9 @@ def test_only_the_log_probabilities_carry_a_gradient():
     assert all(x.grad is None for x in (old, advantages, weights))
     batch["logits"].requires_grad_()
     batch["teacher"].requires_grad_()
-    losses.reverse_kl(batch["logits"], batch["teacher"], batch["mask"]).backward()
+    losses.full_vocabulary_kl(
+        losses.token_reverse_kl, batch["logits"], batch["teacher"], batch["mask"]
+    ).backward()
     assert batch["logits"].grad is not None
     assert batch["teacher"].grad is None
 
@@ -771,7 +780,9 @@ def test_reverse_kl_against_scipy_and_torch_distributions():
 
     batch = make_batch()
     student = batch["logits"].requires_grad_()
-    got = losses.reverse_kl(student, batch["teacher"], batch["mask"])
+    got = losses.full_vocabulary_kl(
+        losses.token_reverse_kl, student, batch["teacher"], batch["mask"]
+    )
     p = student.detach().softmax(-1).numpy()
     q = batch["teacher"].softmax(-1).numpy()
     kl = rel_entr(p, q).sum(-1)
@@ -794,18 +805,24 @@ def test_reverse_kl_against_scipy_and_torch_distributions():
 def test_reverse_kl_is_not_the_forward_one_and_not_negative():
     student, teacher = two_policies(11, 1, 1, 6)
     mask = torch.ones(1, 1)
-    there = losses.reverse_kl(student, teacher, mask)
-    back = losses.reverse_kl(teacher, student, mask)
+    there = losses.full_vocabulary_kl(losses.token_reverse_kl, student, teacher, mask)
+    back = losses.full_vocabulary_kl(losses.token_reverse_kl, teacher, student, mask)
     assert min(there, back) > 0.1
     assert abs(there - back) > 0.01
-    assert not losses.reverse_kl(teacher, student, mask).requires_grad
+    assert not losses.full_vocabulary_kl(
+        losses.token_reverse_kl, teacher, student, mask
+    ).requires_grad
 
 
 def test_forward_kl_is_the_reverse_of_the_other_way_round():
     batch = make_batch()
     student = batch["logits"].requires_grad_()
-    got = losses.forward_kl(student, batch["teacher"], batch["mask"])
-    turned = losses.reverse_kl(batch["teacher"], student, batch["mask"])
+    got = losses.full_vocabulary_kl(
+        losses.token_forward_kl, student, batch["teacher"], batch["mask"]
+    )
+    turned = losses.full_vocabulary_kl(
+        losses.token_reverse_kl, batch["teacher"], student, batch["mask"]
+    )
     torch.testing.assert_close(got, turned)
     # grad KL(q || p) = p - q at every state
     p, q = student.detach().softmax(-1), batch["teacher"].softmax(-1)
@@ -813,15 +830,20 @@ def test_forward_kl_is_the_reverse_of_the_other_way_round():
     share = live / (live.sum(1, keepdim=True) * len(live))
     expected = (p - q).masked_fill(~live[..., None], 0.0) * share[..., None]
     torch.testing.assert_close(grad_of(got, student), expected)
-    assert losses.forward_kl(student, student.detach(), live).abs() < 1e-15
+    assert (
+        losses.full_vocabulary_kl(
+            losses.token_forward_kl, student, student.detach(), live
+        ).abs()
+        < 1e-15
+    )
 
 
 def test_forward_kl_ignores_a_padded_vocabulary():
     student, teacher = two_policies(10, 1, 2, 6)
     mask, hole = torch.ones(1, 2), torch.full((1, 2, 3), -torch.inf).double()
-    plain = losses.forward_kl(student, teacher, mask)
+    plain = losses.full_vocabulary_kl(losses.token_forward_kl, student, teacher, mask)
     wide = torch.cat([student, hole], -1), torch.cat([teacher, hole], -1)
-    padded = losses.forward_kl(*wide, mask)
+    padded = losses.full_vocabulary_kl(losses.token_forward_kl, *wide, mask)
     torch.testing.assert_close(padded, plain, rtol=1e-14, atol=0)
     ours, theirs = grad_of(padded, student), grad_of(plain, student)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-16)
@@ -831,9 +853,12 @@ def test_reverse_kl_ignores_a_padded_vocabulary():
     student, teacher = two_policies(10, 1, 2, 6)
     mask = torch.ones(1, 2)
     hole = torch.full((1, 2, 3), -torch.inf, dtype=torch.float64)
-    plain = losses.reverse_kl(student, teacher, mask)
-    padded = losses.reverse_kl(
-        torch.cat([student, hole], -1), torch.cat([teacher, hole], -1), mask
+    plain = losses.full_vocabulary_kl(losses.token_reverse_kl, student, teacher, mask)
+    padded = losses.full_vocabulary_kl(
+        losses.token_reverse_kl,
+        torch.cat([student, hole], -1),
+        torch.cat([teacher, hole], -1),
+        mask,
     )
     torch.testing.assert_close(padded, plain, rtol=1e-14, atol=0)
     torch.testing.assert_close(
@@ -841,7 +866,10 @@ def test_reverse_kl_ignores_a_padded_vocabulary():
     )
     # The student may say what the teacher excludes: the divergence is infinite.
     narrow = torch.cat([teacher[..., :5], hole[..., :1]], -1)
-    assert losses.reverse_kl(student, narrow, mask) == torch.inf
+    assert (
+        losses.full_vocabulary_kl(losses.token_reverse_kl, student, narrow, mask)
+        == torch.inf
+    )
 
 
 # Bad input: one clear line.
@@ -935,14 +963,20 @@ def test_reverse_kl_ignores_a_padded_vocabulary():
             "n_sequences 0",
         ),
         (
-            lambda: losses.reverse_kl(
-                torch.zeros(1, 2, 8), torch.zeros(1, 2, 9), torch.ones(1, 2)
+            lambda: losses.full_vocabulary_kl(
+                losses.token_reverse_kl,
+                torch.zeros(1, 2, 8),
+                torch.zeros(1, 2, 9),
+                torch.ones(1, 2),
             ),
             r"student \(1, 2, 8\), teacher \(1, 2, 9\)",
         ),
         (
-            lambda: losses.reverse_kl(
-                torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), torch.ones(2, 2)
+            lambda: losses.full_vocabulary_kl(
+                losses.token_reverse_kl,
+                torch.zeros(1, 2, 8),
+                torch.zeros(1, 2, 8),
+                torch.ones(2, 2),
             ),
             r"mask \(2, 2\)",
         ),

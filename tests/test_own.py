@@ -1,6 +1,7 @@
 """A reader's own seed is held against the range of the published ones."""
 
 import pandas as pd
+import pytest
 
 from opd_geometry.book import own
 
@@ -22,6 +23,7 @@ def test_within_and_outside_of_the_published_range() -> None:
         assert found[["lowest", "highest", "n"]].iloc[0].tolist() == [0.1, 0.2, 3]
     text = own.page(found)
     assert "**0 of 1 numbers" in text
+    assert f"{{figure}} {own.PICTURE}" in text
     assert (
         "| OPD | 7 | spectral shift NSS | 0.21 | 0.1 to 0.2 | 3 | ✗ outside |" in text
     )
@@ -37,3 +39,20 @@ def test_an_arm_that_was_not_published_is_left_out() -> None:
     published = table({0: 0.1}).assign(arm="sft")
     found = own.against_published(table({7: 0.2}), published, ["opd"], ["nss"])
     assert found.empty
+
+
+def test_points_lie_on_the_bands_where_they_lie() -> None:
+    published = pd.concat([table({0: 0.1, 1: 0.2}), table({2: 0.3})])
+    found = pd.concat(
+        own.against_published(table({7: value}), published, ["opd"], ["nss"])
+        for value in (0.15, 0.3, 9.0)
+    )
+    (ax,) = own.bands(found).axes
+    dots = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    places = [float(line.get_xdata()[0]) for line in dots]
+    assert places == pytest.approx([0.25, 1.0, 1 + own.FARTHEST])
+    assert [line.get_markerfacecolor() == "none" for line in dots] == [
+        False,
+        False,
+        True,
+    ]

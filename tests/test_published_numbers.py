@@ -271,7 +271,7 @@ def numbers_in_code(notebook: NotebookNode) -> set[float]:
 def texts(notebook: NotebookNode) -> Iterator[str]:
     """Markdown cells, what cells say, and what figures have in place of a picture."""
     for cell in notebook.cells:
-        yield cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        yield cell.metadata.get("alt", "")
         if cell.cell_type == "markdown":
             yield cell.source
         elif cell.source.startswith("chapters.say("):

@@ -187,6 +187,10 @@ def test_increments_are_compared_window_by_window() -> None:
     assert found["n_pairs"].tolist() == [2, 2]
     np.testing.assert_allclose(found["cosine"], [0.85, 0.45])
     np.testing.assert_allclose(found[["start", "stop"]], [[0, 0.25], [0.25, 1]])
+    # Two pairs leave nearly everything open, and no cosine beyond one.
+    assert (found[["low", "high"]].abs() < 1).all(axis=None)
+    assert (found["low"] < found["cosine"]).all()
+    assert (found["high"] > found["cosine"]).all()
     figure = directions_figures.along_the_way({"x": found}, ["rlvr", "sft"])
     assert isinstance(figure, Figure)
     ends = pd.DataFrame(

@@ -601,3 +601,9 @@ def test_peak_of_scoring_with_a_large_vocabulary(tmp_path: Path) -> None:
     peak = Child(tmp_path, children.peak_of_scoring, vocabulary, tokens).result()
     whole = 2 * 4 * vocabulary * tokens  # logits and their log-softmax, float32
     assert peak < whole / 10
+
+
+def test_passes_hold_rows_of_like_length() -> None:
+    assert rollouts._least_padded([10, 10, 11, 90, 100], 320) == [3, 2]
+    assert rollouts._least_padded([50, 100, 400], 100) == [1, 1, 1]  # too long
+    assert rollouts._least_padded([1] * 6, 1024) == [6]

@@ -156,11 +156,14 @@ def test_a_caption_goes_to_its_figure() -> None:
     (cell,) = site.as_page(v4.new_notebook(cells=[figure, caption])).cells
     options = {"name": "f", "caption": "**A quarter.** Means over 5 seeds."}
     assert cell.metadata["mystnb"]["figure"] == options
-    caption.outputs[0].data["text/markdown"] += " Detection limits: 3 points."
+    tail = "<details><summary>Detection limits</summary>\n\n3 points.\n\n</details>"
+    caption.outputs[0].data["text/markdown"] += f"\n\n{tail}"
     figure.metadata["mystnb"]["figure"] = {"name": "f"}
+    figure.metadata["alt"] = "A line."
     drawn, limits = site.as_page(v4.new_notebook(cells=[figure, caption])).cells
     assert drawn.metadata["mystnb"]["figure"] == options
-    assert "<summary>Detection limits</summary>\n\n3 points.\n" in limits.source
+    assert drawn.metadata["mystnb"]["image"] == {"alt": "A line."}
+    assert limits.source == tail
     for cells in ([caption], [v4.new_code_cell("x"), caption]):
         with pytest.raises(ValueError, match="no figure for the caption"):
             site.as_page(v4.new_notebook(cells=cells))

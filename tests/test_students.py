@@ -18,10 +18,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from opd_geometry.analysis import audit
 from opd_geometry.experiments.profiles import build
 from opd_geometry.experiments.runs import (
     checkpoint,
     ensure,
+    origin,
     starting_model,
 )
 from opd_geometry.training import students, tasks
@@ -223,6 +225,21 @@ def test_a_student_is_its_content_wherever_it_lies(
     settings = json.loads((there / "config.json").read_text())
     (there / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-5}))
     assert build("pretrained", "opd", 0, student=str(there)).key() != one.key()
+
+
+def test_an_audit_trains_with_the_model_of_the_committed_runs_and_no_other(
+    gemma: Path, qwen: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = [
+        build("pretrained", "opd", seed, student=str(gemma)) for seed in (0, 1, 2)
+    ]
+    monkeypatch.setattr(audit, "committed_runs", lambda profile: committed)
+    drawn = audit.draw("pretrained", 3, 0, ["opd"], str(gemma))
+    assert sorted(run.seed for run in drawn) == [0, 1, 2]
+    assert all(origin(run).source == str(gemma) for run in drawn)
+    digest = origin(committed[0]).digest
+    with pytest.raises(ValueError, match=f"qwen.* not the model .* {digest}$"):
+        audit.draw("pretrained", 3, 0, ["opd"], str(qwen))
 
 
 def test_runs_of_an_absent_student_have_names(data: Path) -> None:

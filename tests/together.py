@@ -44,6 +44,7 @@ CASES: dict[str, SFTConfig | PolicyConfig] = {
     "pieces": replace(POLICY, alpha=0.5, sampled_prompts=1),
     "long rows": replace(POLICY, gap_from="scoring"),
     "engine": replace(POLICY, sampler="vllm", gap_from="scoring"),
+    "shared": replace(POLICY, alpha=0.5, shared_prefixes=True),
     "copy": replace(POLICY, mixed_precision="bf16-copy", gap_from="scoring"),
 }
 

@@ -15,7 +15,8 @@ const mark = () => {
 };
 // A figure opens in full; on a small screen it scrolls, so that its words can be read.
 const open = () => {
-  for (const picture of document.querySelectorAll(".cell_output img, figure img")) {
+  for (const picture of document.querySelectorAll(
+    ".cell_output img, figure img, img.turned")) {
     if (picture.closest("a")) continue;
     const link = document.createElement("a");
     link.href = picture.src;

@@ -574,7 +574,10 @@ def claims(profile: str | None, against: Path | None) -> None:
 )
 @_arms("all")
 @_jobs
-def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
+@_student
+def audit(
+    sample: int, profile: str, seed: int, arms: str, jobs: int, student: str | None
+) -> int:
     """Train some committed runs anew, and compare.
 
     Draws N of the committed runs, trains each with all it starts from below
@@ -596,12 +599,13 @@ def audit(sample: int, profile: str, seed: int, arms: str, jobs: int) -> int:
     Examples:
       opd-geometry audit --sample 3
       opd-geometry audit --sample 1 --seed 7 --arms sft,opd --jobs 1
+      opd-geometry audit --sample 3 --profile pretrained --student path/to/model
     """
     from opd_geometry.analysis import audit as audits
     from opd_geometry.experiments.profiles import parse_arms
     from opd_geometry.experiments.schedule import plan as plan_runs
 
-    runs = audits.draw(profile, sample, seed, parse_arms(arms, profile))
+    runs = audits.draw(profile, sample, seed, parse_arms(arms, profile), student)
     with audits.apart() as place:
         click.echo(
             f"Drawn with seed {seed}: {', '.join(run.name for run in runs)}; "
@@ -704,7 +708,7 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     """
     from opd_geometry.analysis.claims import write_claims
     from opd_geometry.analysis.regimes import claims_in_worlds
-    from opd_geometry.book.own import against_published, page
+    from opd_geometry.book.own import against_published
     from opd_geometry.book.site import execute_chapter, known_parameters, read_notebook
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.profiles import ARMS, PUBLISHED, parse_seeds
@@ -731,9 +735,9 @@ def book(profile: str, seeds: str, jobs: int, origin: str, student: str | None) 
     own = place / "claims.csv"
     write_claims(claims_in_worlds({profile: table}), own)
     banner = f"Your own run, not the published one. {describe(profile, provenance)}"
-    beside = ""
+    beside = None
     if not student and profile in ("laptop", PUBLISHED):  # the same runs by other names
-        beside = page(against_published(table, measure.committed(PUBLISHED), ARMS))
+        beside = against_published(table, measure.committed(PUBLISHED), ARMS)
     return _build(root, "book", executed, own, banner, beside)
 
 
@@ -858,12 +862,13 @@ def _build(
     pages: list[Path],
     claims_csv: Path,
     banner: str,
-    beside: str = "",
+    beside: "pd.DataFrame | None" = None,
 ) -> int:
     """Stage, build and check a book under _build/NAME; the exit code.
 
     A reader's own one has a page that holds it beside the published runs.
     """
+    from opd_geometry.book import own
     from opd_geometry.book import site as pages_of
     from opd_geometry.book.explorer import write_data
 
@@ -871,8 +876,9 @@ def _build(
     source = pages_of.stage_site(root, place / "source", pages, banner)
     pages_of.add_claims(source, claims_csv)
     pages_of.add_hero(source)
-    if beside:
-        pages_of.add_page(source, "yours", beside)
+    if beside is not None:
+        pages_of.add_page(source, "yours", own.page(beside))
+        own.bands(beside).savefig(source / "book" / own.PICTURE)
     write_data(source / "book" / "_static" / "explorer-data.js")
     page = pages_of.build_site(source, place / "html")
     problems = pages_of.check_site(place / "html", source)

@@ -30,10 +30,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from opd_geometry.analysis.evidence import (
-    ALL_ACCURACIES,
     ATTENTION,
     LAYERS,
     accuracy,
+    benchmarks,
     first,
     last,
     over_matrices,
@@ -44,8 +44,8 @@ from opd_geometry.experiments.measure import (
     committed_table,
     measure_run,
 )
-from opd_geometry.experiments.profiles import settings_of
-from opd_geometry.experiments.runs import Run, data_directory, provenance
+from opd_geometry.experiments.profiles import build, settings_of
+from opd_geometry.experiments.runs import Run, data_directory, origin, provenance
 from opd_geometry.files import clear_write_errors
 from opd_geometry.geometry.comparison import METRICS
 from opd_geometry.sources import library_digest
@@ -58,7 +58,13 @@ TRAJECTORIES = ("stable_rank", "stable_rank_bf16", "frobenius_norm", "hill_alpha
 SIMILARITY = "similarity_to_end"  # at the first checkpoint: at the end it is 1
 
 
-def draw(profile: str, sample: int, seed: int, arms: Iterable[str]) -> list[Run]:
+def draw(
+    profile: str,
+    sample: int,
+    seed: int,
+    arms: Iterable[str],
+    student: str | None = None,
+) -> list[Run]:
     """Committed runs, drawn at random without repetition.
 
     Arms with fewer than ``LEAST_SEEDS`` committed seeds have no spread: left out.
@@ -68,9 +74,12 @@ def draw(profile: str, sample: int, seed: int, arms: Iterable[str]) -> list[Run]
         sample: how many.
         seed: the same draw again, while the same runs are committed.
         arms: which arms to draw from.
+        student: where the pretrained model of the committed runs lies, if they have
+            one: it is not committed.
 
     Raises:
-        ValueError: unknown profile, or fewer runs are committed than are to be drawn.
+        ValueError: unknown profile, fewer runs are committed than are to be drawn, or
+            the student is another model than that of the committed runs.
     """
     settings_of(profile)
     wanted = set(arms)
@@ -84,7 +93,17 @@ def draw(profile: str, sample: int, seed: int, arms: Iterable[str]) -> list[Run]
             f"whose arm has {LEAST_SEEDS} seeds or more; ask for "
             f"{'fewer, or for other' if known else 'other'} arms"
         )
-    return random.Random(seed).sample(known, sample)
+    drawn = random.Random(seed).sample(known, sample)
+    if student is None:
+        return drawn
+    found = [build(profile, run.arm, run.seed, student=student) for run in drawn]
+    if [run.key() for run in found] != [run.key() for run in drawn]:
+        theirs = getattr(origin(drawn[0]), "digest", "")
+        raise ValueError(
+            f"{student} is not the model that the committed runs of profile {profile} "
+            f"began with: expected the one with SHA-256 {theirs}"
+        )
+    return found
 
 
 def machines(runs: Iterable[Run]) -> str:
@@ -185,7 +204,8 @@ def readings(table: pd.DataFrame, arm: str) -> pd.DataFrame:
 
     values = {metric: last(mean(metric)) for metric in (*METRICS, "leak")}
     values[SIMILARITY] = first(mean(SIMILARITY))
-    values |= {metric: accuracy(table, arm, (metric,)) for metric in ALL_ACCURACIES}
+    asked = benchmarks(table)
+    values |= {metric: accuracy(table, arm, (metric,)) for metric in asked}
     return pd.DataFrame(values).astype(float).T
 
 

@@ -9,10 +9,28 @@ anchor's, their top right subspaces stay together: Sim_K lies above that of RLVR
 the stage before, in every seed.
 """
 
+import numpy as np
 import pandas as pd
 
 from opd_geometry.analysis.evidence import ATTENTION, LAYERS
 from opd_geometry.analysis.verdicts import interval
+
+ONE = 1 - 1e-12  # where artanh is still finite
+
+
+def of_cosines(values: pd.Series) -> tuple[float, float, float]:
+    """Mean of cosines with its 95 % interval, which stays between -1 and 1.
+
+    tanh of the t interval of artanh(cosine): Fisher's z
+
+    Args:
+        values: one cosine a pair.
+
+    Returns:
+        Their plain mean, and the interval's ends; NaN of a single pair.
+    """
+    _, low, high = interval(np.arctanh(values.clip(-ONE, ONE)))
+    return float(values.mean()), float(np.tanh(low)), float(np.tanh(high))
 
 
 def shared(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
@@ -24,8 +42,8 @@ def shared(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
 
     Returns:
         One row another arm from the same anchor (the same arm: from another seed's),
-        by falling cosine: other, n_pairs, cosine with low and high (95 % interval over
-        pairs; null 0), subspace and its chance (Sim_K of the top right ones), jaccard,
+        by falling cosine: other, n_pairs, cosine with low and high (``of_cosines``;
+        null 0), subspace and its chance (Sim_K of the top right ones), jaccard,
         rounding (that of unrelated updates of these norms), beyond (their difference)
         with beyond_low, beyond_high.
     """
@@ -40,7 +58,7 @@ def shared(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
         names = ("similarity_right", "null_similarity_right")
         masks = (means["jaccard"], means["rounding_jaccard"])
         beyond = interval(of_pair["jaccard"] - of_pair["rounding_jaccard"])
-        numbers = (*interval(of_pair["cosine"]), *means[[*names]], *masks, *beyond)
+        numbers = (*of_cosines(of_pair["cosine"]), *means[[*names]], *masks, *beyond)
         found.append((name, len(of_pair), *numbers))
     columns = ["other", "n_pairs", "cosine", "low", "high", "subspace", "chance"]
     columns += ["jaccard", "rounding", "beyond", "beyond_low", "beyond_high"]
@@ -96,7 +114,7 @@ def along_the_way(windows: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
         One row another arm (the same arm: from another seed's anchor) and window:
         other, start, stop (shares of training), n_pairs, cosine (mean over attention
         matrices, which all worlds keep along the way, then pairs; null 0) with low and
-        high, its 95 % interval over pairs. A pair with one window alone has no course.
+        high, see ``of_cosines``. A pair with one window alone has no course.
     """
     rows = windows[windows["role"].isin(ATTENTION)]
     rows = rows.astype({"arm": str, "other_arm": str})
@@ -107,7 +125,7 @@ def along_the_way(windows: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:
     keys = [other.rename("other"), "start", "stop", "seed", "other_seed"]
     of_pair = ours.groupby(keys, sort=False)["value"].mean()
     found = [
-        (*place, len(values), *interval(values))
+        (*place, len(values), *of_cosines(values))
         for place, values in of_pair.groupby(level=["other", "start", "stop"])
     ]
     columns = ["other", "start", "stop", "n_pairs", "cosine", "low", "high"]

@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 
 from opd_geometry.analysis.evidence import (
+    ACCURACY_MARGIN,
     ATTENTION,
     CHAIN,
     COMPARABLE_FACTOR,
@@ -296,6 +297,40 @@ def summary(
     columns = ["rule", "what came out", "n"]
     found = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     return found.rename_axis("experiment")
+
+
+def concluded(
+    words: Mapping[str, str], learned: Values, covariance: Mapping[str, str]
+) -> list[str]:
+    """What the experiments on rank say, in sentences: only what their words bear.
+
+    Args:
+        words: of ``opd-sgd``, ``opd-muon`` and ``opd-self`` beside OPD, see ``level``.
+        learned: accuracy of ``opd-muon`` minus that of ``opd``, one number a seed.
+        covariance: words of the covariance's predictions, an arm each.
+
+    Returns:
+        The sentences; an arm that was not run has none.
+    """
+    where = {"alike": "at", "higher": "above", "lower": "below"}
+    names = {"opd-sgd": "SGD, which rescales nothing,", "opd-muon": "Muon"}
+    ends = [
+        f"{name} ends {where.get(words[arm], 'undecided beside')} AdamW's rank"
+        for arm, name in names.items()
+        if arm in words
+    ]
+    as_much = interval(learned)[1] > -ACCURACY_MARGIN
+    so = ["it is not Adam that makes the rank low"] * (words.get("opd-sgd") == "alike")
+    if words.get("opd-muon") == "higher" and as_much:
+        ends[-1] += " and learns as much, within the margin"
+        so.append("learning does not need a low one")
+    said = [f"By the rule {'; '.join(ends)}."] if ends else []
+    said += [f"So {', and '.join(so)}."] if so else []
+    if covariance and set(covariance.values()) <= {"alike"}:
+        said.append("The rank is in the gradients before anything is trained.")
+    if words.get("opd-self") == "higher":
+        said.append("Without a gap it is higher: what is left has more directions.")
+    return said
 
 
 def _span(counts: Sequence[str]) -> str:

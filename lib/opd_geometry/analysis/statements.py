@@ -375,7 +375,7 @@ CLAIMS = (
         matched="rlvr, the yardstick, sft-matched, sft-learns and ce-teacher, each "
         "projected onto its own early subspace.",
         arms=("opd", *(f"opd{form}" for form in ev.FORMS)),
-        metrics=ev.ALL_ACCURACIES,
+        metrics=ev.CHAIN,
         evidence=ev.sufficient_opd,
         control_arms=(
             *(f"opd{form}-random" for form in ev.FORMS),

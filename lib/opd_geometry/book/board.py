@@ -36,7 +36,8 @@ WORLDS = {
     "pretrained": "Gemma 3 270M",
 }
 # What a tile shows at once; the rest is folded.
-FIRST = ("The paper", "Here", "What decides", *WORLDS.values())
+BESIDE = "Its controls"  # of a claim that came out: what it was held against
+FIRST = ("The paper", "Here", "What decides", BESIDE, *WORLDS.values())
 UNTESTED = "regime not tested"
 NOT_ASKED = "not asked"  # of a claim about one arm
 CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
@@ -166,25 +167,36 @@ def _options(names: Any) -> str:
     return f'<option value="">all</option>{chosen}'
 
 
+def marked(verdict: str, n_seeds: int) -> str:
+    """A verdict with its mark; one seed, which has no interval, gets none.
+
+    >>> marked("reproduced", 5), marked("inconclusive", 1)
+    ('✓ reproduced', '? one seed: no verdict')
+    """
+    alone = verdict == "inconclusive" and n_seeds == 1
+    return f"{VERDICT_MARKS[verdict]} {'one seed: no verdict' if alone else verdict}"
+
+
 def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str:
     part, chapter = part_of(row)
     verdict = str(row["verdict"])
-    alone = verdict == "inconclusive" and row["n_seeds"] == 1
-    shown = "one seed: no verdict" if alone else verdict
     reached = "not reached" if row.get("verdict_in_regime") == UNTESTED else "reached"
     if not row.get("regime") or verdict == "not measured":
         reached = NOT_ASKED
     head = (
         f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
         f'data-part="{html.escape(part)}" data-regime="{reached}">'
-        f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {shown}</p>'
+        f'<p class="claim-verdict">{marked(verdict, row["n_seeds"])}</p>'
     )
     if reached == "not reached":
         head += '<p class="claim-regime">here; the paper\'s regime is not tested</p>'
     statement = html.escape(str(row["statement"]))
     link = f'href="chapters/{chapter}.html"'
     if brief:
-        return f"{head}<p><a {link}>{statement}</a></p></li>"
+        nearest = row["matched"] if verdict == "reproduced" else ""
+        beside = f"The control nearest to it: {html.escape(in_words(nearest))}."
+        note = f'<p class="claim-regime">{beside}</p>' if nearest else ""
+        return f"{head}<p><a {link}>{statement}</a></p>{note}</li>"
     told = facts(row) | {_world(other): in_short(other) for other in others}
     there = [(_world(x), str(x["regime"])) for x in others if x.get("regime")]
     told |= {f"Regime, {name}": text for name, text in there}
@@ -211,13 +223,14 @@ def facts(row: Mapping[str, Any]) -> dict[str, str]:
         "Gaussian null": row.get("ours_null", ""),
         "SFT, matched, for OPD": row.get("ours_control", ""),
         "What decides": asked_text(row),
+        BESIDE: row["controls"] if row["verdict"] == "reproduced" else "",
         "A null": row["null"],
         "A control": row["matched"],
         "Where": f"{_world(row)}; {row.get('n', '') or seeds}",
         "Regime (displacements)": row.get("regime", ""),
         "Read from": row.get("readout", ""),
         "Read from bf16": row.get("verdict_in_bf16", ""),
-        "RLVR at the paper's ratio": row.get("verdict_at_papers_ratio", ""),
+        "RLVR at the paper's batch and steps": row.get("verdict_at_papers_ratio", ""),
         "45 % of RLVR's rewards wrong": wrong
         and f"{wrong}; {row['regime_with_wrong_rewards']}",
     }
@@ -259,7 +272,7 @@ def effect_text(row: Mapping[str, Any]) -> str:
     )
 
 
-def _arm(name: str) -> str:
+def arm_name(name: str) -> str:
     """An arm's name; of a confined one, with the name of its free run."""
     family, confined, _ = name.partition("-projected")
     label = ARM_STYLES[name].label
@@ -274,5 +287,5 @@ def in_words(text: str) -> str:
     >>> in_words("kept by rlvr-projected")
     'kept by RLVR (own early subspace)'
     """
-    text = ARM.sub(lambda found: _arm(found[0]), text)
+    text = ARM.sub(lambda found: arm_name(found[0]), text)
     return re.sub(r"(?<![\w-])-(?=[\d.])", "\N{MINUS SIGN}", text)

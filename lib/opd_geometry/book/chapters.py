@@ -20,7 +20,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.analysis.claims import Finding, claim_card, judge, levels_text
+from opd_geometry.analysis.claims import (
+    Finding,
+    claim_card,
+    claims_table,
+    judge,
+    levels_text,
+    parts_table,
+)
 from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.analysis.unplaced.power import (
@@ -30,7 +37,7 @@ from opd_geometry.analysis.unplaced.power import (
     difference_limit,
     own_limits,
 )
-from opd_geometry.book.board import VERDICT_MARKS, effect_text, in_words
+from opd_geometry.book.board import arm_name, effect_text, in_words, marked
 from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
@@ -52,6 +59,12 @@ MODEL = ("model",)  # of the chapter about updates without place
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 AGAINST = "null; matched control"
+# Markdown that every viewer folds: what a figure could have shown.
+FOLDED_LIMITS = (
+    '\n\n<details class="limits"><summary>Detection limits</summary>\n\n{}\n\n'
+    "</details>"
+)
+LONGEST_CELL = 90  # letters; a table of longer ones is one of sentences
 DIGITS = 4  # what is printed and published: another processor changes the seventh
 
 
@@ -382,13 +395,11 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
 
     def label(name: object) -> object:
         metric = str(name).removeprefix("null_")
-        if name in ARM_STYLES:
-            return ARM_STYLES[str(name)].label
         if metric in LABELS:
             return LABELS[metric] + (", null" if metric != name else "")
-        # n_seeds is a count of seeds
-        plain = isinstance(name, str)
-        return str(name).removeprefix("n_").replace("_", " ") if plain else name
+        if not isinstance(name, str):
+            return name
+        return in_words(name).removeprefix("n_").replace("_", " ")  # n_seeds counts
 
     # The name of an index would take a row of its own; that of the columns stands in
     # the corner above it.
@@ -427,7 +438,17 @@ def publish(**values: Any) -> None:
 
 
 # A hyphen before a number that no word, bracket or other number comes before.
+DASH = "\N{MINUS SIGN}"
 MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)")
+
+
+def typeset(text: str) -> str:
+    """Minus signs for hyphens before numbers, and a space before per cent signs.
+
+    >>> typeset("-0.5 to 4.6%")
+    '−0.5 to 4.6\xa0%'
+    """
+    return re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", MINUS.sub(DASH, text))
 
 
 def say(text: str, **values: Any) -> Any:
@@ -444,7 +465,9 @@ def say(text: str, **values: Any) -> Any:
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
         told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
-        return markdown(re.sub(MINUS, "\N{MINUS SIGN}", told))
+        told = told.replace(" [nan, nan]", "")  # one seed has no interval
+        told = re.sub(r"\+?\bnan\b", "\N{EN DASH}", told)  # an arm is not there
+        return markdown(typeset(told))
     except KeyError as error:
         raise ValueError(
             f"no value {error.args[0]!r}: publish it in a cell above, or give it here"
@@ -485,7 +508,9 @@ class Table:
                 index=self.index, border=0, classes="table", na_rep="–"
             )
         # The class that pandas adds would set the heads of the columns flush right.
-        text = text.replace('class="dataframe table"', 'class="table"')
+        longest = int(self.frame.map(lambda cell: len(str(cell))).max(axis=None) or 0)
+        kind = "table sentences" if longest > LONGEST_CELL else "table"
+        text = text.replace('class="dataframe table"', f'class="{kind}"')
         text = text.replace(' style="text-align: right;"', "")
         told = f"<caption>{html_text(self.caption)}</caption>"
         return text.replace(">", f">{told}", 1) if self.caption else text
@@ -502,7 +527,8 @@ def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
 
 def html(frame: pd.DataFrame, caption: str = "") -> Table:
     """A table for a page: without index, its cells wrapped, in the page's style."""
-    return Table(frame, caption, index=False)
+    plain = frame.map(lambda x: typeset(x) if isinstance(x, str) else x)
+    return Table(plain, caption, index=False)
 
 
 def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
@@ -527,16 +553,19 @@ def provenance_text(parameters: Parameters, provenance: pd.DataFrame) -> str:
     )
 
 
-def seeds_text(seeds: Iterable[int] | Parameters) -> str:
+def seeds_text(seeds: Sequence[int] | Parameters) -> str:
     """Seeds for a sentence; with the unit of n, if a chapter's parameters are given.
 
-    >>> seeds_text([0, 1, 2]), seeds_text([3])
-    ('seeds 0, 1 and 2', 'seed 3')
+    >>> seeds_text([0, 1, 2]), seeds_text([3]), seeds_text([0, 2])
+    ('seeds 0 to 2', 'seed 3', 'seeds 0 and 2')
     """
     if isinstance(seeds, Parameters):
         return f"{seeds_text(seeds.seeds)} ({n_text(seeds)})"
-    *others, last = [str(seed) for seed in seeds]
-    return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"
+    *others, last = seeds
+    if len(others) > 1 and list(seeds) == list(range(others[0], last + 1)):
+        return f"seeds {others[0]} to {last}"
+    text = f"seeds {', '.join(map(str, others))} and {last}"
+    return text if others else f"seed {last}"
 
 
 def n_text(parameters: Parameters, seeds: Iterable[int] | None = None) -> str:
@@ -580,8 +609,8 @@ def limits_text(
         roles: of the matrices averaged over.
 
     Returns:
-        The half-width of the widest interval between two arms at this n, and the
-        smallest place that one update would show at the book's student.
+        Folded: the half-width of the widest interval between two arms at this n, and
+        the smallest place that one update would show at the book's student.
     """
     arms, metrics = list(arms), list(metrics)
     levels = levels_of(table, arms)
@@ -600,12 +629,14 @@ def limits_text(
     n = min((n for limit, n in found.values() if not math.isnan(limit)), default=0)
     said = []
     if parts:
-        said.append(f"the widest pair of arms, at n = {n}, {', '.join(parts)}")
+        said.append(f"Between two arms, n = {n}: {', '.join(parts)}.")
     elif len(arms) > 1:
-        said.append("one seed parts no arms")
+        said.append("One seed parts no arms.")
     if placed:
-        said.append(f"one update at the book's student shows {', '.join(placed)}")
-    return f"Detection limits: {'; '.join(said)}." if said else ""
+        means = " (gain: how many times as far those entries move)"
+        gain = means if "gain" in placed[0] else ""
+        said.append(f"Of a place in one update{gain}: {', '.join(placed)}.")
+    return FOLDED_LIMITS.format(" ".join(said)) if said else ""
 
 
 def _limit_text(metric: str, limit: float) -> str:
@@ -623,9 +654,9 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         claim_ids: which claims.
 
     Returns:
-        One row a claim: claim, the paper, here (levels as the paper prints them, and
-        what decides), ``AGAINST`` (the null and the control that stand most in the
-        way), verdict.
+        One row a claim: claim, verdict, here (levels as the paper prints them, and
+        what decides), the paper, ``AGAINST`` (the null and the control that stand most
+        in the way).
 
     Raises:
         ValueError: unknown claim.
@@ -636,10 +667,10 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         rows.append(
             {
                 "claim": f"{claim.statement} ({claim.id})",
-                "the paper": f"{claim.paper_item}: {claim.paper_value}",
+                "verdict": marked(finding.verdict, finding.n_seeds),
                 "here": _here(finding, levels_text(claim, levels)),
+                "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
-                "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
             }
         )
     return pd.DataFrame(rows)
@@ -663,6 +694,38 @@ def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:
     """``verdict_table`` as it stands first in a chapter."""
     told = "The claims judged here; a bracket is a 95 % interval over seeds"
     return html(verdict_table(table, claim_ids), told)
+
+
+def deciding(claim_ids: Sequence[str], judged: pd.DataFrame) -> Table:
+    """The part that decides each claim; its verdict is published under ``verdict_ID``.
+
+    Args:
+        claim_ids: which claims.
+        judged: tidy.
+    """
+    found = claims_table(judged).set_index("id").loc[list(claim_ids)]
+    publish(**{f"verdict_{key}": row["verdict"] for key, row in found.iterrows()})
+    shown = found[["effect", "low", "high", "unit", "verdict"]].copy()
+    shown.loc[found["n_seeds"] == 1, "verdict"] = "no verdict (one seed)"
+    return table(shown, "The part that decides each claim")
+
+
+def parts(claim_ids: Sequence[str], judged: pd.DataFrame) -> Table:
+    """Every part and control of claims, as ``claims.parts_table`` has them."""
+    found = {key: parts_table(key, judged) for key in claim_ids}
+    rows = pd.concat(found, names=["claim"]).droplevel(1)
+    return table(rows, "Every part and control of the claims")
+
+
+def check(announced: Mapping[str, object]) -> Table:
+    """What was written down before, and whether it came out.
+
+    Args:
+        announced: a sentence to whether it holds.
+    """
+    rows = {said: "holds" if holds else "fails" for said, holds in announced.items()}
+    frame = pd.Series(rows, name="here").rename_axis("announced").reset_index()
+    return html(frame, "What was announced, and what came of it")
 
 
 def claim_cards(
@@ -695,13 +758,15 @@ def cost_table(provenance: pd.DataFrame) -> pd.DataFrame:
         provenance: of ``load``.
 
     Returns:
-        One row an arm: arm, runs, steps, minutes (mean over its runs, on one core).
+        One row an arm: arm, called (what commands call it), runs, steps, minutes (mean
+        over its runs, on one core).
     """
     by_arm = provenance.groupby("arm", sort=False)
     minutes = by_arm["wall_seconds"].mean() / 60
     return pd.DataFrame(
         {
-            "arm": list(by_arm.groups),
+            "arm": [arm_name(str(arm)) for arm in by_arm.groups],
+            "called": list(by_arm.groups),
             "runs": by_arm.size().to_numpy(),
             "steps": by_arm["steps"].max().to_numpy(),
             "minutes a run": [f"{x:.1f}" for x in minutes],
@@ -756,7 +821,8 @@ def differences_table(
         reference: what they are held against.
 
     Returns:
-        One row an arm: arm, and "against REFERENCE": the fields that differ, with both
+        One row an arm: arm, called (what commands call it), and "against REFERENCE":
+        the fields that differ, with both
         values, and where the arm is confined. Fields that only one of the two loops
         has are left out.
 
@@ -774,7 +840,8 @@ def differences_table(
             confined = dataclasses.asdict(run.projection)
             told += [f"confined, {name}: {value}" for name, value in confined.items()]
             told.append(f"from step {run.branch_step()} on")
-        rows.append({"arm": arm, f"against {reference}": "; ".join(told) or "nothing"})
+        named = {"arm": arm_name(arm), "called": arm}
+        rows.append(named | {f"against {reference}": "; ".join(told) or "nothing"})
     return pd.DataFrame(rows)
 
 

@@ -36,7 +36,7 @@ def subspace_dots(
     Args:
         table: tidy, with free arms and their confined twins.
         families: the free arms, a panel each.
-        measure: a key of ``controls.MEASURES``.
+        measure: one of ``controls.MEASURES``.
 
     Returns:
         The figure: a row a subspace, a dot at the share that it keeps of what the free

@@ -87,7 +87,7 @@ def curves(table: pd.DataFrame, shares: pd.DataFrame) -> Figure:
         for ax, metric in zip(axes.flat, PANELS, strict=True):
             _draw_curve(ax, points(table, metric), metric)
             share = known.loc[metric, "share"]
-            ax.set_title(f"{METRIC_LABELS[metric]}\n{share:.1%} is distance")
+            ax.set_title(f"{METRIC_LABELS[metric]}\n{100 * share:.1f} % is distance")
         figure.supxlabel("relative norm of the update", fontsize=10, color=TEXT)
         others = {"all other runs": key(GREY), "one curve": key(TEXT, "-")}
         legend_above(figure, arm_keys(MAIN) | others, ncols=5)
@@ -116,47 +116,44 @@ def _draw_curve(ax: Axes, found: pd.DataFrame, metric: str) -> None:
     ax.tick_params(labelsize=SMALL)
 
 
-def permutations(found: pd.DataFrame) -> Figure:
-    """Real updates against their own permutations, and free of any grid.
+def permutations(found: pd.DataFrame, bound: float) -> Figure:
+    """Real updates against their own permutations.
 
     Args:
         found: of ``distance.permuted``, by world.
+        bound: points by which none was announced to part.
 
     Returns:
-        A row of panels a world; for each mask own minus shuffled, then how often the
-        largest entries of the update lie on it, at every density with 95 % intervals, a
-        row an arm; grey the line of no place.
+        A row of panels a world, a panel a mask, a row an arm: overlap, own minus
+        shuffled, at every density with 95 % intervals; dotted the line of no place,
+        grey all within the bound.
     """
     densities = list(dict.fromkeys(found["density"]))
     markers = dict(zip(densities, "osD^", strict=False))
-    drawn = [
-        (mask, *what)
-        for what in (
-            ("difference", "low", "high", 0.0, 100.0, "own − shuffled,\npoints"),
-            ("times", "times_low", "times_high", 1.0, 1.0, "without grid,\nchance = 1"),
-        )
-        for mask in dict.fromkeys(found["mask"])
-    ]
+    masks = list(dict.fromkeys(found["mask"]))
     with styled():
-        figure, axes = _rows_of_arms(found, len(drawn))
+        figure, axes = _rows_of_arms(found, len(masks))
         for line, (world, rows) in zip(
             axes, found.groupby("world", sort=False), strict=True
         ):
             arms = list(dict.fromkeys(rows["arm"]))
-            for ax, (mask, value, low, high, null, unit, words) in zip(
-                line, drawn, strict=True
-            ):
-                ax.axvline(null, color=GREY, ls=":", lw=1.2)
+            for ax, mask in zip(line, masks, strict=True):
+                ax.axvspan(-bound, bound, color=GREY, alpha=0.12, lw=0)
+                ax.axvline(0, color=GREY, ls=":", lw=1.2)
                 for _, row in rows[rows["mask"] == mask].iterrows():
                     place = densities.index(row["density"]) - (len(densities) - 1) / 2
                     y = arms.index(row["arm"]) + 0.18 * place
-                    ends = (unit * row[low], unit * row[high])
+                    ends = (100 * row["low"], 100 * row["high"])
                     look = ARM_STYLES[row["arm"]].colour, markers[row["density"]]
-                    draw_dot(ax, unit * row[value], y, ends, *look)
-                ax.set_title(MASK_LABELS[mask], fontsize=SMALL)
-                ax.set_xlabel(words, fontsize=SMALL)
+                    draw_dot(ax, 100 * row["difference"], y, ends, *look)
+                ax.set_xlim(-1.2 * bound, 1.2 * bound)
             line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
-        names = ["own density" if d == "own" else f"{float(d):.1%}" for d in markers]
+        for ax, mask in zip(axes[0], masks, strict=True):
+            ax.set_title(MASK_LABELS[mask], fontsize=SMALL)
+        figure.supxlabel("overlap, own minus shuffled (points)", fontsize=SMALL)
+        names = [
+            "own density" if d == "own" else f"{100 * float(d):.1f} %" for d in markers
+        ]
         keys = [key(GREY, mark) for mark in markers.values()]
         legend_above(figure, dict(zip(names, keys, strict=True)), ncols=4)
     return figure
@@ -264,7 +261,7 @@ def displacement_dots(found: pd.DataFrame) -> Figure:
         for y, (arm, row) in enumerate(rows.iterrows()):
             colour = ARM_STYLES[str(arm)].colour
             draw_dot(ax, row["displacement"], y, (row["low"], row["high"]), colour)
-            said = f"{row['clipped']:.1%} of steps clipped"
+            said = f"{100 * row['clipped']:.1f} % of steps clipped"
             at: Any = {"transform": ax.get_yaxis_transform(), "va": "center"}
             ax.text(0.99, y, said, ha="right", fontsize=SMALL, **at)
         name_rows(ax, [ARM_STYLES[str(arm)].label for arm in rows.index])

@@ -83,7 +83,7 @@ ARM_STYLES = {
     "mix-0.25": ArmStyle("α = 0.25", PURPLE),
     "mix-0.05": ArmStyle("α = 0.05", GREEN, "--"),
     "mix-0.01": ArmStyle("α = 0.01", GREEN, ":"),
-    "sft-base-matched": ArmStyle("SFT of the base, matched", BROWN),
+    "sft-base-matched": ArmStyle("SFT, matched, from the base", BROWN),
     "sft-learns": ArmStyle("SFT that learns", RED, "--"),
     "ce-teacher": ArmStyle("imitation of the teacher", BROWN, "--"),
     "rlvr-flip-30": ArmStyle("RLVR, 30 % flipped", GREEN, ":"),
@@ -92,7 +92,7 @@ ARM_STYLES = {
     "off-policy-ratio": ArmStyle("OPD off-policy, ratio", PURPLE, "--"),
     "off-policy-ratio-clip": ArmStyle("OPD off-policy, clipped", PURPLE, ":"),
     "sft-matched-unclipped": ArmStyle("SFT, matched, unclipped", RED, ":"),
-    "rlvr-paper": ArmStyle("RLVR, the paper's ratio", GREEN, "--"),
+    "rlvr-paper": ArmStyle("RLVR, the paper's batch and steps", GREEN, "--"),
     "opd-task-gcd": ArmStyle("OPD on gcd", PURPLE),
     "opd-teacher-x1": ArmStyle("teacher of width × 1", LIGHT_BLUE),
     "opd-teacher-x2": ArmStyle("teacher of width × 2", LIGHT_BLUE, "--"),
@@ -796,6 +796,7 @@ def _draw_heat(
     )
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
+    ax.tick_params(axis="x", labelrotation=90)  # roles are words, squares narrow
 
 
 def role_maps(

@@ -3,9 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
-from opd_geometry.book.figures import ARM_STYLES, METRIC_LABELS, at_end, present
+from opd_geometry.book.board import arm_name
+from opd_geometry.book.figures import (
+    BLUE,
+    GREY,
+    METRIC_LABELS,
+    WIDTH,
+    at_end,
+    draw_dot,
+    name_rows,
+    present,
+    styled,
+)
 
 METRICS = (
     "accuracy/chain",
@@ -18,6 +31,9 @@ METRICS = (
     "hill_alpha",
 )
 WITHIN, OUTSIDE = "within", "outside"
+PICTURE = "yours.png"  # beside the page
+PANELS = 4  # in a row of the picture
+FARTHEST = 1.5  # widths of a range that the picture shows to either side of it
 
 
 def against_published(
@@ -54,7 +70,7 @@ def against_published(
                 inside = low <= run.value <= high
                 rows.append(
                     {
-                        "arm": ARM_STYLES[arm].label,
+                        "arm": arm_name(arm),
                         "seed": run.seed,
                         "diagnostic": METRIC_LABELS[metric],
                         "yours": run.value,
@@ -65,6 +81,42 @@ def against_published(
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def bands(compared: pd.DataFrame) -> Figure:
+    """A reader's runs on the published ranges, all drawn to one width.
+
+    Args:
+        compared: of ``against_published``.
+
+    Returns:
+        The figure: a panel an arm, a row a diagnostic, a dot a run; hollow, and at the
+        edge where it lies farther than ``FARTHEST`` ranges off, if it lies outside.
+    """
+    names = list(dict.fromkeys(compared["diagnostic"]))
+    arms = list(dict.fromkeys(compared["arm"]))
+    n_rows = -(-len(arms) // PANELS)
+    height = n_rows * (0.7 + 0.24 * len(names))
+    with styled():
+        figure, axes = plt.subplots(
+            n_rows, min(PANELS, len(arms)), figsize=(WIDTH, height), squeeze=False
+        )
+        for ax in axes.flat[len(arms) :]:
+            ax.set_axis_off()
+        for ax, arm in zip(axes.flat, arms, strict=False):
+            ax.axvspan(0, 1, color=GREY, alpha=0.2, lw=0)
+            for row in compared[compared["arm"] == arm].to_dict("records"):
+                width = row["highest"] - row["lowest"] or 1.0
+                place = (row["yours"] - row["lowest"]) / width
+                place = min(max(place, -FARTHEST), 1 + FARTHEST)
+                outside, y = row["lies"] == OUTSIDE, names.index(row["diagnostic"])
+                draw_dot(ax, place, y, (place, place), BLUE, hollow=outside)
+            name_rows(ax, names if ax in axes[:, 0] else [""] * len(names))
+            edges = (-FARTHEST - 0.2, 1.2 + FARTHEST)
+            ax.set(xlim=edges, xticks=(), title=arm.replace(" (", "\n("))
+            ax.tick_params(axis="y", length=0)
+        figure.supxlabel("grey: lowest to highest of the published seeds", fontsize=9)
+    return figure
 
 
 def page(compared: pd.DataFrame) -> str:
@@ -83,6 +135,15 @@ def page(compared: pd.DataFrame) -> str:
         "in n + 1, so some outside are expected, and the numbers of one run are not "
         "independent of each other. One seed has no interval, so the board gives it no "
         "verdict. Sentences about *the published runs* describe the published book.",
+        "",
+        f"```{{figure}} {PICTURE}",
+        ":alt: A panel an arm, a row a diagnostic, a dot a run of yours, on a grey "
+        "band from the lowest to the highest of the published seeds. Hollow dots lie "
+        "outside the band, at the edge of a panel farther out than is drawn.",
+        "",
+        f"**{within} of {len(compared)} lie on the band of the published seeds.** "
+        "Every band is drawn to one width; n of each is in the table.",
+        "```",
         "",
         "| arm | seed | diagnostic | yours | published seeds | n | yours lies |",
         "|---|---|---|---|---|---|---|",

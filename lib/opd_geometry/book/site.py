@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import yaml
 from bs4 import BeautifulSoup, Tag
 from nbformat import NotebookNode
@@ -39,7 +40,7 @@ MACHINE_PATH = re.compile(
 )
 LONGEST_TABLE = 9  # rows that are shown unfolded, the head among them
 LONGEST_CODE = 8  # lines, likewise, of code that asserts nothing
-LIMITS = "Detection limits:"  # begins the tail of a caption, which is folded
+LIMITS = "<details"  # begins the folded tail of a caption, which stands below it
 FOLDED = {"hide-input", "remove-input", "remove-cell", "hide-output", "hide-cell"}
 HERO = ("fig-printed", "fig-ladder")  # of the first page: the first that is there
 SUPERFLUOUS = ("**/*.map", "_static/locales/*", "**/*.ttf", "_static/**/*.scss")
@@ -281,8 +282,10 @@ def stage_site(
         stage_chapter(chapter, fresh / "book" / "chapters" / chapter.name)
     shutil.copy(root / "_toc.yml", fresh)
     (fresh / "data").mkdir()
-    for table in root.glob("data/confinement.csv"):  # that a page shows as it is
-        shutil.copy(table, fresh / "data")
+    for path in root.glob("data/confinement.csv"):  # a page shows what differs in it
+        table = pd.read_csv(path, dtype=str)
+        same = [column for column in table if table[column].nunique() < 2]
+        table.drop(columns=same).to_csv(fresh / "data" / path.name, index=False)
     config = read_config(root / "_config.yml")
     config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
     (fresh / "_config.yml").write_text(
@@ -394,7 +397,7 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
         told, _, limits = texts[0].partition(LIMITS)
         options["figure"]["caption"] = told.rstrip()
         if limits:
-            kept.append(_folded(cell.id, LIMITS.rstrip(":"), limits))
+            kept.append(new_markdown_cell(f"{LIMITS}{limits}", id=cell.id))
     first = [cell for cell in kept if "lead" in _tags(cell)]
     rest = [cell for cell in kept if "lead" not in _tags(cell)]
     first.sort(key=_draws)  # the sentence, then its table
@@ -412,14 +415,10 @@ def as_page(notebook: NotebookNode) -> NotebookNode:
             cell.metadata["tags"] = [*_tags(cell), "hide-input"]
     for cell in rest:
         _name_fold(cell)
+        if "alt" in cell.metadata:  # where nbconvert looks for it
+            cell.metadata["mystnb"]["image"] = {"alt": cell.metadata["alt"]}
     notebook.cells = [*rest[:1], *first, *rest[1:]]
     return notebook
-
-
-def _folded(name: str, summary: str, text: str) -> NotebookNode:
-    """Text under a summary that opens it."""
-    head = f'<details class="limits"><summary>{summary}</summary>'
-    return new_markdown_cell(f"{head}\n\n{text.strip()}\n\n</details>", id=name)
 
 
 def _is_long(cell: NotebookNode) -> bool:
@@ -449,8 +448,9 @@ def _name_fold(cell: NotebookNode) -> None:
     if not html_texts:
         return
     tags, folded = {*_tags(cell)}, {"hide-output", "hide-cell"}
-    if max(text.count("<tr") for text in html_texts) > LONGEST_TABLE:
-        tags = tags - {"hide-input"} | {"hide-cell"}
+    long = max(text.count("<tr") for text in html_texts) > LONGEST_TABLE
+    if long or ("hide-output" in tags and "assert " not in cell.source):
+        tags = tags - {"hide-input", "hide-output"} | {"hide-cell"}
     if tags & folded:
         (caption,) = re.findall("<caption>(.*?)</caption>", html_texts[0]) or [""]
         prompt = html.unescape(caption) or "Show {type}"

@@ -54,6 +54,8 @@ class Followers(torch.optim.Optimizer):
     Attributes:
         models: the copies.
         moments: name to the sum of G^T G, (n_cols, n_cols).
+        at: step of the schedules; whoever drives the loop counts, for a loop skips
+            steps that teach nothing.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Followers(torch.optim.Optimizer):
         pairs = zip(self.models, configs, strict=True)
         self._movers = [(m, optimizer_of(m, c), c) for m, c in pairs]
         self._watched = {n: dict(model.named_parameters())[n] for n in watched}
-        self._steps, self._taken = steps, 0
+        self._steps, self.at = steps, 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -82,10 +84,9 @@ class Followers(torch.optim.Optimizer):
         for model, mover, config in self._movers:
             for ours, theirs in zip(own, model.parameters(), strict=True):
                 theirs.grad = None if ours.grad is None else ours.grad.clone()
-            set_learning_rate(mover, learning_rate(config, self._taken, self._steps))
+            set_learning_rate(mover, learning_rate(config, self.at, self._steps))
             mover.step()
             mover.zero_grad()
-        self._taken += 1
 
 
 def frozen_table(runs: Sequence[Run], batches: int | None = None) -> pd.DataFrame:
@@ -128,6 +129,7 @@ def frozen_table(runs: Sequence[Run], batches: int | None = None) -> pd.DataFram
         loop = loop_of(asked_run, model, tokenizer, followers, 0)
         before = dict(model.named_parameters())
         for step, _ in enumerate(loop, start=1):
+            followers.at = step
             there = runs if step in one.checkpoint_steps() else ()
             for run, copied in zip(there, followers.models, strict=False):
                 after = dict(copied.named_parameters())

@@ -175,24 +175,24 @@ def leading_right(delta: Tensor, k: int) -> tuple[Tensor, Tensor]:
     else:
         width = min(2 * k + 8, *delta.shape)
         delta = delta if delta.device.type in ("cpu", "cuda") else delta.cpu()
-        with _seeded(delta.device):
+        with seeded(0, delta.device):
             _, values, vectors = torch.svd_lowrank(delta.float(), width, ITERATIONS)
         s, v = values[:k], vectors[:, :k]
     return s.float().cpu(), v.float().cpu()
 
 
 @contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Draws of one device that repeat, its generator left as it was.
 
     ``torch.manual_seed`` would set those of all devices, and so a training's.
     """
     generator = torch.default_generator
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         torch.cuda.init()
         generator = torch.cuda.default_generators[device.index or 0]
     state = generator.get_state()
-    generator.manual_seed(0)
+    generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -237,20 +237,6 @@ def _noise(
     return left, torch.randn(rank, shape[1], generator=generator)
 
 
-def check_length(steps: Sequence[int]) -> None:
-    """Refuse a trajectory that is too short for a locking null.
-
-    Raises:
-        ValueError: fewer than three checkpoints.
-    """
-    if len(steps) < LEAST:
-        raise ValueError(
-            f"a trajectory of {len(steps)} checkpoints (steps {list(steps)}), expected "
-            f"{LEAST} or more: with fewer there is no null of its similarity to its "
-            "end; save more checkpoints"
-        )
-
-
 def turned_increments(
     deltas: Mapping[int, Tensor], generator: torch.Generator
 ) -> dict[int, Tensor]:

@@ -62,11 +62,6 @@ def count_read(file: Path, n_bytes: int) -> None:
         _open[file].n_bytes += n_bytes
 
 
-def close_all() -> None:
-    """Close every file."""
-    _open.clear()
-
-
 def open_safetensors(file: Path) -> Any:
     """A safetensors file, kept open; a damaged one is a ValueError that names it."""
     with naming(file):

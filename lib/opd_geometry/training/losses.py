@@ -365,30 +365,26 @@ def truncated_ratio(
     return apart.exp().clamp(max=most)
 
 
-def reverse_kl(
+def full_vocabulary_kl(
+    token_kl: Callable[[Tensor, Tensor], Tensor],
     student_logits: Tensor,
     teacher_logits: Tensor,
     mask: Tensor,
     n_sequences: int | None = None,
 ) -> Tensor:
-    """Reverse KL over the full vocabulary at every state that was visited.
+    """Divergence over the full vocabulary at every state that was visited.
 
-    L = (1/n) sum_i (1/T_i) sum_t sum_v p_t(v) (log p_t(v) - log q_t(v)),
-    p = student, q = teacher
-
-    The gradient treats the bracket as constant, which is exact: sum_v grad p(v) = 0.
-    It is therefore exactly zero where student and teacher agree, in floating point
-    too. Differentiate it once only.
+    L = (1/n) sum_i (1/T_i) sum_t d(p_t, q_t), p = student, q = teacher
 
     Args:
+        token_kl: d, ``token_reverse_kl`` (the paper's) or ``token_forward_kl``.
         student_logits: (n, t, v) float; carries the gradient.
         teacher_logits: (n, t, v) float, over the same vocabulary.
         mask: (n, t) true on the T_i tokens of each response.
         n_sequences: n, as in policy_loss.
 
     Returns:
-        Scalar in nats a token, >= 0; inf where the teacher excludes what the student
-        may say.
+        Scalar in nats a token, >= 0; inf where one excludes what the other may say.
 
     Raises:
         ValueError: shapes that do not match, or n_sequences < 1.
@@ -396,66 +392,28 @@ def reverse_kl(
     Source: arXiv:2606.07082 App. D.
 
     >>> logits = torch.tensor([[[2.0, 0.0]]])
-    >>> reverse_kl(logits, logits, torch.ones(1, 1))
+    >>> full_vocabulary_kl(token_reverse_kl, logits, logits, torch.ones(1, 1))
     tensor(0.)
     """
-    kl = token_reverse_kl
-    return _over_states(kl, student_logits, teacher_logits, mask, n_sequences)
-
-
-def forward_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor,
-    n_sequences: int | None = None,
-) -> Tensor:
-    """Forward KL over the full vocabulary at every state that was visited.
-
-    L = (1/n) sum_i (1/T_i) sum_t sum_v q_t(v) (log q_t(v) - log p_t(v)),
-    p = student, q = teacher
-
-    Where the two agree its gradient is p - q = 0, up to the rounding of both.
-
-    Args:
-        student_logits, teacher_logits, mask, n_sequences: as in reverse_kl.
-
-    Returns:
-        Scalar in nats a token, >= 0; inf where the student excludes what the teacher
-        may say.
-
-    Raises:
-        ValueError: as reverse_kl.
-
-    Source: a control of this project: distillation's older direction, on the student's
-        own states.
-
-    >>> logits = torch.tensor([[[2.0, 0.0]]])
-    >>> forward_kl(logits, logits, torch.ones(1, 1))
-    tensor(0.)
-    """
-    kl = token_forward_kl
-    return _over_states(kl, student_logits, teacher_logits, mask, n_sequences)
-
-
-def _over_states(
-    kl: Callable[[Tensor, Tensor], Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor,
-    n_sequences: int | None,
-) -> Tensor:
-    """The mean of a divergence over the states that the mask shows."""
     _require_same_shape(student=student_logits, teacher=teacher_logits)
     _require_same_shape(student_states=student_logits[..., 0], mask=mask)
     live = mask.bool()
     hidden = ~live.unsqueeze(-1)
     student = student_logits.masked_fill(hidden, 0.0)
     teacher = teacher_logits.detach().masked_fill(hidden, 0.0)
-    return sequence_mean(kl(student, teacher), live, n_sequences)
+    return sequence_mean(token_kl(student, teacher), live, n_sequences)
 
 
 def token_forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The inner sum of ``forward_kl``: (..., v) logits to (...) nats, float32."""
+    """Forward KL of each state: (..., v) logits to (...) nats, float32.
+
+    d(p, q) = sum_v q(v) (log q(v) - log p(v)), p = student, q = teacher
+
+    Where the two agree its gradient is p - q = 0, up to the rounding of both.
+
+    Source: a control of this project: distillation's older direction, on the student's
+        own states.
+    """
     log_p = _at_least_float32(student_logits).log_softmax(-1)
     log_q = _at_least_float32(teacher_logits.detach()).log_softmax(-1)
     # 0 log 0 = 0; hidden before the product, whose gradient would be 0 * inf
@@ -465,7 +423,16 @@ def token_forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def token_reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The inner sum of ``reverse_kl``: (..., v) logits to (...) nats, float32."""
+    """Reverse KL of each state: (..., v) logits to (...) nats, float32.
+
+    d(p, q) = sum_v p(v) (log p(v) - log q(v)), p = student, q = teacher
+
+    The gradient treats the bracket as constant, which is exact: sum_v grad p(v) = 0.
+    It is therefore exactly zero where student and teacher agree, in floating point
+    too. Differentiate it once only.
+
+    Source: arXiv:2606.07082 App. D.
+    """
     log_p = _at_least_float32(student_logits).log_softmax(-1)
     log_q = _at_least_float32(teacher_logits).log_softmax(-1)
     # 0 log 0 = 0: a vocabulary padded with -inf adds nothing, on either side.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from opd_geometry.geometry.live import seeded
 from opd_geometry.training import ranks
 from opd_geometry.training.tasks import CHARACTERS
 
@@ -95,8 +96,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         "bos_token_id": None,
         "dtype": torch.float32,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # and no accelerator's
+    with seeded(seed):
         if not config.experts:
             return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
         shape |= {

@@ -597,6 +597,13 @@ def token_gap(
     return -losses.opd_advantage(student_log_probs, scored).masked_fill(~piece.mask, 0)
 
 
+KL = {
+    "sampled": losses.token_reverse_kl,  # of which it is an estimate
+    "full": losses.token_reverse_kl,
+    "full-forward": losses.token_forward_kl,
+}
+
+
 def full_vocabulary_loss(
     config: PolicyConfig,
     model: PreTrainedModel,
@@ -612,10 +619,8 @@ def full_vocabulary_loss(
     ours = completion_logits(model, piece) / config.temperature
     gap = losses.token_log_probs(ours.detach(), piece.completions)
     gap = gap - losses.token_log_probs(theirs, piece.completions)
-    forward = config.estimator == "full-forward"
-    kl = losses.forward_kl if forward else losses.reverse_kl
     return (
-        kl(ours, theirs, piece.mask),
+        losses.full_vocabulary_kl(KL[config.estimator], ours, theirs, piece.mask),
         gap.masked_fill(~piece.mask, 0.0),
     )
 
@@ -633,10 +638,8 @@ def _full_vocabulary_loss_in_chunks(
             scored = scored / config.scoring_temperature
             gap = losses.token_log_probs(logits, tokens)
             gap = gap - losses.token_log_probs(scored, tokens)
-        kl = losses.token_reverse_kl
-        if config.estimator == "full-forward":
-            kl = losses.token_forward_kl
-        return torch.stack([kl(logits, scored), gap], dim=-1)
+        kl = KL[config.estimator](logits, scored)
+        return torch.stack([kl, gap], dim=-1)
 
     with torch.no_grad():
         theirs = completion_states(teacher, piece)

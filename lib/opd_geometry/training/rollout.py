@@ -105,14 +105,20 @@ class Rollout:
         if not self.shared_prefixes:
             return members[:, None].expand(*self._groups(self.mask).shape)
         ids = self._groups(self.completions.masked_fill(~self.mask, -1))
-        alike = (ids[:, :, None] == ids[:, None]).cummin(-1).values
-        return alike.byte().argmax(2)
+        alike = (ids[:, :, None] == ids[:, None]).cumprod(-1, dtype=torch.uint8)
+        return alike.argmax(2)
 
     def own_tokens(self) -> Tensor:
         """How many tokens a prompt's completions have that are scored, (P,) int64."""
         members = torch.arange(self.group_size, device=self.mask.device)
         own = self.first_alike() == members[:, None]
         return (own & self._groups(self.mask)).sum((1, 2))
+
+    def without_last(self) -> Rollout:
+        """Tokens that predict another one: all but the last of each completion."""
+        return replace(
+            self, completions=self.completions[:, :-1], mask=self.mask[:, 1:]
+        )
 
     def _groups(self, of_rows: Tensor) -> Tensor:
         return of_rows.unflatten(0, (len(self.prompt_ids), self.group_size))
@@ -461,7 +467,31 @@ def _passes(rollout: Rollout) -> tuple[Tensor, ...]:
     tokens = rollout.own_tokens()
     longest = rollout.prompt_ids.shape[1] + int(tokens.max())
     budget = _TOKENS_PER_PASS.get(rollout.mask.device.type, _MANY_TOKENS)
-    return tokens.argsort(stable=True).split(max(1, budget // longest))
+    if not rollout.shared_prefixes:
+        return tokens.argsort(stable=True).split(max(1, budget // longest))
+    tokens = rollout.without_last().own_tokens()
+    order = tokens.argsort(stable=True)
+    sizes = (rollout.prompt_mask.sum(1).max() + tokens[order]).tolist()
+    return order.split(_least_padded(sizes, budget))
+
+
+def _least_padded(sizes: list[int], budget: int) -> list[int]:
+    """How many rows share each pass, so that all tokens with their padding are fewest.
+
+    Args:
+        sizes: tokens of the rows, ascending.
+        budget: tokens of a pass; a further pass counts as a sixteenth of it.
+    """
+    best: list[tuple[int, list[int]]] = [(0, [])]
+    for end, size in enumerate(sizes, 1):
+        starts = range(max(0, end - max(1, budget // size)), end)
+        best.append(
+            min(
+                (best[i][0] + budget // 16 + (end - i) * size, [*best[i][1], end - i])
+                for i in starts
+            )
+        )
+    return best[-1][1]
 
 
 def _one_pass(model: PreTrainedModel, rollout: Rollout, outputs: Outputs) -> Tensor:
@@ -492,9 +522,7 @@ def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts, width = rollout.prompt_ids.shape
     device = rollout.mask.device
     given = rollout.mask[:, 1:]  # tokens that predict another one
-    first = replace(
-        rollout, completions=rollout.completions[:, :-1], mask=given
-    ).first_alike()
+    first = rollout.without_last().first_alike()
     member = torch.arange(len(given), device=device)[:, None].expand_as(given)
     own = given & (first.flatten(0, 1) == member % rollout.group_size)
     counts = own.sum(1).view(prompts, -1)
