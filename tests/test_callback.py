@@ -296,8 +296,7 @@ def test_a_matrix_that_was_not_finite_has_no_nulls_from_then_on(tmp_path: Path) 
     """Its walk would miss the rates of the steps before, and look like any other."""
     trainer = trainer_of("sft", tmp_path)
     told = GeometryCallback(trainer, every=2, k=K, lock_at=2, detail="matrix")
-    told._start_nulls()
-    name = next(iter(told.shadows))
+    name = next(iter(told._shadows()))
     trainer.add_callback(Broken(dict(trainer.model.named_parameters())[name]))
     trainer.add_callback(told)
     with pytest.warns(UserWarning, match="step 2: NaN or inf"):
