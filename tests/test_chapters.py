@@ -228,6 +228,15 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
 
 
+def test_a_number_that_is_not_there_is_a_dash() -> None:
+    told = chapters.say(
+        "OPD has 0.5 [{x:.2f}, {x:.2f}], more {x:+.2f} to {y:.1f} nanometres",
+        x=math.nan,
+        y=-2,
+    )
+    assert told.data == "OPD has 0.5, more – to −2.0 nanometres"
+
+
 def test_rounds_numbers_and_leaves_the_rest() -> None:
     frame = pd.DataFrame({"x": [0.123456, math.nan, 1234567.0], "n": [1, 2, 30]})
     shown = chapters.rounded(frame.assign(text="a"))
@@ -276,7 +285,9 @@ def test_says_what_was_published_or_is_given(monkeypatch: pytest.MonkeyPatch) ->
         {verdict_early-lock}.
         """
     shown = chapters.say(text, n=28)
-    assert shown.data == "Of 28 matrices 25.2%, $x^{2}$;\ninconclusive."
+    assert (
+        shown.data == "Of 28 matrices 25.2\N{NO-BREAK SPACE}%, $x^{2}$;\ninconclusive."
+    )
     assert chapters.show("share") == 0.2522
     with pytest.raises(ValueError, match=r"^no value 'rank': publish it in a cell"):
         chapters.say("{rank:.1f}")
@@ -351,7 +362,7 @@ def test_a_pair_that_is_none_is_refused(change: dict[str, Any], said: str) -> No
 
 def test_differences_are_told_field_by_field() -> None:
     arms = ["opd", "rlvr", "tokens-top-25", "sft-matched", "opd-projected-update"]
-    table = chapters.differences_table("published", arms).set_index("arm")
+    table = chapters.differences_table("published", arms).set_index("called")
     told = table["against opd"]
     assert told["opd"] == "nothing"
     assert told["rlvr"] == (

@@ -167,18 +167,26 @@ def _options(names: Any) -> str:
     return f'<option value="">all</option>{chosen}'
 
 
+def marked(verdict: str, n_seeds: int) -> str:
+    """A verdict with its mark; one seed, which has no interval, gets none.
+
+    >>> marked("reproduced", 5), marked("inconclusive", 1)
+    ('✓ reproduced', '? one seed: no verdict')
+    """
+    alone = verdict == "inconclusive" and n_seeds == 1
+    return f"{VERDICT_MARKS[verdict]} {'one seed: no verdict' if alone else verdict}"
+
+
 def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str:
     part, chapter = part_of(row)
     verdict = str(row["verdict"])
-    alone = verdict == "inconclusive" and row["n_seeds"] == 1
-    shown = "one seed: no verdict" if alone else verdict
     reached = "not reached" if row.get("verdict_in_regime") == UNTESTED else "reached"
     if not row.get("regime") or verdict == "not measured":
         reached = NOT_ASKED
     head = (
         f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
         f'data-part="{html.escape(part)}" data-regime="{reached}">'
-        f'<p class="claim-verdict">{VERDICT_MARKS[verdict]} {shown}</p>'
+        f'<p class="claim-verdict">{marked(verdict, row["n_seeds"])}</p>'
     )
     if reached == "not reached":
         head += '<p class="claim-regime">here; the paper\'s regime is not tested</p>'

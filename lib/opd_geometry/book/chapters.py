@@ -37,7 +37,7 @@ from opd_geometry.analysis.unplaced.power import (
     difference_limit,
     own_limits,
 )
-from opd_geometry.book.board import VERDICT_MARKS, arm_name, effect_text, in_words
+from opd_geometry.book.board import arm_name, effect_text, in_words, marked
 from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
@@ -442,6 +442,15 @@ DASH = "\N{MINUS SIGN}"
 MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)")
 
 
+def typeset(text: str) -> str:
+    """Minus signs for hyphens before numbers, and a space before per cent signs.
+
+    >>> typeset("-0.5 to 4.6%")
+    '−0.5 to 4.6\xa0%'
+    """
+    return re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", MINUS.sub(DASH, text))
+
+
 def say(text: str, **values: Any) -> Any:
     """A passage with numbers, as a cell's own output: readable wherever it is opened.
 
@@ -456,7 +465,9 @@ def say(text: str, **values: Any) -> Any:
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
         told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
-        return markdown(MINUS.sub(DASH, told))
+        told = told.replace(" [nan, nan]", "")  # one seed has no interval
+        told = re.sub(r"\+?\bnan\b", "\N{EN DASH}", told)  # an arm is not there
+        return markdown(typeset(told))
     except KeyError as error:
         raise ValueError(
             f"no value {error.args[0]!r}: publish it in a cell above, or give it here"
@@ -516,7 +527,7 @@ def table(frame: pd.DataFrame, caption: str, digits: int = DIGITS) -> Table:
 
 def html(frame: pd.DataFrame, caption: str = "") -> Table:
     """A table for a page: without index, its cells wrapped, in the page's style."""
-    plain = frame.map(lambda x: MINUS.sub(DASH, x) if isinstance(x, str) else x)
+    plain = frame.map(lambda x: typeset(x) if isinstance(x, str) else x)
     return Table(plain, caption, index=False)
 
 
@@ -656,7 +667,7 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
         rows.append(
             {
                 "claim": f"{claim.statement} ({claim.id})",
-                "verdict": f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}",
+                "verdict": marked(finding.verdict, finding.n_seeds),
                 "here": _here(finding, levels_text(claim, levels)),
                 "the paper": f"{claim.paper_item}: {claim.paper_value}",
                 AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
@@ -694,7 +705,8 @@ def deciding(claim_ids: Sequence[str], judged: pd.DataFrame) -> Table:
     """
     found = claims_table(judged).set_index("id").loc[list(claim_ids)]
     publish(**{f"verdict_{key}": row["verdict"] for key, row in found.iterrows()})
-    shown = found[["effect", "low", "high", "unit", "verdict"]]
+    shown = found[["effect", "low", "high", "unit", "verdict"]].copy()
+    shown.loc[found["n_seeds"] == 1, "verdict"] = "no verdict (one seed)"
     return table(shown, "The part that decides each claim")
 
 
@@ -809,7 +821,8 @@ def differences_table(
         reference: what they are held against.
 
     Returns:
-        One row an arm: arm, and "against REFERENCE": the fields that differ, with both
+        One row an arm: arm, called (what commands call it), and "against REFERENCE":
+        the fields that differ, with both
         values, and where the arm is confined. Fields that only one of the two loops
         has are left out.
 
@@ -827,7 +840,8 @@ def differences_table(
             confined = dataclasses.asdict(run.projection)
             told += [f"confined, {name}: {value}" for name, value in confined.items()]
             told.append(f"from step {run.branch_step()} on")
-        rows.append({"arm": arm, f"against {reference}": "; ".join(told) or "nothing"})
+        named = {"arm": arm_name(arm), "called": arm}
+        rows.append(named | {f"against {reference}": "; ".join(told) or "nothing"})
     return pd.DataFrame(rows)
 
 
