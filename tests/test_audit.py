@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from children import Child
 
+from opd_geometry import files
 from opd_geometry.analysis import audit
 from opd_geometry.analysis.audit import draw, held_against, readings
 from opd_geometry.experiments import measure, profiles
@@ -210,6 +211,21 @@ def test_an_audit_sees_what_is_committed_and_no_finished_run(data: Path) -> None
     audit.clear(place)
     assert sorted(os.listdir(data)) == ["checkpoints", "measurements", "runs"]
     assert (data / "measurements" / "runs.csv").is_file()
+
+
+def test_an_audit_of_a_read_only_checkout_reads_what_is_committed_there(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = data.with_name("checkout")
+    (checkout / "measurements").mkdir(parents=True)
+    (checkout / "measurements" / "runs.csv").write_text("run\n")
+    monkeypatch.setattr(files, "CHECKOUT_DATA", checkout)
+    with audit.apart() as place:
+        found = files.on_shelf("measurements/runs.csv")
+        assert found == checkout / "measurements" / "runs.csv"
+        (place / "measurements").mkdir()  # nothing there that leads nowhere
+    audit.clear(place)
+    assert sorted(os.listdir(checkout)) == ["measurements"]
 
 
 def test_another_library_begins_anew(

@@ -157,7 +157,8 @@ def apart() -> Iterator[Path]:
             for name in LENT:
                 if not (place / name).exists():
                     (place / name).unlink(missing_ok=True)  # where it once was
-                    (place / name).symlink_to(shelf / name)
+                    if (shelf / name).exists():  # else it is read from the checkout
+                        (place / name).symlink_to(shelf / name)
         yield place
 
 
