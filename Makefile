@@ -1,6 +1,7 @@
 # make book   train, measure and render a book of your own under _build/book
 # make test   lint, types, unit tests, notebooks, the built book and its checks
 # make shell  a shell in which opd-geometry is found
+# make at-scale  every chapter at profile gpu on tiny stand-ins, on a processor
 # make site   render the published chapters, without training, under _build/site
 #
 # make book PROFILE=laptop SEEDS=0-2 JOBS=4 FROM=scratch
@@ -28,7 +29,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DELETE_ON_ERROR:
-.PHONY: help book site shell test measurements chapters clean
+.PHONY: help book site shell test at-scale measurements chapters clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -51,6 +52,10 @@ test: $(INSTALLED)
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist=loadfile \
 	  --nbval --nbval-current-env --nbval-cell-timeout=600 lib tests notebooks
+
+# Ten minutes on one core; a line a chapter, and the executed ones below _build.
+at-scale: $(INSTALLED)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python tests/at_scale.py _build/at-scale
 
 # The two below remake what is committed: the measurements with the verdicts drawn
 # from them, such as `make measurements SEEDS=0-4`, and the published chapters.

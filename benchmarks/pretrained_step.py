@@ -14,7 +14,7 @@ from dataclasses import replace
 import click
 import torch
 from datasets import Dataset
-from step_vs_trl import Parts, Seconds, matmul_rate, race
+from step_vs_trl import Parts, Seconds, keep, matmul_rate, race
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -49,12 +49,13 @@ MORE = 1  # step, after those, of which the parts are printed
 
 @click.command(context_settings={"show_default": True})
 @click.option("--threads", default=1, help="Threads of all sides.")
-@click.option("--steps", default=3, help="Steps that are timed, after one to warm up.")
+@click.option("--steps", default=2, help="Steps that are timed, after one to warm up.")
 @click.option("--model", help="A cut checkpoint; else random weights of that shape.")
+@click.option("--name", default="anchor", help="What data/benchmarks calls it.")
 @click.option("--longest", default=10, help="Tokens a completion, at most.")
 @click.option("--shared/--apart", default=True, help="Our policy.shared_prefixes.")
 def main(
-    threads: int, steps: int, model: str | None, longest: int, shared: bool
+    threads: int, steps: int, model: str | None, name: str, longest: int, shared: bool
 ) -> None:
     """Print median step seconds of the three, the ratios and the floor."""
     torch.set_num_threads(threads)
@@ -79,6 +80,7 @@ def main(
             theirs,
         )
         report(seconds, tokens, student, config, threads)
+        keep("gemma3-100M", model and name, shared, seconds, WARM_UP)
         parts.report(loops["ours"], MORE)
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ import click
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from records import record
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -101,6 +103,7 @@ def main(
             theirs,
         )
         report(seconds, tokens, threads)
+        keep("qwen3-128x4", model, shared, seconds, WARM_UP)
         for name, loop in ours.items():
             click.echo(f"{name}: ", nl=False)
             parts.report(loop, MORE)
@@ -343,6 +346,39 @@ def report(
             f"TRL / {name}: {wall['TRL'] / wall[name]:.2f} times the seconds, "
             f"{processor['TRL'] / processor[name]:.2f} times the CPU seconds"
         )
+
+
+def keep(
+    shape: str,
+    model: str | None,
+    shared: bool,
+    seconds: dict[str, list[Seconds]],
+    warm_up: int,
+) -> None:
+    """Medians and ratios into data/benchmarks/steps.csv, a row a loop and load."""
+    student = "own" if model is None else Path(model).name
+    wall, cpu = (
+        {
+            name: statistics.median(s[i] for s in t[warm_up:])
+            for name, t in seconds.items()
+        }
+        for i in (0, 1)
+    )
+    rows = [
+        {
+            "shape": shape,
+            "student": student,
+            "shared_prefixes": shared,
+            "loop": name,
+            "wall_seconds": wall[name],
+            "cpu_seconds": cpu[name],
+            "trl_over_wall": wall["TRL"] / wall[name],
+            "trl_over_cpu": cpu["TRL"] / cpu[name],
+            "steps": len(timed) - warm_up,
+        }
+        for name, timed in seconds.items()
+    ]
+    record("steps", rows, ["shape", "student", "shared_prefixes", "loop", "load"])
 
 
 def step_gflop(tokens: float, teacher: ModelConfig | None) -> float:

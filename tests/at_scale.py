@@ -175,22 +175,25 @@ def execute(notebook: Path, place: Path) -> Path:
     return done
 
 
-def main(folder: str, *names: str) -> None:
-    """Execute chapters, and say how long each took."""
+def main(folder: str, *names: str) -> int:
+    """Execute chapters, and say how long each took; how many failed."""
     from papermill.exceptions import PapermillExecutionError
 
     place = Path(folder).resolve()
     (place / "data").mkdir(parents=True, exist_ok=True)
     save_all(place)
+    failed = 0
     for notebook in [ROOT / "notebooks" / name for name in names] or NOTEBOOKS:
         began, said = time.monotonic(), "done"
         try:
             execute(notebook, place)
         except PapermillExecutionError as error:
             said = f"failed: {error.ename}: {error.evalue}"
+            failed += 1
         seconds = time.monotonic() - began
         print(f"{notebook.name} {seconds:.0f} s {said}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

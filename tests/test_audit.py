@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from children import Child
 
+from opd_geometry import files
 from opd_geometry.analysis import audit
 from opd_geometry.analysis.audit import draw, held_against, readings
 from opd_geometry.experiments import measure, profiles
@@ -178,6 +179,14 @@ def test_draws_keep_to_the_arms(shelf: list[str]) -> None:
         names(1, 0, "rlvr")  # two seeds: the other one alone has no spread
 
 
+def test_says_whose_teacher_is_trained_anew() -> None:
+    own, committed = (
+        profiles.build("published", a, 0) for a in ("opd-teacher-x1", "opd")
+    )
+    assert audit.taught_anew([committed, own]).startswith("opd-teacher-x1: the teacher")
+    assert audit.taught_anew([committed]) == ""
+
+
 def test_says_on_which_machines(shelf: list[str]) -> None:
     said = audit.machines(draw("smoke", 2, 0, ["opd"]))
     assert said == f"committed on theirs, trained now on {provenance()['machine']}"
@@ -202,6 +211,21 @@ def test_an_audit_sees_what_is_committed_and_no_finished_run(data: Path) -> None
     audit.clear(place)
     assert sorted(os.listdir(data)) == ["checkpoints", "measurements", "runs"]
     assert (data / "measurements" / "runs.csv").is_file()
+
+
+def test_an_audit_of_a_read_only_checkout_reads_what_is_committed_there(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = data.with_name("checkout")
+    (checkout / "measurements").mkdir(parents=True)
+    (checkout / "measurements" / "runs.csv").write_text("run\n")
+    monkeypatch.setattr(files, "CHECKOUT_DATA", checkout)
+    with audit.apart() as place:
+        found = files.on_shelf("measurements/runs.csv")
+        assert found == checkout / "measurements" / "runs.csv"
+        (place / "measurements").mkdir()  # nothing there that leads nowhere
+    audit.clear(place)
+    assert sorted(os.listdir(checkout)) == ["measurements"]
 
 
 def test_another_library_begins_anew(

@@ -276,6 +276,37 @@ def test_the_walk_takes_the_rates_of_training(tmp_path: Path) -> None:
             assert row[f"geometry/{name}/stable_rank"] != pytest.approx(rank, 1e-3)
 
 
+class Broken(TrainerCallback):
+    """A weight that is not finite while one step is measured."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight, self.kept = weight, weight.detach().clone()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self.kept.copy_(self.weight.detach())
+            self.weight.data[0, 0] = float("nan")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self.weight.data.copy_(self.kept)
+
+
+def test_a_matrix_that_was_not_finite_has_no_nulls_from_then_on(tmp_path: Path) -> None:
+    """Its walk would miss the rates of the steps before, and look like any other."""
+    trainer = trainer_of("sft", tmp_path)
+    told = GeometryCallback(trainer, every=2, k=K, lock_at=2, detail="matrix")
+    name = next(iter(told._shadows()))
+    trainer.add_callback(Broken(dict(trainer.model.named_parameters())[name]))
+    trainer.add_callback(told)
+    with pytest.warns(UserWarning, match="step 2: NaN or inf"):
+        trainer.train()
+    row = logged(trainer)[6]
+    assert f"geometry/{name}/stable_rank" in row
+    assert f"geometry/{name}/walk_stable_rank" not in row
+    assert "geometry/walk_stable_rank" in row
+
+
 @pytest.mark.parametrize(
     ("optim", "walks"),
     [("sgd", True), ("adafactor", False), ("rmsprop", False), ("adamw_torch", True)],

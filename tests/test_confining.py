@@ -330,6 +330,41 @@ def test_muon_undoes_the_gradient_form_and_that_is_said(tmp_path: Path) -> None:
         assert bounds[0] <= logged(made)[-1]["projection/leak"] <= bounds[1]
 
 
+class Pulled(torch.optim.Optimizer):
+    """A wrapper that pulls the weights back to where they began, as TRAC does."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        self.optimizer = torch.optim.AdamW(parameters, 1e-2)
+        super().__init__(self.optimizer.param_groups, {})
+        self.start = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+        for p, start in zip(self.param_groups[0]["params"], self.start, strict=True):
+            p.lerp_(start, 0.2)
+
+
+@pytest.mark.parametrize("form", ["gradient", "update"])
+def test_a_wrapper_of_an_optimizer_is_said_at_the_start(
+    form: str, tmp_path: Path
+) -> None:
+    made, confined, _ = confine(qwen(), tmp_path, optimizer=Pulled, form=form)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        made.train()
+    told = [str(w.message) for w in heard]
+    early = "Pulled moves the weights after the step of the optimizer within it"
+    assert any(early in t for t in told) == (form == "gradient")
+    assert (logged(made)[-1]["projection/leak"] < 1e-9) == (form == "update")
+    for name, p in made.model.named_parameters():  # rounding is no movement
+        if name in confined.locked_rows:
+            lock = confined.locked_rows[name]
+            assert lock.shape == p.shape
+            p.data.copy_(lock + 1e-11 * torch.randn(lock.shape))
+    assert confined.leaks() == {}
+
+
 def test_the_warning_at_the_lock_names_what_is_not_covered(tmp_path: Path) -> None:
     made, _, _ = confine(qwen(), tmp_path, form="update", roles=("q",))
     with pytest.warns(UserWarning, match="locked at step") as heard:

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from children import OPD, PROJECTED, RANK
 
+from opd_geometry import cli
 from opd_geometry.analysis import distance
-from opd_geometry.experiments import endings, measure
+from opd_geometry.experiments import endings, frozen, measure
 
 
 @pytest.fixture
@@ -41,3 +42,16 @@ def test_only_runs_without_permutations_get_theirs(copied: Path) -> None:
     assert set(found["arm"]) == {"opd", PROJECTED.arm}
     assert set(found["n_seeds"]) == {1}
     assert len(endings.with_endings("smoke", own)) == len(own)
+
+
+def test_two_commands_make_what_is_committed(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_asked", lambda *_: [OPD])
+    assert cli.main(["commit", "--endings", "--profile", "smoke"]) == 0
+    made = pd.read_parquet(copied / "measurements" / "endings" / "smoke.parquet")
+    assert set(made["run"]) == {OPD.key()}
+    assert cli.main(["starts", "--frozen", "--profile", "smoke"]) == 0
+    ranks = frozen.committed_frozen("smoke")
+    assert set(ranks["metric"]) == {"frozen_stable_rank", "covariance_rank"}
+    assert set(ranks["step"]) == {0, *OPD.checkpoint_steps()}

@@ -64,6 +64,29 @@ def test_measure_writes_the_table_and_a_summary(
     assert "7/7 " in told
 
 
+def test_what_is_asked_beyond_matrices_and_cores_is_said(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pair_commands, "cores", lambda: 1)
+    tables_of = [str(tmp_path / f"{n}.csv") for n in range(2)]
+    asked = ["--jobs", "100000", "--hill-k", "999", "--roles", "q"]
+    assert cli.main(["measure", *pair, "--out", tables_of[0], *asked]) == 0
+    told = capsys.readouterr().err
+    assert "--jobs 100000: there are 1 cores, so 1 at a time" in told
+    assert "--hill-k is above the smaller side of 2 matrices (16 at least)" in told
+    asked = ["--k", "999", "--roles", "q", "--quiet", "--jobs", "100000"]
+    place = ["trajectory", *pair, "--out", tables_of[1]]
+    assert cli.main([*place, *asked]) == 0
+    out, told = capsys.readouterr()
+    assert not out
+    assert "--jobs" not in told
+    assert cli.main([*place, *asked[:4], "--force"]) == 0
+    assert "--k is above the smaller side of 2 matrices" in capsys.readouterr().err
+
+
 def test_measure_ends_with_three_sentences_and_the_next_command(
     pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

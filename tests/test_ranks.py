@@ -84,6 +84,19 @@ def test_every_item_is_dealt_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.own(2)
 
 
+def test_ranks_get_as_much_of_items_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lengths that grow, in a list and in a tensor."""
+    lengths, got = list(range(1, 41)), []
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "index", lambda rank=rank: rank)
+        listed = [part for part, _ in ranks.dealt(lengths, 4)]
+        tensors = [part for part, _ in ranks.dealt(torch.tensor(lengths), 4)]
+        assert listed == [part.tolist() for part in tensors]
+        got.append(sum(map(sum, listed)))
+    assert got == [410, 410]
+
+
 # --- runs ----------------------------------------------------------------------------
 
 RUN = replace(

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import engine
 import torch
 from transformers import PreTrainedModel
 
@@ -15,6 +17,7 @@ from opd_geometry.training.models import ModelConfig, build_model, character_tok
 from opd_geometry.training.optimizer import OptimizerConfig
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.rollout import Rollout
+from opd_geometry.training.samplers import EngineSampler
 from opd_geometry.training.sft import SFTConfig, sft_steps
 
 OPTIMIZER = OptimizerConfig(1.0, warmup_steps=0, max_grad_norm=float("inf"))
@@ -40,6 +43,7 @@ CASES: dict[str, SFTConfig | PolicyConfig] = {
     "recomputed": replace(POLICY, gradient_checkpointing=True, micro_prompts=4),
     "pieces": replace(POLICY, alpha=0.5, sampled_prompts=1),
     "long rows": replace(POLICY, gap_from="scoring"),
+    "engine": replace(POLICY, sampler="vllm", gap_from="scoring"),
     "shared": replace(POLICY, alpha=0.5, shared_prefixes=True),
     "copy": replace(POLICY, mixed_precision="bf16-copy", gap_from="scoring"),
 }
@@ -59,6 +63,17 @@ def tiny(seed: int) -> PreTrainedModel:
 def by_first_token(_: object, batch: Rollout, __: object) -> torch.Tensor:
     """A reward that random models earn now and then."""
     return (batch.completions[:, 0] % 2).float()
+
+
+def engine_of(place: Path) -> EngineSampler:
+    """A stand-in for vLLM in this process, which starts from other weights."""
+    sys.modules["vllm"] = engine
+    source, tokenizer = place / "engine", character_tokenizer()
+    if ranks.index() == 0:
+        tiny(2).save_pretrained(source)
+        tokenizer.save_pretrained(source)
+    ranks.gathered(None)  # the others wait for it
+    return EngineSampler(source, tokenizer, 6, low=False, memory=0.3)
 
 
 def take_steps(place: Path) -> None:
@@ -86,7 +101,10 @@ def take_steps(place: Path) -> None:
             loop = sft_steps(train, model, tokenizer, optimizer, seed=0)
         else:
             teacher = tiny(1)
-            loop = policy_steps(train, model, teacher, tokenizer, optimizer, seed=0)
+            who = engine_of(place) if name == "engine" else None
+            loop = policy_steps(
+                train, model, teacher, tokenizer, optimizer, seed=0, sampler=who
+            )
         told = []
         for metrics in loop:
             for group in optimizer.param_groups:

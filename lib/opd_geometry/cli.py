@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from opd_geometry.pair_commands import (
+    cores,
     measure_command,
     report_command,
     trajectory_command,
@@ -84,12 +85,6 @@ commands.add_command(report_command)
 # --- options ---------------------------------------------------------------------
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _profile(command: Command) -> Command:
     return click.option(
         "--profile",
@@ -126,7 +121,7 @@ def _jobs(command: Command) -> Command:
     return click.option(
         "--jobs",
         type=click.IntRange(min=1),
-        default=_cores(),
+        default=cores(),
         show_default="every core",
         help="Runs at a time, one process and one thread each.",
     )(command)
@@ -362,7 +357,15 @@ def _tally(rows: "Iterable[Row]") -> str:
 @_arms("all")
 @_seeds
 @_student
-def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
+@click.option(
+    "--endings",
+    is_flag=True,
+    help="Only permutations, turned updates and energies at the end, of runs whose "
+    "committed tables have none.",
+)
+def commit(
+    profile: str, arms: str, seeds: str, student: str | None, endings: bool
+) -> int:
     """Publish the measurements of finished runs.
 
     Their tables and provenance go to data/measurements. Rows of the same arm and
@@ -372,12 +375,19 @@ def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
     Examples:
       opd-geometry commit --seeds 0-2
       opd-geometry commit --profile laptop --arms opd,rlvr --seeds 3
+      opd-geometry commit --endings --arms sgd --seeds 0
     """
+    from opd_geometry.experiments import endings as ends
     from opd_geometry.experiments import measure
     from opd_geometry.experiments.runs import is_done
 
     runs = _asked(profile, arms, seeds, "committed", student)
     done = [run for run in runs if is_done(run)]
+    if endings:
+        for run in done:
+            ends.commit_endings(profile, ends.ending_table(run))
+            click.echo(f"end of {run.name}")
+        return 0
     path, left_out = measure.commit(profile, done)
     n_new = len(done) - len(left_out)
     click.echo(f"{n_new} of {len(runs)} runs are finished and now in {path}")
@@ -391,7 +401,15 @@ def commit(profile: str, arms: str, seeds: str, student: str | None) -> int:
 @_arms("all")
 @_seeds
 @_student
-def starts(profile: str, arms: str, seeds: str, student: str | None) -> int:
+@click.option(
+    "--frozen",
+    is_flag=True,
+    help="Only what optimizers make of gradients that stay those of the start; as many "
+    "batches as the run has steps.",
+)
+def starts(
+    profile: str, arms: str, seeds: str, student: str | None, frozen: bool
+) -> int:
     """Publish what runs start from: their weights, and the signal of their gradients.
 
     Nothing is trained but what a run starts from. The weights of a start are read where
@@ -400,13 +418,20 @@ def starts(profile: str, arms: str, seeds: str, student: str | None) -> int:
     \b
     Examples:
       opd-geometry starts --profile published --arms sft,opd,rlvr --seeds 0-2
+      opd-geometry starts --profile published --arms opd,rlvr --frozen
     """
     import pandas as pd
 
+    from opd_geometry.experiments import frozen as stays
     from opd_geometry.experiments import signal, weights
     from opd_geometry.experiments.runs import is_done
 
     runs = _asked(profile, arms, seeds, "committed", student)
+    if frozen:
+        for run in runs:
+            stays.commit_frozen(profile, stays.frozen_table([run]))
+            click.echo(f"frozen gradients of {run.name}")
+        return 0
     for run in runs:
         signal.commit_signals(profile, signal.signal_table(run))
         click.echo(f"signal of {run.name}")
@@ -586,6 +611,8 @@ def audit(
             f"Drawn with seed {seed}: {', '.join(run.name for run in runs)}; "
             f"{audits.machines(runs)}"
         )
+        if said := audits.taught_anew(runs):
+            click.echo(said)
         _print_plan(plan_runs(runs), jobs)
         if code := _train(profile, runs, jobs):
             return code

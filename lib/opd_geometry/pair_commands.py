@@ -6,6 +6,7 @@ needs torch is imported when a command runs.
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -65,7 +66,8 @@ def _options(command: Command) -> Command:
                 type=click.IntRange(min=1),
                 default=1,
                 show_default=True,
-                help="Processes, one thread and one matrix in memory each.",
+                help="Processes, one thread and one matrix in memory each; at most one "
+                "a core.",
             ),
             click.option(
                 "--device",
@@ -242,6 +244,7 @@ def measure_command(
         )
 
     check_output(out, force, resume)
+    jobs = _useful(jobs, quiet)
     settings = Settings(rank_k, principal_rank, hill_k, alpha, eta)
     asked, parts = _names(metrics), _names(part)
     if asked is None and sample is not None:
@@ -415,6 +418,7 @@ def trajectory_command(
     from opd_geometry.geometry.tables import check_output
 
     check_output(out, force, resume)
+    jobs = _useful(jobs, quiet)
     held = _others(before, against)
     numbers = given_steps(steps, checkpoints) if steps else steps_of(checkpoints)
     for number, checkpoint in sorted(zip(numbers, checkpoints, strict=True)):
@@ -566,6 +570,20 @@ def _names(text: str | None) -> list[str] | None:
     if text is None:
         return None
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _useful(jobs: int, quiet: bool) -> int:
+    """So many processes as there are cores for."""
+    if jobs > cores() and not quiet:
+        _say(f"--jobs {jobs}: there are {cores()} cores, so {cores()} at a time")
+    return min(jobs, cores())
 
 
 def _say(message: str) -> None:

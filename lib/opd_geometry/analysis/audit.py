@@ -113,6 +113,21 @@ def machines(runs: Iterable[Run]) -> str:
     return f"committed on {'; '.join(theirs)}, trained now on {provenance()['machine']}"
 
 
+def taught_anew(runs: Iterable[Run]) -> str:
+    """Which of them learn from a teacher that is trained anew as well; empty if none.
+
+    Pretraining rounds otherwise on another processor and ends at another teacher, so
+    that such a run may part by more than seeds do.
+    """
+    found = sorted({run.arm for run in runs if isinstance(run.teacher, Run)})
+    if not found:
+        return ""
+    return (
+        f"{', '.join(found)}: the teacher is not committed but trained anew, too; "
+        "on another processor it is another teacher, which may put values outside"
+    )
+
+
 @contextmanager
 def apart() -> Iterator[Path]:
     """A data directory without finished runs, in force within: its path.
@@ -142,7 +157,8 @@ def apart() -> Iterator[Path]:
             for name in LENT:
                 if not (place / name).exists():
                     (place / name).unlink(missing_ok=True)  # where it once was
-                    (place / name).symlink_to(shelf / name)
+                    if (shelf / name).exists():  # else it is read from the checkout
+                        (place / name).symlink_to(shelf / name)
         yield place
 
 

@@ -65,7 +65,7 @@ class Settings:
         alpha: share of the entries in either mask.
         eta: relative tolerance of an unchanged entry.
 
-    A rank above the smaller side of a matrix is cut to that side.
+    A rank above the smaller side of a matrix is cut to that side; see `cut`.
     """
 
     rank_k: int | None = None
@@ -84,6 +84,11 @@ class Settings:
                 f"alpha = {self.alpha!r} and eta = {self.eta!r}, expected "
                 "0 < alpha <= 1 and 0 <= eta < 1; the paper uses 0.5 and 1e-3"
             )
+
+    def cut(self, shape: tuple[int, ...]) -> list[str]:
+        """Names of the ranks that are above the smaller side of a matrix."""
+        asked = {n: getattr(self, n) for n in ("rank_k", "principal_rank", "hill_k")}
+        return [name for name, k in asked.items() if k is not None and k > min(shape)]
 
     def angle_rank(self, shape: tuple[int, ...]) -> int:
         """K of the angles for a matrix of that shape."""

@@ -693,7 +693,13 @@ def plan_pair(
         _skipped(*sides),
         _missing(*sides, found),
         description,
-        tuple(dict.fromkeys([n for side in sides for n in side.notes] + _notes(found))),
+        tuple(
+            dict.fromkeys(
+                [n for side in sides for n in side.notes]
+                + _notes(found)
+                + _cut([(task.shape, settings.cut(task.shape)) for task in tasks])
+            )
+        ),
         _renamed(found),
         found.measured,
     )
@@ -783,6 +789,11 @@ def plan_trajectory(
     }
     missing = [m for step, c in opened.items() for m in _missing(first, c, found[step])]
     notes = [note for c in (first, *opened.values()) for note in c.notes]
+    cut = [
+        (t.shape, [*(["k"] if k > min(t.shape) else []), *settings.cut(t.shape)])
+        for t in tasks
+    ]
+    notes += _cut(cut)
     return Plan(
         tasks,
         (*TRAJECTORY_COLUMNS[:-1], *(f"similarity_to_{n}" for n in others), "note"),
@@ -885,6 +896,19 @@ def _notes(found: Pairing) -> list[str]:
     """What a reader must know of names that only one side has."""
     names = [name for side in found.only for name in side]
     return [OTHER_ROTARY] if any(ROTARY & {*name.split(".")} for name in names) else []
+
+
+def _cut(ranks: Sequence[tuple[tuple[int, ...], list[str]]]) -> list[str]:
+    """Which ranks are above the smaller side of which matrices, in a line each."""
+    sides: dict[str, list[int]] = {}
+    for shape, names in ranks:
+        for name in names:
+            sides.setdefault(name, []).append(min(shape))
+    return [
+        f"--{name.replace('_', '-')} is above the smaller side of {len(found)} "
+        f"matrices ({min(found)} at least), and is cut to it there"
+        for name, found in sides.items()
+    ]
 
 
 def _entries(found: Pairing) -> int:

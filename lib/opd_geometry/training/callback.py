@@ -405,9 +405,11 @@ class GeometryCallback(TrainerCallback):
                 rows.append((matrix, values))
                 if not moved.frobenius_norm < float("inf"):
                     broken.append(name)
+                    # it would miss the rates of these steps, should they be left behind
+                    self.shadows.pop(name, None)
                 if moved.right is not None:
                     subspaces[name] = moved.right
-                if name in self.shadows and name not in broken:
+                if name in self.shadows:
                     unled = partial(self._unled, matrix, tensor, k, step)
                     if not self._guarded(partial(unled, rows, subspaces)):
                         del self.shadows[name]

@@ -41,6 +41,7 @@ FORMS = ("gradient", "update")
 LEAK_ROWS = 256  # of a matrix, evenly spaced, at which the leak is measured
 MUCH = 0.5  # of the energy outside: nobody would call that confined
 BY_ROUNDING = 1e-3  # of the energy outside: what weights in 16 bits can come to
+ROUNDING = torch.finfo(torch.float32).eps  # of a matrix's norm: no movement
 # Steps that do not keep the row space of a gradient, by words in the optimizer's name.
 UNDOING = ("muon", "lion", "sign", "shampoo", "soap")
 IN_BACKWARD = ("layerwise", "lomo")
@@ -184,6 +185,12 @@ class ProjectionCallback(TrainerCallback):
                 f"{name} makes its steps from the signs or directions of a gradient, "
                 'which undoes form="gradient": most of the update will leave the '
                 'subspace; give form="update"',
+            )
+        elif self.form == "gradient" and hasattr(inner, "optimizer"):
+            self.warn(
+                "optimizer",
+                f"{name} moves the weights after the step of the optimizer within it, "
+                'which form="gradient" does not reach; give form="update"',
             )
 
     def _refuse_other_shapes(self, tensors: Mapping[str, Tensor]) -> None:
@@ -371,7 +378,8 @@ class ProjectionCallback(TrainerCallback):
     def leaks(self) -> dict[str, float]:
         """Share of W_t - W_lock outside the subspace, parameter by parameter.
 
-        Measured at ``LEAK_ROWS`` rows of every matrix; what has not moved has none.
+        Measured at ``LEAK_ROWS`` rows of every matrix; what has not moved, or no
+        farther than float32 rounds, has none.
         """
         tensors, found = dict(inner_model(self.trainer.model).named_parameters()), {}
         for name, lock in self.locked_rows.items():
@@ -383,7 +391,7 @@ class ProjectionCallback(TrainerCallback):
                 delta, v = delta[kept.to(delta.device)], v[kept]
             if not torch.isfinite(delta).all():
                 found[name] = float("nan")
-            elif delta.any():
+            elif delta.norm() > ROUNDING * lock.double().norm():
                 found[name] = leaked_energy(delta, v)
         return found
 
