@@ -393,3 +393,9 @@ def test_a_small_profile_is_set_beside_the_committed_language_model() -> None:
     assert (found.profile, found.source) == ("pretrained", "committed")
     asked = chapters.Parameters("pretrained", (1,), "local", 2, "there")
     assert chapters.of_pretrained(asked) is asked
+
+
+def test_a_table_without_rows_is_shown() -> None:
+    """As with a profile whose arms are not the ones that a chapter compares."""
+    empty = pd.DataFrame({"arm": [], "rank": []})
+    assert "<table" in chapters.table(empty, "Nothing was run", 3)._repr_html_()

@@ -508,7 +508,7 @@ class Table:
                 index=self.index, border=0, classes="table", na_rep="–"
             )
         # The class that pandas adds would set the heads of the columns flush right.
-        longest = int(self.frame.map(lambda cell: len(str(cell))).max(axis=None) or 0)
+        longest = max((len(str(c)) for c in self.frame.to_numpy().flat), default=0)
         kind = "table sentences" if longest > LONGEST_CELL else "table"
         text = text.replace('class="dataframe table"', f'class="{kind}"')
         text = text.replace(' style="text-align: right;"', "")
