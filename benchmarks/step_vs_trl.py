@@ -63,8 +63,19 @@ MIXED = (("careful", 0.45), ("guess", 0.25), ("sloppy", 0.30))
 @click.option("--model", help="Checkpoint to train instead of a briefly trained one.")
 @click.option("--sft-steps", default=150, help="How briefly: its completions must end.")
 @click.option("--shared/--apart", default=True, help="Our policy.shared_prefixes.")
+@click.option(
+    "--teacher-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Our policy.teacher_dtype.",
+)
 def main(
-    threads: int, steps: int, model: str | None, sft_steps: int, shared: bool
+    threads: int,
+    steps: int,
+    model: str | None,
+    sft_steps: int,
+    shared: bool,
+    teacher_dtype: str,
 ) -> None:
     """Print median step seconds of OPD, RLVR and TRL's GRPO, and the ratios."""
     torch.set_num_threads(threads)
@@ -88,8 +99,11 @@ def main(
         max_new_tokens=LONGEST,
         shared_prefixes=shared,
     )
+    dtype = getattr(torch, teacher_dtype)
     ours = {
-        name: our_steps(replace(config, alpha=alpha), teacher, student, tokenizer)
+        name: our_steps(
+            replace(config, alpha=alpha), teacher, student, tokenizer, dtype
+        )
         for name, (alpha, teacher) in ARMS.items()
     }
     theirs = replace(config, steps=steps + WARM_UP)
@@ -103,7 +117,8 @@ def main(
             theirs,
         )
         report(seconds, tokens, threads)
-        keep("qwen3-128x4", model, shared, seconds, WARM_UP)
+        low = "" if teacher_dtype == "float32" else f" {teacher_dtype}-teacher"
+        keep(f"qwen3-128x4{low}", model, shared, seconds, WARM_UP)
         for name, loop in ours.items():
             click.echo(f"{name}: ", nl=False)
             parts.report(loop, MORE)
@@ -131,11 +146,12 @@ def our_steps(
     teacher_shape: ModelConfig | None,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
 ) -> Iterator[dict[str, float]]:
     """Our loop on a copy of the student; each ``next`` is one step."""
     model = copy.deepcopy(student)
     optimizer = adamw(model, config.optimizer)
-    teacher = build_model(teacher_shape, seed=1) if teacher_shape else None
+    teacher = build_model(teacher_shape, seed=1).to(dtype) if teacher_shape else None
     return policy_steps(config, model, teacher, tokenizer, optimizer, seed=0)
 
 

@@ -336,6 +336,11 @@ def committed_provenance() -> pd.DataFrame:
     return together.drop_duplicates("run", ignore_index=True)
 
 
+def committed_path(run: Run) -> Path:
+    """Where the table of a committed run lies."""
+    return _place_and_digest(run, _digests())[0]
+
+
 def _digests() -> dict[str, tuple[Path, str]]:
     """By run: the first list that names it, and its table's digest."""
     found: dict[str, tuple[Path, str]] = {}
