@@ -56,3 +56,15 @@ def test_points_lie_on_the_bands_where_they_lie() -> None:
         False,
         True,
     ]
+
+
+def test_what_lies_outside_one_published_value_is_not_drawn_on_its_band() -> None:
+    published = table({0: 0.2, 1: 0.2})
+    found = pd.concat(
+        own.against_published(table({7: value}), published, ["opd"], ["nss"])
+        for value in (0.2, 0.3, 0.1)
+    )
+    (ax,) = own.bands(found).axes
+    dots = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    places = [float(line.get_xdata()[0]) for line in dots]
+    assert places == [0.5, 1 + own.FARTHEST, -own.FARTHEST]

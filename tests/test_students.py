@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from opd_geometry.analysis import audit
-from opd_geometry.experiments.profiles import build
+from opd_geometry.experiments.profiles import GEMMA, build
 from opd_geometry.experiments.runs import (
     checkpoint,
     ensure,
@@ -240,6 +241,12 @@ def test_an_audit_trains_with_the_model_of_the_committed_runs_and_no_other(
     digest = origin(committed[0]).digest
     with pytest.raises(ValueError, match=f"qwen.* not the model .* {digest}$"):
         audit.draw("pretrained", 3, 0, ["opd"], str(qwen))
+    elsewhere = [
+        replace(run, start=replace(run.start, start=GEMMA)) for run in committed
+    ]
+    monkeypatch.setattr(audit, "committed_runs", lambda profile: elsewhere)
+    with pytest.raises(ValueError, match=r"not committed: .* name it with --student$"):
+        audit.draw("pretrained", 3, 0, ["opd"])
 
 
 def test_runs_of_an_absent_student_have_names(data: Path) -> None:

@@ -360,8 +360,8 @@ def _tally(rows: "Iterable[Row]") -> str:
 @click.option(
     "--endings",
     is_flag=True,
-    help="Only permutations, turned updates and energies at the end, of runs whose "
-    "committed tables have none.",
+    help="Only permutations, turned updates and energies at the end; they count for "
+    "runs whose committed tables have none.",
 )
 def commit(
     profile: str, arms: str, seeds: str, student: str | None, endings: bool
@@ -383,6 +383,11 @@ def commit(
 
     runs = _asked(profile, arms, seeds, "committed", student)
     done = [run for run in runs if is_done(run)]
+    if endings and not done:
+        raise ValueError(
+            f"none of the {len(runs)} runs is finished here: expected one at least; "
+            "train with opd-geometry run"
+        )
     if endings:
         for run in done:
             ends.commit_endings(profile, ends.ending_table(run))
@@ -876,7 +881,7 @@ def _build(
     source = pages_of.stage_site(root, place / "source", pages, banner)
     pages_of.add_claims(source, claims_csv)
     pages_of.add_hero(source)
-    if beside is not None:
+    if beside is not None and len(beside):
         pages_of.add_page(source, "yours", own.page(beside))
         own.bands(beside).savefig(source / "book" / own.PICTURE)
     write_data(source / "book" / "_static" / "explorer-data.js")

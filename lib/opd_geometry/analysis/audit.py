@@ -94,6 +94,11 @@ def draw(
             f"{'fewer, or for other' if known else 'other'} arms"
         )
     drawn = random.Random(seed).sample(known, sample)
+    if student is None and getattr(origin(drawn[0]), "source", None) == "":
+        raise ValueError(
+            f"profile {profile} begins with a model that is not committed: expected "
+            "its file or directory; name it with --student"
+        )
     if student is None:
         return drawn
     found = [build(profile, run.arm, run.seed, student=student) for run in drawn]

@@ -1,6 +1,7 @@
 """A reader's own runs beside the published ones: do they lie within their seeds?"""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -106,10 +107,8 @@ def bands(compared: pd.DataFrame) -> Figure:
         for ax, arm in zip(axes.flat, arms, strict=False):
             ax.axvspan(0, 1, color=GREY, alpha=0.2, lw=0)
             for row in compared[compared["arm"] == arm].to_dict("records"):
-                width = row["highest"] - row["lowest"] or 1.0
-                place = (row["yours"] - row["lowest"]) / width
-                place = min(max(place, -FARTHEST), 1 + FARTHEST)
                 outside, y = row["lies"] == OUTSIDE, names.index(row["diagnostic"])
+                place = _place(row)
                 draw_dot(ax, place, y, (place, place), BLUE, hollow=outside)
             name_rows(ax, names if ax in axes[:, 0] else [""] * len(names))
             edges = (-FARTHEST - 0.2, 1.2 + FARTHEST)
@@ -117,6 +116,16 @@ def bands(compared: pd.DataFrame) -> Figure:
             ax.tick_params(axis="y", length=0)
         figure.supxlabel("grey: lowest to highest of the published seeds", fontsize=9)
     return figure
+
+
+def _place(row: Mapping[Hashable, Any]) -> float:
+    """Where yours lies if the published ones reach from 0 to 1."""
+    width, beyond = row["highest"] - row["lowest"], row["yours"] - row["lowest"]
+    if not width:  # one published value: there, or as far as is drawn
+        place = 0.5 + math.copysign(math.inf, beyond) if beyond else 0.5
+    else:
+        place = beyond / width
+    return min(max(place, -FARTHEST), 1 + FARTHEST)
 
 
 def page(compared: pd.DataFrame) -> str:

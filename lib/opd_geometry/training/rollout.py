@@ -464,10 +464,10 @@ def apart_if_long(rollout: Rollout) -> Rollout:
 
 def _passes(rollout: Rollout) -> tuple[Tensor, ...]:
     """Prompts of like length together, a few at a time: little padding, warm caches."""
-    tokens = rollout.own_tokens()
-    longest = rollout.prompt_ids.shape[1] + int(tokens.max())
     budget = _TOKENS_PER_PASS.get(rollout.mask.device.type, _MANY_TOKENS)
     if not rollout.shared_prefixes:
+        tokens = rollout.own_tokens()
+        longest = rollout.prompt_ids.shape[1] + int(tokens.max())
         return tokens.argsort(stable=True).split(max(1, budget // longest))
     tokens = rollout.without_last().own_tokens()
     order = tokens.argsort(stable=True)
