@@ -215,7 +215,7 @@ def ensure_failing_late(run: Run) -> Path:
     def recording(*arguments: Any, **named: Any) -> None:
         save(*arguments, **named)
         place = runs.run_directory(run) / "failed.json"
-        runs.write_json(place, {"reason": "of before"})
+        runs.records.write_json(place, {"reason": "of before"})
 
     runs.save_model = recording
     return runs.ensure(run)

@@ -49,16 +49,15 @@ from opd_geometry.geometry.spectra import subspace_similarity
 from opd_geometry.geometry.unplaced import Magnitudes
 from opd_geometry.training.attached import (
     Checkpoints,
+    Content,
     Matrices,
     Once,
     Origin,
     adapters,
+    inner_model,
     reparametrised,
     some,
     watched_matrices,
-)
-from opd_geometry.training.attached import (
-    inner_model as _inner,
 )
 from opd_geometry.training.confining import (
     ProjectionCallback,
@@ -165,7 +164,7 @@ class GeometryCallback(TrainerCallback):
         self.roles, self.max_layers, self.warn = roles, max_layers, Once(trainer)
         self.names: set[str] | None = None  # of the matrices, once they are settled
         self.origin = Origin(trainer, self._matrices, w_before, keep_on)
-        self.names = set(self._matrices(_inner(trainer.model)))
+        self.names = set(self._matrices(inner_model(trainer.model)))
         self._tell()
         self.checkpoints = Checkpoints(
             self, trainer, "geometry", self._content, guarded=self._guarded
@@ -218,13 +217,13 @@ class GeometryCallback(TrainerCallback):
         return True
 
     def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._matrices(_inner(self.trainer.model))  # still whole, now it is wrapped
+        self._matrices(inner_model(self.trainer.model))  # still whole, and wrapped
         if state.global_step == 0:
             if self.origin.begin():  # else W_0 is that of an earlier training, too
                 self.squares, self.rates, self.shadows = [], [], {}
             self.lock_step = step_of(self.lock_at, state.max_steps)
             if self.nulls and not self.shadows:
-                self._guarded(self._start_nulls)
+                self._guarded(lambda: self.shadows.update(self._shadows()))
             return
         self.squares, self.rates, self.shadows = None, [], {}
         place = self.checkpoints.place(args, state)
@@ -293,13 +292,10 @@ class GeometryCallback(TrainerCallback):
         adam = moments is not None and moments[0] is not None
         return self.squares[found[0]] if found and adam and self.squares else None
 
-    def _start_nulls(self) -> None:
-        self.shadows = self._shadows()
-
     def _shadows(self) -> dict[str, Shadow]:
         """Nulls of one matrix of each shape, in the middle of the model."""
         alike: dict[tuple[int, ...], list[str]] = {}
-        matrices = self._matrices(_inner(self.trainer.model))
+        matrices = self._matrices(inner_model(self.trainer.model))
         for name, (matrix, _) in matrices.items():
             if matrix.layer >= 0 and math.prod(matrix.shape) <= SHADOWED:
                 alike.setdefault(matrix.shape, []).append(name)
@@ -363,24 +359,19 @@ class GeometryCallback(TrainerCallback):
         if first and step > 0 and step != self.measured_at:
             self._guarded(lambda: self._log(self.measure(step), control))
 
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _content(self) -> Content:
         """What a checkpoint has to remember."""
-        groups = {
+        return {
             "previous": self.previous,
             "locked": self.locked,
             "start": self.origin.outside_blocks(),
-        } | {f"null {name}": dict(s.state()) for name, s in self.shadows.items()}
-        said = {
+            **{f"null {name}": dict(s.state()) for name, s in self.shadows.items()},
+        }, {
             "w_before": self.origin.fingerprint,
             "lock_step": self.lock_step,
             "squares": self.squares,
             "rates": self.rates,
         }
-        return {
-            f"{group}/{name}": tensor
-            for group, named in groups.items()
-            for name, tensor in named.items()
-        }, said
 
     def measure(self, step: int) -> dict[str, float]:
         """What is logged, computed now; the subspaces become the previous ones.
@@ -390,7 +381,7 @@ class GeometryCallback(TrainerCallback):
         """
         began = time.perf_counter()
         rows, subspaces, broken = [], {}, []
-        model = _inner(self.trainer.model)
+        model = inner_model(self.trainer.model)
         with torch.no_grad():
             for name, (matrix, tensor) in self._matrices(model).items():
                 if matrix.shape != self.origin.shapes[name]:
@@ -429,7 +420,7 @@ class GeometryCallback(TrainerCallback):
 
     def _tell(self) -> None:
         """Say once what is trained and not looked into."""
-        model = _inner(self.trainer.model)
+        model = inner_model(self.trainer.model)
         others = adapters(model) + reparametrised(model)
         if others:
             self.warn(

@@ -24,6 +24,7 @@ from opd_geometry.geometry.projection import (
 )
 from opd_geometry.training.attached import (
     Checkpoints,
+    Content,
     Matrices,
     Once,
     Origin,
@@ -124,6 +125,11 @@ class ProjectionCallback(TrainerCallback):
         self.handle: ProjectionHandle | None = None
         self.lock_step: int | None = None  # known once training begins
 
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The model's parameters by name."""
+        return dict(inner_model(self.trainer.model).named_parameters())
+
     def _slices(self, model: nn.Module) -> Matrices:
         """What is confined, slice by slice, and the names of the parameters."""
         self.names = confinable(model, self.roles)
@@ -174,7 +180,7 @@ class ProjectionCallback(TrainerCallback):
                 "would leave the subspace; expected an optimizer without train and "
                 "eval modes, such as AdamW"
             )
-        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        tensors = self._tensors
         owned = {id(p) for group in inner.param_groups for p in group["params"]}
         for name_ in self.names:
             _refuse_parameter(name_, tensors.get(name_), owned, name)
@@ -246,7 +252,7 @@ class ProjectionCallback(TrainerCallback):
 
     def _compare(self, bases: dict[str, Tensor], place: Path) -> None:
         """Hold stored subspaces against the model and what is asked for now."""
-        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        tensors = self._tensors
         for name, v in bases.items():
             here = tensors.get(name)
             side = -2 if name in self.turned else -1
@@ -381,7 +387,7 @@ class ProjectionCallback(TrainerCallback):
         Measured at ``LEAK_ROWS`` rows of every matrix; what has not moved, or no
         farther than float32 rounds, has none.
         """
-        tensors, found = dict(inner_model(self.trainer.model).named_parameters()), {}
+        tensors, found = self._tensors, {}
         for name, lock in self.locked_rows.items():
             v = self.bases[name]
             now = _rows(tensors[name], name in self.turned)
@@ -411,7 +417,7 @@ class ProjectionCallback(TrainerCallback):
 
     def _judge(self, leak: float) -> None:
         """Say so where the confinement is hardly there."""
-        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        tensors = self._tensors
         short = any(tensors[name].dtype.itemsize < 4 for name in self.bases)
         if self.form == "gradient" and leak > MUCH:
             self.warn(
@@ -433,26 +439,21 @@ class ProjectionCallback(TrainerCallback):
                 + cause,
             )
 
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _content(self) -> Content:
         """What a checkpoint has to remember."""
-        groups: dict[str, dict[str, Tensor]] = {
+        groups = {
             "locked": self.bases,
             "rows": self.locked_rows,
             "start": {} if self.bases else self.origin.outside_blocks(),
         }
         if self.handle is not None and self.handle.locks:
-            tensors = dict(inner_model(self.trainer.model).named_parameters())
-            for name in self.bases:
-                if tensors[name] in self.handle.locks:
-                    w_lock, coefficients = self.handle.locks[tensors[name]]
-                    groups.setdefault("w_lock", {})[name] = w_lock
-                    groups.setdefault("coefficients", {})[name] = coefficients
+            tensors = self._tensors
+            locks = {n: self.handle.locks.get(tensors[n]) for n in self.bases}
+            held = {name: lock for name, lock in locks.items() if lock is not None}
+            groups["w_lock"] = {name: w_lock for name, (w_lock, _) in held.items()}
+            groups["coefficients"] = {name: c for name, (_, c) in held.items()}
         said = {"w_before": self.origin.fingerprint, "lock_step": self.lock_step}
-        return {
-            f"{group}/{name}": tensor
-            for group, named in groups.items()
-            for name, tensor in named.items()
-        }, said
+        return groups, said
 
     def on_train_end(
         self,
@@ -494,9 +495,7 @@ class ProjectionCallback(TrainerCallback):
         self.handle, self.bases, self.locked_rows = None, {}, {}
 
     def _confine(self, optimizer: Any) -> None:
-        tensors: dict[str, Any] = dict(
-            inner_model(self.trainer.model).named_parameters()
-        )
+        tensors = self._tensors
         bases: dict[Tensor, Tensor] = {tensors[n]: v for n, v in self.bases.items()}
         turned = [tensors[n] for n in self.bases if n in self.turned]
         if self.form == "gradient":

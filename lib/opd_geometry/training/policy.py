@@ -29,8 +29,7 @@ from opd_geometry.training.optimizer import (
     Compute,
     OptimizerConfig,
     autocast,
-    check_finite,
-    grad_norm,
+    clipped_norm,
     learning_rate,
     set_learning_rate,
 )
@@ -415,12 +414,8 @@ def policy_steps(
         ranks.sum_gradients(model)
         totals = {name: ranks.total(value) for name, value in totals.items()}
         check_engine(config, totals, step)
-        norm = grad_norm(
-            accelerator.clip_grad_norm_(
-                model.parameters(), config.optimizer.max_grad_norm
-            )
-        )
-        check_finite(norm, step, rate)
+        limit = config.optimizer.max_grad_norm
+        norm = clipped_norm(accelerator, model, limit, step, rate)
         if len(kept):
             optimizer.step()
             compute.refresh()

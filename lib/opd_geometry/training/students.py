@@ -388,10 +388,8 @@ def _make(student: Student, directory: Path) -> None:
     cut_model(model, kept)
     model.config.vocab_size = len(kept)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(cut, name))
-    model.generation_config.eos_token_id = cut.eos_token_id
-    model.generation_config.bos_token_id = cut.bos_token_id
-    model.generation_config.pad_token_id = cut.pad_token_id
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(cut, name))
     shutil.rmtree(directory, ignore_errors=True)
     save_model(model, cut, directory, dtype=torch.bfloat16)
     weights = {f.name: _file_digest(f, 0) for f in directory.glob("*.safetensors")}
