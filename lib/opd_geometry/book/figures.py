@@ -60,6 +60,7 @@ CONFINED_STYLES = {
     "-random": ArmStyle("random subspace", GREY, "--"),
     "-random-wider": ArmStyle("random, four times the rank", GREY, ":"),
     "-update-random": ArmStyle("random, update confined", GREY, "-."),
+    "-update-donor": ArmStyle("another's, update confined", RED, "-."),
 }
 _SCALED = {
     "lr-x0.3": ("0.3 × rate", ":"),
