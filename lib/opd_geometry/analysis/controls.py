@@ -17,7 +17,7 @@ from opd_geometry.analysis.evidence import (
     over_matrices,
 )
 from opd_geometry.analysis.verdicts import Part, defined, interval, state
-from opd_geometry.experiments.runs import BRANCH_FRAC
+from opd_geometry.experiments.descriptions import BRANCH_FRAC
 
 WORDS = {"holds": "suffices", "fails": "falls short", "open": "open"}
 POWERLESS = "without power"  # the free run gains nothing that could be lost

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opd_geometry.experiments.runs import (
+from opd_geometry.experiments.descriptions import (
     ProjectionConfig,
     Run,
     Stored,
@@ -19,11 +19,13 @@ from opd_geometry.experiments.runs import (
     students_directory,
 )
 from opd_geometry.training.data import DataConfig, digest_of
-from opd_geometry.training.models import ModelConfig
-from opd_geometry.training.optimizer import OptimizerConfig
-from opd_geometry.training.policy import PolicyConfig
-from opd_geometry.training.sft import SFTConfig
-from opd_geometry.training.students import Student, describe
+from opd_geometry.training.settings import (
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    SFTConfig,
+    Student,
+)
 
 # Demonstrations of mixed quality give an anchor whose skill exceeds its sampled
 # accuracy, as a language model's does; a teacher that has seen some of everything stays
@@ -481,7 +483,7 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
     if isinstance(now, Stored):
         return stored(_whole_path(value))
     if isinstance(now, Student):
-        return describe(value, students_directory())
+        return _described(value)
     if isinstance(settings, DataConfig) and field == "source":
         return value
     if isinstance(now, DataConfig):
@@ -502,6 +504,13 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
         raise ValueError(
             f"profile {name}: {field} {value!r} is no {kind}; it is {now!r} there"
         ) from None
+
+
+def _described(source: str) -> Student:
+    """What a model is as a student: asked of the model, hence with torch."""
+    from opd_geometry.training.students import describe
+
+    return describe(source, students_directory())
 
 
 def _whole_path(source: str) -> str:
@@ -664,7 +673,7 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
             f"profile {profile} trains its students from scratch and takes no student "
             f"{student}; expected profile {_or(takers)} with one"
         )
-    model = describe(student, students_directory())
+    model = _described(student)
     return replace(settings, student=model, teacher=model)
 
 
