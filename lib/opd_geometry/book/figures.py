@@ -126,6 +126,14 @@ ARM_STYLES = {
     },
     "yours": ArmStyle("your model", PURPLE),
 }
+
+
+def confined_label(arm: str) -> str:
+    """What an arm ``FAMILY-projected...`` is called where families stand together."""
+    family, _, form = arm.partition("-projected")
+    return f"{ARM_STYLES[family].label}: {CONFINED_STYLES[form].label}"
+
+
 METRIC_LABELS = {
     "sparsity": "update sparsity",
     "density": "update density",
