@@ -60,18 +60,8 @@ from opd_geometry.geometry.projection import (
     project_updates,
     random_subspace,
 )
-from opd_geometry.training import evaluation, ranks, tasks
+from opd_geometry.training import evaluation, models, ranks, tasks
 from opd_geometry.training.data import DataConfig
-from opd_geometry.training.models import (
-    ModelConfig,
-    build_model,
-    character_tokenizer,
-    check_reads_tasks,
-    check_same_vocabulary,
-    load_model,
-    round_to_bfloat16,
-    save_model,
-)
 from opd_geometry.training.optimizer import bfloat16_copy, optimizer_of
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.samplers import EngineSampler
@@ -100,10 +90,10 @@ def store(run: Run, source: str) -> Stored:
             f"{run.arm} is not trained yet; run opd-geometry run --arms {run.arm} "
             "first, of the base and the teacher with --from scratch"
         )
-    model, tokenizer = load_model(checkpoint(run))
+    model, tokenizer = models.load_model(checkpoint(run))
     directory = data_directory() / source
     list_of(directory).unlink(missing_ok=True)
-    save_model(model, tokenizer, directory, dtype=torch.bfloat16)
+    models.save_model(model, tokenizer, directory, dtype=torch.bfloat16)
     files = sorted(path for path in directory.iterdir() if path.is_file())
     digests = ((records.digest_of(path), path.name) for path in files)
     lines = [f"{digest}  {directory.name}/{name}\n" for digest, name in digests]
@@ -217,17 +207,17 @@ def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     What another stage hands over is rounded to bf16 first, as a published checkpoint
     is.
     """
-    if isinstance(run.start, ModelConfig):
-        return build_model(run.start, run.seed), character_tokenizer()
-    model, tokenizer = load_model(_location(run.start))
+    if isinstance(run.start, models.ModelConfig):
+        return models.build_model(run.start, run.seed), models.character_tokenizer()
+    model, tokenizer = models.load_model(_location(run.start))
     if isinstance(run.start, Student):
         return model, tokenizer
-    return round_to_bfloat16(model), tokenizer
+    return models.round_to_bfloat16(model), tokenizer
 
 
 def starting_matrices(run: Run) -> list[Matrix]:
     """The matrices of the weights that a run starts from, once those are there."""
-    if isinstance(run.start, ModelConfig):
+    if isinstance(run.start, models.ModelConfig):
         return list_matrices(sound_checkpoint(run, 0))
     return list_matrices(_location(run.start))
 
@@ -275,7 +265,7 @@ def _store_checkpoint(
     lean = is_lean(run)
     dtype = torch.bfloat16 if lean and step == 0 else None
     only = ATTENTION if lean and step not in _whole(run) else None
-    save_model(model, tokenizer, checkpoint(run, step), dtype, only)
+    models.save_model(model, tokenizer, checkpoint(run, step), dtype, only)
     if ranks.index() == 0:
         for weights in checkpoint(run, step).glob("*.safetensors"):
             records.seal(weights)
@@ -298,7 +288,7 @@ def _train(run: Run) -> None:
         (directory / "failed.json").unlink(missing_ok=True)
         records.write_json(directory / "run.json", dataclasses.asdict(run))
     model, tokenizer = starting_model(run)
-    check_reads_tasks(tokenizer)
+    models.check_reads_tasks(tokenizer)
     if writes and not (checkpoint(run, 0) / "config.json").is_file():
         _store_checkpoint(run, 0, model, tokenizer)
     if run.train.sharded and ranks.count() > 1:
@@ -418,10 +408,10 @@ def loop_of(
     if run.teacher is not None and run.train.needs_teacher:
         usual = "bfloat16" if run.train.dataset else "float32"
         own: torch.dtype = getattr(torch, run.train.teacher_dtype or usual)
-        teacher, theirs = load_model(_location(run.teacher), own)
-        check_same_vocabulary(tokenizer, theirs)
+        teacher, theirs = models.load_model(_location(run.teacher), own)
+        models.check_same_vocabulary(tokenizer, theirs)
         if run.teacher == run.start:  # as it is handed over: the student at step 0
-            teacher = round_to_bfloat16(teacher)
+            teacher = models.round_to_bfloat16(teacher)
         copied = run.train.mixed_precision == "bf16-copy" and own == torch.float32
         if copied and not run.train.teacher_dtype:
             teacher = bfloat16_copy(teacher)
@@ -467,8 +457,8 @@ def confining_bases(run: Run) -> dict[str, Tensor]:
     assert run.branch is not None
     assert run.projection is not None
     giver, rank = run.donor or run.branch, run.projection.rank
-    origin, _ = load_model(sound_checkpoint(giver, 0))
-    early, _ = load_model(sound_checkpoint(giver, giver.branch_step()))
+    origin, _ = models.load_model(sound_checkpoint(giver, 0))
+    early, _ = models.load_model(sound_checkpoint(giver, giver.branch_step()))
     after = dict(early.named_parameters())
     generator = torch.Generator().manual_seed(run.seed)
     bases = {}

@@ -15,16 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_geometry.geometry import layouts
 from opd_geometry.geometry.directories import ADAPTER_CONFIG, json_object
-from opd_geometry.geometry.layouts import (
-    WHOLE,
-    Cut,
-    Matrix,
-    in_groups,
-    layer_of,
-    part_of,
-    role_of,
-)
+from opd_geometry.geometry.layouts import WHOLE, Cut, Matrix
 from opd_geometry.geometry.matching import normal_form
 from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored, header
 from opd_geometry.geometry.training_formats import pickled
@@ -151,7 +144,7 @@ class AdaptedCut(Cut):
 
     def _rows(self, w: Tensor) -> Tensor:
         if self.groups > 1:
-            return in_groups(w, self.of_rows, self.groups)
+            return layouts.in_groups(w, self.of_rows, self.groups)
         return w[self.of_rows]
 
 
@@ -172,6 +165,11 @@ class Adapter:
     factors: dict[str, Factors]
     stacks: dict[str, list[Factors]]
     replaced: list[Stored]
+
+    def files(self) -> list[Path]:
+        """Those that hold its factors."""
+        every = [*self.factors.values(), *(f for s in self.stacks.values() for f in s)]
+        return [file for factors in every for file in factors.a.place.files()]
 
     @property
     def base(self) -> str:
@@ -426,14 +424,13 @@ def _tied_head(
     found: dict[str, Cut], cuts: Mapping[str, Cut], adapter: Adapter, used: set[str]
 ) -> list[str]:
     """An adapter of a head that is the embedding moves the embedding."""
-    heads = [m for m in adapter.factors if m not in used and role_of([m]) == "head"]
+    heads = [
+        m for m in adapter.factors if m not in used and layouts.role_of([m]) == "head"
+    ]
     heads += [m for m in adapter.factors if m.endswith(".lm_head") and m not in used]
     embeds = [n for n, c in cuts.items() if c.matrix.role == "embed"]
-    if (
-        not heads
-        or len(embeds) != 1
-        or any(c.matrix.role == "head" for c in cuts.values())
-    ):
+    whole = any(c.matrix.role == "head" for c in cuts.values())
+    if not heads or len(embeds) != 1 or whole:
         return []
     name = embeds[0]
     found[name] = _adapted(cuts[name], adapter.factors[heads[0]], adapter)
@@ -506,7 +503,7 @@ def alone(adapter: Adapter) -> dict[str, Cut]:
         shape = (update.b.shape[0], update.a.shape[1])
         shape = shape[::-1] if update.embedding else shape
         name = f"{module}.weight"
-        role, part = role_of(modules), part_of(modules, {})
-        matrix = Matrix(name, role, layer_of(name), shape, "float32", part)
+        role, part = layouts.role_of(modules), layouts.part_of(modules, {})
+        matrix = Matrix(name, role, layouts.layer_of(name), shape, "float32", part)
         found[name] = AdaptedCut(matrix, update.a, WHOLE, factors=update)
     return found

@@ -319,17 +319,12 @@ def _with_adapter(
     replaced = _contents(adapter.path, adapter.replaced, {}, (), False)
     cuts, notes = adapters.merged(whole.cuts, adapter, replaced.cuts)
     said = f"{adapter.path}: an adapter, merged into {whole.path} as PEFT merges it"
-    factors = [
-        *adapter.factors.values(),
-        *(f for s in adapter.stacks.values() for f in s),
-    ]
-    files = [f for factor in factors for f in factor.a.place.files()]
     return replace(
         whole,
         path=path,
         cuts=_sorted(cuts),
         notes=(said, *notes),
-        files=tuple(dict.fromkeys([*whole.files, *files, *replaced.files])),
+        files=tuple(dict.fromkeys([*whole.files, *adapter.files(), *replaced.files])),
     )
 
 
@@ -346,7 +341,6 @@ def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
             f"{path} is an adapter whose update is not known without its base "
             f"({adapter.base or 'not named'}), expected that; name it with --base"
         )
-    files = [f for factor in adapter.factors.values() for f in factor.a.place.files()]
     notes = [f"{path}: an adapter without its base, so its updates alone"]
     n_whole = len(adapter.stacks) + len(adapter.replaced)
     if n_whole:
@@ -354,7 +348,8 @@ def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
             f"{path}: {n_whole} stacks of experts or whole tensors of the adapter are "
             "left out, whose base has to be named with --base"
         )
-    return Checkpoint(path, cuts, {}, tuple(notes), tuple(dict.fromkeys(files)))
+    files = tuple(dict.fromkeys(adapter.files()))
+    return Checkpoint(path, cuts, {}, tuple(notes), files)
 
 
 def _unmerged(path: Path, place: Path, stored: list[Stored]) -> Adapter | None:
@@ -703,14 +698,10 @@ def list_pairs(
     a, b = open_pair(before, after)
     found = pairing(a, b, wanted)
     if missing == "raise":
-        for i, side, other in ((0, a, b), (1, b, a)):
-            absent = [name for name in found.only[i] if name in side.cuts]
-            skipped = [
-                name
-                for name, other_name in found.names.items()
-                if name in a.cuts and other_name not in b.cuts
-            ]
-            _refuse_missing(absent or (skipped if i == 0 else []), side, other)
+        known = found.names.items()
+        skipped = [n for n, other in known if n in a.cuts and other not in b.cuts]
+        _refuse_missing([n for n in found.only[0] if n in a.cuts] or skipped, a, b)
+        _refuse_missing([n for n in found.only[1] if n in b.cuts], b, a)
     if not found.pairs and not found.differing:
         raise ValueError(diagnosis(a, b, found))
     refuse_shapes(found.differing, a, b)

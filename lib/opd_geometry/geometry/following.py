@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import (
-    bits,
-    comparison,
-    gram,
-    krylov,
-    locking,
-    nulls,
-)
+from opd_geometry.geometry import bits, comparison, gram, krylov, locking, nulls
 from opd_geometry.geometry.comparison import DEFAULTS, Settings
 from opd_geometry.geometry.tables import Row
 

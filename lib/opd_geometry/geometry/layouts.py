@@ -190,11 +190,8 @@ def role_of(modules: list[str], model_type: object = None) -> str:
     outside = layer_of(".".join([*modules, ""])) < 0
     if "router" in modules[-2:] or _OUTER.get(leaf) == "router":
         return "router"
-    if (
-        outside
-        and leaf == "decoder"
-        and modules[-2:-1] in (["lm_head"], ["predictions"])
-    ):
+    decodes = leaf == "decoder" and modules[-2:-1] in (["lm_head"], ["predictions"])
+    if outside and decodes:
         return "head"
     if leaf == "dense":
         return {"intermediate": "up", "output": "down"}.get(modules[-2], "other")
@@ -662,9 +659,8 @@ def _stack_position(modules: list[str]) -> int | None:
             i = modules.index(name)
             numbered = re.fullmatch(r"(expert_)?\d+", ".".join(modules[i + 1 : i + 2]))
             return None if numbered else i
-    if modules[-2:-1] in (["block_sparse_moe"], ["mlp"]) and (
-        modules[-1] in STACK_ALIASES
-    ):
+    granite = modules[-2:-1] in (["block_sparse_moe"], ["mlp"])
+    if granite and modules[-1] in STACK_ALIASES:
         return len(modules) - 2
     return None
 

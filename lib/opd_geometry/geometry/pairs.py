@@ -837,10 +837,8 @@ def _others(
     found: dict[str, dict[str, StoredPair]] = {}
     read: list[Checkpoint] = []
     for name, sources in against.items():
-        if (
-            not re.fullmatch("[a-z0-9_]+", name)
-            or f"similarity_to_{name}" in TRAJECTORY_COLUMNS
-        ):
+        taken = f"similarity_to_{name}" in TRAJECTORY_COLUMNS
+        if taken or not re.fullmatch("[a-z0-9_]+", name):
             raise ValueError(
                 f"another training is named {name!r}, expected lower-case letters, "
                 "digits and _, and not end: a column will be similarity_to_NAME"

@@ -23,26 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
-from opd_geometry.geometry import unplaced
+from opd_geometry.geometry import live, unplaced
 from opd_geometry.geometry.checkpoints import Matrix
 from opd_geometry.geometry.comparison import null_seed
-from opd_geometry.geometry.live import (
-    ATTENTION_ROLES,
-    Movement,
-    energy_within,
-    leading_right,
-    movement,
-    shuffled_sparsity,
-    spread,
-)
 from opd_geometry.geometry.rates import UnknownRates, moments_of
 from opd_geometry.geometry.shadow import Moments, Shadow
 from opd_geometry.geometry.spectra import subspace_similarity
@@ -144,7 +132,7 @@ class GeometryCallback(TrainerCallback):
         trainer: Trainer,
         every: int = 50,
         *,
-        roles: Collection[str] | None = ATTENTION_ROLES,
+        roles: Collection[str] | None = live.ATTENTION_ROLES,
         max_layers: int | None = None,
         k: int = 16,
         lock_at: int | float | None = None,
@@ -194,11 +182,7 @@ class GeometryCallback(TrainerCallback):
         return {name: pair for name, pair in found.items() if name in self.names}
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Find the step of the lock, and what a resumed training had stored."""
         self.previous, self.locked, self.measured_at = {}, {}, -1
@@ -216,7 +200,7 @@ class GeometryCallback(TrainerCallback):
             return False
         return True
 
-    def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _begin(self, args: Arguments, state: State) -> None:
         self._matrices(inner_model(self.trainer.model))  # still whole, and wrapped
         if state.global_step == 0:
             if self.origin.begin():  # else W_0 is that of an earlier training, too
@@ -254,11 +238,7 @@ class GeometryCallback(TrainerCallback):
             self._guarded(lambda: self._recall(said))
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Add the learning rates that were just used to the unit of distance."""
         optimizer = kwargs.get("optimizer")
@@ -330,11 +310,7 @@ class GeometryCallback(TrainerCallback):
                 self.warn("nulls", "this checkpoint has no nulls; none are logged")
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Measure and log when it is time."""
         step = state.global_step
@@ -343,17 +319,13 @@ class GeometryCallback(TrainerCallback):
             self._measure_now(state, control)
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Measure at the end, too, where a training stops early."""
         if control.should_training_stop:
             self._measure_now(state, control)
 
-    def _measure_now(self, state: TrainerState, control: TrainerControl) -> None:
+    def _measure_now(self, state: State, control: Control) -> None:
         step = state.global_step
         first = self.trainer.args.process_index == 0 and self.origin.start is not None
         if first and step > 0 and step != self.measured_at:
@@ -388,7 +360,7 @@ class GeometryCallback(TrainerCallback):
                     self.warn("shape", f"{name} has another shape now, and no W_0")
                     continue
                 k = min(self.k, *matrix.shape)
-                moved = movement(self.start.weights[name], tensor.detach(), k)
+                moved = live.movement(self.start.weights[name], tensor.detach(), k)
                 square = self._square_of(tensor)
                 values = self._values(matrix, moved, k, square)
                 if moved.right is not None:
@@ -401,8 +373,8 @@ class GeometryCallback(TrainerCallback):
                 if moved.right is not None:
                     subspaces[name] = moved.right
                 if name in self.shadows:
-                    unled = partial(self._unled, matrix, tensor, k, step)
-                    if not self._guarded(partial(unled, rows, subspaces)):
+                    of = matrix, tensor, k, step, rows, subspaces
+                    if not self._guarded(partial(self._unled, *of)):
                         del self.shadows[name]
         self.rates = []
         self._report(model, step, broken)
@@ -455,7 +427,7 @@ class GeometryCallback(TrainerCallback):
             self.warn("fresh", f"step {step}: trained, not looked at: {some(fresh)}")
 
     def _values(
-        self, matrix: Matrix, moved: Movement, k: int, square: float | None
+        self, matrix: Matrix, moved: live.Movement, k: int, square: float | None
     ) -> dict[str, float]:
         """One matrix's values, NaN where one is undefined."""
         values = {
@@ -496,28 +468,28 @@ class GeometryCallback(TrainerCallback):
         rates = [each[known[0]] for each in self.rates] if known else None
         values: dict[str, float] = {}
         for null, update in self.shadows[name].add(w, rates, step).items():
-            _, rank, right = spread(update, k)
+            _, rank, right = live.spread(update, k)
             own = {"stable_rank": rank} | self._similarities(f"{null} {name}", right)
             values |= {f"{null}_{metric}": value for metric, value in own.items()}
             if right is not None:
                 subspaces[f"{null} {name}"] = right
         rows.append((matrix, values))
 
-    def _placed(self, name: str, w: Tensor, moved: Movement) -> dict[str, float]:
+    def _placed(self, name: str, w: Tensor, moved: live.Movement) -> dict[str, float]:
         """Where an update lies: against W_0's top subspace and its own permutation."""
         start, right = self.start.weights[name], moved.right
         assert right is not None
         if name not in self.tops:
-            self.tops[name] = leading_right(start.float(), right.shape[1])[1]
+            self.tops[name] = live.leading_right(start.float(), right.shape[1])[1]
         values = {
-            "energy_of_weights": energy_within(start, w, self.tops[name]),
+            "energy_of_weights": live.energy_within(start, w, self.tops[name]),
             "similarity_of_weights": subspace_similarity(right, self.tops[name]),
         }
         if not (moved.stored or w.dtype in (torch.bfloat16, torch.float16)):
-            values["shuffled_sparsity"] = shuffled_sparsity(start, w)
+            values["shuffled_sparsity"] = live.shuffled_sparsity(start, w)
         return values
 
-    def _expected(self, matrix: Matrix, moved: Movement) -> float:
+    def _expected(self, matrix: Matrix, moved: live.Movement) -> float:
         """Sparsity of an unplaced update of this norm; NaN where rounding is in it."""
         if moved.stored or not 0.0 < moved.frobenius_norm < float("inf"):
             return float("nan")
@@ -527,7 +499,7 @@ class GeometryCallback(TrainerCallback):
         scale = moved.frobenius_norm / (matrix.shape[0] * matrix.shape[1]) ** 0.5
         return unplaced.expected_sparsity(self.magnitudes[matrix.name], scale)
 
-    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
+    def _log(self, values: dict[str, float], control: Control) -> None:
         # Not self.trainer.log: TRL's own empties its running means with every call. And
         # a log marks the step as logged, which would swallow the trainer's own of it.
         wanted = control.should_log
