@@ -12,7 +12,7 @@ from children import ANCHOR, OPD, PROJECTED, RANK, RLVR, Child
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry.experiments import committed, measure, profiles, runs
+from opd_geometry.experiments import activations, committed, measure, profiles, runs
 from opd_geometry.experiments.listing import line_digest, write_listing
 from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.experiments.records import digest_of, seal
@@ -24,6 +24,12 @@ from opd_geometry.geometry.comparison import METRICS, NULL_METRICS, compare, ref
 
 def committed_path(run):
     return committed._place_and_digest(run, committed._digests())[0]
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them takes a third of the time of measuring a tiny run."""
+    monkeypatch.setattr(activations, "TEXTS", 16)
 
 
 @pytest.fixture
