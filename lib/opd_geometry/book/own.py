@@ -4,7 +4,6 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -13,10 +12,10 @@ from opd_geometry.book.figures import (
     BLUE,
     GREY,
     METRIC_LABELS,
-    WIDTH,
     at_end,
     draw_dot,
     name_rows,
+    panels,
     present,
     styled,
 )
@@ -99,9 +98,7 @@ def bands(compared: pd.DataFrame) -> Figure:
     n_rows = -(-len(arms) // PANELS)
     height = n_rows * (0.7 + 0.24 * len(names))
     with styled():
-        figure, axes = plt.subplots(
-            n_rows, min(PANELS, len(arms)), figsize=(WIDTH, height), squeeze=False
-        )
+        figure, axes = panels(n_rows, min(PANELS, len(arms)), height)
         for ax in axes.flat[len(arms) :]:
             ax.set_axis_off()
         for ax, arm in zip(axes.flat, arms, strict=False):
