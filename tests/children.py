@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from io import StringIO
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import dask
 import torch
@@ -56,6 +58,7 @@ PROJECTED = Run(
 RANK = 2
 # What children need at once: imported by their server, it costs each of them nothing.
 PRELOAD = [
+    "children",
     "opd_geometry.experiments.schedule",
     "accelerate",
     "transformers.models.auto.modeling_auto",
@@ -78,6 +81,17 @@ def evaluate_less() -> None:
     evaluation.accuracy = partial(evaluation.accuracy, problems=4, max_new_tokens=8)
 
 
+@cache
+def server() -> ForkServerContext:
+    """What forks the children; it finds this module, too."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, places))):
+        forkserver.ensure_running()
+    return context
+
+
 class Child:
     """A function that runs in a process of its own, with data in a given directory.
 
@@ -87,8 +101,7 @@ class Child:
     started: ClassVar[list["Child"]] = []
 
     def __init__(self, data: Path, function: Callable[..., Any], *arguments: Any):
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = server()
         self.receiver, sender = context.Pipe(duplex=False)
         call = (str(data), sender, function, arguments)
         self.process = context.Process(target=_call, args=call)

@@ -1,11 +1,13 @@
 """What several test modules share: tiny finished runs, trained once."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Before transformers is imported, here and in the children.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -13,14 +15,25 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_DISABLE_PROGRESS_BARS
 sys.path.insert(0, str(Path(__file__).parent))  # children.py, also for the children
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: trainers collect garbage, and need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with the tiny runs of ``children``; not to be changed."""
     import children
 
-    data = tmp_path_factory.mktemp("trained")
-    for run in (children.OPD, children.RLVR, children.PROJECTED):
-        children.Child(data, children.runs.ensure, run).result()
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers share what one has trained
+        place = place.parent
+    data = place / "trained"
+    with FileLock(place / "trained.lock"):
+        for run in (children.OPD, children.RLVR, children.PROJECTED):
+            if not (data / "runs" / run.name / "done.json").is_file():
+                children.Child(data, children.runs.ensure, run).result()
     return data
 
 

@@ -66,6 +66,17 @@ def test_what_left_the_subspace_stands_beside_what_was_kept(
     assert found.drop(arm).isna().all()
 
 
+def test_confined_arms_of_several_families_stand_together(table: pd.DataFrame) -> None:
+    again = table.assign(arm=table["arm"].str.replace("opd", "rlvr"))
+    asked = ["rlvr-projected-random", "opd-projected-donor", "rlvr-projected-update"]
+    found = controls.kept_by(pd.concat([table, again]), asked)
+    assert list(found.index) == asked
+    assert found.loc["rlvr-projected-update"].isna().all()  # was not run
+    want = controls.sufficiency(table, "opd", "trained task").set_index("arm")["kept"]
+    theirs = want[["opd-projected-random", "opd-projected-donor"]]
+    np.testing.assert_allclose(found["kept"][:2], theirs)
+
+
 def test_a_language_model_is_asked_its_own_benchmarks(table: pd.DataFrame) -> None:
     theirs = dict(zip(ALL_ACCURACIES, PRETRAINED_ACCURACIES, strict=False))
     other = table.assign(metric=table["metric"].map(theirs)).dropna()

@@ -67,6 +67,18 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_judging_does_not_wait_for_torch() -> None:
+    """Reading and judging what is committed is what it does; no run is trained."""
+    code = (
+        "import sys; from opd_geometry import cli; cli.main(['claims', '--profile', "
+        "'gpu']); print(*{*sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "opd_geometry.experiments.committed" in loaded.stdout.split()
+    assert not {"torch", "transformers", "seaborn"} & {*loaded.stdout.split()}
+
+
 @pytest.mark.parametrize(
     "command", ["run", "plan", "status", "commit", "starts", "pairs"]
 )

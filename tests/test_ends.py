@@ -7,7 +7,7 @@ import pytest
 import torch
 from children import ANCHOR, OPD, PROJECTED, RANK
 
-from opd_geometry.experiments import ends, measure, runs
+from opd_geometry.experiments import ends, measure, predictors, runs
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.checkpoints import read_matrix
 
@@ -111,7 +111,9 @@ def planted(value: float, other_value: float) -> pd.DataFrame:
 
 
 def test_predictors_are_read_from_either_side_of_a_pair() -> None:
-    rows = ends.predictor_rows(planted(0.8, 0.4)).set_index(["run", "metric"])["value"]
+    rows = predictors.predictor_rows(planted(0.8, 0.4)).set_index(["run", "metric"])[
+        "value"
+    ]
     assert rows["opd0", "similarity_of_arm"] == pytest.approx(0.8)
     assert rows["opd0", "similarity_of_arm_bf16"] == pytest.approx(0.7)
     # with seed 1 at 0.4, and with seed 2, which names it second, at 0.6
@@ -127,12 +129,12 @@ def test_predictors_stand_at_the_end_of_committed_runs_only() -> None:
         for step in (10, 50)
     ]
     table = pd.DataFrame(rows, columns=measure.COLUMNS)
-    found = ends.with_predictors(table, planted(0.8, 0.4), ["opd0"])
+    found = predictors.with_predictors(table, planted(0.8, 0.4), ["opd0"])
     added = found[found["metric"].str.startswith("similarity")]
     assert set(added["run"]) == {"opd0"}
     assert set(added["step"]) == {50}
     assert not found.duplicated(["run", "step", "matrix", "metric"]).any()
-    none = ends.with_predictors(table, planted(0.8, 0.4)[:0], ["opd0"])
+    none = predictors.with_predictors(table, planted(0.8, 0.4)[:0], ["opd0"])
     pd.testing.assert_frame_equal(none, table)
 
 

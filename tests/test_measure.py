@@ -12,7 +12,7 @@ from children import ANCHOR, OPD, PROJECTED, RANK, RLVR, Child
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_geometry.experiments import measure, profiles, runs
+from opd_geometry.experiments import committed, measure, profiles, runs
 from opd_geometry.experiments.listing import line_digest, write_listing
 from opd_geometry.experiments.measure import COLUMNS
 from opd_geometry.experiments.records import digest_of, seal
@@ -23,7 +23,7 @@ from opd_geometry.geometry.comparison import METRICS, NULL_METRICS, compare, ref
 
 
 def committed_path(run):
-    return measure._place_and_digest(run, measure._digests())[0]
+    return committed._place_and_digest(run, committed._digests())[0]
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         assert profile == "smoke"
         return profiles.replace(known[arm], seed=seed + 100 * from_scratch)
 
-    monkeypatch.setattr(measure, "build", build)
+    for module in (measure, committed):
+        monkeypatch.setattr(module, "build", build)
     settings = profiles.replace(profiles.PROFILES["smoke"], arms=tuple(known))
     monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
 
@@ -410,7 +411,7 @@ def test_damaged_kept_table_is_measured_again(copied: Path) -> None:
 
 def listed(*rows: str) -> str:
     """A list of runs whose digests fit: run, arm, seed, steps, seconds, machine."""
-    names = [*measure.PROVENANCE, "table_sha256"]
+    names = [*committed.PROVENANCE, "table_sha256"]
     lines = [",".join([*names, "line_sha256"])]
     for row in rows:
         fields = dict(zip(names, [*row.split(","), "0" * 64], strict=True))

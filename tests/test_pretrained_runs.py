@@ -10,6 +10,7 @@ import torch
 from test_students import gemma, qwen  # noqa: F401 (fixtures)
 
 from opd_geometry.experiments import forecast, measure, runs, schedule
+from opd_geometry.experiments.descriptions import origin
 from opd_geometry.experiments.profiles import PROFILES
 from opd_geometry.experiments.runs import ProjectionConfig, Run
 from opd_geometry.geometry.checkpoints import list_matrices, read_matrix
@@ -139,6 +140,6 @@ def test_every_arm_is_a_run_of_its_own() -> None:
     assert len({run.key() for run in found}) == len(found) == 2 * len(SETTINGS.arms)
     assert len(SETTINGS.arms) >= 25
     for run in found:
-        assert isinstance(runs.origin(run), Student)
+        assert isinstance(origin(run), Student)
         assert runs.is_lean(run)
         assert run.teacher is None or run.teacher.seed == 0  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from opd_geometry.analysis import claims, evidence, regimes
 from opd_geometry.analysis import verdicts as rules
 from opd_geometry.analysis.statements import ARMS
 from opd_geometry.book import board, chapters
-from opd_geometry.experiments import measure, profiles
+from opd_geometry.experiments import committed, measure, profiles
 from opd_geometry.geometry import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def test_arms_that_no_rule_asks_for_change_no_claim(
 ) -> None:
     """The short way, of those arms alone, and the long one: every word is the same."""
     runs = [r for r in measure.committed_runs(profiles.PUBLISHED) if r.seed < 2]
-    monkeypatch.setattr(measure, "committed_runs", lambda profile: runs)
+    monkeypatch.setattr(committed, "committed_runs", lambda profile: runs)
     tables = [measure.committed(profiles.PUBLISHED, arms) for arms in (["*"], ARMS)]
     assert tables[0]["run"].nunique() > tables[1]["run"].nunique()
     whole, short = (claims.claims_table(table) for table in tables)

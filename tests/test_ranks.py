@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -22,23 +21,13 @@ from opd_geometry.experiments import processes, runs
 from opd_geometry.training import ranks
 from opd_geometry.training.models import load_model
 
-HERE = Path(__file__).parent
-
-
-def in_two(function: Callable[[Any], None], argument: Any) -> None:
-    """Call a function of ``together`` in two processes."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    processes.run(function, argument, 2)
-
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one, two, and two processes with shards say of the same steps."""
     place = tmp_path_factory.mktemp("steps")
     Child(place, together.take_steps, place).result()
-    Child(place, in_two, together.take_steps, place).result()
+    Child(place, together.in_two, together.take_steps, place).result()
     return place
 
 
@@ -114,11 +103,11 @@ def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(data: Path) -> No
     (runs.run_directory(straight) / "died").touch()
     died = "process 1 of 2 was ended by signal 9; is memory short"
     with pytest.raises(ValueError, match=died):
-        Child(data, in_two, together.dying, RUN).result()
+        Child(data, together.in_two, together.dying, RUN).result()
     assert runs.progress(RUN)["step"] in (3, 4)
     shutil.copytree(runs.run_directory(RUN), runs.run_directory(alone))
-    Child(data, in_two, together.dying, RUN).result()
-    Child(data, in_two, together.dying, straight).result()
+    Child(data, together.in_two, together.dying, RUN).result()
+    Child(data, together.in_two, together.dying, straight).result()
     Child(data, runs.ensure, alone).result()  # from the state of two
     resumed, whole, other = (
         load_model(runs.checkpoint(run))[0] for run in (RUN, straight, alone)
@@ -144,7 +133,7 @@ def test_a_process_that_fails_is_one_line(
     function: Callable[[Any], None], argument: int, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=words) as raised:
-        Child(tmp_path, processes.run, function, argument, 2).result()
+        Child(tmp_path, together.in_two, function, argument).result()
     assert "\n" not in str(raised.value)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from opd_geometry import cli
 from opd_geometry.book import measured, published, report
-from opd_geometry.experiments import measure
+from opd_geometry.experiments import committed, measure
 from opd_geometry.experiments.profiles import PUBLISHED, build
 from opd_geometry.geometry import readings
 
@@ -77,7 +77,7 @@ class Page(HTMLParser):
 
 
 def committed_path(run):
-    return measure._place_and_digest(run, measure._digests())[0]
+    return committed._place_and_digest(run, committed._digests())[0]
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from opd_geometry.analysis import audit
+from opd_geometry.experiments.descriptions import origin
 from opd_geometry.experiments.profiles import GEMMA, build
 from opd_geometry.experiments.runs import (
     checkpoint,
     ensure,
-    origin,
     starting_model,
 )
 from opd_geometry.training import students, tasks

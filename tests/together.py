@@ -3,15 +3,17 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import engine
 import torch
 from transformers import PreTrainedModel
 
-from opd_geometry.experiments import runs
+from opd_geometry.experiments import processes, runs
 from opd_geometry.training import evaluation, policy, ranks, rollout
 from opd_geometry.training.models import ModelConfig, build_model, character_tokenizer
 from opd_geometry.training.optimizer import OptimizerConfig
@@ -47,6 +49,36 @@ CASES: dict[str, SFTConfig | PolicyConfig] = {
     "shared": replace(POLICY, alpha=0.5, shared_prefixes=True),
     "copy": replace(POLICY, mixed_precision="bf16-copy", gap_from="scoring"),
 }
+
+
+class Forked:
+    """A rank in place of ``Popen``'s that begins with what is imported here."""
+
+    def __init__(self, _: object, stderr: IO[bytes], env: Any, **pipes: int) -> None:
+        read, write = os.pipe()
+        given = (read, stderr.fileno(), env)
+        self.process = get_context("fork").Process(target=_become, args=given)
+        self.process.start()
+        os.close(read)
+        self.stdin = os.fdopen(write, "wb")
+        self.kill, self.wait = self.process.kill, self.process.join
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+
+def _become(stdin: int, stderr: int, environment: Any) -> None:
+    os.dup2(stdin, 0)
+    os.dup2(stderr, 2)
+    sys.stdin = os.fdopen(0)
+    os.environ |= environment
+    processes._main()
+
+
+def in_two(function: Callable[[Any], None], argument: Any) -> None:
+    """Call a function in two processes, forked from this one."""
+    processes.subprocess.Popen = Forked
+    processes.run(function, argument, 2)
 
 
 def tiny(seed: int) -> PreTrainedModel:

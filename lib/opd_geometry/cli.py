@@ -535,18 +535,18 @@ def claims(profile: str | None, against: Path | None) -> None:
         with_other_worlds,
         write_claims,
     )
-    from opd_geometry.experiments import measure
+    from opd_geometry.experiments.committed import committed, provenance_path
     from opd_geometry.experiments.profiles import settings_of
-    from opd_geometry.experiments.runs import data_directory
+    from opd_geometry.files import data_directory
 
     tables = {}
     for name in regimes.WORLDS if profile is None else [profile]:
         settings_of(name)
-        tables[name] = measure.committed(name, regimes.ASKED)
+        tables[name] = committed(name, regimes.ASKED)
         if tables[name].empty:
             raise ValueError(
                 f"no committed measurements of profile {name!r}: expected some below "
-                f"{measure.provenance_path().parent}; train with opd-geometry run, "
+                f"{provenance_path().parent}; train with opd-geometry run, "
                 "then opd-geometry commit"
             )
     earlier = None if against is None else read_claims(against)

@@ -38,6 +38,7 @@ from opd_geometry.analysis.evidence import (
     last,
     over_matrices,
 )
+from opd_geometry.experiments.descriptions import Run, origin
 from opd_geometry.experiments.measure import (
     committed_provenance,
     committed_runs,
@@ -45,8 +46,8 @@ from opd_geometry.experiments.measure import (
     measure_run,
 )
 from opd_geometry.experiments.profiles import build, settings_of
-from opd_geometry.experiments.runs import Run, data_directory, origin, provenance
-from opd_geometry.files import clear_write_errors
+from opd_geometry.experiments.runs import provenance
+from opd_geometry.files import clear_write_errors, data_directory
 from opd_geometry.geometry.comparison import METRICS
 from opd_geometry.sources import library_digest
 

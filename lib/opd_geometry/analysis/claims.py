@@ -44,11 +44,11 @@ from opd_geometry.analysis.verdicts import (
     states,
     verdict_of,
 )
-from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.experiments.committed import COLUMNS
 from opd_geometry.experiments.profiles import PUBLISHED, settings_of, unit_of_n
 from opd_geometry.experiments.records import check_seal, sealing
 from opd_geometry.files import clear_write_errors
-from opd_geometry.training.students import Student
+from opd_geometry.training.settings import Student
 
 NUMBERS = ("effect", "low", "high")
 READOUT_TEXTS = {

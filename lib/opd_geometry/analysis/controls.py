@@ -1,6 +1,7 @@
 """Which subspaces suffice: confined runs against free and stopped ones."""
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -17,7 +18,7 @@ from opd_geometry.analysis.evidence import (
     over_matrices,
 )
 from opd_geometry.analysis.verdicts import Part, defined, interval, state
-from opd_geometry.experiments.runs import BRANCH_FRAC
+from opd_geometry.experiments.descriptions import BRANCH_FRAC
 
 WORDS = {"holds": "suffices", "fails": "falls short", "open": "open"}
 POWERLESS = "without power"  # the free run gains nothing that could be lost
@@ -75,6 +76,23 @@ def sufficiency(table: pd.DataFrame, family: str, measure: str) -> pd.DataFrame:
     columns = ["arm", "confined", "n_seeds", "difference", "low", "high", "kept"]
     columns += ["kept_low", "kept_high", "outcome", "leak"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def kept_by(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Rows of ``sufficiency`` of confined arms, whatever they branch from.
+
+    Args:
+        table: tidy, with the free arms, and of the confined ones those that were run.
+        arms: names ``FAMILY-projected...``, of one family or several.
+
+    Returns:
+        n_seeds, kept, kept_low, kept_high and leak on the trained task by arm, in this
+        order; NaN of an arm that was not run.
+    """
+    families = dict.fromkeys(arm.partition("-projected")[0] for arm in arms)
+    rows = pd.concat(sufficiency(table, name, MEASURES[0]) for name in families)
+    found = rows[rows["arm"] != STOPPED].set_index("arm").reindex([*arms])
+    return found[["n_seeds", "kept", "kept_low", "kept_high", "leak"]]
 
 
 def thesis(found: pd.DataFrame) -> str:

@@ -24,11 +24,8 @@ from opd_geometry.analysis.evidence import (
     over_matrices,
 )
 from opd_geometry.analysis.verdicts import Values, defined, interval
-from opd_geometry.experiments.controls import (
-    PRINTED_ALPHA,
-    PRINTED_DENSITIES,
-    clipped_frac,
-)
+from opd_geometry.geometry.defaults import PRINTED_ALPHA, PRINTED_DENSITIES
+from opd_geometry.training.settings import clipped_frac
 
 DISTANCE = "relative_norm"
 NORM = "frobenius_norm"

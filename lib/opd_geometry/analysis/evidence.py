@@ -28,8 +28,8 @@ from opd_geometry.analysis.verdicts import (
     exceeding,
     ordering,
 )
-from opd_geometry.experiments.runs import BRANCH_FRAC
-from opd_geometry.geometry.comparison import MASK_ALPHA
+from opd_geometry.experiments.descriptions import BRANCH_FRAC
+from opd_geometry.geometry.defaults import MASK_ALPHA
 from opd_geometry.training.tasks import BENCHMARKS, related, short_name
 
 # Where the paper prints a width, the margin is the paper's.

@@ -15,10 +15,10 @@ from opd_geometry.analysis.claims import check_table, missing
 from opd_geometry.analysis.statements import CLAIMS
 from opd_geometry.analysis.verdicts import Part, interval
 from opd_geometry.experiments.profiles import build
-from opd_geometry.experiments.runs import on_shelf
 from opd_geometry.experiments.shelf import committed_csv
-from opd_geometry.geometry.comparison import MASK_ALPHA
-from opd_geometry.training.policy import PolicyConfig
+from opd_geometry.files import on_shelf
+from opd_geometry.geometry.defaults import MASK_ALPHA
+from opd_geometry.training.settings import PolicyConfig
 
 MASKS = {"principal_overlap": "principal", "low_magnitude_overlap": "low-magnitude"}
 THREE = ("sft", "opd", "rlvr")

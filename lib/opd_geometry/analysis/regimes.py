@@ -30,7 +30,7 @@ from opd_geometry.analysis.evidence import (
     with_every_null,
 )
 from opd_geometry.analysis.statements import ARMS, CLAIMS, Claim, claim_of
-from opd_geometry.analysis.unplaced.measured import load, paper_displacements
+from opd_geometry.analysis.unplaced.rates import committed_decay, paper_displacements
 from opd_geometry.analysis.verdicts import Values, defined, equivalence, interval, state
 
 NOT_TESTED = "regime not tested"
@@ -81,9 +81,8 @@ class Regime(NamedTuple):
 
 def paper_ratios() -> dict[tuple[str, str], float]:
     """Ratio of the displacements that the paper's densities stand for, a pair."""
-    theirs = paper_displacements(
-        load()["decay"], size=1.0
-    )  # it leaves a ratio as it is
+    # the size leaves a ratio as it is
+    theirs = paper_displacements(committed_decay(), size=1.0)
     return {(a, b): float(theirs[a] / theirs[b]) for a, b in PAIRS}
 
 

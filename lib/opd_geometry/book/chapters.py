@@ -436,16 +436,17 @@ def publish(**values: Any) -> None:
         glue(name, shown, display=False)
 
 
-# A hyphen before a number that no word, bracket or other number comes before.
+# A hyphen before a number that no word, bracket or other number comes before, or before
+# the two digits of an exponent.
 DASH = "\N{MINUS SIGN}"
-MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)")
+MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)|(?<=\de)-(?=\d\d\b)")
 
 
 def typeset(text: str) -> str:
     """Minus signs for hyphens before numbers, and a space before per cent signs.
 
-    >>> typeset("-0.5 to 4.6%")
-    '−0.5 to 4.6\xa0%'
+    >>> typeset("-0.5 to 4.6%, 1e-05")
+    '−0.5 to 4.6\xa0%, 1e−05'
     """
     return re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", MINUS.sub(DASH, text))
 

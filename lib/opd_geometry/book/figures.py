@@ -66,6 +66,7 @@ CONFINED_STYLES = {
     "-random": ArmStyle("random subspace", GREY, "--"),
     "-random-wider": ArmStyle("random, four times the rank", GREY, ":"),
     "-update-random": ArmStyle("random, update confined", GREY, "-."),
+    "-update-donor": ArmStyle("another's, update confined", RED, "-."),
 }
 _SCALED = {
     "lr-x0.3": ("0.3 × rate", ":"),
@@ -131,6 +132,14 @@ ARM_STYLES = {
     },
     "yours": ArmStyle("your model", PURPLE),
 }
+
+
+def confined_label(arm: str) -> str:
+    """What an arm ``FAMILY-projected...`` is called where families stand together."""
+    family, _, form = arm.partition("-projected")
+    return f"{ARM_STYLES[family].label}: {CONFINED_STYLES[form].label}"
+
+
 METRIC_LABELS = {
     "sparsity": "update sparsity",
     "density": "update density",

@@ -34,6 +34,7 @@ from opd_geometry.geometry.comparison import (
     null_seed,
     null_weights,
 )
+from opd_geometry.geometry.defaults import PRINTED_ALPHA, PRINTED_DENSITIES
 from opd_geometry.training.optimizer import learning_rate
 
 Row = tuple[int, str, float]
@@ -41,8 +42,6 @@ RANK, HILL = "stable_rank", "hill_alpha"
 WIDE_K = locking.WIDEST  # of Sim_K, beside the profile's own K: the paper's
 ENTRYWISE = ("sparsity", "density", "principal_overlap", "low_magnitude_overlap")
 SPECTRAL = (*ANGLES, "nss")
-PRINTED_ALPHA = 0.3  # share of the masks that the paper's printed overlaps are of
-PRINTED_DENSITIES = (0.9273, 0.4628, 0.2776)  # of SFT, OPD and RLVR, Figure 3
 ENERGY_DIVISOR = 8  # subspaces of n / 8 directions, as for the angles
 
 
@@ -352,16 +351,3 @@ def energies(
     ):
         yield f"energy_{what}", nulls.energy_in_mask(delta, mask)
         yield f"null_energy_{what}", float(mask.double().mean())
-
-
-def clipped_frac(norms: np.ndarray, limit: float) -> float:
-    """Share of the steps whose gradient was scaled down.
-
-    Args:
-        norms: of the gradient at every step, before clipping.
-        limit: ``max_grad_norm``.
-
-    >>> clipped_frac(np.array([0.5, 2.0, 1.0, 3.0]), 1.0)
-    0.5
-    """
-    return float(np.mean(norms > limit)) if len(norms) else math.nan

@@ -24,13 +24,15 @@ from typing import Any
 import psutil
 import torch
 
-from opd_geometry.experiments.runs import Run, Stored, origin
+from opd_geometry.experiments.descriptions import Run, Stored, origin
 from opd_geometry.files import on_shelf
-from opd_geometry.training.models import ModelConfig
-from opd_geometry.training.policy import PolicyConfig
 from opd_geometry.training.rollout import LONGEST_ROW, MOST_LOGITS
-from opd_geometry.training.sft import SFTConfig
-from opd_geometry.training.students import Student
+from opd_geometry.training.settings import (
+    ModelConfig,
+    PolicyConfig,
+    SFTConfig,
+    Student,
+)
 
 PROMPT_TOKENS = 256  # of a problem in its chat template, more than most
 DEMONSTRATION_TOKENS = 1024  # where no longest one is given

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opd_geometry.experiments.runs import (
+from opd_geometry.experiments.descriptions import (
     ProjectionConfig,
     Run,
     Stored,
@@ -19,11 +19,13 @@ from opd_geometry.experiments.runs import (
     students_directory,
 )
 from opd_geometry.training.data import DataConfig, digest_of
-from opd_geometry.training.models import ModelConfig
-from opd_geometry.training.optimizer import OptimizerConfig
-from opd_geometry.training.policy import PolicyConfig
-from opd_geometry.training.sft import SFTConfig
-from opd_geometry.training.students import Student, describe
+from opd_geometry.training.settings import (
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    SFTConfig,
+    Student,
+)
 
 # Demonstrations of mixed quality give an anchor whose skill exceeds its sampled
 # accuracy, as a language model's does; a teacher that has seen some of everything stays
@@ -194,6 +196,10 @@ _PROJECTED_ARMS = {
     "sft-matched-projected-wider": _Projected("sft-matched", factor=4),
     "opd-projected-update-random": _Projected("opd", "random", form="update"),
     "rlvr-projected": _Projected("rlvr"),
+    "rlvr-projected-update": _Projected("rlvr", form="update"),
+    # OPD and RLVR, each in the other's early subspace
+    "opd-projected-update-donor": _Projected("opd", "donor", "update", donor="rlvr"),
+    "rlvr-projected-update-donor": _Projected("rlvr", "donor", "update", donor="opd"),
     "sft-learns-projected": _Projected("sft-learns"),
     "sft-learns-projected-random": _Projected("sft-learns", "random"),
     "ce-teacher-projected": _Projected("ce-teacher"),
@@ -324,6 +330,8 @@ PRETRAINED_ARMS = (
     *("sft-projected-random", "sft-projected-update", "sft-projected-half"),
     *("sft-projected-wide", "sft-matched-projected", "sft-matched-projected-random"),
     *("rlvr-projected", "sft-learns-projected", "sft-learns-projected-random"),
+    *("rlvr-projected-update", "rlvr-projected-update-donor"),
+    "opd-projected-update-donor",
     *("opd-teacher-rough", "sft-base-matched", "opd-teacher-guess"),
     *("opd-noise-3", "opd-noise-10"),
     *(arm for arm, (_, task) in _TASK_ARMS.items() if arm != "sft-task-teens"),
@@ -475,7 +483,7 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
     if isinstance(now, Stored):
         return stored(_whole_path(value))
     if isinstance(now, Student):
-        return describe(value, students_directory())
+        return _described(value)
     if isinstance(settings, DataConfig) and field == "source":
         return value
     if isinstance(now, DataConfig):
@@ -496,6 +504,13 @@ def _read(settings: Any, field: str, now: Any, value: str, name: str) -> Any:
         raise ValueError(
             f"profile {name}: {field} {value!r} is no {kind}; it is {now!r} there"
         ) from None
+
+
+def _described(source: str) -> Student:
+    """What a model is as a student: asked of the model, hence with torch."""
+    from opd_geometry.training.students import describe
+
+    return describe(source, students_directory())
 
 
 def _whole_path(source: str) -> str:
@@ -658,7 +673,7 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
             f"profile {profile} trains its students from scratch and takes no student "
             f"{student}; expected profile {_or(takers)} with one"
         )
-    model = describe(student, students_directory())
+    model = _described(student)
     return replace(settings, student=model, teacher=model)
 
 

@@ -5,6 +5,8 @@ PRINCIPAL_DIVISOR = 64  # r = 64 of 4096 in the paper
 HILL_DIVISOR = 8  # the paper does not state its k
 MASK_ALPHA = 0.5
 ETA = 1e-3
+PRINTED_ALPHA = 0.3  # share of the masks that the paper's printed overlaps are of
+PRINTED_DENSITIES = (0.9273, 0.4628, 0.2776)  # of SFT, OPD and RLVR, Figure 3
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
 LAYER_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from opd_geometry.geometry.live import seeded
 from opd_geometry.training import ranks
+from opd_geometry.training.settings import ModelConfig
 from opd_geometry.training.tasks import CHARACTERS
 
 if TYPE_CHECKING:  # takes seconds, which what only reads tables need not wait for
@@ -31,24 +31,6 @@ if TYPE_CHECKING:  # takes seconds, which what only reads tables need not wait f
 
 PAD, EOS = "<pad>", "<eos>"
 PROMPT_FRAME = "prompt_frame"  # a tokenizer's setting: what stands around a prompt
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a tiny Qwen3 model.
-
-    Attributes:
-        width: hidden size; heads have ``head_size`` channels each.
-        layers: number of decoder layers.
-        head_size: channels of a head; two query heads share a key-value head.
-        experts: 0 for one dense network a layer; else Qwen3-MoE, whose router sends
-            every token to two experts of a third of the dense network's size.
-    """
-
-    width: int = 128
-    layers: int = 4
-    head_size: int = 32
-    experts: int = 0
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,6 @@ less that a resumed run could get wrong.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,60 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opd_geometry.training import ranks
-
-KINDS = ("adamw", "sgd", "muon")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimizer and its schedule (AdamW in arXiv:2606.07082, tables 2 to 5).
-
-    Attributes:
-        learning_rate: peak learning rate.
-        schedule: ``constant`` or ``cosine``, both after ``warmup_steps`` linear steps.
-        warmup_steps: Adam's first steps are sign steps; a ramp softens them.
-        final_frac: where the cosine ends, as a share of the peak.
-        betas, eps, weight_decay: of AdamW; decay only on matrices, not on norms. The
-            first beta is the momentum of the other kinds.
-        max_grad_norm: the gradient of a step is scaled down to this 2-norm; infinite
-            clips nothing.
-        fused: one pass over each weight and its moments; faster on large models, and
-            other last digits.
-        kind: ``adamw``; ``sgd`` with momentum, which rescales no entry; or ``muon``,
-            whose steps have equal singular values, for the layers' matrices (the rest
-            by AdamW), its rate in AdamW's unit.
-    """
-
-    learning_rate: float
-    schedule: str = "constant"
-    warmup_steps: int = 10
-    final_frac: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    fused: bool = False
-    kind: str = "adamw"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"unknown optimizer {self.kind!r}; expected {', '.join(KINDS)}"
-            )
-        if self.fused and self.kind == "muon":
-            raise ValueError(
-                "fused with muon: torch has no fused one; set fused=false, or kind "
-                "adamw"
-            )
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(
-                f"unknown schedule {self.schedule!r}; expected constant or cosine"
-            )
-        if not self.max_grad_norm > 0.0:
-            raise ValueError(
-                f"max_grad_norm {self.max_grad_norm}: expected above 0; infinite clips "
-                "nothing"
-            )
+from opd_geometry.training.settings import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -179,9 +125,6 @@ class MuonBesideAdamW(torch.optim.Optimizer):
             # a state that was loaded has groups and moments of its own
             part.param_groups, part.state = own, self.state
             part.step()
-
-
-PRECISIONS = ("no", "bf16", "bf16-copy")
 
 
 def autocast(precision: str) -> str:

@@ -9,7 +9,6 @@ for a resumed run to continue bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +16,11 @@ import torch
 from torch import Tensor
 
 from opd_geometry.training import ranks, tasks
-from opd_geometry.training.data import DataConfig, as_pairs, draw
+from opd_geometry.training.data import as_pairs, draw
 from opd_geometry.training.losses import sft_loss
 from opd_geometry.training.models import frame, recomputing
 from opd_geometry.training.optimizer import (
-    PRECISIONS,
     Compute,
-    OptimizerConfig,
     autocast,
     check_finite,
     grad_norm,
@@ -37,63 +34,12 @@ from opd_geometry.training.rollout import (
     scores_in_chunks,
     states_of,
 )
+from opd_geometry.training.settings import SFTConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _STREAM = 1  # separates this loop's random numbers from the policy loop's
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """One supervised run.
-
-    Attributes:
-        optimizer: AdamW and schedule.
-        steps: optimizer steps.
-        batch_sequences: demonstrations a step.
-        micro_batch: demonstrations a forward pass (memory only, never the result).
-        data: ``demonstrations`` of the tasks, or one of the broad mixtures,
-            ``pretraining`` and ``annealing`` (see ``tasks.draw_pretraining``).
-        benchmarks: which task distributions the demonstrations come from.
-        qualities: (quality, weight) pairs of the demonstrations.
-        learn_prompt: whether prompt tokens are learned too (pretraining).
-        mixed_precision: ``no``, ``bf16`` (autocast) or ``bf16-copy`` (see
-            ``optimizer.Compute``); master weights stay float32.
-        row_tokens: several demonstrations share a row of at most so many tokens, each
-            seeing itself alone; 0 gives each a padded row of its own.
-        dataset: where demonstrations come from instead of ``benchmarks``.
-        longest: tokens of a demonstration, which is cut behind them; 0 for any number.
-        gradient_checkpointing: layers are computed again for the gradient.
-        sharded: several processes split master weights and moments (see ``ranks``).
-    """
-
-    optimizer: OptimizerConfig
-    steps: int
-    batch_sequences: int
-    micro_batch: int = 128
-    data: str = "demonstrations"
-    benchmarks: tuple[str, ...] = ("chain", "gcd", "base")
-    qualities: tuple[tuple[str, float], ...] = (("careful", 1.0),)
-    learn_prompt: bool = False
-    mixed_precision: str = "no"
-    row_tokens: int = 0
-    dataset: DataConfig | None = None
-    longest: int = 0
-    gradient_checkpointing: bool = False
-    sharded: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mixed_precision not in PRECISIONS:
-            raise ValueError(
-                f"mixed_precision {self.mixed_precision!r}: expected "
-                f"{' or '.join(PRECISIONS)}"
-            )
-        if self.data not in ("demonstrations", "pretraining", "annealing"):
-            raise ValueError(
-                f"unknown data {self.data!r}; expected demonstrations, pretraining "
-                "or annealing"
-            )
 
 
 def sft_steps(

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from opd_geometry.training.models import (
     located,
     save_model,
 )
+from opd_geometry.training.settings import ROWS, Student
 
 if TYPE_CHECKING:
     from transformers import (
@@ -42,33 +42,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerFast,
     )
 
-ROWS = 1024  # of the cut embedding
 _MADE = "student.json"  # written last, beside a cut checkpoint
-
-
-@dataclass(frozen=True)
-class Student:
-    """A pretrained model as a task's student: what stands there, and how it is cut.
-
-    Where it lies is no part of what it is: two equal files make equal runs.
-
-    Attributes:
-        digest: SHA-256 of a GGUF file, digest of a directory's files, or a hub id
-            with its revision.
-        rows: of the cut vocabulary; the tokenizer's own size where that is smaller.
-        view: SHA-256 of the kept tokens, and of how task texts are read as them.
-        convention: how a prompt begins: ``plain``, ``bos`` (the token that the
-            tokenizer puts in front) or ``chat`` (the user's turn of its template).
-        source: GGUF file, directory, or hub id with revision; empty if unknown.
-        parameters: after the cut; for estimates.
-    """
-
-    digest: str
-    view: str
-    rows: int = ROWS
-    convention: str = "plain"
-    source: str = field(default="", compare=False)
-    parameters: int = field(default=0, compare=False)
 
 
 # --- what stands there ---------------------------------------------------------------

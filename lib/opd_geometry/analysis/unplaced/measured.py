@@ -22,6 +22,11 @@ from opd_geometry.analysis.unplaced import origins as og
 from opd_geometry.analysis.unplaced import power as pw
 from opd_geometry.analysis.unplaced import printed as pr
 from opd_geometry.analysis.unplaced.origins import Origin
+from opd_geometry.analysis.unplaced.rates import (
+    COMMITTED,
+    decayed,
+    paper_displacements,  # noqa: F401  for chapters, beside the rest
+)
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.records import sealing
 from opd_geometry.experiments.shelf import committed_csv
@@ -34,7 +39,6 @@ from opd_geometry.geometry import bits, gram, spectra
 from opd_geometry.geometry.comparison import ANGLE_DIVISOR, MASK_ALPHA
 from opd_geometry.geometry.spectra import default_rank
 
-COMMITTED = "gemma3-270m-bf16"
 STUDENT = "laptop-sft-s0"  # OPD's start in the book's small world
 N_DRAWS = 20
 ONE_LAYER, THREE_LAYERS = "pretrained, one layer", "pretrained, three layers"
@@ -254,64 +258,6 @@ def excess_share(table: pd.DataFrame) -> pd.Series:
 
 
 # --- weight decay --------------------------------------------------------------------
-
-
-def paper_rates(arm: str) -> np.ndarray:
-    """The learning rate of every step, by the printed settings.
-
-    Warm-up is linear from 0; then constant, or a cosine to the printed final rate.
-
-    Args:
-        arm: one of ``printed.ARMS``.
-    """
-    table = printed("settings")
-    own = table[table["arm"] == arm].set_index("metric")["value"]
-    steps, rate = int(float(own["steps"])), float(own["learning_rate"])
-    if own["schedule"] != "cosine":
-        return np.full(steps, rate)
-    t = np.arange(1, steps + 1) / steps
-    warm, final = float(own["warmup_frac"]), float(own["final_learning_rate"])
-    falling = (t - warm) / (1 - warm)
-    rates = final + (rate - final) * (1 + np.cos(np.pi * falling)) / 2
-    return np.where(t < warm, rate * t / warm, rates)
-
-
-def decayed(arm: str) -> float:
-    """How much of the weights decoupled decay alone removes, by the printed settings.
-
-    wd * sum_t lr_t
-
-    Args:
-        arm: one of ``printed.ARMS``.
-    """
-    table = printed("settings")
-    own = table[table["arm"] == arm].set_index("metric")["value"]
-    return float(own["weight_decay"]) * float(paper_rates(arm).sum())
-
-
-def paper_displacements(decay: pd.DataFrame, size: float) -> pd.Series:
-    """How far the paper's arms went, in the unit of their learning rates.
-
-    distance * size / sqrt(sum lr^2)
-
-    The distance is that of an update without place at the density that the paper
-    prints, on the weights that the table is of: on larger weights it is longer.
-
-    Args:
-        decay: of ``decay_table``.
-        size: root mean square of those weights.
-
-    Returns:
-        Indexed by arm: root mean square change over sqrt(sum lr^2), about 1 for noise.
-    """
-    still = decay[(decay["decay"] == 0) & (decay["readout"] == "float32")]
-    found = {
-        str(row.arm): row.distance
-        * size
-        / np.sqrt(np.square(paper_rates(row.arm)).sum())
-        for row in still.itertuples()
-    }
-    return pd.Series(found)
 
 
 def decay_table(origins: Sequence[Origin], draws: int = 1) -> pd.DataFrame:
