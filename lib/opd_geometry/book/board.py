@@ -164,7 +164,6 @@ def _tile(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
 
 def facts(row: Mapping[str, Any]) -> dict[str, str]:
     """What stands on a tile below its claim: heading to text, empty ones left out."""
-    seeds = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
     wrong = row.get("verdict_with_wrong_rewards", "")
     known = {
         "The paper": f"{row['paper_value']} ({row['paper_item']})",
@@ -175,7 +174,7 @@ def facts(row: Mapping[str, Any]) -> dict[str, str]:
         BESIDE: row["controls"] if row["verdict"] == "reproduced" else "",
         "A null": row["null"],
         "A control": row["matched"],
-        "Where": f"{_world(row)}; {row.get('n', '') or seeds}",
+        "Where": f"{_world(row)}; {row.get('n', '') or n_seeds_text(row['n_seeds'])}",
         "Regime (displacements)": row.get("regime", ""),
         "Read from": row.get("readout", ""),
         "Read from bf16": row.get("verdict_in_bf16", ""),
@@ -196,8 +195,11 @@ def in_short(row: Mapping[str, Any]) -> str:
     """A claim in another world: its verdict, levels and decisive effect."""
     if row["verdict"] == "not measured":
         return str(row["verdict"])
-    n = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
-    told = [f"{row['verdict']} ({n})", row.get("ours", ""), asked_text(row)]
+    told = [
+        f"{row['verdict']} ({n_seeds_text(row['n_seeds'])})",
+        row.get("ours", ""),
+        asked_text(row),
+    ]
     return "; ".join(str(text) for text in told if text)
 
 
@@ -207,7 +209,12 @@ def asked_text(row: Mapping[str, Any]) -> str:
     return effect_text(row) + (f"; asked: {asked}" if asked else "")
 
 
-def effect_text(row: Mapping[str, Any]) -> str:
+def n_seeds_text(n: int) -> str:
+    """How many seeds, in words."""
+    return "1 seed" if n == 1 else f"{n} seeds"
+
+
+def effect_text(row: Mapping[Any, Any]) -> str:
     """The deciding effect with its interval, a share of entries in per cent points."""
     numbers = [float("nan" if row[x] == "" else row[x]) for x in ("effect", *ENDS)]
     if math.isnan(numbers[0]):

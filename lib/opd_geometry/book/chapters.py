@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as html_text
 from pathlib import Path
@@ -20,14 +20,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.analysis.claims import (
-    Finding,
-    claim_card,
-    claims_table,
-    judge,
-    levels_text,
-    parts_table,
-)
+from opd_geometry.analysis.claims import claim_card, claims_table, parts_table
 from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.analysis.unplaced.power import (
@@ -37,7 +30,13 @@ from opd_geometry.analysis.unplaced.power import (
     difference_limit,
     own_limits,
 )
-from opd_geometry.book.board import arm_name, effect_text, in_words, marked
+from opd_geometry.book.board import (
+    arm_name,
+    effect_text,
+    in_words,
+    marked,
+    n_seeds_text,
+)
 from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
@@ -670,18 +669,18 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
     Raises:
         ValueError: unknown claim.
     """
-    rows, levels = [], levels_of(table)
-    for claim in map(claim_of, claim_ids):
-        finding = judge(claim, table)
-        rows.append(
-            {
-                "claim": f"{claim.statement} ({claim.id})",
-                "verdict": marked(finding.verdict, finding.n_seeds),
-                "here": _here(finding, levels_text(claim, levels)),
-                "the paper": f"{claim.paper_item}: {claim.paper_value}",
-                AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
-            }
-        )
+    asked = [claim_of(name).id for name in claim_ids]
+    found = claims_table(table).set_index("id", drop=False).loc[asked]
+    rows = [
+        {
+            "claim": f"{row['statement']} ({row['id']})",
+            "verdict": marked(row["verdict"], row["n_seeds"]),
+            "here": _here(row),
+            "the paper": f"{row['paper_item']}: {row['paper_value']}",
+            AGAINST: _outcomes(f"{row['null']}; {row['matched']}"),
+        }
+        for row in found.to_dict("records")
+    ]
     return pd.DataFrame(rows)
 
 
@@ -690,13 +689,12 @@ def _outcomes(against: str) -> str:
     return in_words(re.sub(r": [^;,]*, (?=[a-z])", ": ", against))
 
 
-def _here(finding: Finding, levels: str) -> str:
+def _here(row: Mapping[Hashable, Any]) -> str:
     """Levels, the effect that decides with its interval, and seeds in a cell."""
-    if finding.verdict == "not measured":
+    if row["verdict"] == "not measured":
         return "–"
-    seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
-    told = f"{levels}; " if levels else ""
-    return in_words(f"{told}{effect_text(vars(finding))}; {seeds}")
+    told = (row["ours"], effect_text(row), n_seeds_text(row["n_seeds"]))
+    return in_words("; ".join(text for text in told if text))
 
 
 def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:

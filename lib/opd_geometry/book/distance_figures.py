@@ -18,6 +18,7 @@ from opd_geometry.analysis.distance import (
     N_BINS,
     PLACE,
     SHAPE,
+    SUBSPACES,
     points,
 )
 from opd_geometry.book.figures import (
@@ -51,15 +52,6 @@ PANELS = (
 MASK_LABELS = {
     "principal_overlap": "principal mask",
     "low_magnitude_overlap": "small weights",
-}
-PLACE_LABELS = {
-    "top_right": "top right of W₀",
-    "top_left": "top left of W₀",
-    "bottom_right": "bottom right of W₀",
-    "bottom_left": "bottom left of W₀",
-    "inputs": "where the inputs lie",
-    "principal": "principal mask",
-    "low_magnitude": "low-magnitude mask",
 }
 
 
@@ -214,13 +206,13 @@ def energy_dots(found: pd.DataFrame) -> Figure:
         A row a place, a dot an arm with its 95 % interval; grey the line of chance.
     """
     arms = list(dict.fromkeys(found["arm"]))
-    places = [name for name in PLACE_LABELS if name in set(found["place"])]
+    places = [name for name in SUBSPACES if name in set(found["place"])]
     with styled():
         figure, ((ax,),) = panels(1, 1, 0.9 + 0.5 * len(places))
         ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
         y = [float(places.index(name)) for name in found["place"]]
         draw_arms(ax, found, arms, "times", y)
-        name_rows(ax, [PLACE_LABELS[name] for name in places])
+        name_rows(ax, [SUBSPACES[name] for name in places])
         log_ticks(ax, [0.2, 0.5, 1, 2, 5])
         ax.set_xlabel("energy of the update, chance = 1")
         legend_above(figure, arm_keys(arms), ncols=4)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from opd_geometry.analysis.evidence import Levels, last, levels_of, over_matrices
 from opd_geometry.analysis.exclusions import printed
 from opd_geometry.analysis.unplaced import one_distance as od
 from opd_geometry.analysis.unplaced import origins as og
@@ -64,18 +65,18 @@ EQUAL, UNEQUAL = "equal", "unequal"
 
 def paper_densities() -> dict[str, float]:
     """Figure 3's densities, as shares."""
-    table = printed("figures").set_index(["item", "metric", "arm"])["value"]
-    return {arm: float(table["Figure 3", "density", arm]) / 100 for arm in pr.ARMS}
+    return {arm: _figure_3("density", arm) for arm in pr.ARMS}
 
 
 def paper_overlaps() -> dict[tuple[str, str], float]:
     """Figure 3's overlaps: (arm, metric) to share."""
+    pairs = itertools.product(pr.ARMS, pr.MASKS)
+    return {(arm, metric): _figure_3(metric, arm) for arm, metric in pairs}
+
+
+def _figure_3(metric: str, arm: str) -> float:
     table = printed("figures").set_index(["item", "metric", "arm"])["value"]
-    return {
-        (arm, metric): float(table["Figure 3", metric, arm]) / 100
-        for arm in pr.ARMS
-        for metric in pr.MASKS
-    }
+    return float(table["Figure 3", metric, arm]) / 100
 
 
 def paper_orders() -> dict[tuple[str, str], tuple[str, float]]:
@@ -120,16 +121,16 @@ def role_densities() -> dict[str, dict[str, float]]:
         arm to role to density.
     """
     table, _ = measure.load("published", pr.ARMS, range(5), "committed")
-    rows = table[(table["metric"] == "density") & table["role"].isin(og.ROLES)]
-    last = rows["step"] == rows.groupby(["arm", "seed"], observed=True)[
-        "step"
-    ].transform("max")
-    means = rows[last].astype({"arm": object, "role": object})
-    means = means.groupby(["arm", "role"])["value"].mean()
-    return {
-        arm: pr.shifted(means[arm].loc[list(og.ROLES)].to_dict(), density)
-        for arm, density in paper_densities().items()
-    }
+    levels, found = levels_of(table), {}
+    for arm, density in paper_densities().items():
+        own = {role: _mean_density(levels, arm, (role,)) for role in og.ROLES}
+        found[arm] = pr.shifted(own, density)
+    return found
+
+
+def _mean_density(levels: Levels, arm: str, roles: tuple[str, ...]) -> float:
+    """At the end of an arm's runs, over matrices, then seeds."""
+    return float(last(over_matrices(levels, arm, "density", roles)).mean())
 
 
 # --- what is computed ----------------------------------------------------------------
@@ -428,9 +429,7 @@ def shared_table(origins: Sequence[Origin], seed: int = 0) -> pd.DataFrame:
 def own_density(arm: str = "opd") -> float:
     """Mean density of the layers' matrices at the end of this book's runs of an arm."""
     table, _ = measure.load("published", [arm], range(5), "committed")
-    rows = table[(table["metric"] == "density") & table["role"].isin(og.ROLES)]
-    last = rows["step"] == rows.groupby("seed")["step"].transform("max")
-    return float(rows.loc[last, "value"].mean())
+    return _mean_density(levels_of(table), arm, og.ROLES)
 
 
 def own_limits_table(draws: int = N_DRAWS, each: int = 1) -> pd.DataFrame:
