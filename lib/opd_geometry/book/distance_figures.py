@@ -310,4 +310,5 @@ def _factor_ticks(ax: Axes) -> None:
         if len(ticks) <= 3:
             break
     ax.set_xlim(low, high)
-    log_ticks(ax, [round(tick, 2) for tick in ticks])
+    log_ticks(ax, ticks)
+    ax.set_xticklabels([f"{round(tick, 2):g}" for tick in ticks])

@@ -57,7 +57,7 @@ def against_published(
     Raises:
         ValueError: the own table has none of the arms.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for metric in metrics:
         mine, theirs = at_end(own, metric), at_end(published, metric)
         for arm in present(own, arms):
@@ -67,20 +67,11 @@ def against_published(
                 if not len(band):
                     continue
                 low, high = band.min(), band.max()
-                inside = low <= run.value <= high
-                rows.append(
-                    {
-                        "arm": arm_name(arm),
-                        "seed": run.seed,
-                        "diagnostic": METRIC_LABELS[metric],
-                        "yours": run.value,
-                        "lowest": low,
-                        "highest": high,
-                        "n": len(band),
-                        "lies": WITHIN if inside else OUTSIDE,
-                    }
-                )
-    return pd.DataFrame(rows)
+                lies = WITHIN if low <= run.value <= high else OUTSIDE
+                what = (arm_name(arm), run.seed, METRIC_LABELS[metric])
+                rows.append((*what, run.value, low, high, len(band), lies))
+    columns = ["arm", "seed", "diagnostic", "yours", "lowest", "highest", "n", "lies"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bands(compared: pd.DataFrame) -> Figure:

@@ -338,16 +338,10 @@ def gaps_table(
                 for side in ("left", "right")
             ]
             s = old.spectrum
-            rows.append(
-                {
-                    "matrix": origin.name,
-                    "k": k,
-                    "offset": offset,
-                    "gap": float((s[k - 1] - s[k]) / s[0]),
-                    "angle_max_deg": float(max(angles)),
-                }
-            )
-    return pd.DataFrame(rows)
+            gap = float((s[k - 1] - s[k]) / s[0])
+            rows.append((origin.name, k, offset, gap, float(max(angles))))
+    columns = ["matrix", "k", "offset", "gap", "angle_max_deg"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 # --- the update's shape, and gains that updates share --------------------------------
@@ -677,39 +671,19 @@ def against(
     """
     inner = bands(tables["expected"])
     outer = bands(pd.concat([tables["expected"], expected]))
-    rows = [
-        {
-            "panel": metric,
-            "label": arm.upper(),
-            "arm": arm,
-            "printed": value,
-            **_four(inner[arm, metric], outer[arm, metric]),
-            "neutral": og.ALPHA,
-        }
-        for metric in pr.MASKS
-        for (arm, name), value in paper_overlaps().items()
-        if name == metric
-    ]
-    own = tables["agreement"].groupby("role")["value"]
-    every = pd.concat([tables["agreement"], agreement]).groupby("role")["value"]
-    for role, paper in jaccards().iterrows():
-        ends = [(float(v.min()[role]), float(v.max()[role])) for v in (own, every)]
-        rows.append(
-            {
-                "panel": "jaccard",
-                "label": f"{role} projections",
-                "arm": "",
-                "printed": paper["printed"],
-                **_four(*ends),
-                "neutral": paper["independence"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _four(inner: tuple[float, float], outer: tuple[float, float]) -> dict[str, float]:
-    names = ("low", "high", "wide_low", "wide_high")
-    return dict(zip(names, (*inner, *outer), strict=True))
+    paper, rows = paper_overlaps(), []
+    for metric, arm in itertools.product(pr.MASKS, pr.ARMS):
+        bounds = (*inner[arm, metric], *outer[arm, metric])
+        label = (metric, arm.upper(), arm)
+        rows.append((*label, paper[arm, metric], *bounds, og.ALPHA))
+    every = pd.concat([tables["agreement"], agreement])
+    found = [x.groupby("role")["value"] for x in (tables["agreement"], every)]
+    for role, own in jaccards().iterrows():
+        ends = tuple(float(e()[role]) for x in found for e in (x.min, x.max))
+        label = ("jaccard", f"{role} projections", "")
+        rows.append((*label, own["printed"], *ends, own["independence"]))
+    columns = ["panel", "label", "arm", "printed", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "wide_low", "wide_high", "neutral"])
 
 
 REFERENCE = {"grid": ON, "law": "Gaussian", "average": pr.PLAIN}  # of three layers
