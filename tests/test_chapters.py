@@ -393,7 +393,7 @@ def test_differences_are_told_field_by_field() -> None:
 def test_said_numbers_have_a_minus_sign_and_names_keep_their_hyphen() -> None:
     text = "{x:.2f} to {y}, sft-1, 1e-05, `-1` and [2]-3, -p profile"
     said = chapters.say(text, x=-0.13, y="-2 %").data
-    assert said == "−0.13 to −2 %, sft-1, 1e-05, `-1` and [2]-3, -p profile"
+    assert said == "−0.13 to −2 %, sft-1, 1e−05, `-1` and [2]-3, -p profile"
 
 
 def test_a_small_profile_is_set_beside_the_committed_language_model() -> None:
