@@ -6,7 +6,10 @@ and TRL's GRPOTrainer. See README.md for what is and what is not compared.
 """
 
 import copy
+import resource
 import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -54,18 +57,32 @@ MORE = 1  # step, after those, of which the parts are printed
 @click.option("--name", default="anchor", help="What data/benchmarks calls it.")
 @click.option("--longest", default=10, help="Tokens a completion, at most.")
 @click.option("--shared/--apart", default=True, help="Our policy.shared_prefixes.")
+@click.option("--alone", is_flag=True, help="Our steps only; prints the peak in MiB.")
 def main(
-    threads: int, steps: int, model: str | None, name: str, longest: int, shared: bool
+    threads: int,
+    steps: int,
+    model: str | None,
+    name: str,
+    longest: int,
+    shared: bool,
+    alone: bool,
 ) -> None:
-    """Print median step seconds of the three, the ratios and the floor."""
+    """Print median step seconds of the three, the ratios, the floor and our memory."""
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     student, tokenizer = load_model(model) if model else random_model()
     config = replace(OURS, steps=steps + WARM_UP + MORE, max_new_tokens=longest)
+    own = replace(config, shared_prefixes=shared)
+    if alone:
+        for _ in our_steps(replace(own, steps=steps), student, tokenizer):
+            pass
+        click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    peak = peak_alone()
     loops = {
-        "ours": our_steps(replace(config, shared_prefixes=shared), student, tokenizer),
+        "ours": our_steps(own, student, tokenizer),
         "recipe": recipe_steps(config, student, tokenizer),
     }
     theirs = replace(config, steps=steps + WARM_UP)
@@ -80,8 +97,17 @@ def main(
             theirs,
         )
         report(seconds, tokens, student, config, threads)
-        keep("gemma3-100M", model and name, shared, seconds, WARM_UP)
+        click.echo(f"ours alone, in a process of its own: {peak:.0f} MiB at its peak")
+        kept = model and name
+        keep("gemma3-100M", kept, shared, seconds, WARM_UP, {"ours": peak})
         parts.report(loops["ours"], MORE)
+
+
+def peak_alone() -> float:
+    """The most memory that our steps take without the others, in MiB."""
+    command = [sys.executable, *sys.argv, "--alone"]
+    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(told.stdout.split()[-1])
 
 
 def random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

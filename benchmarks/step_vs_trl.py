@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -370,8 +370,12 @@ def keep(
     shared: bool,
     seconds: dict[str, list[Seconds]],
     warm_up: int,
+    peaks: Mapping[str, float] | None = None,
 ) -> None:
-    """Medians and ratios into data/benchmarks/steps.csv, a row a loop and load."""
+    """Medians and ratios into data/benchmarks/steps.csv, a row a loop and load.
+
+    ``peaks``: loops to the most memory that a process of their own took, in MiB.
+    """
     student = "own" if model is None else Path(model).name
     wall, cpu = (
         {
@@ -391,6 +395,7 @@ def keep(
             "trl_over_wall": wall["TRL"] / wall[name],
             "trl_over_cpu": cpu["TRL"] / cpu[name],
             "steps": len(timed) - warm_up,
+            "peak_mib": (peaks or {}).get(name),
         }
         for name, timed in seconds.items()
     ]

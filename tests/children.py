@@ -29,7 +29,14 @@ from distributed import Nanny, Scheduler, SpecCluster
 from rich.console import Console
 
 from opd_geometry import cli, files
-from opd_geometry.experiments import forecast, measure, profiles, runs, schedule
+from opd_geometry.experiments import (
+    activations,
+    forecast,
+    measure,
+    profiles,
+    runs,
+    schedule,
+)
 from opd_geometry.experiments.runs import ProjectionConfig, Run
 from opd_geometry.training import evaluation, models
 from opd_geometry.training.models import ModelConfig
@@ -77,8 +84,9 @@ def save_foreign(directory: Path) -> None:
 
 
 def evaluate_less() -> None:
-    """Few held-out problems: evaluation takes most of the time of a tiny run."""
+    """Few held-out problems and texts: they take most of the time of a tiny run."""
     evaluation.accuracy = partial(evaluation.accuracy, problems=4, max_new_tokens=8)
+    activations.TEXTS = 16
 
 
 @cache

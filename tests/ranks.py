@@ -1,10 +1,6 @@
-"""One of two processes that shard a tiny model and save it as trainers do.
-
-Run by `test_formats`: python ranks.py FOLDER RANK PORT.
-"""
+"""One of two processes that shard a tiny model and save it as trainers do."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -78,7 +74,3 @@ def main(folder: Path, rank: int, port: str) -> None:
         unsharded.save_pretrained(folder / "whole")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

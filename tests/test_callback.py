@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -428,6 +429,17 @@ def test_another_start_is_refused_before_the_lock_and_not_asked_for_after_it(
         assert max(logged(watched)) <= 4
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training leaves that was locked at step 2 and ended at step 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    first = trainer_of("sft", folder)
+    both(first)
+    first.add_callback(StopAt(4))
+    first.train()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -437,12 +449,9 @@ def test_another_start_is_refused_before_the_lock_and_not_asked_for_after_it(
     ],
 )
 def test_a_damaged_memory_is_one_line(
-    damage: Callable[[Path], None], said: str, tmp_path: Path
+    damage: Callable[[Path], None], said: str, stopped: Path, tmp_path: Path
 ) -> None:
-    first = trainer_of("sft", tmp_path)
-    both(first)
-    first.add_callback(StopAt(4))
-    first.train()
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoint-4" / "opd_geometry_projection.state")
     resumed = trainer_of("sft", tmp_path)
     resumed.add_callback(ProjectionCallback(resumed, k=K, lock_at=2))
@@ -566,6 +575,12 @@ def test_wrapped_models_keep_their_names() -> None:
         assert [name for name, _ in inner.named_parameters()] == names
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A trainer that is only looked at."""
+    return trainer_of("sft", tmp_path_factory.mktemp("untrained"))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -581,11 +596,10 @@ def test_wrapped_models_keep_their_names() -> None:
     ],
 )
 def test_bad_options_are_one_line(
-    options: dict[str, Any], said: str, tmp_path: Path
+    options: dict[str, Any], said: str, untrained: Any
 ) -> None:
-    trainer = trainer_of("sft", tmp_path)
     with pytest.raises((ValueError, OSError), match=said) as caught:
-        GeometryCallback(trainer, **options)
+        GeometryCallback(untrained, **options)
     assert "\n" not in str(caught.value)
 
 

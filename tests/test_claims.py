@@ -348,7 +348,7 @@ NOTHING = Part("", pd.Series([], dtype=float))
 def test_a_control_explains_only_what_it_shows_and_the_arms_do_not_exceed(
     own, excess, expected
 ):
-    assert verdicts.ruling(Control("null", own, excess)) == expected
+    assert Control("null", own, excess).ruling == expected
 
 
 RULED_OUT, SHOWS = Control("null", FAILS), Control("matched", HOLDS)
@@ -423,10 +423,10 @@ def test_parts_that_hold_need_no_correction():
 def test_a_control_with_nothing_to_lose_says_nothing_either_way():
     weak, strong = part(0.5, 1), part(2, 1)
     for own in (HOLDS, OPEN, FAILS):
-        assert verdicts.ruling(Control("matched", own, None, weak)) == "without power"
-        plain = verdicts.ruling(Control("matched", own))
-        assert verdicts.ruling(Control("matched", own, None, strong)) == plain
-    assert verdicts.ruling(Control("matched", NOTHING, None, weak)) == "not available"
+        assert Control("matched", own, None, weak).ruling == "without power"
+        plain = Control("matched", own).ruling
+        assert Control("matched", own, None, strong).ruling == plain
+    assert Control("matched", NOTHING, None, weak).ruling == "not available"
     powerless = Control("matched", HOLDS, None, weak)
     ruled_out = Control("matched", FAILS, None, strong)
     other_kind = Control("null", FAILS)
@@ -455,7 +455,7 @@ def test_the_part_shown_is_the_one_that_decides():
 def test_half_of_an_effect_is_what_explains_it(shown, expected):
     effect, control = part(1.0, 1e-6), part(shown, 1e-6)
     got = verdicts.exceeding("null", effect, "", control.values)
-    assert verdicts.ruling(got) == expected
+    assert got.ruling == expected
 
 
 def test_a_difference_is_paired_by_seed():

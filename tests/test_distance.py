@@ -235,8 +235,11 @@ def test_runs_without_displacement_get_it_and_others_keep_theirs() -> None:
     table = measure.committed("published")
     two = table[(table["arm"] == "opd") & table["seed"].isin([0, 3])]
     measured = two[two["seed"] == 0]
-    assert distance.with_displacement(measured) is measured
-    found = distance.with_displacement(two)
+    known = measured[measured["metric"] == "displacement"]
+    kept = distance.displacement_rows(measured)
+    kept = kept[kept["metric"] == "displacement"]
+    pd.testing.assert_frame_equal(kept, known)
+    found = distance.displacement_rows(two)
     found = found[found["metric"] == "displacement"]
     later, own = found[found["seed"] == 3], found[found["seed"] == 0]
     assert len(later) == later["matrix"].nunique() == 28

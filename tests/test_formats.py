@@ -9,15 +9,15 @@ import os
 import pickle
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import ranks
 import torch
+from children import Child
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,13 +58,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "ranks.py"), str(folder)]
-    children = [
-        subprocess.Popen([*command, str(rank), port], env=environment)
-        for rank in range(2)
-    ]
-    assert [child.wait(300) for child in children] == [0, 0]
+    both = [Child(folder / "data", ranks.main, folder, r, port) for r in range(2)]
+    for child in both:
+        child.result()
+        assert child.process.exitcode == 0
     return folder
 
 

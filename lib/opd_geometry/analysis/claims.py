@@ -38,8 +38,6 @@ from opd_geometry.analysis.verdicts import (
     Part,
     deciding,
     defined,
-    interval,
-    ruling,
     state,
     states,
     verdict_of,
@@ -119,7 +117,7 @@ def judge(claim: Claim, table: Table, readout: str | None = None) -> Finding:
         return Finding(*known, "", none, none, none, none, none, runs)
     parts, controls = _evidence(claim, levels, readout)
     shown = deciding(parts)
-    effect, low, high = (_shown(x, claim.unit) for x in interval(shown.values))
+    effect, low, high = (_shown(x, claim.unit) for x in shown.interval)
     return Finding(
         claim.id,
         readout,
@@ -164,11 +162,27 @@ def at_papers_ratio(levels: Levels) -> Levels:
     return levels.with_arm("rlvr", "rlvr-paper")
 
 
-def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
-    """All claims with their verdicts, in the paper's order.
+def levels_to_judge(table: pd.DataFrame, profile: str) -> Levels:
+    """The levels that claims are judged by.
 
     Args:
         table: tidy.
+        profile: of its runs; of a pretrained student the matrices with every null.
+
+    Raises:
+        ValueError: as ``judge``.
+    """
+    check_table(table)
+    if isinstance(settings_of(profile).student, Student):
+        table = with_every_null(table)
+    return Levels(table)
+
+
+def claims_table(table: Table, profile: str = PUBLISHED) -> pd.DataFrame:
+    """All claims with their verdicts, in the paper's order.
+
+    Args:
+        table: tidy, or its ``levels_to_judge``.
         profile: of its runs; says what a seed stands for.
 
     Returns:
@@ -183,12 +197,7 @@ def claims_table(table: pd.DataFrame, profile: str = PUBLISHED) -> pd.DataFrame:
     Raises:
         ValueError: as ``judge``.
     """
-    if "run" in table and "arm" in table:  # compared often below
-        table = table.astype({"run": "category", "arm": "category"})
-    check_table(table)
-    if isinstance(settings_of(profile).student, Student):
-        table = with_every_null(table)
-    levels = Levels(table)
+    levels = table if isinstance(table, Levels) else levels_to_judge(table, profile)
     other = at_papers_ratio(levels)
     rows = []
     for claim in CLAIMS:
@@ -308,13 +317,13 @@ def parts_table(
         parts, controls = _evidence(claim, levels, readout)
         found = zip(parts, states(parts), strict=True)
         judged += [("part", part, word) for part, word in found]
-        judged += [(c.kind, c.own, ruling(c)) for c in controls]
+        judged += [(c.kind, c.own, c.ruling) for c in controls]
     rows = [
         (
             kind,
             part.label,
             len(defined(part.values)),
-            *(_shown(x, claim.unit) for x in interval(part.values)),
+            *(_shown(x, claim.unit) for x in part.interval),
             _range_text(part, claim.unit),
             outcome,
         )
@@ -493,7 +502,7 @@ def check_table(table: pd.DataFrame) -> None:
             f"table without {', '.join(absent)}; expected the columns of measure.load"
         )
     keys = ["run", "arm", "seed"]
-    pairs = table.groupby(keys, observed=True).size().reset_index()[keys]
+    pairs = table[keys].drop_duplicates()
     twice = pairs[pairs.duplicated(["arm", "seed"])]
     if len(twice):
         arm, seed = twice.iloc[0][["arm", "seed"]]
@@ -579,8 +588,8 @@ def _control_text(controls: list[Control], kind: str, unit: str) -> str:
     ours = [control for control in controls if control.kind == kind]
     if not ours:
         return "none"
-    worst = min(ours, key=lambda control: RULINGS.index(ruling(control)))
-    return f"{_named(worst, unit)}, {ruling(worst)}"
+    worst = min(ours, key=lambda control: RULINGS.index(control.ruling))
+    return f"{_named(worst, unit)}, {worst.ruling}"
 
 
 def _all_text(controls: list[Control], kind: str, unit: str) -> str:
@@ -588,14 +597,14 @@ def _all_text(controls: list[Control], kind: str, unit: str) -> str:
     found: dict[str, list[str]] = {}
     for control in controls:
         if control.kind == kind:
-            found.setdefault(ruling(control), []).append(_named(control, unit))
+            found.setdefault(control.ruling, []).append(_named(control, unit))
     words = sorted(found, key=RULINGS.index)
     return "; ".join(f"{word}: {', '.join(found[word])}" for word in words) or "none"
 
 
 def _named(control: Control, unit: str) -> str:
     """Name of a control and the value of what it shows, where there is one."""
-    value = interval(control.own.values)[0]
+    value = control.own.interval[0]
     told = "" if math.isnan(value) else f": {_text(value, unit)}"
     return control.own.label + told
 

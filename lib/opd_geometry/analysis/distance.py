@@ -372,8 +372,10 @@ def displacement_of_matrices(table: pd.DataFrame) -> pd.DataFrame:
     return end.assign(metric="displacement", value=end["value"] / units)
 
 
-def with_displacement(table: pd.DataFrame) -> pd.DataFrame:
-    """A tidy table in which runs measured before there was that row have it, too."""
+def displacement_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """A tidy table's displacements, those of runs that have no such row computed."""
+    names = ["displacement", "frobenius_norm", "parameters", "learning_rate"]
+    table = table[table["metric"].isin(names)]
     has = set(table.loc[table["metric"] == "displacement", "run"])
     added = displacement_of_matrices(table[~table["run"].isin(has)]).dropna()
     return pd.concat([table, added], ignore_index=True) if len(added) else table

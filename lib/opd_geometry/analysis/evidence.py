@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import TypeAlias
+from functools import cache, partial
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -93,18 +93,30 @@ class Levels:
     def __init__(self, table: pd.DataFrame) -> None:
         words = ["arm", "role", "metric"]
         self.table = table.astype(dict.fromkeys(words, "category"))
-        by_metric = self.table.groupby("metric", observed=True, sort=False)
-        self._rows = {str(name): rows for name, rows in by_metric.indices.items()}
-        pairs = table[["arm", "seed"]].drop_duplicates()
-        self.seeds = {
-            str(arm): sorted(int(seed) for seed in seeds)
-            for arm, seeds in pairs.groupby("arm", observed=True)["seed"]
-        }
+        arms, self._roles, metrics = (self.table[word].array for word in words)
+        self._arm_codes = {str(arm): i for i, arm in enumerate(arms.categories)}
+        self._metric_codes = {str(m): i for i, m in enumerate(metrics.categories)}
+        self._order = np.argsort(metrics.codes, kind="stable")
+        counts = np.bincount(metrics.codes, minlength=len(metrics.categories))
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._places, self._sizes = _places(arms.codes, table["seed"], table["step"])
+        self.seeds = self._seeds()
         self._alias: dict[str, str] = {}
-        self._arms_of: dict[str, set[str]] = {}
-        self._levels: dict[object, pd.Series] = {}
+        self._arms_of: dict[str, set[int]] = {}
+        self._levels: dict[object, _Means] = {}
         self._means: dict[object, pd.Series] = {}
-        self._places: dict[object, dict[str, pd.Series]] = {}
+        self._matrices: dict[object, dict[str, pd.Series]] = {}
+        self._indices: dict[bytes, pd.MultiIndex] = {}
+
+    def _seeds(self) -> dict[str, list[int]]:
+        """Arms to their seeds, both in ascending order."""
+        n_seeds, n_steps = self._sizes
+        runs = np.sort(pd.unique(self._places // n_steps))
+        found: dict[str, list[int]] = {}
+        names = list(self._arm_codes)
+        for arm, seed in zip(*np.divmod(runs, n_seeds), strict=True):
+            found.setdefault(names[arm], []).append(int(seed))
+        return found
 
     def with_arm(self, arm: str, other: str) -> "Levels":
         """The same table with another arm in an arm's place."""
@@ -116,15 +128,20 @@ class Levels:
             copy.seeds[arm] = self.seeds[other]
         return copy
 
-    def _rows_of(self, metric: str, *columns: str) -> pd.DataFrame:
-        return self.table[list(columns)].take(self._rows.get(metric, []))
+    def _rows_of(self, metric: str) -> np.ndarray:
+        """Where the rows of a metric stand in the table."""
+        code = self._metric_codes.get(metric)
+        if code is None:
+            return np.array([], dtype=np.intp)
+        return self._order[self._starts[code] : self._starts[code + 1]]
 
     def has(self, arm: str, metric: str) -> bool:
         """Whether an arm has any value of a metric."""
         if metric not in self._arms_of:
-            there = self._rows_of(metric, "arm")["arm"].unique()
-            self._arms_of[metric] = set(map(str, there))
-        return arm in self.seeds and self._alias.get(arm, arm) in self._arms_of[metric]
+            runs = self._places[self._rows_of(metric)]
+            self._arms_of[metric] = set(np.unique(runs // math.prod(self._sizes)))
+        own = self._arm_codes.get(self._alias.get(arm, arm))
+        return arm in self.seeds and own in self._arms_of[metric]
 
     def means(
         self, arm: str, metric: str, roles: tuple[str, ...], weighted: bool
@@ -132,48 +149,78 @@ class Levels:
         """As ``over_matrices``."""
         what = (metric, roles, weighted)
         own = self._alias.get(arm, arm)
-        if what not in self._levels:
-            self._levels[what] = self._of_all_arms(metric, roles, weighted)
         if (what, own) not in self._means:
-            values = self._levels[what]
-            code = values.index.levels[0].get_indexer([own])[0]
-            a, b = np.searchsorted(values.index.codes[0], [code, code + 1])
-            found = values.iloc[a:b].droplevel("arm") if code >= 0 and a < b else None
-            self._means[what, own] = _NOTHING if found is None else found
+            if what not in self._levels:
+                self._levels[what] = self._of_all_arms(metric, roles, weighted)
+            self._means[what, own] = self._of_one(own, self._levels[what])
         return self._means[what, own]
+
+    def _of_one(self, arm: str, of_all: "_Means") -> pd.Series:
+        """An arm's part of the means of all; tables of one shape share one index."""
+        if arm not in self._arm_codes:
+            return _NOTHING
+        n_seeds, n_steps = self._sizes
+        first = self._arm_codes[arm] * n_seeds * n_steps
+        a, b = np.searchsorted(of_all.places, [first, first + n_seeds * n_steps])
+        if a == b:
+            return _NOTHING
+        places = of_all.places[a:b] - first
+        key = places.tobytes()
+        if key not in self._indices:
+            self._indices[key] = pd.MultiIndex.from_arrays(
+                np.divmod(places, n_steps), names=["seed", "step"]
+            )
+        return pd.Series(of_all.values[a:b], self._indices[key])
 
     def matrices(self, arm: str, frac: float) -> dict[str, pd.Series]:
         """Metrics to an arm's values by seed and matrix, at a fraction of training."""
         own = self._alias.get(arm, arm)  # what is kept is shared with copies
         key = ("matrices", own, frac)
-        if key not in self._places:
+        if key not in self._matrices:
             rows = self.table[self.table["arm"] == own]
             ends = rows.groupby("seed")["step"].max()
             wanted = (frac * rows["seed"].map(ends)).round()
             rows = rows[rows["role"].isin(LAYERS) & (rows["step"] == wanted)]
-            self._places[key] = {
+            self._matrices[key] = {
                 str(metric): found.set_index(["seed", "matrix"])["value"]
                 for metric, found in rows.groupby("metric", observed=True)
             }
-        return self._places[key]
+        return self._matrices[key]
 
     def _of_all_arms(
         self, metric: str, roles: tuple[str, ...], weighted: bool
-    ) -> pd.Series:
-        """Means by arm, seed and step, in ascending order."""
-        columns = ["arm", "seed", "step", "role", "value"]
-        rows = self._rows_of(metric, *columns, *(["matrix"] if weighted else []))
-        rows = rows[rows["role"].isin(roles)]
-        weights: float | np.ndarray = 1.0
-        if weighted:
-            names = ["arm", "seed", "matrix"]
-            sizes = self._rows_of("parameters", *names, "value").set_index(names)
-            places = pd.MultiIndex.from_frame(rows[names])
-            weights = sizes["value"].reindex(places).to_numpy()
-        sums = pd.DataFrame({"top": rows["value"] * weights, "bottom": weights})
-        keys = [rows["arm"], rows["seed"], rows["step"]]
-        sums = sums.groupby(keys, observed=True).sum(skipna=False)
-        return sums["top"] / sums["bottom"]
+    ) -> "_Means":
+        rows = self._rows_of(metric)
+        rows = rows[self._roles.categories.isin(roles)[self._roles.codes[rows]]]
+        values = self.table["value"].to_numpy()[rows]
+        weights = self._weights(rows) if weighted else np.ones(len(rows))
+        sums = pd.DataFrame({"top": values * weights, "bottom": weights})
+        sums = sums.groupby(self._places[rows]).sum(skipna=False)
+        return _Means(sums.index.to_numpy(), (sums["top"] / sums["bottom"]).to_numpy())
+
+    def _weights(self, rows: np.ndarray) -> np.ndarray:
+        """Sizes of the matrices that rows are of."""
+        names = ["arm", "seed", "matrix"]
+        sizes = self.table[[*names, "value"]].take(self._rows_of("parameters"))
+        places = pd.MultiIndex.from_frame(self.table[names].take(rows))
+        found: np.ndarray = sizes.set_index(names)["value"].reindex(places).to_numpy()
+        return found
+
+
+class _Means(NamedTuple):
+    """Means by arm, seed and step, in ascending order of ``_places``."""
+
+    places: np.ndarray
+    values: np.ndarray
+
+
+def _places(
+    arms: np.ndarray, seeds: pd.Series, steps: pd.Series
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """One number for arm, seed and step, and how many seeds and steps there can be."""
+    n_seeds, n_steps = (int(x.max()) + 1 if len(x) else 1 for x in (seeds, steps))
+    runs = arms.astype(np.int64) * n_seeds + seeds.to_numpy(np.int64)
+    return runs * n_steps + steps.to_numpy(np.int64), (n_seeds, n_steps)
 
 
 Table: TypeAlias = pd.DataFrame | Levels
@@ -209,16 +256,21 @@ def with_every_null(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: tidy.
     """
-    rows = table[table["role"].isin(LAYERS)]
-    known = rows[rows["metric"].isin(["parameters", ALL_NULLS])]
-    known = known[["run", "matrix", "metric"]].astype(str).drop_duplicates()
-    has = known["metric"].eq(ALL_NULLS).groupby([known["run"], known["matrix"]]).any()
-    partly = has.groupby(level="run").transform("nunique") > 1
-    dropped = set(has.index[partly & ~has])
-    if not dropped:
-        return table
-    pairs = zip(table["run"].astype(str), table["matrix"].astype(str), strict=True)
-    return table[[pair not in dropped for pair in pairs]]
+    runs, matrices = (_codes(table[name]) for name in ("run", "matrix"))
+    n_matrices = matrices.max(initial=0) + 1
+    places = runs * n_matrices + matrices
+    inside = table["role"].isin(LAYERS)
+    known, has = (
+        np.unique(places[inside & (table["metric"] == name)])
+        for name in ("parameters", ALL_NULLS)
+    )
+    lacks = np.setdiff1d(known, has)
+    dropped = lacks[np.isin(lacks // n_matrices, has // n_matrices)]
+    return table[~np.isin(places, dropped)] if len(dropped) else table
+
+
+def _codes(words: pd.Series) -> np.ndarray:
+    return words.astype("category").cat.codes.to_numpy().astype(np.int64)
 
 
 def arms_matching(table: Table, patterns: Iterable[str]) -> list[str]:
@@ -262,12 +314,12 @@ def last(values: pd.Series) -> Values:
 
 def _at_turns(values: pd.Series, towards: int) -> Values:
     """Where a seed has no neighbour on one side: of values in order, seeds together."""
-    seeds = values.index.get_level_values("seed").to_numpy()
+    known, seeds = values.index.levels[0], values.index.codes[0]
     turns = np.ones(len(seeds), dtype=bool)
     changes = seeds[1:] != seeds[:-1]
     turns[1:] = changes if towards == 1 else turns[1:]
     turns[:-1] = changes if towards == -1 else turns[:-1]
-    index = pd.Index(seeds[turns], name="seed")
+    index = pd.Index(known.to_numpy()[seeds[turns]], name="seed")
     return pd.Series(values.to_numpy()[turns], index)
 
 
@@ -377,6 +429,7 @@ def final_order(
     """Order of the arms' last checkpoints; several metrics are averaged."""
 
     def evidence(table: Table) -> Evidence:
+        @cache
         def level(arm: str, prefix: str = "") -> Values:
             ends = [
                 last(over_matrices(table, arm, prefix + metric, LAYERS, weighted))
@@ -452,10 +505,12 @@ def regimes(
     """
 
     def evidence(table: Table, suffix: str = "") -> Evidence:
+        @cache
         def path(arm: str, prefix: str = "") -> pd.Series:
             name = prefix + metric + suffix
             return np.log(over_matrices(table, arm, name, ATTENTION))
 
+        @cache
         def change(arm: str, prefix: str = "") -> Values:
             return last(path(arm, prefix)) - first(path(arm, prefix))
 
@@ -523,6 +578,7 @@ def early_lock(table: Table, suffix: str = "") -> Evidence:
     """
     metric = "similarity_to_end"
 
+    @cache
     def early(arm: str, prefix: str = "") -> Values:
         return first(over_matrices(table, arm, prefix + metric + suffix, ATTENTION))
 

@@ -286,11 +286,11 @@ def by_seed(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: as ``claims.judge``.
     """
     check_table(table)
-    rows = []
+    rows, levels = [], ev.levels_of(table)
     for claim in CLAIMS:
-        if missing(claim, table):
+        if missing(claim, levels):
             continue
-        for part in claim.evidence(table)[0]:
+        for part in claim.evidence(levels)[0]:
             centre = _distance(part, interval(part.values)[0])
             spread = float(part.values.std(ddof=1))
             for seed, value in part.values.dropna().items():

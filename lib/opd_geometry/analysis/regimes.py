@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from opd_geometry.analysis.claims import claims_table, judge
-from opd_geometry.analysis.distance import AT_END, order, ratio, with_displacement
+from opd_geometry.analysis.claims import claims_table, judge, levels_to_judge
+from opd_geometry.analysis.distance import AT_END, displacement_rows, order, ratio
 from opd_geometry.analysis.evidence import (
     COMPARABLE_FACTOR,
     LAYERS,
@@ -132,10 +132,10 @@ def claims_in_worlds(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     paper, parts = paper_ratios(), []
     for profile, table in tables.items():
-        findings = claims_table(table, profile)
+        judged = levels_to_judge(table, profile)
+        findings = claims_table(judged, profile)
         # a displacement needs no null, so all matrices count; verdicts need them
-        levels = Levels(with_displacement(table))
-        judged = Levels(with_every_null(table))
+        levels = Levels(displacement_rows(table))
         noisy, judged = (x.with_arm("rlvr", WRONG_REWARDS) for x in (levels, judged))
         rows = [
             _in_regime(claim, verdict, levels, (noisy, judged), paper)

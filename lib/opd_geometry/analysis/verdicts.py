@@ -22,6 +22,7 @@ averaged as logarithms.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -53,6 +54,11 @@ class Part:
     lower: float = 0.0
     upper: float = math.inf
 
+    @cached_property
+    def interval(self) -> tuple[float, float, float]:
+        """Of the values; asked for by state, ruling and text."""
+        return interval(self.values)
+
 
 @dataclass(frozen=True)
 class Control:
@@ -70,13 +76,29 @@ class Control:
     excess: Part | None = None
     power: Part | None = None
 
+    @cached_property
+    def ruling(self) -> str:
+        """What becomes of it: one of ``RULINGS``."""
+        own = state(self.own)
+        excess = "open" if self.excess is None else state(self.excess)
+        if math.isnan(self.own.interval[0]):
+            return "not available"
+        if self.power is not None and state(self.power) != "holds":
+            return "without power"
+        if excess == "holds" or own == "fails":
+            return "ruled out"
+        if own == "holds" or excess == "fails":
+            return "shows it too"
+        return "undecided"
+
 
 Evidence = tuple[list[Part], list[Control]]
 
 
 def defined(values: Values) -> Values:
     """The seeds at which a quantity is a finite number."""
-    return values[np.isfinite(values.astype(float))].astype(float)
+    values = values.astype(float)
+    return values[np.isfinite(values.to_numpy())]
 
 
 def interval(values: Values) -> tuple[float, float, float]:
@@ -107,7 +129,7 @@ def interval(values: Values) -> tuple[float, float, float]:
 
 def state(part: Part) -> str:
     """``holds``, ``fails`` or ``open``: the interval inside, outside, or neither."""
-    _, low, high = interval(part.values)
+    _, low, high = part.interval
     if part.lower < low and high < part.upper:
         return "holds"
     if high < part.lower or low > part.upper:
@@ -138,7 +160,8 @@ def against(part: Part) -> float:
 
     2 P(t_(n-1) > |mean - bound| sqrt(n) / s), the level at which ``state`` fails
     """
-    numbers = defined(part.values).to_numpy()
+    numbers = part.values.to_numpy(dtype=float)
+    numbers = numbers[np.isfinite(numbers)]
     count = len(numbers)
     if count < 2:
         return 1.0
@@ -147,21 +170,6 @@ def against(part: Part) -> float:
     if beyond <= 0.0:
         return 1.0
     return float(2 * special.stdtr(count - 1, -beyond / error)) if error else 0.0
-
-
-def ruling(control: Control) -> str:
-    """What becomes of a control: one of ``RULINGS``."""
-    own = state(control.own)
-    excess = "open" if control.excess is None else state(control.excess)
-    if defined(control.own.values).empty:
-        return "not available"
-    if control.power is not None and state(control.power) != "holds":
-        return "without power"
-    if excess == "holds" or own == "fails":
-        return "ruled out"
-    if own == "holds" or excess == "fails":
-        return "shows it too"
-    return "undecided"
 
 
 def verdict_of(parts: list[Part], controls: list[Control]) -> str:
@@ -181,7 +189,7 @@ def verdict_of(parts: list[Part], controls: list[Control]) -> str:
 
 
 def _rulings(controls: list[Control], kind: str) -> set[str]:
-    return {ruling(control) for control in controls if control.kind == kind}
+    return {control.ruling for control in controls if control.kind == kind}
 
 
 def deciding(parts: list[Part]) -> Part:
@@ -189,7 +197,7 @@ def deciding(parts: list[Part]) -> Part:
 
     def rank(known: tuple[Part, str]) -> tuple[int, float]:
         part, word = known
-        mean = interval(part.values)[0]
+        mean = part.interval[0]
         slack = min(mean - part.lower, part.upper - mean)
         order = ("fails", "open", "holds").index(word)
         return order, math.inf if math.isnan(slack) else slack
