@@ -32,8 +32,28 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "TEXTS", 16)
 
 
+@pytest.fixture(scope="module")
+def measured(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny runs with their tables; not to be changed."""
+    place = tmp_path_factory.mktemp("measured") / "data"
+    shutil.copytree(trained, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPD_GEOMETRY_DATA", str(place))
+        patch.setattr(activations, "TEXTS", 16)
+        for run in (ANCHOR, OPD, RLVR, PROJECTED):
+            measure.measure_run(run, RANK)
+    return place
+
+
 @pytest.fixture
-def copied(data: Path, trained: Path) -> Path:
+def copied(data: Path, measured: Path) -> Path:
+    """A data directory of the test's own, with the runs and their tables."""
+    shutil.copytree(measured, data)
+    return data
+
+
+@pytest.fixture
+def unmeasured(data: Path, trained: Path) -> Path:
     shutil.copytree(trained, data)
     return data
 
@@ -547,7 +567,7 @@ def test_committed_data_of_the_checkout_are_found(
 
 
 @pytest.mark.usefixtures("tiny_profile")
-def test_a_damaged_run_is_left_out_of_what_is_committed(copied: Path) -> None:
+def test_a_damaged_run_is_left_out_of_what_is_committed(unmeasured: Path) -> None:
     history = runs.run_directory(OPD) / "history.json"
     history.write_text(history.read_text().replace("reward", "rewards", 1))
     folder, left_out = measure.commit("smoke", [OPD, RLVR])
@@ -583,17 +603,17 @@ def test_table_is_kept(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         measure.measure_run(ANCHOR, RANK + 1)
 
 
-def test_missing_checkpoint_of_a_finished_run(copied: Path) -> None:
+def test_missing_checkpoint_of_a_finished_run(unmeasured: Path) -> None:
     shutil.rmtree(runs.checkpoint(OPD, 4))
     with pytest.raises((ValueError, OSError), match="does not exist"):
         measure.measure_run(OPD, RANK)
     assert not measure.kept_table(OPD, RANK).exists()
 
 
-def test_full_disk_leaves_no_table(copied: Path) -> None:
+def test_full_disk_leaves_no_table(unmeasured: Path) -> None:
     call = (children.measure_with_small_files, OPD, 4000)
     with pytest.raises(ValueError, match=r"cannot write below .*; make room") as error:
-        Child(copied, *call).result()
+        Child(unmeasured, *call).result()
     assert "\n" not in str(error.value)
     names = [path.name for path in runs.run_directory(OPD).iterdir()]
     assert not [name for name in names if "measurements" in name]
