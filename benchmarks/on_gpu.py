@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opd_geometry.analysis.audit import readings
-from opd_geometry.experiments.forecast import H100, QWEN3, Shape, policy_forecast
+from opd_geometry.experiments.forecast import QWEN3, Shape, policy_forecast
 from opd_geometry.experiments.measure import measure_run
 from opd_geometry.experiments.profiles import PROFILES, build
 from opd_geometry.geometry import gram
@@ -161,7 +161,7 @@ def step(device: str, arm: str, small: bool) -> Rows:
 
 def counted(train: PolicyConfig, shape: Shape, arm: str) -> Any:
     """What ``plan`` counts for such a run."""
-    return policy_forecast(train, shape, shape if arm == "opd" else None, 1, H100)
+    return policy_forecast(train, shape, shape if arm == "opd" else None, 1)
 
 
 def world(width: int, small: bool) -> Rows:

@@ -231,14 +231,14 @@ def ensure_with_small_files(run: Run, most_bytes: int) -> Path:
 
 def ensure_failing_late(run: Run) -> Path:
     """``ensure``, while another process records a failure of the same run."""
-    save = runs.save_model
+    save = runs.models.save_model
 
     def recording(*arguments: Any, **named: Any) -> None:
         save(*arguments, **named)
         place = runs.run_directory(run) / "failed.json"
-        runs.write_json(place, {"reason": "of before"})
+        runs.records.write_json(place, {"reason": "of before"})
 
-    runs.save_model = recording
+    runs.models.save_model = recording
     return runs.ensure(run)
 
 

@@ -228,13 +228,22 @@ def test_limits_say_what_parts_arms_and_what_shows_a_place() -> None:
     assert "a gain of 1.01 on principal entries (overlap, principal mask)" in said
 
 
-def test_a_number_that_is_not_there_is_a_dash() -> None:
+def test_a_number_that_is_not_there_is_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chapters, "_all_there", False)
     told = chapters.say(
         "OPD has 0.5 [{x:.2f}, {x:.2f}], more {x:+.2f} to {y:.1f} nanometres",
         x=math.nan,
         y=-2,
     )
     assert told.data == "OPD has 0.5, more – to −2.0 nanometres"
+
+
+def test_nan_where_no_run_is_missing_is_an_error() -> None:
+    check_parameters({**DEFAULTS, "profile": "published"})
+    with pytest.raises(ValueError, match=r"^a number is NaN in 'of OPD nan', though"):
+        chapters.say("See here: of OPD {x:.2f}; all else.", x=math.nan)
+    check_parameters({**DEFAULTS, "profile": "published", "seeds": "1"})
+    assert chapters.say("{x:.2f}", x=math.nan).data == "–"
 
 
 def test_rounds_numbers_and_leaves_the_rest() -> None:
@@ -384,7 +393,7 @@ def test_differences_are_told_field_by_field() -> None:
 def test_said_numbers_have_a_minus_sign_and_names_keep_their_hyphen() -> None:
     text = "{x:.2f} to {y}, sft-1, 1e-05, `-1` and [2]-3, -p profile"
     said = chapters.say(text, x=-0.13, y="-2 %").data
-    assert said == "−0.13 to −2 %, sft-1, 1e-05, `-1` and [2]-3, -p profile"
+    assert said == "−0.13 to −2 %, sft-1, 1e−05, `-1` and [2]-3, -p profile"
 
 
 def test_a_small_profile_is_set_beside_the_committed_language_model() -> None:

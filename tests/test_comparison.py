@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opd_geometry.geometry import bits, comparison, gram
 from opd_geometry.geometry.comparison import METRICS, Settings, compare, reference
+from opd_geometry.geometry.following import follow_tensors
 
 
 def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -262,3 +263,26 @@ def test_readout_of_the_stored_update() -> None:
     hidden = compare(before, before.w_before.double() + 1e-12, comparison.READOUT)
     assert hidden["frobenius_norm_bf16"] == 0.0
     assert math.isnan(hidden["stable_rank_bf16"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_gives_no_hill_exponent_to_an_update_of_low_rank(
+    dtype: torch.dtype,
+) -> None:
+    """A merged LoRA: below its rank singular values are what float32 rounded off."""
+    w = weights(96, 64, dtype=dtype)
+    low = weights(96, 3, seed=1, dtype=dtype) @ weights(3, 64, seed=2, dtype=dtype)
+    before = reference(w)
+    assert before.settings.hill_rank(w.shape) == 8
+    values = torch.linalg.svdvals((w + low).double() - w.double())
+    assert (float(values[3]) > 1e-9) == (dtype == torch.float32)  # not zero
+    found = compare(before, w + low, ["hill_alpha", "stable_rank"])
+    assert math.isnan(found["hill_alpha"])
+    assert found["stable_rank"] > 1.0
+    for row in follow_tensors(w, lambda step: w + step * low, [1, 2], 3):
+        assert math.isnan(row["hill_alpha"])
+    fewer = reference(w, Settings(hill_k=3))
+    assert compare(fewer, w + low, ["hill_alpha"])["hill_alpha"] > 0.0
+    # what every direction has, however small, keeps its exponent
+    tiny = changed(w, 1e-6)
+    assert compare(before, tiny, ["hill_alpha"])["hill_alpha"] > 0.0

@@ -88,15 +88,15 @@ def test_begins_with_its_parameters_and_checks_them(path: Path) -> None:
     exec(first.source, names)  # plain assignments of the notebook itself
     del names["__builtins__"]
     if "profile" in names:
-        assert list(names) == list(chapters.PARAMETERS)
+        assert list(names) == ["profile", "seeds", "source", "jobs"]
         assert chapters.check_parameters(names).seeds == (0, 1, 2, 3, 4)
         assert "chapters.check_parameters(globals())" in second.source
     elif "model" in names:
-        assert list(names) == list(chapters.MODEL)
+        assert list(names) == ["model"]
         assert (ROOT / "data" / "unplaced" / str(names["model"])).is_dir()
         assert "chapters.check_model(globals())" in second.source
     else:
-        assert list(names) == list(chapters.PAIR)
+        assert list(names) == ["before", "after"]
         assert all((ROOT / str(place)).is_dir() for place in names.values())
         assert "chapters.check_pair(globals())" in second.source
 

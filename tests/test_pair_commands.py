@@ -77,12 +77,16 @@ def test_what_is_asked_beyond_matrices_and_cores_is_said(
     told = capsys.readouterr().err
     assert "--jobs 100000: there are 1 cores, so 1 at a time" in told
     assert "--hill-k is above the smaller side of 2 matrices (16 at least)" in told
+    notes = tables.read_table(tables_of[0])["note"]
+    assert notes.str.contains("--hill-k cut to its smaller side, 16").all()
     asked = ["--k", "999", "--roles", "q", "--quiet", "--jobs", "100000"]
     place = ["trajectory", *pair, "--out", tables_of[1]]
     assert cli.main([*place, *asked]) == 0
     out, told = capsys.readouterr()
     assert not out
     assert "--jobs" not in told
+    notes = tables.read_table(tables_of[1])["note"]
+    assert notes.str.contains("--k cut to its smaller side, 16").all()
     assert cli.main([*place, *asked[:4], "--force"]) == 0
     assert "--k is above the smaller side of 2 matrices" in capsys.readouterr().err
 

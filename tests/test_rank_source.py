@@ -1,7 +1,6 @@
 """Where low rank comes from: the rules on planted tables, and frozen gradients."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ import torch
 
 from opd_geometry.analysis import rank_source
 from opd_geometry.experiments import frozen
-from opd_geometry.experiments.profiles import PUBLISHED_ARMS, build
+from opd_geometry.experiments.profiles import PUBLISHED_ARMS
 from opd_geometry.training.models import ModelConfig, build_model
 from opd_geometry.training.optimizer import OptimizerConfig, learning_rate, optimizer_of
 
@@ -136,7 +135,7 @@ def test_a_follower_goes_where_its_optimizer_would(kind: str) -> None:
     config = OptimizerConfig(1e-2, "cosine", 2, weight_decay=0.0, kind=kind)
     model = build_model(ModelConfig(32, 1, 16), seed=0)
     before = [p.detach().clone() for p in model.parameters()]
-    followers = frozen.Followers(model, [config], 4, ["lm_head.weight"])
+    follower = frozen.Follower(model, config, 4, ["lm_head.weight"])
     alone = build_model(ModelConfig(32, 1, 16), seed=0)
     mover = optimizer_of(alone, config)
     generator = torch.Generator().manual_seed(0)
@@ -150,23 +149,12 @@ def test_a_follower_goes_where_its_optimizer_would(kind: str) -> None:
         for group in mover.param_groups:
             group["lr"] = learning_rate(config, step, 4)
         mover.step()
-        followers.at = step
-        followers.step()
-    pairs = zip(followers.models[0].parameters(), alone.parameters(), strict=True)
+        follower.at = step
+        follower.step()
+    pairs = zip(follower.model.parameters(), alone.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert all(map(torch.equal, model.parameters(), before))
-    assert torch.allclose(followers.moments["lm_head.weight"], moment)
-
-
-def test_frozen_runs_share_a_pass_only_if_they_can() -> None:
-    run = build("smoke", "opd", 0)
-    with pytest.raises(ValueError, match="differ in their optimizer alone"):
-        frozen.frozen_table([run, build("smoke", "rlvr", 0)])
-    with pytest.raises(ValueError, match="clipped alike"):
-        frozen.frozen_table([run, build("smoke", "opd-unclipped", 0)])
-    other = replace(run, seed=1)
-    with pytest.raises(ValueError, match="one by one"):
-        frozen.frozen_table([run, other])
+    assert torch.allclose(follower.moments["lm_head.weight"], moment)
 
 
 def test_the_summary_says_what_came_out_and_what_was_not_run() -> None:

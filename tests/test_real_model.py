@@ -185,7 +185,10 @@ def test_increments_are_compared_window_by_window() -> None:
     found = directions.along_the_way(pd.DataFrame(rows))
     assert found["other"].tolist() == ["rlvr", "rlvr"]
     assert found["n_pairs"].tolist() == [2, 2]
-    np.testing.assert_allclose(found["cosine"], [0.85, 0.45])
+    of_pairs = np.array([[0.75, 0.95], [0.35, 0.55]])
+    by_z = np.tanh(np.arctanh(of_pairs).mean(axis=1))
+    np.testing.assert_allclose(found["cosine"], by_z)
+    assert found["cosine"].between(found["low"], found["high"]).all()
     np.testing.assert_allclose(found[["start", "stop"]], [[0, 0.25], [0.25, 1]])
     # Two pairs leave nearly everything open, and no cosine beyond one.
     assert (found[["low", "high"]].abs() < 1).all(axis=None)

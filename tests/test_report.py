@@ -122,9 +122,9 @@ _book_runs = functools.cache(published.book_runs)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but not stored, and this book's runs are read once."""
 
-    def closed(figure: Figure, alt: str, finding: str, caption: str) -> report.Drawn:
+    def closed(figure: Figure) -> str:
         plt.close(figure)
-        return report.Drawn("data:,", alt, finding, caption)
+        return "data:,"
 
     monkeypatch.setattr(report, "drawn", closed)
     monkeypatch.setattr(report, "book_runs", _book_runs)

@@ -434,7 +434,8 @@ def starts(
     runs = _asked(profile, arms, seeds, "committed", student)
     if frozen:
         for run in runs:
-            stays.commit_frozen(profile, stays.frozen_table([run]))
+            click.echo(f"{run.name}: {run.train.steps} batches", err=True)
+            stays.commit_frozen(profile, stays.frozen_table(run))
             click.echo(f"frozen gradients of {run.name}")
         return 0
     for run in runs:

@@ -50,6 +50,7 @@ from opd_geometry.experiments.runs import provenance
 from opd_geometry.files import clear_write_errors, data_directory
 from opd_geometry.geometry.comparison import METRICS
 from opd_geometry.sources import library_digest
+from opd_geometry.training.students import Student
 
 LEAST_SEEDS = 3  # its own, and two others that lie apart
 LEAST_SPREAD = 1e-3  # relative: what all seeds share may differ in its last digits
@@ -95,7 +96,8 @@ def draw(
             f"{'fewer, or for other' if known else 'other'} arms"
         )
     drawn = random.Random(seed).sample(known, sample)
-    if student is None and getattr(origin(drawn[0]), "source", None) == "":
+    start = origin(drawn[0])
+    if student is None and isinstance(start, Student) and not start.source:
         raise ValueError(
             f"profile {profile} begins with a model that is not committed: expected "
             "its file or directory; name it with --student"
@@ -104,7 +106,7 @@ def draw(
         return drawn
     found = [build(profile, run.arm, run.seed, student=student) for run in drawn]
     if [run.key() for run in found] != [run.key() for run in drawn]:
-        theirs = getattr(origin(drawn[0]), "digest", "")
+        theirs = start.digest if isinstance(start, Student) else ""
         raise ValueError(
             f"{student} is not the model that the committed runs of profile {profile} "
             f"began with: expected the one with SHA-256 {theirs}"

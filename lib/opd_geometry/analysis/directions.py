@@ -19,18 +19,19 @@ ONE = 1 - 1e-12  # where artanh is still finite
 
 
 def of_cosines(values: pd.Series) -> tuple[float, float, float]:
-    """Mean of cosines with its 95 % interval, which stays between -1 and 1.
+    """Mean of cosines with its 95 % interval, all between -1 and 1.
 
-    tanh of the t interval of artanh(cosine): Fisher's z
+    tanh of the mean of artanh(cosine), and of its t interval: Fisher's z
 
     Args:
         values: one cosine a pair.
 
     Returns:
-        Their plain mean, and the interval's ends; NaN of a single pair.
+        The mean, which lies in the interval, and the interval's ends; these are NaN
+        of a single pair.
     """
-    _, low, high = interval(np.arctanh(values.clip(-ONE, ONE)))
-    return float(values.mean()), float(np.tanh(low)), float(np.tanh(high))
+    mean, low, high = np.tanh(interval(np.arctanh(values.clip(-ONE, ONE))))
+    return float(mean), float(low), float(high)
 
 
 def shared(pairs: pd.DataFrame, arm: str = "opd") -> pd.DataFrame:

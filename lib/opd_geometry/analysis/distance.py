@@ -47,15 +47,16 @@ KEYS = ["run", "arm", "seed", "step", "matrix"]
 OVERLAPS = ("principal_overlap", "low_magnitude_overlap")
 TURNED = {"Gaussian": "null_", "turned": "turned_"}  # nulls of the angles
 SPECTRAL = ("angle_left_mean_deg", "angle_right_mean_deg", "nss")
-SUBSPACES = (
-    "top_right",
-    "top_left",
-    "bottom_right",
-    "bottom_left",
-    "inputs",
-    "principal",
-    "low_magnitude",
-)
+# Places that an update's energy is measured in, in words.
+SUBSPACES = {
+    "top_right": "top right of W₀",
+    "top_left": "top left of W₀",
+    "bottom_right": "bottom right of W₀",
+    "bottom_left": "bottom left of W₀",
+    "inputs": "where the inputs lie",
+    "principal": "principal mask",
+    "low_magnitude": "low-magnitude mask",
+}
 AT_END, AT_EQUAL_NORM = "the end", "equal norm"
 # From SFT to RLVR, a change at a time: arm, next arm, what changes.
 LADDER = (
@@ -220,6 +221,34 @@ def permuted(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def over_nulls(
+    table: Table, arms: Iterable[str], nulls: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """Diagnostics of the final updates in units of their nulls.
+
+    Args:
+        table: tidy, or its levels.
+        arms: which; those without a metric and its nulls give no rows.
+        nulls: metric to the prefixes of its nulls' metrics.
+
+    Returns:
+        One row an arm, metric and null: arm, metric, null (its prefix), n_seeds,
+        n_matrices (that have all of them), own, of_null, times (own over null, mean
+        over seeds) with low and high, its 95 % interval.
+    """
+    levels, rows, arms = levels_of(table), [], list(arms)
+    for metric, prefixes in nulls.items():
+        for arm in arms:
+            found = beside(levels, arm, [metric, *(p + metric for p in prefixes)])
+            for prefix in prefixes if len(found) else ():
+                own, null = found[metric], found[prefix + metric]
+                numbers = (len(found), int(found["n_matrices"].max()))
+                means = (own.mean(), null.mean(), *interval(own / null))
+                rows.append((arm, metric, prefix, *numbers, *means))
+    columns = ["arm", "metric", "null", "n_seeds", "n_matrices", "own", "of_null"]
+    return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
+
+
 def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     """Angles and spectral shift of real updates over those of their two nulls.
 
@@ -231,21 +260,15 @@ def turned(table: Table, arms: Iterable[str]) -> pd.DataFrame:
         arms: which; those without them give no rows.
 
     Returns:
-        One row an arm, metric of ``SPECTRAL`` and null (``Gaussian``, ``turned``): arm,
-        metric, null, n_seeds, own, of_null, times (own over null) with low and high,
-        its 95 % interval over seeds.
+        ``over_nulls`` of ``SPECTRAL``, an arm after the other, its nulls by name.
     """
-    levels, rows = levels_of(table), []
-    for arm in arms:
-        for metric in SPECTRAL:
-            names = {name: f"{prefix}{metric}" for name, prefix in TURNED.items()}
-            known = beside(levels, arm, [metric, *names.values()])
-            for name, null in names.items() if len(known) else ():
-                means = known[metric].mean(), known[null].mean()
-                times = interval(known[metric] / known[null])
-                rows.append((arm, metric, name, len(known), *means, *times))
-    columns = ["arm", "metric", "null", "n_seeds", "own", "of_null"]
-    return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
+    arms = list(arms)
+    found = over_nulls(table, arms, dict.fromkeys(SPECTRAL, tuple(TURNED.values())))
+    names = {prefix: name for name, prefix in TURNED.items()}
+    found = found.assign(null=found["null"].map(names)).drop(columns="n_matrices")
+    return found.sort_values(
+        "arm", key=lambda x: x.map(arms.index), kind="stable", ignore_index=True
+    )
 
 
 def by_world(

@@ -219,8 +219,12 @@ def _places(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """One number for arm, seed and step, and how many seeds and steps there can be."""
     n_seeds, n_steps = (int(x.max()) + 1 if len(x) else 1 for x in (seeds, steps))
-    runs = arms.astype(np.int64) * n_seeds + seeds.to_numpy(np.int64)
-    return runs * n_steps + steps.to_numpy(np.int64), (n_seeds, n_steps)
+    places = arms.astype(np.int64)
+    places *= n_seeds
+    places += seeds.to_numpy(np.int64)
+    places *= n_steps
+    places += steps.to_numpy(np.int64)
+    return places, (n_seeds, n_steps)
 
 
 Table: TypeAlias = pd.DataFrame | Levels

@@ -55,13 +55,7 @@ def points_table(points: Iterable[Point]) -> pd.DataFrame:
         "here instead".
     """
     rows = [
-        {
-            "point": point.name,
-            "kind": point.kind if point.holds else FITS,
-            "computed": point.computed,
-            "here instead": point.instead,
-        }
-        for point in points
+        (p.name, p.kind if p.holds else FITS, p.computed, p.instead) for p in points
     ]
     return pd.DataFrame(rows, columns=["point", "kind", "computed", "here instead"])
 
@@ -225,18 +219,11 @@ def _share_row(
     arm: str, mask: str, pooled: float, inside: float, density: float, overlap: float
 ) -> dict[str, object]:
     """One arm and mask, by its pooled counts and by its means."""
-    low, high = share_interval(pooled, inside)
-    mean_low, mean_high = share_interval_of_means(density, overlap)
-    return {
-        "arm": arm,
-        "mask": mask,
-        "density": density,
-        "overlap": overlap,
-        "low": low,
-        "high": high,
-        "mean_low": mean_low,
-        "mean_high": mean_high,
-    }
+    row: dict[str, object] = {"arm": arm, "mask": mask}
+    row |= {"density": density, "overlap": overlap}
+    row["low"], row["high"] = share_interval(pooled, inside)
+    row["mean_low"], row["mean_high"] = share_interval_of_means(density, overlap)
+    return row
 
 
 def joint(rows: pd.DataFrame) -> dict[str, float]:
@@ -390,19 +377,12 @@ def own_settings(profile: str, arm: str) -> dict[str, object]:
     run = build(profile, arm, 0)
     train, optimizer = run.train, run.train.optimizer
     anchored = getattr(run.start, "arm", "base").startswith("sft")
-    found: dict[str, object] = {
-        "start": "anchor" if anchored else "base",
-        "learning_rate": optimizer.learning_rate,
-        "schedule": optimizer.schedule,
-        "beta_1": optimizer.betas[0],
-        "beta_2": optimizer.betas[1],
-        "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
-        "steps": train.steps,
-    }
+    found: dict[str, object] = {"start": "anchor" if anchored else "base"}
+    found["beta_1"], found["beta_2"] = optimizer.betas
     for name in SETTINGS:
-        if hasattr(train, name):
-            found[name] = getattr(train, name)
+        for settings in (optimizer, train):
+            if hasattr(settings, name):
+                found[name] = getattr(settings, name)
     if isinstance(train, PolicyConfig):
         found["batch_sequences"] = train.prompts_per_step * train.group_size
     return found

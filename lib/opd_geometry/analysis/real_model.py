@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
+from opd_geometry.analysis import distance
 from opd_geometry.analysis.evidence import LAYERS, Table, beside, levels_of
-from opd_geometry.analysis.verdicts import interval
 
 # A diagnostic and the sharpest null there is for it: prefix of the null's metric.
 SHARPEST = {
@@ -36,33 +36,21 @@ LOCK = "similarity_to_end@K=16"
 LOCK_NULLS = {"turned increments": "increments_", "walk": "walk_"}
 
 
-def over_nulls(
-    table: Table,
-    arms: Iterable[str],
-    nulls: Mapping[str, str] = SHARPEST,
-) -> pd.DataFrame:
+def over_nulls(table: Table, arms: Iterable[str]) -> pd.DataFrame:
     """Diagnostics of the final updates in units of their sharpest nulls.
 
     Args:
         table: tidy.
         arms: which.
-        nulls: metric to the prefix of its null.
 
     Returns:
-        One row an arm and metric: arm, metric, n_seeds, n_matrices, own, null, times
-        (own over null, mean over seeds) with low and high, its 95 % interval.
+        One row an arm and metric of ``SHARPEST``: arm, metric, n_seeds, n_matrices,
+        own, null, times (own over null, mean over seeds) with low and high, its 95 %
+        interval.
     """
-    levels, rows, arms = levels_of(table), [], list(arms)
-    for metric, prefix in nulls.items():
-        for arm in arms:
-            found = beside(levels, arm, [metric, prefix + metric])
-            if len(found):
-                own, null = found[metric], found[prefix + metric]
-                numbers = (len(found), int(found["n_matrices"].max()))
-                means = (own.mean(), null.mean())
-                rows.append((arm, metric, *numbers, *means, *interval(own / null)))
-    columns = ["arm", "metric", "n_seeds", "n_matrices", "own", "null"]
-    return pd.DataFrame(rows, columns=[*columns, "times", "low", "high"])
+    nulls = {metric: [prefix] for metric, prefix in SHARPEST.items()}
+    found = distance.over_nulls(table, arms, nulls)
+    return found.drop(columns="null").rename(columns={"of_null": "null"})
 
 
 def locking(table: Table, arms: Iterable[str]) -> pd.DataFrame:

@@ -1,12 +1,12 @@
 """The board of claims: a tile a claim, from the table of claims, for a page."""
 
-import html
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from opd_geometry.book.figures import ARM_STYLES
 
@@ -41,32 +41,13 @@ FIRST = ("The paper", "Here", "What decides", BESIDE, *WORLDS.values())
 UNTESTED = "regime not tested"
 NOT_ASKED = "not asked"  # of a claim about one arm
 CHAPTER_OF = {"sparsity-robust": "07_regimes"}  # where it is not that of its part
-FILTER = """
-<fieldset class="board-filter" hidden>
-<legend>Show</legend>
-<label>Verdict <select data-field="verdict">{verdicts}</select></label>
-<label>Part <select data-field="part">{parts}</select></label>
-<label>The paper's regime <select data-field="regime">{regimes}</select></label>
-<output aria-live="polite"></output>
-</fieldset>
-"""
-SCRIPT = """
-<script>
-const form = document.querySelector(".board-filter");
-const tiles = [...document.querySelectorAll(".claim")];
-const show = () => {
-  const asked = [...form.querySelectorAll("select")];
-  for (const tile of tiles)
-    tile.hidden = asked.some(
-      ask => ask.value && tile.dataset[ask.dataset.field] !== ask.value);
-  const n = tiles.filter(tile => !tile.hidden).length;
-  form.querySelector("output").textContent = `${n} of ${tiles.length} claims`;
-};
-form.hidden = false;
-form.addEventListener("change", show);
-show();
-</script>
-"""
+
+
+def template(name: str) -> Template:
+    """A page beside this module; what is filled in is escaped."""
+    pages = PackageLoader("opd_geometry", "book")
+    all_of = Environment(loader=pages, autoescape=True, undefined=StrictUndefined)
+    return all_of.get_template(name)
 
 
 def part_of(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -98,33 +79,18 @@ def board(findings: pd.DataFrame, brief: bool = False) -> str:
         ValueError: as ``part_of``.
     """
     rows, others = by_world(findings)
-    tiles = "\n".join(_tile(row, others.get(row["id"], []), brief) for row in rows)
-    kind = "claims claims-brief" if brief else "claims"
-    text = f'{_says(rows)}<ul class="{kind}">\n{tiles}\n</ul>\n'
-    if brief:
-        return text
-    verdicts = [name for name in VERDICT_MARKS if name in set(findings["verdict"])]
-    names = {
-        "verdicts": verdicts,
-        "parts": PARTS,
-        "regimes": ("reached", "not reached", NOT_ASKED),
-    }
-    chosen = FILTER.format(**{name: _options(of) for name, of in names.items()})
-    return chosen + text + SCRIPT
-
-
-def _says(rows: list[dict[str, Any]]) -> str:
-    """How many claims got which verdict, and in whose regime, as a paragraph."""
-    verdicts = [str(row["verdict"]) for row in rows]
-    counts = [f"{verdicts.count(v)} {v}" for v in VERDICT_MARKS if v in verdicts]
-    n = sum(row.get("verdict_in_regime") == UNTESTED for row in rows)
-    regime = (
-        f" {n} compare arms that went in other proportions here than in the paper: "
-        "what a tile says of them holds in this book's worlds, and the paper's regime "
-        "was not tested."
+    tiles = [_tile(row, others.get(row["id"], [])) for row in rows]
+    found = [tile["verdict"] for tile in tiles]
+    verdicts = [name for name in VERDICT_MARKS if name in found]
+    return template("board.html").render(
+        brief=brief,
+        tiles=tiles,
+        counts=", ".join(f"{found.count(name)} {name}" for name in verdicts),
+        untested=sum(row.get("verdict_in_regime") == UNTESTED for row in rows),
+        verdicts=[name for name in VERDICT_MARKS if name in set(findings["verdict"])],
+        parts=PARTS,
+        regimes=("reached", "not reached", NOT_ASKED),
     )
-    told = f"Of {len(rows)} claims: {', '.join(counts)}.{regime if n else ''}"
-    return f"<p>{told}</p>\n"
 
 
 def by_world(
@@ -162,11 +128,6 @@ def tally(findings: pd.DataFrame) -> dict[str, str]:
     return {chapter: " ".join(marks) for chapter, marks in told.items()}
 
 
-def _options(names: Any) -> str:
-    chosen = "".join(f"<option>{html.escape(name)}</option>" for name in names)
-    return f'<option value="">all</option>{chosen}'
-
-
 def marked(verdict: str, n_seeds: int) -> str:
     """A verdict with its mark; one seed, which has no interval, gets none.
 
@@ -177,45 +138,32 @@ def marked(verdict: str, n_seeds: int) -> str:
     return f"{VERDICT_MARKS[verdict]} {'one seed: no verdict' if alone else verdict}"
 
 
-def _tile(row: dict[str, Any], others: list[dict[str, Any]], brief: bool) -> str:
+def _tile(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the template says of a claim."""
     part, chapter = part_of(row)
     verdict = str(row["verdict"])
     reached = "not reached" if row.get("verdict_in_regime") == UNTESTED else "reached"
-    if not row.get("regime") or verdict == "not measured":
-        reached = NOT_ASKED
-    head = (
-        f'<li class="claim claim-{verdict.split()[0]}" data-verdict="{verdict}" '
-        f'data-part="{html.escape(part)}" data-regime="{reached}">'
-        f'<p class="claim-verdict">{marked(verdict, row["n_seeds"])}</p>'
-    )
-    if reached == "not reached":
-        head += '<p class="claim-regime">here; the paper\'s regime is not tested</p>'
-    statement = html.escape(str(row["statement"]))
-    link = f'href="chapters/{chapter}.html"'
-    if brief:
-        nearest = row["matched"] if verdict == "reproduced" else ""
-        beside = f"The control nearest to it: {html.escape(in_words(nearest))}."
-        note = f'<p class="claim-regime">{beside}</p>' if nearest else ""
-        return f"{head}<p><a {link}>{statement}</a></p>{note}</li>"
+    asked = row.get("regime") and verdict != "not measured"
     told = facts(row) | {_world(other): in_short(other) for other in others}
     there = [(_world(x), str(x["regime"])) for x in others if x.get("regime")]
     told |= {f"Regime, {name}": text for name, text in there}
-    known = {name: html.escape(in_words(text)) for name, text in told.items()}
-    lines = {name: f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items()}
-    first = "".join(text for name, text in lines.items() if name in FIRST)
-    rest = "".join(text for name, text in lines.items() if name not in FIRST)
-    return (
-        f'{head}<p class="claim-statement" id="claim-{row["id"]}">{statement}</p>'
-        f"<dl>{first}</dl><details><summary>How it was judged</summary>"
-        f"<dl>{rest}</dl></details>"
-        f"<p><a {link}>The chapter that judges {html.escape(str(row['id']))}</a></p>"
-        "</li>"
-    )
+    known = [(name, in_words(text)) for name, text in told.items()]
+    return {
+        "id": row["id"],
+        "statement": row["statement"],
+        "part": part,
+        "chapter": chapter,
+        "verdict": verdict,
+        "marked": marked(verdict, row["n_seeds"]),
+        "regime": reached if asked else NOT_ASKED,
+        "nearest": in_words(row["matched"]) if verdict == "reproduced" else "",
+        "first": [fact for fact in known if fact[0] in FIRST],
+        "rest": [fact for fact in known if fact[0] not in FIRST],
+    }
 
 
 def facts(row: Mapping[str, Any]) -> dict[str, str]:
     """What stands on a tile below its claim: heading to text, empty ones left out."""
-    seeds = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
     wrong = row.get("verdict_with_wrong_rewards", "")
     known = {
         "The paper": f"{row['paper_value']} ({row['paper_item']})",
@@ -226,7 +174,7 @@ def facts(row: Mapping[str, Any]) -> dict[str, str]:
         BESIDE: row["controls"] if row["verdict"] == "reproduced" else "",
         "A null": row["null"],
         "A control": row["matched"],
-        "Where": f"{_world(row)}; {row.get('n', '') or seeds}",
+        "Where": f"{_world(row)}; {row.get('n', '') or n_seeds_text(row['n_seeds'])}",
         "Regime (displacements)": row.get("regime", ""),
         "Read from": row.get("readout", ""),
         "Read from bf16": row.get("verdict_in_bf16", ""),
@@ -247,8 +195,11 @@ def in_short(row: Mapping[str, Any]) -> str:
     """A claim in another world: its verdict, levels and decisive effect."""
     if row["verdict"] == "not measured":
         return str(row["verdict"])
-    n = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
-    told = [f"{row['verdict']} ({n})", row.get("ours", ""), asked_text(row)]
+    told = [
+        f"{row['verdict']} ({n_seeds_text(row['n_seeds'])})",
+        row.get("ours", ""),
+        asked_text(row),
+    ]
     return "; ".join(str(text) for text in told if text)
 
 
@@ -258,7 +209,12 @@ def asked_text(row: Mapping[str, Any]) -> str:
     return effect_text(row) + (f"; asked: {asked}" if asked else "")
 
 
-def effect_text(row: Mapping[str, Any]) -> str:
+def n_seeds_text(n: int) -> str:
+    """How many seeds, in words."""
+    return "1 seed" if n == 1 else f"{n} seeds"
+
+
+def effect_text(row: Mapping[Any, Any]) -> str:
     """The deciding effect with its interval, a share of entries in per cent points."""
     numbers = [float("nan" if row[x] == "" else row[x]) for x in ("effect", *ENDS)]
     if math.isnan(numbers[0]):

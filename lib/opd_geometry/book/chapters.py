@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as html_text
 from pathlib import Path
@@ -20,14 +20,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from opd_geometry.analysis.claims import (
-    Finding,
-    claim_card,
-    claims_table,
-    judge,
-    levels_text,
-    parts_table,
-)
+from opd_geometry.analysis.claims import claim_card, claims_table, parts_table
 from opd_geometry.analysis.evidence import LAYERS, arms_matching, levels_of
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.analysis.unplaced.power import (
@@ -37,12 +30,19 @@ from opd_geometry.analysis.unplaced.power import (
     difference_limit,
     own_limits,
 )
-from opd_geometry.book.board import arm_name, effect_text, in_words, marked
+from opd_geometry.book.board import (
+    arm_name,
+    effect_text,
+    in_words,
+    marked,
+    n_seeds_text,
+)
 from opd_geometry.book.figures import ARM_STYLES, LABELS, with_minus
 from opd_geometry.experiments.measure import SOURCES, committed_provenance
 from opd_geometry.experiments.measure import load as load_measurements
 from opd_geometry.experiments.profiles import (
     PROFILES,
+    PUBLISHED,
     PUBLISHED_ARMS,
     build,
     parse_seeds,
@@ -52,10 +52,6 @@ from opd_geometry.experiments.schedule import train_all
 from opd_geometry.training.models import ModelConfig
 from opd_geometry.training.students import Student
 
-PARAMETERS = ("profile", "seeds", "source", "jobs")
-OPTIONAL = ("student",)  # which no notebook has to name
-PAIR = ("before", "after")  # of the chapter about a reader's own checkpoints
-MODEL = ("model",)  # of the chapter about updates without place
 # What a fresh IPython kernel defines: _, __, _i3, _12, _dh, __name__ and the like.
 KERNEL_NAMES = re.compile(r"_{1,3}|_i{1,3}|_i?\d+|_[dio]h|_exit_code|__\w+|In|Out")
 AGAINST = "null; matched control"
@@ -150,25 +146,24 @@ def check_parameters(names: Mapping[str, object]) -> Parameters:
     Raises:
         ParameterError: one line, naming the known parameters or values.
     """
-    _check_names(names, PARAMETERS, OPTIONAL)
-    profile, seeds, source, jobs = (names[name] for name in PARAMETERS)
+    given = _given(names, Parameters)
+    profile, source, jobs = (given[name] for name in ("profile", "source", "jobs"))
     known = profile.partition(":")[0] if isinstance(profile, str) else profile
     _one_of("profile", known, PROFILES)
     _one_of("source", source, SOURCES)
     if type(jobs) is not int or jobs < 1:
         raise ParameterError(f"jobs {jobs!r}: expected an integer, 1 or larger")
     try:
-        numbers = tuple(parse_seeds(str(seeds)))
-    except ValueError as error:
-        raise ParameterError(str(error)) from None
-    student = names.get("student") or ""
-    try:
+        seeds = tuple(parse_seeds(str(given["seeds"])))
         settings = PROFILES[str(profile)]
     except ValueError as error:
         raise ParameterError(str(error)) from None
+    student = str(given.get("student") or "")
     if student and isinstance(settings.student, ModelConfig):
         raise ParameterError(f"student {student!r}: profile {profile} takes none")
-    return Parameters(str(profile), numbers, str(source), jobs, str(student))
+    global _all_there
+    _all_there = profile == PUBLISHED and source == "committed" and len(seeds) > 1
+    return Parameters(str(profile), seeds, str(source), jobs, student)
 
 
 def check_pair(names: Mapping[str, object]) -> Pair:
@@ -183,14 +178,7 @@ def check_pair(names: Mapping[str, object]) -> Pair:
     Raises:
         ParameterError: one line, naming the known parameters, or what is no place.
     """
-    _check_names(names, PAIR)
-    for name in PAIR:
-        if not isinstance(names[name], str) or not names[name]:
-            raise ParameterError(
-                f"{name} {names[name]!r}: expected a directory, a .safetensors file or "
-                "a hub id"
-            )
-    return Pair(str(names["before"]), str(names["after"]))
+    return Pair(**_places(names, Pair))
 
 
 def check_model(names: Mapping[str, object]) -> Model:
@@ -205,29 +193,37 @@ def check_model(names: Mapping[str, object]) -> Model:
     Raises:
         ParameterError: one line, naming the known parameter, or what is no model.
     """
-    _check_names(names, MODEL)
-    model = names["model"]
-    if not isinstance(model, str) or not model:
-        raise ParameterError(
-            f"model {model!r}: expected the name of committed tables, a directory, a "
-            ".safetensors file or a hub id"
-        )
-    return Model(model)
+    return Model(**_places(names, Model, "the name of committed tables, "))
 
 
-def _check_names(
-    names: Mapping[str, object],
-    known: tuple[str, ...],
-    optional: tuple[str, ...] = (),
-) -> None:
-    """Refuse what a notebook does not have, and a notebook without its parameters."""
-    checked = (Parameters, Pair, Model)
-    if not any(isinstance(value, checked) for value in names.values()):
-        unknown = [
-            name
-            for name, value in names.items()
-            if name not in (*known, *optional) and _is_given(name, value)
-        ]
+def _places(
+    names: Mapping[str, object], of: type[Pair | Model], besides: str = ""
+) -> dict[str, str]:
+    """Parameters that say where a checkpoint is."""
+    places = _given(names, of)
+    for name, place in places.items():
+        if not isinstance(place, str) or not place:
+            raise ParameterError(
+                f"{name} {place!r}: expected {besides}a directory, a .safetensors file "
+                "or a hub id"
+            )
+    return {name: str(place) for name, place in places.items()}
+
+
+def _given(
+    names: Mapping[str, object], of: type[Parameters | Pair | Model]
+) -> dict[str, Any]:
+    """Values of the parameters; no unknown one, and none of those missing.
+
+    A field with a default is one that no notebook has to name.
+    """
+    fields = dataclasses.fields(of)
+    known = [f.name for f in fields if f.default is dataclasses.MISSING]
+    if not any(
+        isinstance(value, Parameters | Pair | Model) for value in names.values()
+    ):
+        own = {f.name for f in fields}
+        unknown = [n for n, v in names.items() if n not in own and _is_given(n, v)]
         if unknown:
             raise ParameterError(
                 f"unknown parameter {', '.join(unknown)}; expected {', '.join(known)}"
@@ -237,6 +233,7 @@ def _check_names(
         raise ParameterError(
             f"no parameter {', '.join(missing)}; run the parameters cell first"
         )
+    return {f.name: names[f.name] for f in fields if f.name in names}
 
 
 def of_pretrained(parameters: Parameters) -> Parameters:
@@ -419,6 +416,7 @@ def rounded(frame: pd.DataFrame, digits: int = DIGITS) -> pd.DataFrame:
 
 
 _published: dict[str, Any] = {}  # of this kernel's notebook: name to value
+_all_there = False  # whether it reads committed runs, of which none is missing
 
 
 def publish(**values: Any) -> None:
@@ -460,19 +458,28 @@ def say(text: str, **values: Any) -> Any:
             doubled.
         values: name to value; for all others what this notebook has published.
 
+    Returns:
+        The passage. A NaN is a dash: of an arm that was not run, or of one seed's
+        interval; where every run is there, it is an error.
+
     Raises:
-        ValueError: a name without a value, or a value that its format does not fit.
+        ValueError: a name without a value, a value that its format does not fit, or a
+            NaN that no missing run accounts for.
     """
     try:
         told = inspect.cleandoc(text).format_map({**_published, **values})
-        told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
-        told = told.replace(" [nan, nan]", "")  # one seed has no interval
-        told = re.sub(r"\+?\bnan\b", "\N{EN DASH}", told)  # an arm is not there
-        return markdown(typeset(told))
     except KeyError as error:
         raise ValueError(
             f"no value {error.args[0]!r}: publish it in a cell above, or give it here"
         ) from None
+    if _all_there and (found := re.search(r"[^.;:]*\bnan\b[^.;:]*", told)):
+        raise ValueError(
+            f"a number is NaN in {found[0].strip()!r}, though no run is missing: "
+            "expected a number; look for what made it"
+        )
+    told = told.replace("\n%", "\N{NO-BREAK SPACE}%")  # else MyST drops that line
+    told = told.replace(" [nan, nan]", "")  # one seed has no interval
+    return markdown(typeset(re.sub(r"\+?\bnan\b", "\N{EN DASH}", told)))
 
 
 def show(name: str) -> Any:
@@ -662,18 +669,18 @@ def verdict_table(table: pd.DataFrame, claim_ids: Iterable[str]) -> pd.DataFrame
     Raises:
         ValueError: unknown claim.
     """
-    rows, levels = [], levels_of(table)
-    for claim in map(claim_of, claim_ids):
-        finding = judge(claim, table)
-        rows.append(
-            {
-                "claim": f"{claim.statement} ({claim.id})",
-                "verdict": marked(finding.verdict, finding.n_seeds),
-                "here": _here(finding, levels_text(claim, levels)),
-                "the paper": f"{claim.paper_item}: {claim.paper_value}",
-                AGAINST: _outcomes(f"{finding.null}; {finding.matched}"),
-            }
-        )
+    asked = [claim_of(name).id for name in claim_ids]
+    found = claims_table(table).set_index("id", drop=False).loc[asked]
+    rows = [
+        {
+            "claim": f"{row['statement']} ({row['id']})",
+            "verdict": marked(row["verdict"], row["n_seeds"]),
+            "here": _here(row),
+            "the paper": f"{row['paper_item']}: {row['paper_value']}",
+            AGAINST: _outcomes(f"{row['null']}; {row['matched']}"),
+        }
+        for row in found.to_dict("records")
+    ]
     return pd.DataFrame(rows)
 
 
@@ -682,13 +689,12 @@ def _outcomes(against: str) -> str:
     return in_words(re.sub(r": [^;,]*, (?=[a-z])", ": ", against))
 
 
-def _here(finding: Finding, levels: str) -> str:
+def _here(row: Mapping[Hashable, Any]) -> str:
     """Levels, the effect that decides with its interval, and seeds in a cell."""
-    if finding.verdict == "not measured":
+    if row["verdict"] == "not measured":
         return "–"
-    seeds = "1 seed" if finding.n_seeds == 1 else f"{finding.n_seeds} seeds"
-    told = f"{levels}; " if levels else ""
-    return in_words(f"{told}{effect_text(vars(finding))}; {seeds}")
+    told = (row["ours"], effect_text(row), n_seeds_text(row["n_seeds"]))
+    return in_words("; ".join(text for text in told if text))
 
 
 def verdicts(table: pd.DataFrame, claim_ids: Iterable[str]) -> Table:

@@ -6,7 +6,6 @@ In the book's one style (see ``figures``); tidy tables in, figures out.
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -19,9 +18,9 @@ from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
     METRIC_LABELS,
-    WIDTH,
     key,
     legend_above,
+    panels,
     place_labels,
     plain_log_ticks,
     present,
@@ -64,9 +63,7 @@ def by_choice(
     levels = levels_of(table, arms)
     columns = max(map(len, grid))
     with styled():
-        figure, axes = plt.subplots(
-            len(grid), columns, figsize=(WIDTH, 0.5 + 2.7 * len(grid)), squeeze=False
-        )
+        figure, axes = panels(len(grid), columns, 0.5 + 2.7 * len(grid))
         named = []
         for row, choices in zip(axes, grid, strict=True):
             for ax, choice in zip(row, choices, strict=False):

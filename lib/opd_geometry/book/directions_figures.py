@@ -4,6 +4,7 @@ In the book's one style (see ``figures``); tables of ``analysis.directions`` in.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -76,17 +77,11 @@ def along_the_way(
             ax.axhline(0.0, color=GREY, ls=":", lw=1.2)
             for name in arms:
                 rows, look = table[table["other"] == name], ARM_STYLES[name]
+                label = f"{look.label}, another seed" if name == arm else look.label
+                named: Any = {"color": look.colour, "label": label}
+                named |= {"marker": mark_of(name), "ms": 4}
                 if len(rows):
-                    label = f"{look.label}, another seed" if name == arm else look.label
-                    ax.plot(
-                        100 * rows["stop"],
-                        rows["cosine"],
-                        look.dash,
-                        marker=mark_of(name),
-                        color=look.colour,
-                        ms=4,
-                        label=label,
-                    )
+                    ax.plot(100 * rows["stop"], rows["cosine"], look.dash, **named)
             ax.set_xlim(0, 104)
         axes[0].set_ylabel(f"cosine with {ARM_STYLES[arm].label}'s increment")
         legend_above(figure, labelled(axes), ncols=3)

@@ -7,12 +7,10 @@ out.
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from opd_geometry.analysis.distance import (
     AT_END,
@@ -20,6 +18,7 @@ from opd_geometry.analysis.distance import (
     N_BINS,
     PLACE,
     SHAPE,
+    SUBSPACES,
     points,
 )
 from opd_geometry.book.figures import (
@@ -28,14 +27,15 @@ from opd_geometry.book.figures import (
     METRIC_LABELS,
     SMALL,
     TEXT,
-    WIDTH,
     arm_keys,
+    draw_arms,
     draw_dot,
     key,
     legend_above,
-    mark_of,
+    log_ticks,
     name_rows,
     panel_row,
+    panels,
     styled,
 )
 
@@ -52,15 +52,6 @@ PANELS = (
 MASK_LABELS = {
     "principal_overlap": "principal mask",
     "low_magnitude_overlap": "small weights",
-}
-PLACE_LABELS = {
-    "top_right": "top right of W₀",
-    "top_left": "top left of W₀",
-    "bottom_right": "bottom right of W₀",
-    "bottom_left": "bottom left of W₀",
-    "inputs": "where the inputs lie",
-    "principal": "principal mask",
-    "low_magnitude": "low-magnitude mask",
 }
 
 
@@ -83,7 +74,7 @@ def curves(table: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     if absent:
         raise ValueError(f"no share of {', '.join(absent)}; expected it in shares")
     with styled():
-        figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.2), sharex=True)
+        figure, axes = panels(2, 3, 5.2, sharex=True)
         for ax, metric in zip(axes.flat, PANELS, strict=True):
             _draw_curve(ax, points(table, metric), metric)
             share = known.loc[metric, "share"]
@@ -132,11 +123,8 @@ def permutations(found: pd.DataFrame, bound: float) -> Figure:
     markers = dict(zip(densities, "osD^", strict=False))
     masks = list(dict.fromkeys(found["mask"]))
     with styled():
-        figure, axes = _rows_of_arms(found, len(masks))
-        for line, (world, rows) in zip(
-            axes, found.groupby("world", sort=False), strict=True
-        ):
-            arms = list(dict.fromkeys(rows["arm"]))
+        figure, worlds = _rows_of_arms(found, len(masks))
+        for line, rows, arms in worlds:
             for ax, mask in zip(line, masks, strict=True):
                 ax.axvspan(-bound, bound, color=GREY, alpha=0.12, lw=0)
                 ax.axvline(0, color=GREY, ls=":", lw=1.2)
@@ -147,8 +135,7 @@ def permutations(found: pd.DataFrame, bound: float) -> Figure:
                     look = ARM_STYLES[row["arm"]].colour, markers[row["density"]]
                     draw_dot(ax, 100 * row["difference"], y, ends, *look)
                 ax.set_xlim(-1.2 * bound, 1.2 * bound)
-            line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
-        for ax, mask in zip(axes[0], masks, strict=True):
+        for ax, mask in zip(figure.axes, masks, strict=False):  # the uppermost
             ax.set_title(MASK_LABELS[mask], fontsize=SMALL)
         figure.supxlabel("overlap, own minus shuffled (points)", fontsize=SMALL)
         names = [
@@ -159,23 +146,22 @@ def permutations(found: pd.DataFrame, bound: float) -> Figure:
     return figure
 
 
-def _rows_of_arms(found: pd.DataFrame, n: int) -> tuple[Figure, np.ndarray]:
-    """A row of n panels a world, in each a row an arm."""
-    by_world = found.groupby("world", sort=False)["arm"].unique()
-    heights = [0.9 + 0.34 * len(arms) for arms in by_world]
-    figure, axes = plt.subplots(
-        len(by_world),
-        n,
-        figsize=(WIDTH, 0.5 + sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-    )
-    for line, arms in zip(axes, by_world, strict=True):
+def _rows_of_arms(
+    found: pd.DataFrame, n: int
+) -> tuple[Figure, list[tuple[np.ndarray, pd.DataFrame, list[str]]]]:
+    """A row of n panels a world, in each a row an arm: panels, table and arms."""
+    tables = dict(list(found.groupby("world", sort=False)))
+    arms = [list(table["arm"].unique()) for table in tables.values()]
+    heights = [0.9 + 0.34 * len(names) for names in arms]
+    height = 0.5 + sum(heights)
+    figure, axes = panels(len(tables), n, height, height_ratios=heights)
+    for line, world, names in zip(axes, tables, arms, strict=True):
+        line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
         for ax in line:
-            ax.set_yticks(range(len(arms)), [ARM_STYLES[a].label for a in arms])
-            ax.set_ylim(len(arms) - 0.4, -0.6)
+            ax.set_yticks(range(len(names)), [ARM_STYLES[a].label for a in names])
+            ax.set_ylim(len(names) - 0.4, -0.6)
             ax.tick_params(labelsize=SMALL, labelleft=ax is line[0])
-    return figure, axes
+    return figure, list(zip(axes, tables.values(), arms, strict=True))
 
 
 def angles(found: pd.DataFrame) -> Figure:
@@ -191,11 +177,8 @@ def angles(found: pd.DataFrame) -> Figure:
     """
     with styled():
         metrics = list(dict.fromkeys(found["metric"]))
-        figure, axes = _rows_of_arms(found, len(metrics))
-        for line, (world, rows) in zip(
-            axes, found.groupby("world", sort=False), strict=True
-        ):
-            arms = list(dict.fromkeys(rows["arm"]))
+        figure, worlds = _rows_of_arms(found, len(metrics))
+        for line, rows, arms in worlds:
             for ax, metric in zip(line, metrics, strict=True):
                 ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
                 for row in rows[rows["metric"] == metric].itertuples():
@@ -205,7 +188,6 @@ def angles(found: pd.DataFrame) -> Figure:
                     draw_dot(ax, row.times, y, ends, colour, mark, open_)
                 ax.set_title(METRIC_LABELS[metric].removesuffix(" (deg)"))
                 ax.set_xlabel("times its null", fontsize=SMALL)
-            line[0].set_ylabel(world, fontsize=SMALL, weight="bold")
         keys = {
             "over a Gaussian of its norm": key(GREY),
             "over its own singular values, turned": key(GREY, "D", hollow=True),
@@ -224,20 +206,14 @@ def energy_dots(found: pd.DataFrame) -> Figure:
         A row a place, a dot an arm with its 95 % interval; grey the line of chance.
     """
     arms = list(dict.fromkeys(found["arm"]))
-    places = [name for name in PLACE_LABELS if name in set(found["place"])]
+    places = [name for name in SUBSPACES if name in set(found["place"])]
     with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.5 * len(places)))
+        figure, ((ax,),) = panels(1, 1, 0.9 + 0.5 * len(places))
         ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
-        for i, arm in enumerate(arms):
-            look, rows = ARM_STYLES[arm], found[found["arm"] == arm]
-            shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
-            y = [places.index(name) + shift for name in rows["place"]]
-            ends = (rows["low"], rows["high"])
-            draw_dot(ax, rows["times"], y, ends, look.colour, mark_of(arm))
-        name_rows(ax, [PLACE_LABELS[name] for name in places])
-        ax.set_xscale("log")
-        ax.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-        ax.minorticks_off()
+        y = [float(places.index(name)) for name in found["place"]]
+        draw_arms(ax, found, arms, "times", y)
+        name_rows(ax, [SUBSPACES[name] for name in places])
+        log_ticks(ax, [0.2, 0.5, 1, 2, 5])
         ax.set_xlabel("energy of the update, chance = 1")
         legend_above(figure, arm_keys(arms), ncols=4)
     return figure
@@ -255,7 +231,7 @@ def displacement_dots(found: pd.DataFrame) -> Figure:
     """
     rows = found.set_index("arm")
     with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.33 * len(rows)))
+        figure, ((ax,),) = panels(1, 1, 0.8 + 0.33 * len(rows))
         ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
         ax.set_xlim(0, 1.6 * float(rows["displacement"].max()))
         for y, (arm, row) in enumerate(rows.iterrows()):
@@ -333,7 +309,6 @@ def _factor_ticks(ax: Axes) -> None:
         ticks = [step**n for n in range(-9, 10) if low <= step**n <= high]
         if len(ticks) <= 3:
             break
-    ax.set(xlim=(low, high), xticks=ticks)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 2):g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.tick_params(axis="x", which="minor", length=0)
+    ax.set_xlim(low, high)
+    log_ticks(ax, ticks)
+    ax.set_xticklabels([f"{round(tick, 2):g}" for tick in ticks])

@@ -6,7 +6,6 @@ In the book's one style (see ``figures``); tables of ``analysis.exclusions`` in.
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,9 +19,11 @@ from opd_geometry.book.figures import (
     GREY,
     RED,
     SMALL,
-    WIDTH,
+    panels,
     styled,
 )
+
+ABOVE: dict[str, Any] = {"va": "bottom", "fontsize": SMALL}  # a word over a panel
 
 
 def feasible_shares(
@@ -46,7 +47,7 @@ def feasible_shares(
         on the right it is the true share.
     """
     with styled():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
+        figure, ((left, right),) = panels(1, 2, 3.6)
         for place, row in enumerate(paper.itertuples()):
             look = ARM_STYLES[str(row.arm)]
             _draw_interval(left, place, row._asdict(), look.colour, row.overlap)
@@ -54,9 +55,7 @@ def feasible_shares(
         for (share, said), side in zip(stated.items(), ("right", "left"), strict=False):
             left.axvline(share, color=RED, linestyle=":", lw=1.2, zorder=0)
             said = f"{said} " if side == "right" else f" {said}"
-            left.text(
-                share, -0.75, said, color=RED, fontsize=SMALL, ha=side, va="bottom"
-            )
+            left.text(share, -0.75, said, color=RED, ha=side, **ABOVE)
         labels = _draw_known(right, measured, null)
         names = _row_names(paper)
         left.set_yticks(range(len(names)), names, fontsize=SMALL)
@@ -80,7 +79,7 @@ def _draw_known(
     shifts = np.linspace(-0.17, 0.17, len(measured)) if len(measured) > 1 else [0.0]
     for shift, (share, rows) in zip(shifts, measured.items(), strict=True):
         ax.axvline(share, color=GREY, linestyle=":", lw=1.2, zorder=0)
-        ax.text(share, -0.75, f"{share:g}", fontsize=SMALL, ha="center", va="bottom")
+        ax.text(share, -0.75, f"{share:g}", ha="center", **ABOVE)
         groups = list(rows.groupby(["arm", "mask"], sort=False))
         for place, ((arm, _), group) in enumerate(groups):
             colour = ARM_STYLES[arm].colour
@@ -129,17 +128,14 @@ def one_seed(seeds: pd.DataFrame) -> Figure:
     rows = closest(seeds)
     order = rows.groupby("claim")["spreads"].mean().sort_values()
     with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 1.0 + 0.3 * max(4, len(order))))
+        figure, ((ax,),) = panels(1, 1, 1.0 + 0.3 * max(4, len(order)))
         ax.axvspan(-1.96, 1.96, color=GREY, alpha=0.18, lw=0)
         ax.axvline(0, color=GREY, lw=1)
         labels = []
         for place, claim in enumerate(order.index):
             of_claim = rows[rows["claim"] == claim]
-            for colour, there in (
-                (BLUE, of_claim["agrees"]),
-                (RED, ~of_claim["agrees"]),
-            ):
-                dots = of_claim.loc[there, "spreads"]
+            for colour, agrees in ((BLUE, True), (RED, False)):
+                dots = of_claim.loc[of_claim["agrees"] == agrees, "spreads"]
                 ax.plot(dots, [place] * len(dots), "o", color=colour, ms=5, alpha=0.8)
             ax.plot(order[claim], place, "|", color=GREY, ms=13, mew=1.6)
             part = in_words(str(of_claim["part"].iloc[0]))
@@ -148,15 +144,8 @@ def one_seed(seeds: pd.DataFrame) -> Figure:
         ax.set_ylim(len(labels) - 0.4, -0.6)
         near, far = min([-2.5, *rows["spreads"]]), max([3.0, *rows["spreads"]])
         ax.set_xlim(near - 0.4, far + 0.4)
-        said: dict[str, Any] = {"va": "bottom", "fontsize": SMALL}
-        ax.text(
-            -0.1,
-            -0.75,
-            "a seed alone says the opposite ←",
-            color=RED,
-            ha="right",
-            **said,
-        )
-        ax.text(0.1, -0.75, "→ agrees with all seeds", color=BLUE, ha="left", **said)
+        said, other = "a seed alone says the opposite ←", "→ agrees with all seeds"
+        ax.text(-0.1, -0.75, said, color=RED, ha="right", **ABOVE)
+        ax.text(0.1, -0.75, other, color=BLUE, ha="left", **ABOVE)
         ax.set_xlabel("distance from the bound, in standard deviations over seeds")
     return figure

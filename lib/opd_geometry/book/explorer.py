@@ -18,6 +18,7 @@ from opd_geometry.book.figures import (
     LAYER_ROLES,
     METRIC_LABELS,
     WEIGHTED_METRICS,
+    with_null,
 )
 from opd_geometry.experiments import measure
 from opd_geometry.experiments.profiles import PUBLISHED
@@ -68,8 +69,7 @@ def aggregate(tables: Iterable[pd.DataFrame]) -> dict[str, Any]:
 
 def _of_run(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """One run's means over matrices: by (metric, step), and at the end by layer."""
-    names = [name for m in METRICS for name in (m, f"null_{m}")]
-    rows = table[table["metric"].isin(names)].dropna(subset="value")
+    rows = table[table["metric"].isin(with_null(METRICS))].dropna(subset="value")
     metric = rows["metric"].astype(str)
     bare = metric.str.removeprefix("null_")
     attention = bare.isin(OF_ATTENTION) & rows["role"].isin(ATTENTION_ROLES)
@@ -104,9 +104,7 @@ def _is_complete(rows: pd.DataFrame) -> np.ndarray:
 def _over_seeds(parts: list[pd.Series]) -> pd.DataFrame:
     """Mean, lowest and highest of what every seed has."""
     every = pd.concat(parts, axis=1, join="inner")
-    return pd.DataFrame(
-        {0: every.mean(axis=1), 1: every.min(axis=1), 2: every.max(axis=1)}
-    )
+    return every.agg(["mean", "min", "max"], axis=1)
 
 
 def _rows(values: pd.DataFrame, places: list[int] | None = None) -> dict[str, Any]:

@@ -18,7 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from opd_geometry.geometry.defaults import ATTENTION_ROLES, LAYER_ROLES, MASK_ALPHA
 
@@ -538,13 +544,26 @@ def plain_log_ticks(axis: XAxis | YAxis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def log_ticks(ax: Axes, places: Sequence[float]) -> None:
+    """A logarithmic horizontal axis with ticks at these places alone."""
+    ax.set_xscale("log")
+    ax.set_xticks(places, [f"{place:g}" for place in places])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def panels(
+    rows: int, columns: int, height: float, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A grid of panels across the page; height in inches, the rest as of matplotlib."""
+    size = (WIDTH, height)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
+
+
 def panel_row(
     count: int, height: float, sharex: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A row of panels across the page, whose rows mean the same; height in inches."""
-    figure, axes = plt.subplots(
-        1, count, figsize=(WIDTH, height), sharex=sharex, sharey=True, squeeze=False
-    )
+    figure, axes = panels(1, count, height, sharex=sharex, sharey=True)
     return figure, list(axes[0])
 
 
@@ -552,6 +571,16 @@ def name_rows(ax: Axes, names: Sequence[str], **look: Any) -> None:
     """Names at the rows 0, 1, ... from the top of the leftmost panel."""
     ax.set_yticks(range(len(names)), names, **look)
     ax.invert_yaxis()
+
+
+def name_arms(axes: Sequence[Axes], arms: Sequence[str]) -> None:
+    """Arms in their colours at the rows of panels that need no line for them."""
+    axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
+    for label, arm in zip(axes[0].get_yticklabels(), arms, strict=True):
+        label.set_color(ARM_STYLES[arm].colour)
+    for ax in axes:
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
 
 
 def draw_dot(
@@ -566,6 +595,30 @@ def draw_dot(
     """A mark in its row, or several, each with a line from end to end."""
     ax.hlines(y, *ends, color=colour, lw=1.3)
     ax.plot(x, y, mark, color=colour, mfc="none" if hollow else colour, ms=5)
+
+
+def draw_arms(
+    ax: Axes,
+    rows: pd.DataFrame,
+    arms: Sequence[str],
+    value: str,
+    places: Sequence[float],
+) -> None:
+    """Dots of several arms about one row each, with their intervals.
+
+    Args:
+        ax: where.
+        rows: columns arm, low, high and the value.
+        arms: from the top of a row.
+        value: the column that is drawn.
+        places: of the rows of the table, in the panel.
+    """
+    at = pd.Series(places, rows.index)
+    for i, arm in enumerate(arms):
+        own, look = rows[rows["arm"] == arm], ARM_STYLES[arm]
+        y = at[own.index] + 0.7 * ((i + 0.5) / len(arms) - 0.5)
+        ends = (own["low"], own["high"])
+        draw_dot(ax, own[value], y, ends, look.colour, mark_of(arm))
 
 
 def key(colour: str, mark: str = "o", hollow: bool = False) -> Line2D:
@@ -704,14 +757,8 @@ def depth_profiles(
     """
     arms = present(table, arms)
     with styled():
-        figure, axes = plt.subplots(
-            len(arms),
-            len(metrics),
-            figsize=(WIDTH, 0.6 + 1.45 * len(arms)),
-            sharex=True,
-            sharey="col",
-            squeeze=False,
-        )
+        height, columns = 0.6 + 1.45 * len(arms), len(metrics)
+        figure, axes = panels(len(arms), columns, height, sharex=True, sharey="col")
         for row, arm in zip(axes, arms, strict=True):
             for ax, metric in zip(row, metrics, strict=True):
                 _draw_depth(ax, table, arm, metric, roles)
@@ -761,11 +808,6 @@ def final_matrices(
 MASK_METRICS = ("density", "principal_overlap", "low_magnitude_overlap")
 
 
-def _map_height(table: pd.DataFrame) -> float:
-    """Inches of a map: a line of it needs room for its number, or at least a tick."""
-    return max(1.5, 0.1 * table["layer"].nunique())
-
-
 def _by_role_and_layer(
     table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
 ) -> pd.DataFrame:
@@ -775,37 +817,6 @@ def _by_role_and_layer(
     return rows.pivot_table(
         index="layer", columns="role", values="value", aggfunc="mean"
     ).reindex(columns=list(roles))
-
-
-def _draw_heat(
-    ax: Axes, values: pd.DataFrame, limits: tuple[float, float], form: str | None
-) -> None:
-    """A square a cell, the first row at the top; with a number in it or a colour bar.
-
-    Args:
-        ax: where.
-        values: a row a line of the map; NaN leaves its square empty.
-        limits: values of the first and of the last colour.
-        form: of the numbers, such as ``.0f``; None writes none.
-    """
-    import seaborn as sns  # takes a second, which pages without a map need not wait
-
-    few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
-    sns.heatmap(
-        values,
-        ax=ax,
-        annot=form is not None,
-        fmt=form or "",
-        annot_kws={"fontsize": SMALL},
-        cbar=False,
-        cmap="YlGnBu",
-        vmin=limits[0],
-        vmax=limits[1],
-        linewidths=0.5 if few else 0.0,
-    )
-    ax.set(xlabel="", ylabel="")
-    ax.tick_params(length=0, labelrotation=0)
-    ax.tick_params(axis="x", labelrotation=90)  # roles are words, squares narrow
 
 
 def role_maps(
@@ -833,10 +844,9 @@ def role_maps(
     names = set(table["metric"])
     prefixes = ["", *(["null_"] if names & {f"null_{m}" for m in metrics} else [])]
     with styled():
-        height = 0.5 + _map_height(table) * len(prefixes)
-        figure, axes = plt.subplots(
-            len(prefixes), len(metrics), figsize=(WIDTH, height), squeeze=False
-        )
+        each = max(1.5, 0.1 * table["layer"].nunique())  # a line needs a number's room
+        height = 0.5 + each * len(prefixes)
+        figure, axes = panels(len(prefixes), len(metrics), height)
         for column, metric in zip(axes.T, metrics, strict=True):
             maps = [
                 _by_role_and_layer(table, arm, f"{prefix}{metric}", roles)
@@ -856,13 +866,27 @@ def role_maps(
 
 
 def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> None:
-    """One map with its colour bar; nothing where there are no values."""
+    """A square a value, the first row at the top; numbers if they fit, else a bar.
+
+    Args:
+        ax: where; it stays empty if there is no value.
+        values: a row a line of the map; NaN leaves its square empty.
+        low, high: values of the first and of the last colour.
+    """
+    import seaborn as sns  # takes a second, which pages without a map need not wait
+
     if values.isna().all(axis=None):
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
     few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 3
-    _draw_heat(ax, values, (low, high), ".2g" if few else None)
+    numbers: Any = {"annot": few, "fmt": ".2g", "annot_kws": {"fontsize": SMALL}}
+    seams = 0.5 if len(values) <= 4 * ANNOTATED_LAYERS else 0.0  # else they hide all
+    colours: Any = {"cmap": "YlGnBu", "vmin": low, "vmax": high, "linewidths": seams}
+    sns.heatmap(values, ax=ax, cbar=False, **numbers, **colours)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0, labelrotation=0)
+    ax.tick_params(axis="x", labelrotation=90)  # roles are words, squares narrow
     if not few:
         figure = ax.get_figure(root=True)
         assert figure is not None
@@ -886,17 +910,14 @@ def mask_bars(table: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """
     arms = present(table, arms)
     with styled():
-        figure, axes = plt.subplots(
-            1, 3, figsize=(WIDTH, 0.9 + 0.42 * len(arms)), sharey=True
-        )
+        figure, axes = panel_row(3, 0.9 + 0.42 * len(arms))
         for ax, metric in zip(axes, MASK_METRICS, strict=True):
             start = 100 * MASK_ALPHA if "overlap" in metric else 0
             draw_bars(ax, table, metric, arms, start)
             title = METRIC_LABELS[metric].replace(", ", ",\n")
             ax.set(title=title, xlabel="per cent ( ┃ Gaussian null )")
         axes[2].sharex(axes[1])
-        axes[0].set_yticks(range(len(arms)), [ARM_STYLES[arm].label for arm in arms])
-        axes[0].invert_yaxis()
+        name_rows(axes[0], [ARM_STYLES[arm].label for arm in arms])
     return figure
 
 
@@ -959,10 +980,8 @@ def projected_training(
     """
     branch, moment = 0.2, "20 %"
     with styled():
-        figure, axes = plt.subplots(
-            1, len(families), figsize=(WIDTH, 3.4), sharey=True, squeeze=False
-        )
-        for ax, family in zip(axes[0], families, strict=True):
+        figure, axes = panel_row(len(families), 3.4)
+        for ax, family in zip(axes, families, strict=True):
             twins = [arm for arm in ARM_STYLES if arm.startswith(f"{family}-projected")]
             values = over_matrices(table, "accuracy/chain")
             for arm in present(table, [family, *reversed(twins)]):
@@ -974,7 +993,7 @@ def projected_training(
             ax.plot([branch, 1], [level, level], ":", **flat)
             title = f"{ARM_STYLES[family].label}, confined after {moment}"
             ax.set(xlim=(0, 1), title=title, xlabel="share of training")
-        axes[0][0].set_ylabel(METRIC_LABELS["accuracy/chain"])
-        for ax in axes[0]:
+        axes[0].set_ylabel(METRIC_LABELS["accuracy/chain"])
+        for ax in axes:
             place_labels(ax)
     return figure

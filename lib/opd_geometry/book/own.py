@@ -4,7 +4,6 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -13,10 +12,10 @@ from opd_geometry.book.figures import (
     BLUE,
     GREY,
     METRIC_LABELS,
-    WIDTH,
     at_end,
     draw_dot,
     name_rows,
+    panels,
     present,
     styled,
 )
@@ -58,7 +57,7 @@ def against_published(
     Raises:
         ValueError: the own table has none of the arms.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for metric in metrics:
         mine, theirs = at_end(own, metric), at_end(published, metric)
         for arm in present(own, arms):
@@ -68,20 +67,11 @@ def against_published(
                 if not len(band):
                     continue
                 low, high = band.min(), band.max()
-                inside = low <= run.value <= high
-                rows.append(
-                    {
-                        "arm": arm_name(arm),
-                        "seed": run.seed,
-                        "diagnostic": METRIC_LABELS[metric],
-                        "yours": run.value,
-                        "lowest": low,
-                        "highest": high,
-                        "n": len(band),
-                        "lies": WITHIN if inside else OUTSIDE,
-                    }
-                )
-    return pd.DataFrame(rows)
+                lies = WITHIN if low <= run.value <= high else OUTSIDE
+                what = (arm_name(arm), run.seed, METRIC_LABELS[metric])
+                rows.append((*what, run.value, low, high, len(band), lies))
+    columns = ["arm", "seed", "diagnostic", "yours", "lowest", "highest", "n", "lies"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bands(compared: pd.DataFrame) -> Figure:
@@ -99,9 +89,7 @@ def bands(compared: pd.DataFrame) -> Figure:
     n_rows = -(-len(arms) // PANELS)
     height = n_rows * (0.7 + 0.24 * len(names))
     with styled():
-        figure, axes = plt.subplots(
-            n_rows, min(PANELS, len(arms)), figsize=(WIDTH, height), squeeze=False
-        )
+        figure, axes = panels(n_rows, min(PANELS, len(arms)), height)
         for ax in axes.flat[len(arms) :]:
             ax.set_axis_off()
         for ax, arm in zip(axes.flat, arms, strict=False):

@@ -92,19 +92,5 @@ def book_ends(book: pd.DataFrame) -> pd.DataFrame:
     wanted = book["metric"].isin([*metrics, "parameters"])
     book = book[wanted & book["role"].isin(LAYER_ROLES)]
     last = book.groupby("run", observed=True)["step"].transform("max")
-    book = book[(book["step"] == last) | (book["metric"] == "parameters")]
-    wide = book.pivot_table(
-        index=["arm", "seed", "matrix"],
-        columns="metric",
-        values="value",
-        aggfunc="first",
-        observed=True,
-    ).reindex(columns=[*metrics, "parameters"])
-    # Sums over parameters, so that one mean serves all.
-    weight = wide["parameters"] / wide.groupby(["arm", "seed"])["parameters"].transform(
-        "mean"
-    )
-    for name in figures.WEIGHTED_METRICS:
-        wide[name] *= weight
-    ends = wide.groupby(["arm", "seed"])[metrics].mean().groupby("arm").mean()
-    return ends.reindex([arm for arm in OURS if arm in ends.index])
+    ends = (book["step"] == last) | (book["metric"] == "parameters")
+    return figures.summary(book[ends], metrics)

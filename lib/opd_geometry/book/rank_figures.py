@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,11 +17,12 @@ from opd_geometry.book.figures import (
     ATTENTION_ROLES,
     GREY,
     SMALL,
-    WIDTH,
     draw_dot,
     key,
     legend_above,
     over_matrices,
+    panel_row,
+    panels,
     plain_log_ticks,
     present,
     styled,
@@ -32,14 +32,14 @@ from opd_geometry.book.figures import (
 def null_dots(
     table: pd.DataFrame,
     arms: Sequence[str],
-    panels: Mapping[str, tuple[str, Mapping[str, str]]],
+    asked: Mapping[str, tuple[str, Mapping[str, str]]],
 ) -> Figure:
     """What arms show, and what each null of them shows, in rows of one panel each.
 
     Args:
         table: tidy.
         arms: a colour each.
-        panels: title to the moment (``first`` or ``last`` checkpoint) and the rows:
+        asked: title to the moment (``first`` or ``last`` checkpoint) and the rows:
             metric to its name in the figure; the first row is the arms' own.
 
     Returns:
@@ -51,16 +51,11 @@ def null_dots(
         ValueError: the table has none of the arms.
     """
     arms = present(table, arms)
-    heights = [len(rows) for _, rows in panels.values()]
+    heights = [len(rows) for _, rows in asked.values()]
     with styled():
-        figure, axes = plt.subplots(
-            len(panels),
-            1,
-            figsize=(WIDTH, 0.8 * len(panels) + 0.32 * sum(heights)),
-            height_ratios=heights,
-            squeeze=False,
-        )
-        for ax, (title, (moment, rows)) in zip(axes.flat, panels.items(), strict=True):
+        n, height = len(asked), 0.8 * len(asked) + 0.32 * sum(heights)
+        figure, axes = panels(n, 1, height, height_ratios=heights)
+        for ax, (title, (moment, rows)) in zip(axes.flat, asked.items(), strict=True):
             for place, metric in enumerate(rows):
                 ends = moments(table, metric, moment)
                 for shift, arm in zip(
@@ -123,7 +118,7 @@ def course_dots(
     rows = apart.set_index("arm")
     there = present(apart, named)
     with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 1.0 + 0.3 * len(there)))
+        figure, ((ax,),) = panels(1, 1, 1.0 + 0.3 * len(there))
         ax.axvspan(1, margin, color=GREY, alpha=0.18, lw=0)
         ax.text(margin, -0.75, " margin", color=GREY, fontsize=SMALL, va="bottom")
         for place, arm in enumerate(there):
@@ -169,8 +164,7 @@ def source_dots(
     walked = told[(told["predictor"] == "frozen_stable_rank")]
     walked = walked[walked["moment"] == "last"].set_index("arm")["predicted"]
     with styled():
-        size = (WIDTH, 1.0 + 0.3 * len(arms))
-        figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
+        figure, axes = panel_row(2, 1.0 + 0.3 * len(arms))
         titles = {"stable_rank": "stable rank", "relative_norm": "relative norm"}
         for ax, (metric, title) in zip(axes, titles.items(), strict=True):
             ends = moments(table, metric, "last")

@@ -15,9 +15,10 @@ from opd_geometry.book.figures import (
     LABELS,
     TEXT,
     arm_keys,
-    draw_dot,
+    draw_arms,
     key,
     legend_above,
+    log_ticks,
     mark_of,
     name_rows,
     styled,
@@ -44,15 +45,9 @@ def over_nulls(worlds: Mapping[str, pd.DataFrame]) -> Figure:
         )
         for ax, table in zip(axes, worlds.values(), strict=True):
             ax.axvline(1.0, color=GREY, ls=":", lw=1.2)
-            for i, arm in enumerate(arms):
-                rows, look = table[table["arm"] == arm], ARM_STYLES[arm]
-                shift = 0.7 * ((i + 0.5) / len(arms) - 0.5)
-                y = [metrics.index(metric) + shift for metric in rows["metric"]]
-                ends = (rows["low"], rows["high"])
-                draw_dot(ax, rows["times"], y, ends, look.colour, mark_of(arm))
-            ax.set_xscale("log")
-            ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-            ax.minorticks_off()
+            y = [float(metrics.index(metric)) for metric in table["metric"]]
+            draw_arms(ax, table, arms, "times", y)
+            log_ticks(ax, [0.5, 1, 2, 4, 8])
         name_rows(axes[0], [LABELS[metric] for metric in metrics])
         legend_above(figure, arm_keys(arms), ncols=4)
     return figure

@@ -6,12 +6,10 @@ In the book's one style (see ``figures``); tidy tables in, figures out.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from opd_geometry.book.figures import (
     ARM_STYLES,
@@ -19,14 +17,15 @@ from opd_geometry.book.figures import (
     METRIC_LABELS,
     NULL_LABEL,
     SMALL,
-    WIDTH,
     ArmStyle,
     at_end,
     draw_curve,
     labelled,
     legend_above,
+    log_ticks,
     name_rows,
     panel_row,
+    panels,
     plain_log_ticks,
     present,
     styled,
@@ -70,9 +69,7 @@ def sweep(
     """
     arms, rows = present(table, arms), -(-len(metrics) // 2)
     with styled():
-        figure, axes = plt.subplots(
-            rows, 2, figsize=(WIDTH, 0.4 + 2.4 * rows), sharex=True, squeeze=False
-        )
+        figure, axes = panels(rows, 2, 0.4 + 2.4 * rows, sharex=True)
         for ax, metric in zip(axes.flat, metrics, strict=False):
             for arm in arms:
                 _draw_sweep(ax, table, arm, places, metric)
@@ -111,11 +108,8 @@ def _draw_sweep(
 
 def _finish_sweep(ax: Axes, metric: str, places: Mapping[str, float]) -> None:
     """Title, and axes with ticks where something stands."""
-    ax.set(title=METRIC_LABELS[metric], xscale="log")
-    ax.set_xticks(sorted(places.values()))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.tick_params(axis="x", which="minor", length=0)
+    ax.set_title(METRIC_LABELS[metric])
+    log_ticks(ax, sorted(places.values()))
     if metric not in SHARES:
         ax.set_yscale("log")
         plain_log_ticks(ax.yaxis)

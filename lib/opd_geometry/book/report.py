@@ -2,9 +2,10 @@
 
 The page needs nothing but itself: figures are SVG inside it, styles too, and it asks no
 host for anything. Beside the reader's model stand the numbers that arXiv:2606.07082
-prints (``data/paper``) and this book's own small models (``data/measurements``). Means
-are taken once, by layer and role, so a page costs little more for many rows than for
-few; and nothing here imports torch, which takes longer to load than a page to draw.
+prints (``data/paper``) and this book's own small models (``data/measurements``). Its
+words stand in ``report.html``; here is what is filled in. Means are taken once, by
+layer and role, so a page costs little more for many rows than for few; and nothing here
+imports torch, which takes longer to load than a page to draw.
 """
 
 import base64
@@ -14,18 +15,18 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from opd_geometry import __version__
 from opd_geometry.book import figures
+from opd_geometry.book.board import template
 from opd_geometry.book.measured import (
     INFINITE,
     METRICS,
@@ -59,7 +60,6 @@ from opd_geometry.geometry.readings import (
 from opd_geometry.geometry.tables import REMEDY, check_output
 from opd_geometry.printing import visible
 
-COURSE = "Over training (Figures 4 and 5)"
 # What a run's course is held against: similarity to the end, and stable rank.
 COURSE_NULLS = {
     "your run": ("similarity_to_end", "stable_rank"),
@@ -77,23 +77,14 @@ COURSE_NULLS = {
     ),
 }
 COURSE_METRICS = ("stable_rank", "frobenius_norm", "hill_alpha", "similarity_to_end")
+PRINTED = ("Figure 2", "Figure 4a", "Figure 4c")  # listed as the paper prints them
 PAGE_SUFFIXES = (".html", ".htm")
 FOLDED_ROWS = 600  # matrices in the table at the end; a page of more is slow to open
 SHADES = 16  # of a map, as classes of the page's style
 OVERLAP_RANGE = (0.3, 0.7)  # first and last shade of an overlap, whose middle is 50 %
 EMPTY = -1  # the shade of a square without a value
-Cells = tuple[str, ...]
 Tell = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure of the page: source is a data URI."""
-
-    source: str
-    alt: str
-    finding: str
-    caption: str
+Section = dict[str, Any]  # what the template fills in
 
 
 @dataclass(frozen=True)
@@ -117,58 +108,6 @@ class Bar:
     def width(self) -> float:
         """How long it is."""
         return abs(self.value - self.start)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page, its cells as text or bars."""
-
-    caption: str
-    columns: Cells
-    rows: tuple[tuple[str | Bar, ...], ...]
-    marked: tuple[str, ...] = ()
-    folded: bool = False
-    finding: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a map: its layer, and a number and a shade for every role."""
-
-    layer: int
-    cells: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Map:
-    """A metric by layer and role; no lines where a null is not in the table."""
-
-    title: str
-    roles: Cells
-    lines: tuple[Line, ...]
-
-
-@dataclass(frozen=True)
-class Maps:
-    """Maps side by side, an upper row of the reader's model and a lower of its null."""
-
-    rows: tuple[tuple[str, tuple[Map, ...]], ...]
-    finding: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the page."""
-
-    key: str
-    title: str
-    texts: tuple[str, ...] = ()
-    figures: tuple[Drawn, ...] = ()
-    maps: tuple[Maps, ...] = ()
-    tables: tuple[Table, ...] = ()
-    reading: tuple[str, ...] = ()
 
 
 def _arm(name: str) -> str:
@@ -209,6 +148,13 @@ class _Pair:
         """Roles of a map."""
         return _roles_in(self.places, PLACED)
 
+    @property
+    def sharing(self) -> int:
+        """How many layers share the lines of a map; 0 if each has its own."""
+        layers = self.wide[self.wide["role"].isin(PLACED)]["layer"]
+        n = int(layers[layers >= 0].nunique())
+        return n if n > self.places["layer"].nunique() else 0
+
 
 def build_report(
     pair: pd.DataFrame | None,
@@ -233,31 +179,33 @@ def build_report(
     if pair is None and trajectory is None:
         raise ValueError("no table, expected one of measure or of trajectory at least")
     book = book_runs()
-    parts: list[Callable[[], Section | None]] = []
+    parts: dict[str, Callable[[], Section | None]] = {}
     measured = None
     if pair is not None:
         wide = widened(pair)
         measured = _Pair(pair, wide, by_place(wide), book_ends(book))
         of_pair = (_differences, _overview, _sparsity, _places, _rotation, _spectra)
-        parts += [partial(draw, measured) for draw in of_pair]
+        parts |= {draw.__name__[1:]: partial(draw, measured) for draw in of_pair}
     if trajectory is not None:
-        parts.append(partial(_course, trajectory, pair, book))
+        parts["course"] = partial(_course, trajectory, pair, book)
     if pair is not None:
-        parts.append(partial(_all_matrices, pair))
-    sections = []
-    for done, part in enumerate(parts):
+        parts["matrices"] = partial(_all_matrices, pair)
+    sections: dict[str, Section] = {}
+    for done, (key, part) in enumerate(parts.items()):
         tell(done, len(parts))
-        sections.append(part())
+        if section := part():
+            sections[key] = section
     tell(len(parts), len(parts))
-    template = resources.files("opd_geometry.book") / "report.html"
-    page = Environment(autoescape=True, undefined=StrictUndefined)
-    return page.from_string(template.read_text("utf8")).render(
+    return template("report.html").render(
         title=visible(title),
         lead=_lead(measured, trajectory),
-        origin=f"Made by opd-geometry {__version__} from {_sizes(pair, trajectory)}. "
-        "The paper is arXiv:2606.07082; its models have billions of parameters, this "
-        "book's less than a million, so compare orders and shapes, not levels.",
-        sections=[section for section in sections if section is not None],
+        version=__version__,
+        sizes=_sizes(pair, trajectory),
+        sections=sections,
+        pair=measured,
+        printed={item: _printed(item) for item in PRINTED},
+        one_side=f"{100 * ONE_SIDE:.0f} %",
+        far_enough=f"{100 * FAR_ENOUGH:.0f} %",
         shades=_shades(),
     )
 
@@ -402,10 +350,11 @@ def _mean(wide: pd.DataFrame, metric: str) -> float:
     known = np.isfinite(values)
     if not known.any():
         return float("nan")
+    weights = standing_for(wide)
     if metric in figures.WEIGHTED_METRICS:
-        weights = (wide["parameters"].to_numpy(float) * standing_for(wide))[known]
-        return float(np.average(values[known], weights=weights))
-    return weighted_mean(values[known], standing_for(wide)[known])
+        weights = wide["parameters"].to_numpy(float) * weights
+        return float(np.average(values[known], weights=weights[known]))
+    return weighted_mean(values[known], weights[known])
 
 
 def _has(wide: pd.DataFrame, metric: str) -> bool:
@@ -424,14 +373,13 @@ def _against(wide: pd.DataFrame, metric: str, form: Callable[[float], str]) -> s
     return f"{form(_mean(wide, metric))}{tail}"
 
 
-def drawn(figure: Figure, alt: str, finding: str, caption: str) -> Drawn:
-    """A figure as SVG within the page; the same figure gives the same bytes."""
+def drawn(figure: Figure) -> str:
+    """A figure as the address of an SVG; the same figure gives the same bytes."""
     file = io.BytesIO()
     # Without a salt ids are random; text as paths needs no font at the reader's.
     with mpl.rc_context({"svg.hashsalt": "opd-geometry", "svg.fonttype": "path"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    data = base64.b64encode(file.getvalue()).decode()
-    return Drawn(f"data:image/svg+xml;base64,{data}", alt, finding, caption)
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 # --- sections ------------------------------------------------------------------------
@@ -463,110 +411,56 @@ def _differences(pair: _Pair) -> Section | None:
     found = against_nulls(in_layers(pair.table))
     order = {ABOVE: 0, BELOW: 0, AT: 1}
     found = found.sort_values("verdict", key=lambda v: v.map(order), kind="stable")
-    rows = tuple(
+    rows = [
         (
             _metric_label(row["diagnostic"]),
             str(row["against"]),
             str(row["matrices"]),
-            _short(row["mean"]),
-            _short(row["null"]),
-            _short(row["ratio"]),
+            *(_short(row[name]) for name in ("mean", "null", "ratio")),
             f"± {_percent(row['limit'])}" if row["limit"] == row["limit"] else "–",
             _percent(row["above"]),
             str(row["verdict"]),
         )
         for _, row in found.iterrows()
-    )
-    if not rows:
-        return None
-    numbers = ("matrices", "mean", "null", "ratio", "detection limit", "above")
-    columns = ("diagnostic", "against", *numbers, "verdict")
-    caption = f"What stands out from its null (means over {pair.covered})"
-    return Section(
-        "differences",
-        "What differs from its null",
-        tables=(Table(caption, columns, rows),),
-        reading=(
-            "A null says what the same diagnostic gives for a Gaussian update with the "
-            "same Frobenius norm in every matrix; for the stable rank, it is that of a "
-            "Gaussian matrix of the same shape. Shuffled: the update's own entries "
-            "elsewhere; turned: its own singular values in other directions; closed "
-            "form: what is expected of any update without a place at this distance. An "
-            "energy is the share of the squared update in W₀'s top or bottom subspaces "
-            "and on its masks, beside chance. A value that equals its null tells "
-            "the size of the update and nothing else; only the difference tells where "
-            "it went.",
-            f"A diagnostic stands out if {100 * ONE_SIDE:.0f} % of the matrices lie on "
-            "one side of their own null and the means differ by "
-            f"{100 * FAR_ENOUGH:.0f} % and by more than the detection limit: what a "
-            "mean over so many matrices, each against one drawn null, shows by chance "
-            "in 19 of 20 cases. Matrices of one model are not independent, so "
-            "this sorts, and tests nothing.",
-        ),
-    )
+    ]
+    return {"rows": rows} if rows else None
 
 
 def _overview(pair: _Pair) -> Section:
     """Means by role, over the layers and over all, and what the table does not have."""
     wide = pair.wide
     there = [metric for metric in SUMMARY if _has(wide, metric)]
-    groups = [(role, wide[wide["role"] == role]) for role in _roles_in(wide)]
+    groups = {role: wide[wide["role"] == role] for role in _roles_in(wide)}
     if len(pair.layers) < len(wide):
-        groups.append(("layers", pair.layers))
-    rows = [
-        (
-            name,
-            str(len(part)),
-            *(
-                _short((100 if m.removeprefix("null_") in SHARES else 1) * value)
-                for m in there
-                for value in [_mean(part, m)]
-            ),
-        )
-        for name, part in [*groups, ("all", wide)]
-    ]
-    absent = [
-        figures.METRIC_LABELS[m] for m in SUMMARY if m in METRICS and m not in there
-    ]
-    texts = [
-        "Means over matrices without weights, sparsity by parameters, as in Table 1. "
-        "The row 'all' holds every matrix; sentences and figures are of "
-        f"{pair.covered}."
-    ]
-    refused = int(wide["sparsity"].isna().sum()) if "sparsity" in there else 0
-    if refused:
-        texts.append(
-            f"{refused} of {len(wide)} matrices have no sparsity and count for "
-            "nothing: their notes below say why."
-        )
-    if {"stratum", "stratum_size"} <= set(wide):
-        n = int(wide.drop_duplicates("stratum")["stratum_size"].sum())
-        texts.append(f"A sample of {len(wide)} of {n} matrices, by role and depth.")
-    infinite = pair.table.attrs.get(INFINITE)
-    if infinite:
-        texts.append(
-            f"Infinite values count as not measured: in {', '.join(infinite)}."
-        )
-    if absent:
-        texts.append(f"Not in the table, so not on this page: {', '.join(absent)}.")
-    columns = ("role", "matrices", *map(_label, there))
-    return Section(
-        "overview",
-        "By role and over all",
-        tuple(texts),
-        tables=(Table("Means by role", columns, tuple(rows), ("layers", "all")),),
-    )
+        groups["layers"] = pair.layers
+    scales = {m: 100 if m.removeprefix("null_") in SHARES else 1 for m in there}
+    absent = [m for m in SUMMARY if m in METRICS and m not in there]
+    sampled = {"stratum", "stratum_size"} <= set(wide)
+    strata = wide.drop_duplicates("stratum")["stratum_size"] if sampled else []
+    return {
+        "columns": ("role", "matrices", *map(_label, there)),
+        "rows": [
+            (name, str(len(part)), *(_short(scales[m] * _mean(part, m)) for m in there))
+            for name, part in (groups | {"all": wide}).items()
+        ],
+        "refused": int(wide["sparsity"].isna().sum()) if "sparsity" in there else 0,
+        "n": len(wide),
+        "sample_of": int(sum(strata)),
+        "infinite": ", ".join(pair.table.attrs.get(INFINITE) or []),
+        "absent": ", ".join(figures.METRIC_LABELS[m] for m in absent),
+    }
 
 
 def _sparsity(pair: _Pair) -> Section:
     """Table 1: the reader's model, the paper's rows, this book's."""
     mine = figures.ARM_STYLES[YOURS].colour
+    own = {"your model": pair.layers}
+    if len(pair.wide) > len(pair.layers):
+        own["… every matrix"] = pair.wide
     rows = [
         (name, _mean(part, "sparsity"), _mean(part, "null_sparsity"), mine)
-        for name, part in (("your model", pair.layers), ("… every matrix", pair.wide))
-        if name == "your model" or len(part) > len(pair.layers)
+        for name, part in own.items()
     ]
-    marked = tuple(name for name, *_ in rows)
     for line in paper_numbers("table_1.csv").itertuples():
         label = f"paper: {_arm(str(line.arm))}"
         rows.append((label, float(line.value) / 100, np.nan, figures.GREY))
@@ -574,36 +468,14 @@ def _sparsity(pair: _Pair) -> Section:
         look = figures.ARM_STYLES[str(arm)]
         ours = float(ends["sparsity"]), float(ends["null_sparsity"])
         rows.append((f"this book: {look.label}", *ours, look.colour))
-    unchanged = _against(pair.layers, "sparsity", _percent)
-    cells = tuple(
-        (label, _percent(value), _percent(null), _bar(value, null, colour))
-        for label, value, null, colour in rows
-    )
-    return Section(
-        "sparsity",
-        "How much changed (Table 1)",
-        tables=(
-            Table(
-                "Table 1 of the paper, with your model and this book's",
-                ("model", "sparsity", "Gaussian null", "0 to 100 %"),
-                cells,
-                marked,
-                finding=f"Unchanged in bf16: {unchanged}.",
-                note="Share of entries with the same bf16 value before and after, by "
-                f"parameters: of {pair.covered}; of this book's models, the layers, "
-                "too, as on its first page. The paper does not say which it counts, "
-                "and prints no nulls. The tick is the Gaussian null.",
-            ),
-        ),
-        reading=(
-            "Sparsity grows as the update shrinks: a step below half a unit in the "
-            "last place of a bf16 weight is invisible. Compare with the null before "
-            "you compare with another model. Above the null, the update spares more "
-            "entries than chance would; at the null, it is small.",
-            "Compare checkpoints in the dtype that was published: one that was cast to "
-            "fp16 or quantised in between can differ nearly everywhere.",
-        ),
-    )
+    return {
+        "unchanged": _against(pair.layers, "sparsity", _percent),
+        "own": [*own],
+        "rows": [
+            (label, _percent(value), _percent(null), _bar(value, null, colour))
+            for label, value, null, colour in rows
+        ],
+    }
 
 
 def _bar(value: float, null: float, colour: str, start: float = 0.0) -> str | Bar:
@@ -614,113 +486,62 @@ def _bar(value: float, null: float, colour: str, start: float = 0.0) -> str | Ba
     return Bar(100 * value, tick, colour, 100 * start)
 
 
-def _mask_table(pair: _Pair) -> Table:
-    """Density and overlaps of the reader's model and of this book's."""
-    look = figures.ARM_STYLES[YOURS]
+def _places(pair: _Pair) -> Section | None:
+    """Figure 3: masks, by place and beside this book's models and the paper's."""
+    if not all(_has(pair.layers, metric) for metric in figures.MASK_METRICS):
+        return None
     names = figures.with_null(figures.MASK_METRICS)
-    models = [(look, {name: _mean(pair.layers, name) for name in names})]
-    for arm, ends in pair.book.iterrows():
-        models.append((figures.ARM_STYLES[str(arm)], dict(ends)))
+    models: list[tuple[str, Any]] = [
+        (YOURS, {name: _mean(pair.layers, name) for name in names}),
+        *((str(arm), ends) for arm, ends in pair.book.iterrows()),
+    ]
     rows = []
-    for style, means in models:
+    for arm, means in models:
+        style = figures.ARM_STYLES[arm]
         row: list[str | Bar] = [style.label]
         for metric in figures.MASK_METRICS:
             value, null = float(means[metric]), float(means[f"null_{metric}"])
             start = MASK_ALPHA if "overlap" in metric else 0.0
             both = f"{_short(100 * value)} (null {_short(100 * null)})"
             row += [both, _bar(value, null, style.colour, start)]
-        rows.append(tuple(row))
-    columns = [name for m in figures.MASK_METRICS for name in (_label(m), "0 to 100 %")]
-    overlaps = [
-        f"{name} mask {_against(pair.layers, metric, _percent)}"
-        for name, metric in (
-            ("principal", "principal_overlap"),
-            ("low-magnitude", "low_magnitude_overlap"),
-        )
-    ]
-    return Table(
-        "Update density and overlaps, your model and this book's",
-        ("model", *columns),
-        tuple(rows),
-        (look.label,),
-        finding=f"Overlap: {'; '.join(overlaps)}.",
-        note=f"Means over {pair.covered}; the same of this book's models. Bars "
-        "of an overlap start at the mask's own share, 50 %: what changes at random "
-        "places would have. Ticks are Gaussian nulls.",
-    )
-
-
-def _places(pair: _Pair) -> Section | None:
-    """Figure 3: masks."""
-    if not all(_has(pair.layers, metric) for metric in figures.MASK_METRICS):
-        return None
+        rows.append(row)
     printed = paper_numbers("figures.csv")
-    printed = printed[printed["item"] == "Figure 3"]
-    table = printed.pivot_table(
+    printed = printed[printed["item"] == "Figure 3"].pivot_table(
         index="arm", columns="metric", values="value", sort=False
     )
-    rows = tuple(
-        (
-            _arm(str(arm)),
-            *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS),
-        )
-        for arm, row in table.iterrows()
-    )
-    columns = ("paper", *(_label(metric) for metric in figures.MASK_METRICS))
-    return Section(
-        "places",
-        "Where the changes lie (Figure 3)",
-        maps=_maps(
-            pair,
-            figures.MASK_METRICS,
-            "Where a layer or a role stands out from its null, look there first.",
-            "Update density and both overlaps by layer and role.",
-        ),
-        tables=(
-            _mask_table(pair),
-            *(
-                [Table("What the paper prints in Figure 3 (per cent)", columns, rows)]
-                if rows
-                else ()
-            ),
-        ),
-        reading=(
-            "The principal mask holds the half of the entries that is largest in a "
-            "low-rank copy of the start, the low-magnitude mask the half with the "
-            "smallest weights. Small weights have a finer bf16 grid, so a uniform "
-            "update shows there first: an enriched low-magnitude mask is what the null "
-            "has, too. The baseline of 50 % is the wrong yardstick for it, the null is "
-            "the right one.",
-        ),
-    )
+    return {
+        "maps": _maps(pair, figures.MASK_METRICS),
+        "columns": [_label(metric) for metric in figures.MASK_METRICS],
+        "rows": rows,
+        "own": [figures.ARM_STYLES[YOURS].label],
+        "principal": _against(pair.layers, "principal_overlap", _percent),
+        "low_magnitude": _against(pair.layers, "low_magnitude_overlap", _percent),
+        "printed": [
+            (
+                _arm(str(arm)),
+                *(_short(float(row.get(m, np.nan))) for m in figures.MASK_METRICS),
+            )
+            for arm, row in printed.iterrows()
+        ],
+    }
 
 
-def _maps(
-    pair: _Pair, metrics: Sequence[str], finding: str, caption: str
-) -> tuple[Maps, ...]:
-    """Metrics by layer and role above their nulls, a scale a metric; () if none is."""
+def _maps(pair: _Pair, metrics: Sequence[str]) -> list[tuple[str, list[Section]]]:
+    """Metrics by layer and role above their nulls, a scale a metric; [] if none is."""
     there = [m for m in metrics if (pair.places["metric"] == m).any()]
-    if not there:
-        return ()
     grids = {
-        name: pair.places[pair.places["metric"] == name].pivot(
-            index="layer", columns="role", values="value"
-        )
+        name: pair.places[pair.places["metric"] == name]
+        .pivot(index="layer", columns="role", values="value")
+        .reindex(columns=pair.roles)
         for name in figures.with_null(there)
     }
+    limits = {metric: _range(metric, grids) for metric in there}
     rows = []
     for label, prefix in (("your model", ""), ("Gaussian null", "null_")):
-        maps = tuple(
-            _map(metric, grids[f"{prefix}{metric}"], _range(metric, grids), pair.roles)
-            for metric in there
-        )
-        if any(found.lines for found in maps):
+        maps = [_map(m, grids[f"{prefix}{m}"], limits[m]) for m in there]
+        if any(found["lines"] for found in maps):
             rows.append((label, maps))
-    lines = pair.places["layer"].nunique()
-    layers = pair.wide[pair.wide["role"].isin(PLACED)]["layer"]
-    n = layers[layers >= 0].nunique()
-    shared = f" Neighbours of {n} layers share a line." if n > lines else ""
-    return (Maps(tuple(rows), finding, f"{caption}{shared}"),)
+    return rows
 
 
 def _range(metric: str, grids: dict[str, pd.DataFrame]) -> tuple[float, float]:
@@ -729,38 +550,28 @@ def _range(metric: str, grids: dict[str, pd.DataFrame]) -> tuple[float, float]:
         return OVERLAP_RANGE
     if metric in SHARES:
         return 0.0, 1.0
-    known = [
-        grids[name].to_numpy(float).ravel() for name in figures.with_null([metric])
-    ]
-    values = np.concatenate(known)
+    values = pd.concat([grids[name] for name in figures.with_null([metric])])
     return float(np.nanmin(values)), float(np.nanmax(values))
 
 
-def _map(
-    metric: str, grid: pd.DataFrame, limits: tuple[float, float], roles: Sequence[str]
-) -> Map:
+def _map(metric: str, grid: pd.DataFrame, limits: tuple[float, float]) -> Section:
+    """A map: its title, and lines of a layer with a number and a shade a role."""
     low, high = limits
-    values = grid.reindex(columns=list(roles)).to_numpy(float)
+    values = grid.to_numpy(float)
     places = (values - low) / ((high - low) or 1.0) * SHADES
     shades = np.nan_to_num(np.clip(places, 0, SHADES - 1), nan=EMPTY).astype(int)
-    if metric in SHARES:
-        values, form = 100 * values, ".0f"
-    else:
-        form = ".2g"
-    return Map(
-        _label(metric),
-        tuple(roles),
-        tuple(
-            Line(
-                int(layer),
-                tuple(
-                    ("" if np.isnan(value) else f"{value:{form}}", int(shade))
-                    for value, shade in zip(line, tones, strict=True)
-                ),
-            )
-            for layer, line, tones in zip(grid.index, values, shades, strict=True)
-        ),
-    )
+    scale, form = (100, ".0f") if metric in SHARES else (1, ".2g")
+    lines = [
+        (
+            int(layer),
+            [
+                ("" if np.isnan(value) else f"{scale * value:{form}}", shade)
+                for value, shade in zip(line, tones, strict=True)
+            ],
+        )
+        for layer, line, tones in zip(grid.index, values, shades, strict=True)
+    ]
+    return {"title": _label(metric), "lines": lines}
 
 
 def _rotation(pair: _Pair) -> Section | None:
@@ -772,92 +583,40 @@ def _rotation(pair: _Pair) -> Section | None:
     finding = "; ".join(
         f"{figures.METRIC_LABELS[m]} {_against(pair.layers, m, _short)}" for m in means
     )
-    finding = f"{finding[0].upper()}{finding[1:]}."
     positive = pair.places[pair.places["value"] > 0]
     shown = [m for m in there[-4:] if (positive["metric"] == m).any()]
-    drawings = []
-    if shown:
-        drawings.append(
-            drawn(
-                figures.depth_profiles(positive, [YOURS], shown, PLACED),
-                "Panels of angles and of the spectral shift against the layer, on "
-                "logarithmic axes: a dot for every layer and role, a line through the "
-                "means of the layers, and the Gaussian null as a dotted line.",
-                finding,
-                f"Means in the words above: over {pair.covered}. A dot a layer and "
-                "role; dotted, the Gaussian null. Zeros are left out.",
-            )
-        )
-    maps = _maps(
-        pair,
-        means,
-        "The same by role and layer, above its null.",
-        "Mean angles and spectral shift; a metric and its null share their shades.",
-    )
-    return Section(
-        "rotation",
-        "How far the spectrum turned and shifted (Figure 2)",
-        texts=() if drawings else (finding,),
-        figures=tuple(drawings),
-        maps=maps,
-        tables=_printed("Figure 2"),
-        reading=(
-            "An angle is that between the top-k singular subspaces before and after. "
-            "It is small when the update is small or keeps within the subspace, and "
-            "large where the gap between the k-th and the next singular value is "
-            "small, whatever the update was. The null has the same gaps, so its angle "
-            "is the one to compare with.",
-            "The spectral shift NSS is at most the relative norm. A Gaussian update "
-            "raises the small singular values, so its shift is not zero; an update "
-            "well above it changes the singular values more than noise of its size.",
-        ),
-    )
+    return {
+        "finding": f"{finding[0].upper()}{finding[1:]}.",
+        "figure": drawn(figures.depth_profiles(positive, [YOURS], shown, PLACED))
+        if shown
+        else "",
+        "maps": _maps(pair, means),
+    }
 
 
-def _printed(item: str) -> tuple[Table, ...]:
-    """What the paper prints in a figure."""
+def _printed(item: str) -> list[tuple[str, str, str]]:
+    """What the paper prints in a figure: arm, metric, value."""
     lines = paper_numbers("figures.csv")
-    lines = lines[lines["item"] == item]
-    rows = tuple(
+    return [
         (
             _arm(str(x.arm)),
             str(x.metric).replace("_", " "),
-            f"{x.relation} {x.value} {x.unit}",
+            f"{x.relation} {x.value} {x.unit}".removesuffix(" 1"),
         )
-        for x in lines.itertuples()
-    )
-    rows = tuple((arm, metric, value.removesuffix(" 1")) for arm, metric, value in rows)
-    caption = f"What the paper prints in {item}"
-    return (Table(caption, ("arm", "metric", "value"), rows),) if rows else ()
+        for x in lines[lines["item"] == item].itertuples()
+    ]
 
 
 def _spectra(pair: _Pair) -> Section | None:
     """Stable rank, Hill exponent and norm of the update."""
-    wanted = ("stable_rank", "hill_alpha", "relative_norm")
-    rank = f"Stable rank {_against(pair.layers, 'stable_rank', _short)}"
-    size = f"relative norm {_short(_mean(pair.layers, 'relative_norm'))}"
-    maps = _maps(
-        pair,
-        wanted,
-        f"{rank}; {size}.",
-        f"Means in the words above: over {pair.covered}. Below, the stable rank of a "
-        "Gaussian matrix of the same shape, nm / (√n + √m)².",
-    )
+    maps = _maps(pair, ("stable_rank", "hill_alpha", "relative_norm"))
     if not maps:
         return None
-    return Section(
-        "spectra",
-        "The update's own spectrum",
-        maps=maps,
-        tables=_printed("Figure 4a") + _printed("Figure 4c"),
-        reading=(
-            "The stable rank is the number of directions that carry the update, from 1 "
-            "to the smaller side. It depends on the size of the matrix, so compare it "
-            "with the null's share, not with another model's number. The Hill exponent "
-            "depends on how many singular values it is taken over; the paper does not "
-            "state its number.",
-        ),
-    )
+    return {
+        "maps": maps,
+        "rank": _against(pair.layers, "stable_rank", _short),
+        "norm": _short(_mean(pair.layers, "relative_norm")),
+    }
 
 
 def _means_by_step(table: pd.DataFrame, roles: Sequence[str]) -> pd.DataFrame:
@@ -887,60 +646,38 @@ def _course(
     measured = measured[drawable]
     wanted = [m for m in COURSE_METRICS if (measured["metric"] == m).any()]
     if not wanted:
-        note = "No matrix of the trajectory could be measured: its notes say why."
-        return Section("course", COURSE, (note,))
+        return {"figure": ""}
     attention = _roles_in(measured, figures.ATTENTION_ROLES) or _roles_in(measured)
     n = trajectory[trajectory["role"].isin(attention)]["matrix"].nunique()
-    covered = f"the {_matrices(n)} of the role {', '.join(attention)}"
     role = attention[:1]
     own = _means_by_step(measured, attention)
     # The same few names for both, so that one table holds both.
     ours = _means_by_step(book, figures.ATTENTION_ROLES).assign(role=role[0])
     arms = [arm for arm in OURS if arm in set(ours["arm"])]
     both = pd.concat([own, ours]) if arms else own
+    columns = {"your model": [YOURS], **({"this book": arms} if arms else {})}
     grid = [
         [
-            figures.Panel(metric, [YOURS], "your model" if row == 0 else ""),
-            figures.Panel(metric, arms or [YOURS], "this book" if row == 0 else ""),
-        ][: 2 if arms else 1]
-        for row, metric in enumerate(wanted)
+            figures.Panel(metric, names, title if metric == wanted[0] else "")
+            for title, names in columns.items()
+        ]
+        for metric in wanted
     ]
     course = figures.first_last(own, "stable_rank", [YOURS], role).loc[YOURS]
     early = figures.first_last(own, "similarity_to_end", [YOURS], role).loc[YOURS]
     chances = own[own["metric"] == "null_similarity_to_end"]["value"]
-    null = f" (random subspaces {_short(chances.iloc[-1])})" if len(chances) else ""
-    return Section(
-        "course",
-        COURSE,
-        figures=(
-            drawn(
-                figures.trajectories(both, grid, role),
-                "Lines over the share of training for stable rank, norm, Hill exponent "
-                "and similarity to the final subspace: your model on the left, this "
-                "book's models on the right, nulls dotted.",
-                f"Stable rank {_short(course['first'])} → {_short(course['last'])}; "
-                f"similarity at the first checkpoint {_short(early['first'])}{null}.",
-                f"Means over {covered}, of this book's models over the attention "
-                "matrices; dotted, the nulls. Axes are shared by row.",
-            ),
-        ),
-        tables=(
-            *_course_nulls(trajectory[trajectory["role"].isin(attention)]),
-            *(_printed("Figure 4a") + _printed("Figure 4c") if pair is None else ()),
-        ),
-        reading=(
-            "Similarity compares the top directions of the update so far with those of "
-            "the whole update. It ends at 1 by definition and rises in any training "
-            "that accumulates, so an early value means something only against the "
-            "strongest of its nulls and against another run with as many steps: a walk "
-            "of the same optimizer on noise locks in as well, by its falling rates.",
-            "A norm that grows faster than the dotted line of independent steps keeps "
-            "a direction.",
-        ),
-    )
+    return {
+        "figure": drawn(figures.trajectories(both, grid, role)),
+        "first": _short(course["first"]),
+        "last": _short(course["last"]),
+        "early": _short(early["first"]),
+        "chance": _short(chances.iloc[-1]) if len(chances) else "",
+        "covered": f"the {_matrices(n)} of the role {', '.join(attention)}",
+        **_course_nulls(trajectory[trajectory["role"].isin(attention)]),
+    }
 
 
-def _course_nulls(trajectory: pd.DataFrame) -> tuple[Table, ...]:
+def _course_nulls(trajectory: pd.DataFrame) -> Section:
     """Similarity to the end and stable rank beside every null that was measured."""
     others = [n for n in trajectory if n.startswith("similarity_to_")]
     named = COURSE_NULLS | {
@@ -959,39 +696,25 @@ def _course_nulls(trajectory: pd.DataFrame) -> tuple[Table, ...]:
         (label, at(near, 0), at(rank, 0), at(rank, -1))
         for label, (near, rank) in named.items()
     ]
-    rows = tuple(row for row in cells if {*row[1:]} != {"-"})
-    if len(rows) < 2:
-        return ()
+    rows = [row for row in cells if {*row[1:]} != {"-"}]
     went = ""
     if "displacement" in trajectory and trajectory["displacement"].notna().any():
         last = trajectory[trajectory["step"] == trajectory["step"].max()]
-        went = (
-            f"At the end it went {_short(float(last['displacement'].mean()))} times as "
-            "far as its optimizer goes on noise."
-        )
-    columns = ("", "similarity at first", "stable rank at first", "at the end")
-    return (
-        Table("The course beside its nulls", columns, rows, (rows[0][0],), note=went),
-    )
+        went = _short(float(last["displacement"].mean()))
+    return {"rows": rows if len(rows) > 1 else [], "went": went}
 
 
 def _all_matrices(pair: pd.DataFrame) -> Section:
     """The table itself, folded."""
-    shown = [
-        name
-        for name in pair.columns
-        if name not in ("dtype_before", "dtype_after") and not pair[name].isna().all()
-    ]
-    rows = tuple(
+    known = pair.dropna(axis="columns", how="all")
+    known = known.drop(columns=["dtype_before", "dtype_after"], errors="ignore")
+    rows = [
         tuple(_short(x) if isinstance(x, float) else visible(str(x)) for x in row)
-        for row in pair[shown].head(FOLDED_ROWS).itertuples(index=False)
-    )
-    rest = len(pair) - len(rows)
-    more = f"The table holds {rest} more than are shown." if rest > 0 else ""
-    names = tuple(visible(str(name)).replace("_", " ") for name in shown)
-    return Section(
-        "matrices",
-        "Every matrix",
-        (more,) if more else (),
-        tables=(Table(_matrices(len(rows)), names, rows, folded=True),),
-    )
+        for row in known.head(FOLDED_ROWS).itertuples(index=False)
+    ]
+    return {
+        "caption": _matrices(len(rows)),
+        "columns": [visible(str(name)).replace("_", " ") for name in known],
+        "rows": rows,
+        "rest": len(pair) - len(rows),
+    }

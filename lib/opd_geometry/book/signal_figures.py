@@ -4,8 +4,8 @@ In the book's one style (see ``figures``); tables of ``analysis.signal`` in.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -16,10 +16,10 @@ from opd_geometry.book.figures import (
     LABELS,
     SMALL,
     TEXT,
-    WIDTH,
     labelled,
     legend_above,
     mark_of,
+    panels,
     place_labels,
     plain_log_ticks,
     styled,
@@ -42,8 +42,7 @@ def flips(found: pd.DataFrame, metrics: Sequence[str], beside: Sequence[str]) ->
     """
     with styled():
         n_rows = (len(metrics) + 1) // 2
-        size = (WIDTH, 0.8 + 2.2 * n_rows)
-        figure, axes = plt.subplots(n_rows, 2, figsize=size, sharex=True, squeeze=False)
+        figure, axes = panels(n_rows, 2, 0.8 + 2.2 * n_rows, sharex=True)
         for ax, metric in zip(axes.flat, metrics, strict=False):
             noisy = found[found["arm"].isin(FLIPS)].dropna(subset=metric)
             x = noisy["arm"].map(FLIPPED)
@@ -53,14 +52,9 @@ def flips(found: pd.DataFrame, metrics: Sequence[str], beside: Sequence[str]) ->
             ax.plot(x, noisy[metric], "o", color=green, ms=4)
             for arm in beside:
                 level, look = found.loc[found["arm"] == arm, metric], ARM_STYLES[arm]
+                named: Any = {"color": look.colour, "label": look.label}
                 if len(level):
-                    ax.plot(
-                        [0, 50],
-                        [level.mean()] * 2,
-                        look.dash,
-                        color=look.colour,
-                        label=look.label,
-                    )
+                    ax.plot([0, 50], [level.mean()] * 2, look.dash, **named)
             ax.set_title(LABELS[metric])
             ax.set_xticks([0, 25, 50], ["0", "25", "50"])
             ax.tick_params(labelsize=SMALL)
@@ -90,15 +84,9 @@ def foretold(worlds: Mapping[str, pd.DataFrame]) -> Figure:
             ends = [1.0, float(table["ceiling"].max()) * 1.05]
             ax.plot(ends, ends, ":", color=GREY, lw=1.2)
             for arm, rows in table.groupby("arm", sort=False):
-                look = ARM_STYLES[str(arm)]
-                ax.plot(
-                    rows["ceiling"],
-                    rows["displacement"],
-                    mark_of(str(arm)),
-                    color=look.colour,
-                    ms=5,
-                    label=look.label,
-                )
+                look, spots = ARM_STYLES[str(arm)], rows[["ceiling", "displacement"]]
+                named: Any = {"color": look.colour, "label": look.label, "ms": 5}
+                ax.plot(*spots.to_numpy().T, mark_of(str(arm)), **named)
             ax.set_xscale("log")
             plain_log_ticks(ax.xaxis)
             ax.set_ylim(0.8, highest)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -30,6 +31,7 @@ from PIL import Image
 from opd_geometry import sources
 from opd_geometry.analysis.claims import read_claims
 from opd_geometry.book import board
+from opd_geometry.files import replacing
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 
@@ -133,12 +135,8 @@ def execute_chapter(
     executed.metadata[sources.STAMP] = stamp
     text = relative_paths(nbformat.writes(clean_chapter(executed)), cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        partial.write_text(f"{text}\n", encoding="utf8")
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(output) as draft:
+        draft.write_text(f"{text}\n", encoding="utf8")
 
 
 def known_parameters(notebook: Path, given: Mapping[str, object]) -> dict[str, object]:
@@ -152,14 +150,9 @@ def known_parameters(notebook: Path, given: Mapping[str, object]) -> dict[str, o
         ValueError: as ``read_notebook``.
     """
     cells = [c for c in read_notebook(notebook).cells if "parameters" in _tags(c)]
-    statements = [node for cell in cells for node in ast.parse(cell.source).body]
-    own = {
-        target.id
-        for node in statements
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell.source))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
     return {name: value for name, value in given.items() if name in own}
 
 
@@ -286,11 +279,9 @@ def stage_site(
         table = pd.read_csv(path, dtype=str)
         same = [column for column in table if table[column].nunique() < 2]
         table.drop(columns=same).to_csv(fresh / "data" / path.name, index=False)
-    config = read_config(root / "_config.yml")
-    config.setdefault("html", {})["announcement"] = html.escape(announcement.strip())
-    (fresh / "_config.yml").write_text(
-        yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf8"
-    )
+    with _edited(root / "_config.yml", fresh / "_config.yml") as config:
+        said = html.escape(announcement.strip())
+        config.setdefault("html", {})["announcement"] = said
     _replace_folder(fresh, target)
     return target
 
@@ -308,15 +299,13 @@ def add_claims(source: Path, claims_csv: Path) -> None:
     for name, brief in (("board", False), ("board-brief", True)):
         text = board.board(findings, brief)
         (source / "book" / f"{name}.html").write_text(text, encoding="utf8")
-    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf8"))
     tally = board.tally(findings)
-    for entry in (entry for part in toc["parts"] for entry in part["chapters"]):
-        chapter = Path(entry["file"]).name
-        if chapter in tally:
-            page = read_notebook(source / f"{entry['file']}.ipynb")
-            entry["title"] = f"{title_of(page)} {tally[chapter]}"
-    text = yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
-    (source / "_toc.yml").write_text(text, encoding="utf8")
+    with _edited(source / "_toc.yml") as toc:
+        for entry in (entry for part in toc["parts"] for entry in part["chapters"]):
+            chapter = Path(entry["file"]).name
+            if chapter in tally:
+                page = read_notebook(source / f"{entry['file']}.ipynb")
+                entry["title"] = f"{title_of(page)} {tally[chapter]}"
 
 
 def add_hero(source: Path, names: Sequence[str] = HERO) -> None:
@@ -355,10 +344,8 @@ def add_page(source: Path, name: str, text: str) -> None:
         text: Markdown.
     """
     (source / "book" / f"{name}.md").write_text(text, encoding="utf8")
-    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf8"))
-    toc["parts"][0]["chapters"].insert(0, {"file": f"book/{name}"})
-    text = yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
-    (source / "_toc.yml").write_text(text, encoding="utf8")
+    with _edited(source / "_toc.yml") as toc:
+        toc["parts"][0]["chapters"].insert(0, {"file": f"book/{name}"})
 
 
 def title_of(notebook: NotebookNode) -> str:
@@ -463,21 +450,24 @@ def _is_table(output: NotebookNode) -> bool:
     return "<table" in output.get("data", {}).get("text/html", "")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of Jupyter Book.
+@contextmanager
+def _edited(path: Path, target: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The settings of Jupyter Book in a file, written afterwards: there, or elsewhere.
 
     Raises:
         ValueError: no YAML, or not a table of settings with a table ``html``.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf8"))
     except yaml.YAMLError as error:
         raise ValueError(
             f"{path} is no YAML: {' '.join(str(error).split())}"
         ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("html", {}), dict):
+    if not isinstance(settings, dict) or not isinstance(settings.get("html", {}), dict):
         raise ValueError(f"{path}: expected settings, and settings below html")
-    return config
+    yield settings
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    (target or path).write_text(text, encoding="utf8")
 
 
 def _replace_folder(fresh: Path, target: Path) -> None:

@@ -4,10 +4,9 @@ In the book's one style (see ``figures``); tables of the package
 ``analysis.unplaced`` in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from opd_geometry.analysis.unplaced.power import FAMILIES, GAIN, POWER, SHARE
 from opd_geometry.book import figures
-from opd_geometry.book.figures import ARM_STYLES, PURPLE, WIDTH, styled
+from opd_geometry.book.figures import ARM_STYLES, PURPLE, styled
 
 SMALL = 10  # points; at the width of a page's column more than 11 pixels
 TITLES = {
@@ -39,22 +38,17 @@ def on_bands(rows: pd.DataFrame) -> Figure:
         light bar on synthetic ones as well; an open ring is the value if every entry
         were as likely to change as any other.
     """
-    panels = list(dict.fromkeys(rows["panel"]))
-    heights = [int((rows["panel"] == panel).sum()) + 1.0 for panel in panels]
+    names = list(rows["panel"].unique())
+    heights = [int((rows["panel"] == panel).sum()) + 1.0 for panel in names]
     with styled():
-        figure, axes = plt.subplots(
-            len(panels),
-            1,
-            figsize=(WIDTH, 0.9 + 0.33 * sum(heights)),
-            height_ratios=heights,
-            squeeze=False,
-        )
-        for ax, panel in zip(axes[:, 0], panels, strict=True):
+        height = 0.9 + 0.33 * sum(heights)
+        figure, axes = figures.panels(len(names), 1, height, height_ratios=heights)
+        for ax, panel in zip(axes[:, 0], names, strict=True):
             _draw_bands(ax, rows[rows["panel"] == panel].reset_index(drop=True))
             ax.set_title(TITLES[panel], loc="left", fontsize=SMALL + 1)
             if panel != "jaccard":
                 ax.xaxis.set_major_formatter(FuncFormatter(_per_cent))
-        _explain(axes[0, 0], rows[rows["panel"] == panels[0]].reset_index(drop=True))
+        _explain(axes[0, 0], rows[rows["panel"] == names[0]].reset_index(drop=True))
     return figure
 
 
@@ -65,33 +59,31 @@ def _per_cent(value: float, _: object) -> str:
 def _draw_bands(ax: Axes, rows: pd.DataFrame) -> None:
     for place, row in rows.iterrows():
         colour = ARM_STYLES[row["arm"]].colour if row["arm"] else PURPLE
-        for ends, alpha in ((("wide_low", "wide_high"), 0.22), (("low", "high"), 0.55)):
-            ax.plot(
-                [row[ends[0]], row[ends[1]]],
-                [place] * 2,
-                lw=11,
-                color=colour,
-                alpha=alpha,
-                solid_capstyle="butt",
-            )
+        wide, narrow = row[["wide_low", "wide_high"]], row[["low", "high"]]
+        _draw_bar(ax, wide, place, colour, lw=11, alpha=0.22)
+        _draw_bar(ax, narrow, place, colour, lw=11, alpha=0.55)
         ring: dict[str, Any] = {"mfc": "none", "mec": figures.GREY, "ms": 7, "mew": 1.3}
         ax.plot(row["neutral"], place, "o", **ring)
-        ax.plot(
-            row["printed"],
-            place,
-            "o",
-            color=colour,
-            ms=8,
-            mec="white",
-            mew=1.0,
-            zorder=5,
-        )
-    ax.set_yticks(range(len(rows)), rows["label"], fontsize=SMALL)
-    ax.tick_params(axis="x", labelsize=SMALL)
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+        dot: dict[str, Any] = {"color": colour, "ms": 8, "mec": "white", "mew": 1.0}
+        ax.plot(row["printed"], place, "o", zorder=5, **dot)
+    _name(ax, rows["label"])
     ax.grid(axis="x", lw=0.4, alpha=0.4)
     ax.margins(x=0.04)
+
+
+def _draw_bar(
+    ax: Axes, ends: Sequence[float], place: float, colour: str, **look: Any
+) -> None:
+    """A bar in its row, from end to end."""
+    ax.plot(list(ends), [place] * 2, color=colour, solid_capstyle="butt", **look)
+
+
+def _name(ax: Axes, names: Sequence[str]) -> None:
+    """The rows of a panel, from the top, in small letters."""
+    ax.set_yticks(range(len(names)), names, fontsize=SMALL)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="x", labelsize=SMALL)
 
 
 def _explain(ax: Axes, rows: pd.DataFrame) -> None:
@@ -99,20 +91,12 @@ def _explain(ax: Axes, rows: pd.DataFrame) -> None:
     last = rows.iloc[-1]
     place = len(rows) - 1
     said: dict[str, Any] = {"fontsize": SMALL, "va": "center"}
-    ax.annotate(
-        "printed",
-        (last["printed"], place),
-        (last["printed"], place - 0.85),
-        ha="center",
-        arrowprops={"arrowstyle": "-", "lw": 0.8, "color": figures.GREY},
-        **said,
-    )
-    ax.text(
-        last["wide_low"] - 0.012, place, "an update without place", ha="right", **said
-    )
-    ax.text(
-        last["neutral"] + 0.012, place - 0.5, "all entries alike", ha="left", **said
-    )
+    at, above = (last["printed"], place), (last["printed"], place - 0.85)
+    line = {"arrowstyle": "-", "lw": 0.8, "color": figures.GREY}
+    ax.annotate("printed", at, above, ha="center", arrowprops=line, **said)
+    low, neutral = last["wide_low"] - 0.012, last["neutral"] + 0.012
+    ax.text(low, place, "an update without place", ha="right", **said)
+    ax.text(neutral, place - 0.5, "all entries alike", ha="left", **said)
 
 
 # --- power ---------------------------------------------------------------------------
@@ -135,27 +119,16 @@ def left_possible(allowed: pd.DataFrame) -> Figure:
     }
     heights = [len(names) + 0.8 for names in by_unit.values()]
     with styled():
-        figure, axes = plt.subplots(
-            len(units),
-            1,
-            figsize=(WIDTH, 1.4 + 0.42 * sum(heights)),
-            height_ratios=heights,
-        )
-        for ax, (unit, names) in zip(axes, by_unit.items(), strict=True):
+        height = 1.4 + 0.42 * sum(heights)
+        figure, axes = figures.panels(len(units), 1, height, height_ratios=heights)
+        for ax, (unit, names) in zip(axes.flat, by_unit.items(), strict=True):
             _draw_possible(ax, allowed, names, unit)
+        top = axes[0, 0]
+        look: dict[str, Any] = {"transform": top.transAxes, "fontsize": SMALL + 1}
+        look |= {"ha": "right", "va": "bottom", "weight": "bold"}
         for i, arm in enumerate(dict.fromkeys(allowed["arm"])):
-            style = ARM_STYLES[arm]
-            axes[0].text(
-                1.0,
-                1.02,
-                f"{'■ '}{style.label}" + " " * (14 if i == 0 else 0),
-                color=style.colour,
-                transform=axes[0].transAxes,
-                ha="right",
-                va="bottom",
-                fontsize=SMALL + 1,
-                weight="bold",
-            )
+            said = f"■ {ARM_STYLES[arm].label}" + " " * (14 if i == 0 else 0)
+            top.text(1.0, 1.02, said, color=ARM_STYLES[arm].colour, **look)
     return figure
 
 
@@ -169,22 +142,14 @@ def _draw_possible(
         ax.plot([span["least"], span["most"]], [place] * 2, lw=1, color=figures.GREY)
         for i, arm in enumerate(arms):
             row, at = rows.loc[arm], place + (i - (len(arms) - 1) / 2) * 0.3
+            colour = ARM_STYLES[arm].colour
             if np.isnan(row["low"]):
                 continue
-            ax.plot(
-                [row["low"], row["high"]],
-                [at] * 2,
-                lw=8,
-                color=ARM_STYLES[arm].colour,
-                solid_capstyle="butt",
-            )
+            _draw_bar(ax, row[["low", "high"]], at, colour, lw=8)
             if row["high"] == row["low"]:
-                ax.plot(row["low"], at, "|", color=ARM_STYLES[arm].colour, ms=9, mew=3)
+                ax.plot(row["low"], at, "|", color=colour, ms=9, mew=3)
     ax.axvline(FAMILIES[names[0]].neutral, color=figures.GREY, lw=1.2, ls=":")
-    ax.set_yticks(range(len(names)), [FAMILIES[n].words for n in names], fontsize=SMALL)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.tick_params(axis="x", labelsize=SMALL)
+    _name(ax, [FAMILIES[n].words for n in names])
     words = {
         GAIN: "gain: how many times as far those entries move",
         POWER: "b, where steps go as |w| to the power of b",
@@ -217,7 +182,7 @@ def shift_by_size(
         decade either way) and a cross for decay alone.
     """
     with styled():
-        figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
+        figure, ((ax,),) = figures.panels(1, 1, 3.8)
         right = points["n"].max()
         for arm, rows in points.groupby("arm", sort=False):
             style, rows = ARM_STYLES[arm], rows.sort_values("n")
@@ -226,25 +191,15 @@ def shift_by_size(
             ends = np.array([first["n"], right])
             line = first["nss"] * np.sqrt(first["n"] / ends)
             ax.plot(ends, line, "--", color=figures.GREY, lw=1)
-            order = orders[arm]
-            ax.plot(
-                [1.35 * right] * 2,
-                [order / 10**0.5, order * 10**0.5],
-                color=style.colour,
-                lw=7,
-                alpha=0.5,
-                solid_capstyle="butt",
-            )
-            ax.plot(1.35 * right, order, "o", color=style.colour, ms=8, mec="white")
+            order, place = orders[arm], 1.35 * right
+            bar: dict[str, Any] = {"lw": 7, "alpha": 0.5, "solid_capstyle": "butt"}
+            half_decade = [order / 10**0.5, order * 10**0.5]
+            ax.plot([place] * 2, half_decade, color=style.colour, **bar)
+            ax.plot(place, order, "o", color=style.colour, ms=8, mec="white")
             ax.plot(1.8 * right, decay[arm], "x", color=style.colour, ms=8, mew=2)
-            ax.text(
-                0.93 * first["n"],
-                first["nss"],
-                style.label,
-                ha="right",
-                va="center",
-                fontsize=SMALL + 1,
-            )
+            beside: dict[str, Any] = {"ha": "right", "va": "center"}
+            spot = 0.93 * first["n"], first["nss"]
+            ax.text(*spot, style.label, fontsize=SMALL + 1, **beside)
         ax.set(xscale="log", yscale="log", xlim=(0.62 * points["n"].min(), 2.3 * right))
         ticks = sorted(set(points["n"]))
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=SMALL)
@@ -253,14 +208,7 @@ def shift_by_size(
         ax.set_xlabel("larger side of the matrix, n", fontsize=SMALL)
         ax.set_ylabel("spectral shift NSS", fontsize=SMALL)
         top = ax.get_ylim()[1]
+        above: dict[str, Any] = {"ha": "center", "va": "bottom", "rotation": 35}
         for at, words in ((1.35, "printed"), (1.8, "decay")):
-            ax.text(
-                at * right,
-                top,
-                words,
-                fontsize=SMALL,
-                ha="center",
-                va="bottom",
-                rotation=35,
-            )
+            ax.text(at * right, top, words, fontsize=SMALL, **above)
     return figure

@@ -35,18 +35,16 @@ def input_covariances(run: Run, names: Container[str]) -> dict[str, Tensor]:
     model.eval()
     found: dict[str, Tensor] = {}
 
-    def watch(name: str) -> None:
+    def watch(name: str, module: nn.Module) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
             found[name] = found.get(name, 0.0) + x.mT @ x
 
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-            hook
-        )
+        module.register_forward_pre_hook(hook)
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" in names:
-            watch(f"{name}.weight")
+            watch(f"{name}.weight", module)
     rng = np.random.default_rng([run.seed, STREAM])
     if run.train.dataset is not None:
         pairs = as_pairs(draw(run.train.dataset, TEXTS, rng), tokenizer)

@@ -153,10 +153,12 @@ def _coded(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 def _repeated(table: pd.DataFrame) -> np.ndarray:
     """Which rows have a run, matrix, step and metric that a row above them has."""
-    places = table["step"].to_numpy()
+    places = table["step"].to_numpy(copy=True)
     for name in ("run", "matrix", "metric"):
-        word = table[name].cat
-        places = places * (len(word.categories) + 1) + 1 + word.codes.to_numpy()
+        word = table[name].array
+        places *= len(word.categories) + 1
+        places += word.codes
+        places += 1  # a missing word has the code -1
     ordered = np.sort(places)  # quicker than a table of them, which is hardly needed
     if not (ordered[1:] == ordered[:-1]).any():
         return np.zeros(len(places), dtype=bool)

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from opd_geometry.geometry.comparison import (
     Reference,
     compare,
     defined,
+    generator_of,
     null_seed,
     null_weights,
 )
@@ -108,9 +108,7 @@ def end_rows(
 
 
 def _draws(run: Run, name: str, end: int, kind: int) -> torch.Generator:
-    words = np.random.SeedSequence((*null_seed(run.seed, name, end), kind))
-    state = words.generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return generator_of((*null_seed(run.seed, name, end), kind))
 
 
 def displacement(run: Run, deltas: Mapping[int, Tensor]) -> Iterator[Row]:
@@ -305,20 +303,9 @@ def _placed(
 
 def printed_masks(before: Reference) -> dict[str, Tensor]:
     """Principal and low-magnitude mask at the share that the paper's numbers are of."""
-    rank = before.settings.mask_rank(before.w_before.shape)
-    found = before.decomposition
-    principal = updates.reconstruction_mask(
-        found.left[:, :rank],
-        found.spectrum[:rank],
-        found.right[:, :rank],
-        PRINTED_ALPHA,
-    )
-    return {
-        "principal_overlap": principal,
-        "low_magnitude_overlap": updates.low_magnitude_mask(
-            before.w_before, PRINTED_ALPHA
-        ),
-    }
+    low = updates.low_magnitude_mask(before.w_before, PRINTED_ALPHA)
+    principal = before.principal_at(PRINTED_ALPHA)
+    return {"principal_overlap": principal, "low_magnitude_overlap": low}
 
 
 def energies(

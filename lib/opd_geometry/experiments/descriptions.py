@@ -16,12 +16,7 @@ from typing import Any
 
 from opd_geometry.experiments.records import digest_of
 from opd_geometry.files import data_directory, on_shelf
-from opd_geometry.training.settings import (
-    ModelConfig,
-    PolicyConfig,
-    SFTConfig,
-    Student,
-)
+from opd_geometry.training.settings import ModelConfig, PolicyConfig, SFTConfig, Student
 
 RECIPE = 1  # raised when the same description would train to other weights
 

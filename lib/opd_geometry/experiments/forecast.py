@@ -27,12 +27,7 @@ import torch
 from opd_geometry.experiments.descriptions import Run, Stored, origin
 from opd_geometry.files import on_shelf
 from opd_geometry.training.rollout import LONGEST_ROW, MOST_LOGITS
-from opd_geometry.training.settings import (
-    ModelConfig,
-    PolicyConfig,
-    SFTConfig,
-    Student,
-)
+from opd_geometry.training.settings import ModelConfig, PolicyConfig, SFTConfig, Student
 
 PROMPT_TOKENS = 256  # of a problem in its chat template, more than most
 DEMONSTRATION_TOKENS = 1024  # where no longest one is given
@@ -161,29 +156,26 @@ class Forecast:
     seconds: float
 
 
-def forecast(run: Run, gpus: int = 1, device: Device = H100) -> Forecast | None:
+def forecast(run: Run, gpus: int = 1) -> Forecast | None:
     """What a run from a whole model takes; None of others, or of unknown shapes.
 
     Args:
         run: the run.
-        gpus: that share weights and work evenly.
-        device: each of them.
+        gpus: that share weights and work evenly, each an `H100`.
     """
     start = origin(run)
     student = shape_of(start.source) if isinstance(start, Stored) else None
     if student is None:
         return None
     if isinstance(run.train, SFTConfig):
-        return _supervised(run.train, student, gpus, device)
+        return _supervised(run.train, student, gpus)
     teacher = shape_of(run.teacher.source) if isinstance(run.teacher, Stored) else None
     if run.train.needs_teacher and teacher is None:
         return None
-    return policy_forecast(run.train, student, teacher, gpus, device)
+    return policy_forecast(run.train, student, teacher, gpus)
 
 
-def _supervised(
-    train: SFTConfig, student: Shape, gpus: int, device: Device
-) -> Forecast:
+def _supervised(train: SFTConfig, student: Shape, gpus: int) -> Forecast:
     row = train.longest or DEMONSTRATION_TOKENS
     tokens = train.batch_sequences * row
     passes = 4 if train.gradient_checkpointing else 3
@@ -194,16 +186,12 @@ def _supervised(
         train.steps * float(tokens),
         train.steps * flops,
         memory,
-        train.steps * flops / device.flops / gpus,
+        train.steps * flops / H100.flops / gpus,
     )
 
 
 def policy_forecast(
-    train: PolicyConfig,
-    student: Shape,
-    teacher: Shape | None,
-    gpus: int,
-    device: Device,
+    train: PolicyConfig, student: Shape, teacher: Shape | None, gpus: int
 ) -> Forecast:
     """What a run of the policy loop takes, from shapes; see ``forecast``."""
     sequences = train.prompts_per_step * train.group_size
@@ -216,15 +204,15 @@ def policy_forecast(
     author = student if train.rollouts == "student" or teacher is None else teacher
     item = _item(train)
     own = train.prompts_per_step / gpus
-    engine = train.sampler_memory * device.memory if train.sampler != "own" else 0.0
+    engine = train.sampler_memory * H100.memory if train.sampler != "own" else 0.0
     at_once = min(own, train.sampled_prompts or own)
     rows = at_once * train.group_size
     cache = author.cache_bytes(rows * (PROMPT_TOKENS + train.max_new_tokens), item)
     sampling = author.forward_flops(written, train.max_new_tokens / 2, written)
     moved = train.max_new_tokens * (item * author.parameters + cache / 2)
-    waiting = train.max_new_tokens * author.layers * device.latency
-    reading = own / at_once * (moved / device.bandwidth + waiting)
-    seconds = (flops + sampling) / device.flops / gpus + reading
+    waiting = train.max_new_tokens * author.layers * H100.latency
+    reading = own / at_once * (moved / H100.bandwidth + waiting)
+    seconds = (flops + sampling) / H100.flops / gpus + reading
     gradient = 4 * student.parameters  # which is not there while sampling
     activations = _activations(student, train.micro_prompts * row, row, train)
     beside = engine + max(0.0 if engine else cache - gradient, activations)

@@ -33,11 +33,7 @@ from opd_geometry.experiments.committed import (  # noqa: F401  and asked for he
     damage,
     provenance_path,
 )
-from opd_geometry.experiments.controls import (
-    control_rows,
-    displacement,
-    similarities,
-)
+from opd_geometry.experiments.controls import control_rows, displacement, similarities
 from opd_geometry.experiments.listing import TABLE_DIGEST, read_lines, write_listing
 from opd_geometry.experiments.predictors import committed_pairs, with_predictors
 from opd_geometry.experiments.profiles import build, settings_of

@@ -6,7 +6,7 @@ start. ``build(profile, arm, seed)`` turns the three into a run.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,14 @@ class Profile:
     Attributes:
         student, teacher: shapes, a pretrained model that both begin with, or whole
             models as they are stored, of which the teacher is trained no further.
-        base, base_annealing: pretraining of the student; the second half draws more
-            running totals. teacher_base: pretraining of the teacher.
         sft: the SFT arm, whose final checkpoint is the anchor.
         teacher_sft: what turns the teacher's base into the teacher.
         policy: OPD's settings; every policy arm differs in one or two fields.
         rank: K of Sim_K and of projected training, just under the stable rank early on.
         arms: what ``all`` stands for.
+        base, base_annealing: pretraining of the student; the second half draws more
+            running totals. teacher_base: pretraining of the teacher. None for models
+            that are pretrained already.
         shelf: name under which base and teacher are stored in data/checkpoints, if so.
         own_base_from: the first seed with a base of its own; None: all share one.
         processes: that train one run together, a GPU each where there are any.
@@ -55,14 +56,14 @@ class Profile:
 
     student: ModelConfig | Student | Stored
     teacher: ModelConfig | Student | Stored
-    base: SFTConfig | None
-    base_annealing: SFTConfig | None
-    teacher_base: SFTConfig | None
     sft: SFTConfig
     teacher_sft: SFTConfig
     policy: PolicyConfig
     rank: int
     arms: tuple[str, ...]
+    base: SFTConfig | None = None
+    base_annealing: SFTConfig | None = None
+    teacher_base: SFTConfig | None = None
     shelf: str | None = None
     own_base_from: int | None = None
     processes: int = 1
@@ -90,7 +91,7 @@ def _sft(
     )
 
 
-# Found by `frozen.matched_rate`: as far as AdamW after a fifth of training.
+# As far as AdamW after a fifth of training: rate <- rate |dW| / |dW_own|, twice.
 SGD_RATE, MUON_RATE = 120.0, 3.9
 # Arms of the policy loop as changes of OPD's settings (the claims' controls).
 _LAPTOP_POLICY_ARMS: dict[str, dict[str, object]] = {
@@ -131,18 +132,21 @@ _POLICY_ARMS = {
     "opd-full": {"estimator": "full"},
     "opd-full-forward": {"estimator": "full-forward"},
 }
-# OPD with other optimizers, rates in units of the profile's. SGD's decay would be as
-# large as its rate is; AdamW's is next to nothing.
-_OPTIMIZER_ARMS: dict[str, tuple[float, dict[str, Any]]] = {
-    "opd-sgd": (SGD_RATE, {"kind": "sgd", "weight_decay": 0.0}),
-    "opd-muon": (MUON_RATE, {"kind": "muon"}),
+# Arms that are another one with its optimizer changed: which, its rate in units of that
+# one's, and the other changes.
+_Tuned = dict[str, tuple[str, float, dict[str, Any]]]
+# SGD's decay would be as large as its rate is; AdamW's is next to nothing.
+_OPTIMIZER_ARMS: _Tuned = {
+    "opd-sgd": ("opd", SGD_RATE, {"kind": "sgd", "weight_decay": 0.0}),
+    "opd-muon": ("opd", MUON_RATE, {"kind": "muon"}),
 }
 # OPD whose teacher is the anchor itself, its logits divided by a temperature: at one
 # there is no gap when the run begins.
 _SELF_ARMS = {"opd-self-0.5": 0.5, "opd-self": 1.0}
 # Arms whose gradients are never scaled down.
-_UNCLIPPED_ARMS = {
-    f"{arm}-unclipped": arm for arm in ("sft", "sft-matched", "opd", "rlvr")
+_UNCLIPPED_ARMS: _Tuned = {
+    f"{arm}-unclipped": (arm, 1.0, {"max_grad_norm": math.inf})
+    for arm in ("sft", "sft-matched", "opd", "rlvr")
 }
 
 
@@ -210,16 +214,15 @@ _TEACHER_ARMS = {
     "opd-teacher-x2": (2, 0),
     "opd-teacher-moe": (1.5, 8),
 }
-_RATES = {"x0.3": 0.3, "x3": 3.0}  # in units of the arm's own learning rate
-_RATE_ARMS = {
-    f"{arm}-lr-{name}": (arm, factor)
+_RATE_ARMS: _Tuned = {
+    f"{arm}-lr-{name}": (arm, factor, {})
     for arm in ("sft", "opd", "rlvr")
-    for name, factor in _RATES.items()
+    for name, factor in (("x0.3", 0.3), ("x3", 3.0))
 }
-_WIDTHS = {"x1.5": 1.5, "x2": 2}  # in units of the student's width
+_TUNED_ARMS = _UNCLIPPED_ARMS | _OPTIMIZER_ARMS | _RATE_ARMS
 _WIDTH_ARMS = {
-    f"{arm}-width-{name}": (arm, factor)
-    for name, factor in _WIDTHS.items()
+    f"{arm}-width-{name}": (arm, factor)  # in units of the student's width
+    for name, factor in (("x1.5", 1.5), ("x2", 2))
     for arm in ("sft", "opd", "rlvr")
 }
 # The paper's RLVR has 8 times OPD's batch and 3.4 times its steps.
@@ -311,13 +314,6 @@ _TASK_ARMS = {
     for arm in ("sft", "opd", "rlvr")
 } | {"rlvr-task-brief": ("rlvr", "brief")}
 _OWN_ANCHOR = ("list", "story", "odd")  # the others start from the anchor of chains
-_TASKS = {
-    "teens": "pretrained/chain-teens",
-    "list": "pretrained/list",
-    "story": "pretrained/story",
-    "odd": "pretrained/odd",
-    "brief": "pretrained/brief",
-}
 PRETRAINED_ARMS = (
     *("sft", "opd", "rlvr", "sft-matched", "sft-learns", "rlvr-coin", "rlvr-flip-45"),
     *("ce-teacher", "rlvr-flip-30", "opd-lr-x0.3", "rlvr-lr-x0.3", "opd-lr-x3"),
@@ -346,9 +342,6 @@ _OTHER_TEACHERS = {
 _PRETRAINED = Profile(
     student=GEMMA,
     teacher=GEMMA,
-    base=None,
-    base_annealing=None,
-    teacher_base=None,
     sft=_pretrained_sft(100, STUDENT_QUALITIES),
     teacher_sft=_pretrained_sft(120, TEACHER_QUALITIES),
     policy=PolicyConfig(
@@ -380,9 +373,6 @@ DEMONSTRATIONS = DataConfig(
 _GPU = Profile(
     student=Stored("Qwen/Qwen3-1.7B@main", "main"),
     teacher=Stored("Qwen/Qwen3-8B@main", "main"),
-    base=None,
-    base_annealing=None,
-    teacher_base=None,
     sft=SFTConfig(
         OptimizerConfig(1e-5, "cosine", 50, 0.1, (0.9, 0.95), fused=True),
         steps=500,
@@ -450,7 +440,7 @@ class Profiles(dict[str, Profile]):
     def __missing__(self, name: str) -> Profile:
         known, _, given = name.partition(":")
         if known == name or known not in self:
-            raise ValueError(f"unknown profile {known!r}; expected {_or(self)}")
+            raise ValueError(f"unknown profile {known!r}; expected {', '.join(self)}")
         settings = self[known]
         for part in given.split(","):
             field, equals, value = part.partition("=")
@@ -468,7 +458,9 @@ def _with(settings: Any, field: str, value: str, name: str) -> Any:
     first, _, rest = field.partition(".")
     known = sorted(f.name for f in fields(settings))
     if first not in known:
-        raise ValueError(f"profile {name}: no setting {first!r}; expected {_or(known)}")
+        raise ValueError(
+            f"profile {name}: no setting {first!r}; expected {', '.join(known)}"
+        )
     now = getattr(settings, first)
     if rest:
         if not is_dataclass(now):
@@ -565,44 +557,33 @@ def build(
         ValueError: unknown profile or arm; the message lists the known ones. Or a
             student that is not there or not readable.
     """
-    return _build(settings_of(profile, student), arm, seed, from_scratch)
+    settings = settings_of(profile, student)
+    return _build(
+        replace(settings, shelf=None) if from_scratch else settings, arm, seed
+    )
 
 
-def _build(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
+def _build(settings: Profile, arm: str, seed: int) -> Run:
     if arm == "base":
         return _base(settings, settings.student, _base_seed(settings, seed))
     if arm == "teacher":
         return _teacher(settings, settings.teacher)
     if arm in _TASK_ARMS and isinstance(settings.student, Student):
         return _other_task(settings, arm, seed)
-    if arm == "sft":
-        start = _shared_base(settings, seed, from_scratch)
-        return Run("sft", seed, settings.sft, start)
-    if arm == "sft-base-matched":
-        return Run(
-            arm, seed, _matched(settings), _shared_base(settings, seed, from_scratch)
-        )
+    if arm in ("sft", "sft-base-matched"):
+        own = settings.sft if arm == "sft" else _matched(settings)
+        return Run(arm, seed, own, _shared_base(settings, seed))
     if arm in _WIDTH_ARMS:
-        return _wider(settings, arm, seed, from_scratch)
-    if arm in _RATE_ARMS:
-        plain, factor = _RATE_ARMS[arm]
-        run = _build(settings, plain, seed, from_scratch)
-        rate = factor * run.train.optimizer.learning_rate
-        optimizer = replace(run.train.optimizer, learning_rate=rate)
-        return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
-    if arm in _UNCLIPPED_ARMS:
-        run = _build(settings, _UNCLIPPED_ARMS[arm], seed, from_scratch)
-        optimizer = replace(run.train.optimizer, max_grad_norm=math.inf)
-        return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
-    if arm in _OPTIMIZER_ARMS:
-        run = _build(settings, "opd", seed, from_scratch)
-        factor, changed = _OPTIMIZER_ARMS[arm]
+        return _wider(settings, arm, seed)
+    if arm in _TUNED_ARMS:
+        plain, factor, changed = _TUNED_ARMS[arm]
+        run = _build(settings, plain, seed)
         rate = factor * run.train.optimizer.learning_rate
         optimizer = replace(run.train.optimizer, learning_rate=rate, **changed)
         return replace(run, arm=arm, train=replace(run.train, optimizer=optimizer))
     if arm in _PROJECTED_ARMS:
-        return _projected(settings, arm, seed, from_scratch)
-    anchor = _build(settings, "sft", seed, from_scratch)
+        return _projected(settings, arm, seed)
+    anchor = _build(settings, "sft", seed)
     if arm == "sft-matched":
         return Run(arm, seed, _matched(settings), anchor)
     if arm == "sft-learns":  # the teacher's mix of demonstrations: there is much to win
@@ -630,9 +611,9 @@ def _build(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
         return Run(arm, seed, settings.policy, anchor, _teacher(settings, shape))
     if arm in _POLICY_ARMS:
         train = replace(settings.policy, **_POLICY_ARMS[arm])  # type: ignore[arg-type]
-        teacher = _shared_teacher(settings, from_scratch)
+        teacher = _shared_teacher(settings)
         return Run(arm, seed, train, anchor, teacher if train.needs_teacher else None)
-    raise ValueError(f"unknown arm {arm!r}; expected {_or(settings.arms)}")
+    raise ValueError(f"unknown arm {arm!r}; expected {', '.join(settings.arms)}")
 
 
 def unit_of_n(profile: str, seeds: Sequence[int]) -> str:
@@ -661,17 +642,21 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
             that cannot be one, or that the profile does not take.
     """
     if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; expected {_or(PROFILES)}")
+        raise ValueError(f"unknown profile {profile!r}; expected {', '.join(PROFILES)}")
     settings = PROFILES[profile]
     if not student:
         return settings
     if isinstance(settings.student, Stored):
         return replace(settings, student=stored(_whole_path(student)))
     if not isinstance(settings.student, Student):
-        takers = [k for k, v in PROFILES.items() if not _is_shape(v.student)]
+        takers = [
+            name
+            for name, other in PROFILES.items()
+            if not isinstance(other.student, ModelConfig)
+        ]
         raise ValueError(
             f"profile {profile} trains its students from scratch and takes no student "
-            f"{student}; expected profile {_or(takers)} with one"
+            f"{student}; expected profile {', '.join(takers)} with one"
         )
     model = _described(student)
     return replace(settings, student=model, teacher=model)
@@ -680,10 +665,6 @@ def settings_of(profile: str, student: str | None = None) -> Profile:
 def asks_gpus(settings: Profile) -> bool:
     """Whether a run asks GPUs of a cluster's worker: those of whole models do."""
     return isinstance(settings.student, Stored)
-
-
-def _is_shape(model: ModelConfig | Student | Stored) -> bool:
-    return isinstance(model, ModelConfig)
 
 
 def _base(settings: Profile, shape: ModelConfig | Student | Stored, seed: int) -> Run:
@@ -714,22 +695,20 @@ def _base_seed(settings: Profile, seed: int) -> int:
     return 0 if own is None or seed < own else seed
 
 
-def _shared_base(
-    settings: Profile, seed: int, from_scratch: bool
-) -> Run | Stored | Student:
-    """The base that seeds share, committed unless from scratch, or the seed's own."""
+def _shared_base(settings: Profile, seed: int) -> Run | Stored | Student:
+    """The base that seeds share, committed where it is, or the seed's own."""
     if isinstance(settings.student, Student | Stored):
         return settings.student
     base_seed = _base_seed(settings, seed)
-    if from_scratch or settings.shelf is None or base_seed:
+    if settings.shelf is None or base_seed:
         return _base(settings, settings.student, base_seed)
     return stored(f"checkpoints/{settings.shelf}-base")
 
 
-def _shared_teacher(settings: Profile, from_scratch: bool) -> Run | Stored:
+def _shared_teacher(settings: Profile) -> Run | Stored:
     if isinstance(settings.teacher, Stored):
         return settings.teacher
-    if from_scratch or settings.shelf is None:
+    if settings.shelf is None:
         return _teacher(settings, settings.teacher)
     return stored(f"checkpoints/{settings.shelf}-teacher")
 
@@ -746,17 +725,17 @@ def _matched(settings: Profile) -> SFTConfig:
     )
 
 
-def _projected(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
+def _projected(settings: Profile, arm: str, seed: int) -> Run:
     """An arm that goes on, confined, where its unconstrained twin was at the branch."""
     spec = _PROJECTED_ARMS[arm]
-    free = _build(settings, spec.free, seed, from_scratch)
-    donor = _build(settings, spec.donor, seed, from_scratch) if spec.donor else None
+    free = _build(settings, spec.free, seed)
+    donor = _build(settings, spec.donor, seed) if spec.donor else None
     rank = max(1, round(spec.factor * settings.rank))
     projection = ProjectionConfig(rank, spec.subspace, spec.form)
     return replace(free, arm=arm, projection=projection, branch=free, donor=donor)
 
 
-def _wider(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
+def _wider(settings: Profile, arm: str, seed: int) -> Run:
     """An arm of a wider student; all seeds share the base of that width."""
     plain, factor = _WIDTH_ARMS[arm]
     base = _base(settings, _scaled(settings.student, factor), 0)
@@ -764,14 +743,14 @@ def _wider(settings: Profile, arm: str, seed: int, from_scratch: bool) -> Run:
     anchor = Run(f"sft{suffix}", seed, settings.sft, base)
     if plain == "sft":
         return anchor
-    run = _build(settings, plain, seed, from_scratch)
+    run = _build(settings, plain, seed)
     return replace(run, arm=arm, start=anchor)
 
 
 def _other_task(settings: Profile, arm: str, seed: int) -> Run:
     """An arm of another task; anchor and teacher are that task's, if it has its own."""
     plain, task = _TASK_ARMS[arm]
-    learned = (_TASKS[task],)
+    learned = ("pretrained/" + {"teens": "chain-teens"}.get(task, task),)
     own = task in _OWN_ANCHOR
     sft = replace(settings.sft, benchmarks=learned) if own else settings.sft
     teaching = replace(settings.teacher_sft, benchmarks=learned)
@@ -789,10 +768,6 @@ def _scaled(shape: ModelConfig | Student | Stored, factor: float) -> ModelConfig
     if not isinstance(shape, ModelConfig):
         raise ValueError("a pretrained model has the size it has; expected other arms")
     return replace(shape, width=round(factor * shape.width))
-
-
-def _or(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 MOST_SEEDS = 1000  # a typing error should not fill the disk
@@ -840,6 +815,6 @@ def parse_arms(text: str, profile: str) -> list[str]:
     arms = [part.strip() for part in text.split(",")]
     for arm in arms:
         if arm not in (*PUBLISHED_ARMS, *PRETRAINED_ARMS, *STAGES):
-            known = _or((*settings.arms, *STAGES))
+            known = ", ".join((*settings.arms, *STAGES))
             raise ValueError(f"unknown arm {arm!r}; expected {known}, reader or all")
     return list(dict.fromkeys(arms))

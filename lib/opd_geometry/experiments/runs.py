@@ -28,17 +28,20 @@ import platform
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import opd_geometry
 from opd_geometry.experiments import processes as ranks_of
+from opd_geometry.experiments import records
 from opd_geometry.experiments.descriptions import (
     ProjectionConfig,
     Run,
@@ -49,23 +52,6 @@ from opd_geometry.experiments.descriptions import (
     stored,
     students_directory,
 )
-from opd_geometry.experiments.records import (
-    COUNT,
-    NUMBER_OR_NONE,
-    SECONDS,
-    TEXT,
-    check_seal,
-    digest_of,
-    is_locked,
-    locked,
-    read_history,
-    read_json,
-    seal,
-    sealing,
-    unseal,
-    write_json,
-    write_sealed_json,
-)
 from opd_geometry.files import clear_write_errors, data_directory, on_shelf, replacing
 from opd_geometry.geometry import spectra
 from opd_geometry.geometry.checkpoints import Matrix, list_matrices
@@ -74,18 +60,8 @@ from opd_geometry.geometry.projection import (
     project_updates,
     random_subspace,
 )
-from opd_geometry.training import evaluation, ranks, tasks
+from opd_geometry.training import evaluation, models, ranks, tasks
 from opd_geometry.training.data import DataConfig
-from opd_geometry.training.models import (
-    ModelConfig,
-    build_model,
-    character_tokenizer,
-    check_reads_tasks,
-    check_same_vocabulary,
-    load_model,
-    round_to_bfloat16,
-    save_model,
-)
 from opd_geometry.training.optimizer import bfloat16_copy, optimizer_of
 from opd_geometry.training.policy import PolicyConfig, policy_steps
 from opd_geometry.training.samplers import EngineSampler
@@ -114,12 +90,13 @@ def store(run: Run, source: str) -> Stored:
             f"{run.arm} is not trained yet; run opd-geometry run --arms {run.arm} "
             "first, of the base and the teacher with --from scratch"
         )
-    model, tokenizer = load_model(checkpoint(run))
+    model, tokenizer = models.load_model(checkpoint(run))
     directory = data_directory() / source
     list_of(directory).unlink(missing_ok=True)
-    save_model(model, tokenizer, directory, dtype=torch.bfloat16)
+    models.save_model(model, tokenizer, directory, dtype=torch.bfloat16)
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    lines = [f"{digest_of(path)}  {directory.name}/{path.name}\n" for path in files]
+    digests = ((records.digest_of(path), path.name) for path in files)
+    lines = [f"{digest}  {directory.name}/{name}\n" for digest, name in digests]
     with replacing(list_of(directory)) as draft:
         draft.write_text("".join(lines))
     return stored(source)
@@ -160,7 +137,7 @@ def ensure(run: Run, processes: int = 1) -> Path:
     check_headroom(run)
     with clear_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory / "lock", run.name), one_thread():
+        with records.locked(directory / "lock", run.name), one_thread():
             if not is_done(run):  # another process may have finished it meanwhile
                 if processes > 1:
                     ranks_of.run(train, run, processes)
@@ -188,7 +165,7 @@ def _clear_memory_errors(run: Run) -> Iterator[None]:
 def is_running(run: Run) -> bool:
     """Whether some process holds the run's lock."""
     directory = run_directory(run)
-    return directory.is_dir() and is_locked(directory / "lock")
+    return directory.is_dir() and records.is_locked(directory / "lock")
 
 
 def progress(run: Run) -> dict[str, Any]:
@@ -213,15 +190,15 @@ def recorded(run: Run) -> dict[str, Any]:
     """
     directory = run_directory(run)
     if (directory / "done.json").is_file():
-        return read_json(directory / "done.json", DONE)
+        return records.read_json(directory / "done.json", DONE)
     if (directory / "progress.json").is_file():
-        return read_json(directory / "progress.json", SUMMARY)
+        return records.read_json(directory / "progress.json", SUMMARY)
     return {}
 
 
 def history(run: Run) -> list[dict[str, Any]]:
     """A finished run's per-step metrics and evaluations: step, metric, value."""
-    return read_history(run_directory(run) / "history.json")
+    return records.read_history(run_directory(run) / "history.json")
 
 
 def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -230,17 +207,17 @@ def starting_model(run: Run) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]
     What another stage hands over is rounded to bf16 first, as a published checkpoint
     is.
     """
-    if isinstance(run.start, ModelConfig):
-        return build_model(run.start, run.seed), character_tokenizer()
-    model, tokenizer = load_model(_location(run.start))
+    if isinstance(run.start, models.ModelConfig):
+        return models.build_model(run.start, run.seed), models.character_tokenizer()
+    model, tokenizer = models.load_model(_location(run.start))
     if isinstance(run.start, Student):
         return model, tokenizer
-    return round_to_bfloat16(model), tokenizer
+    return models.round_to_bfloat16(model), tokenizer
 
 
 def starting_matrices(run: Run) -> list[Matrix]:
     """The matrices of the weights that a run starts from, once those are there."""
-    if isinstance(run.start, ModelConfig):
+    if isinstance(run.start, models.ModelConfig):
         return list_matrices(sound_checkpoint(run, 0))
     return list_matrices(_location(run.start))
 
@@ -271,7 +248,7 @@ def sound_checkpoint(run: Run, step: int | None = None) -> Path:
 def _check(run: Run, path: Path) -> bool:
     """``check_seal``, with what to do in the error."""
     try:
-        return check_seal(path)
+        return records.check_seal(path)
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged: {error}; remove {run_directory(run)} to train that "
@@ -288,10 +265,10 @@ def _store_checkpoint(
     lean = is_lean(run)
     dtype = torch.bfloat16 if lean and step == 0 else None
     only = ATTENTION if lean and step not in _whole(run) else None
-    save_model(model, tokenizer, checkpoint(run, step), dtype, only)
+    models.save_model(model, tokenizer, checkpoint(run, step), dtype, only)
     if ranks.index() == 0:
         for weights in checkpoint(run, step).glob("*.safetensors"):
-            seal(weights)
+            records.seal(weights)
 
 
 def train(run: Run) -> None:
@@ -300,68 +277,96 @@ def train(run: Run) -> None:
     Ranks call it together, and the first of them writes.
     """
     with _clear_memory_errors(run):
-        _train(run, run_directory(run))
+        _train(run)
 
 
-def _train(run: Run, directory: Path) -> None:
-    began, writes = time.monotonic(), ranks.index() == 0
+def _train(run: Run) -> None:
+    began, directory = time.monotonic(), run_directory(run)
+    writes = ranks.index() == 0
     if writes:
         _clear_drafts(directory)
         (directory / "failed.json").unlink(missing_ok=True)
-        write_json(directory / "run.json", dataclasses.asdict(run))
+        records.write_json(directory / "run.json", dataclasses.asdict(run))
     model, tokenizer = starting_model(run)
-    check_reads_tasks(tokenizer)
+    models.check_reads_tasks(tokenizer)
     if writes and not (checkpoint(run, 0) / "config.json").is_file():
         _store_checkpoint(run, 0, model, tokenizer)
     if run.train.sharded and ranks.count() > 1:
         _check_shardable(run)
         ranks.shard(model, low=run.train.mixed_precision == "bf16-copy")
     optimizer = optimizer_of(model, run.train.optimizer)
-    state = _restore(run, directory, model, optimizer)
+    state = _restore(run, model, optimizer)
     if run.projection is not None:
         _confine(run, run.projection, model, optimizer)
     usual = "tensorboard" if run.train.dataset else "none"
     with tracked(run.name, directory / "events", usual) as log:
-        _take_steps(run, model, tokenizer, optimizer, state, log, began)
+        _UnderWay(run, model, tokenizer, optimizer, state).take_steps(log, began)
     if not writes:
         return
-    write_sealed_json(directory / "history.json", {"records": state["history"]})
-    write_sealed_json(directory / "done.json", {**_summary(run, state), **provenance()})
-    unseal(directory / "state.pt")
+    records.write_sealed_json(directory / "history.json", {"records": state["history"]})
+    records.write_sealed_json(
+        directory / "done.json", {**_summary(run, state), **provenance()}
+    )
+    records.unseal(directory / "state.pt")
     clear_failure(run)
 
 
-def _take_steps(
-    run: Run,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    log: Log,
-    began: float,
-) -> None:
-    """All that are left, storing what is asked and what a killed run goes on from."""
-    directory = run_directory(run)
-    wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
-    save_every = max(1, run.train.steps // (5 if is_lean(run) else 20))
-    for metrics in loop_of(run, model, tokenizer, optimizer, state["step"]):
-        step = state["step"] = state["step"] + 1
-        state["history"] += _records(step, metrics)
-        if step in wanted:
-            _store_checkpoint(run, step, model, tokenizer)
-            with ranks.whole_weights(model):
-                scores = _evaluate(run, model, tokenizer, step)
-            state["history"] += _records(step, scores)
-            metrics = metrics | scores
-        log(metrics, step)
-        state["wall_seconds"] = spent + time.monotonic() - began
-        # the branch first: a run that resumes after this step would not save it again
-        if step == run.branch_step() and run.branch is None:
-            _save_state(directory / "branch.pt", model, optimizer, state)
-        if step in wanted or step % save_every == 0:
-            _save_state(directory / "state.pt", model, optimizer, state)
-        if ranks.index() == 0:
-            write_json(directory / "progress.json", _summary(run, state))
+@dataclass(frozen=True)
+class _UnderWay:
+    """A run that is being trained.
+
+    Attributes:
+        run: which.
+        model, tokenizer, optimizer: what is trained, and by what.
+        state: ``step``, ``history`` and ``wall_seconds`` so far.
+    """
+
+    run: Run
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    optimizer: Optimizer
+    state: dict[str, Any]
+
+    def take_steps(self, log: Log, began: float) -> None:
+        """All that are left, storing what is asked, and what is resumed if killed."""
+        run, state, directory = self.run, self.state, run_directory(self.run)
+        trained = self.model, self.tokenizer
+        wanted, spent = run.checkpoint_steps(), state["wall_seconds"]
+        save_every = max(1, run.train.steps // (5 if is_lean(run) else 20))
+        for metrics in loop_of(run, *trained, self.optimizer, state["step"]):
+            step = state["step"] = state["step"] + 1
+            state["history"] += _records(step, metrics)
+            if step in wanted:
+                _store_checkpoint(run, step, *trained)
+                with ranks.whole_weights(self.model):
+                    scores = _evaluate(run, *trained, step)
+                state["history"] += _records(step, scores)
+                metrics = metrics | scores
+            log(metrics, step)
+            state["wall_seconds"] = spent + time.monotonic() - began
+            # the branch first: a run resumed after this step would not save it again
+            if step == run.branch_step() and run.branch is None:
+                self.save(directory / "branch.pt")
+            if step in wanted or step % save_every == 0:
+                self.save(directory / "state.pt")
+            if ranks.index() == 0:
+                records.write_json(directory / "progress.json", _summary(run, state))
+
+    def save(self, path: Path) -> None:
+        """Store everything a resumed run needs, whole or not at all.
+
+        Any number of processes can go on from it, sharded or not.
+        """
+        content = {
+            **self.state,
+            "model": ranks.whole(self.model.state_dict()),
+            "optimizer": ranks.whole(self.optimizer.state_dict()),
+        }
+        if ranks.index() > 0:
+            return
+        # through an open file: only then does a full disk come as an OSError, wrapped
+        with records.sealing(path) as draft, open(draft, "wb") as file:
+            torch.save(content, file)
 
 
 def _check_shardable(run: Run) -> None:
@@ -391,7 +396,7 @@ def loop_of(
     run: Run,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     first_step: int,
 ) -> Iterator[dict[str, float]]:
     """The run's training loop, from ``first_step``."""
@@ -403,10 +408,10 @@ def loop_of(
     if run.teacher is not None and run.train.needs_teacher:
         usual = "bfloat16" if run.train.dataset else "float32"
         own: torch.dtype = getattr(torch, run.train.teacher_dtype or usual)
-        teacher, theirs = load_model(_location(run.teacher), own)
-        check_same_vocabulary(tokenizer, theirs)
+        teacher, theirs = models.load_model(_location(run.teacher), own)
+        models.check_same_vocabulary(tokenizer, theirs)
         if run.teacher == run.start:  # as it is handed over: the student at step 0
-            teacher = round_to_bfloat16(teacher)
+            teacher = models.round_to_bfloat16(teacher)
         copied = run.train.mixed_precision == "bf16-copy" and own == torch.float32
         if copied and not run.train.teacher_dtype:
             teacher = bfloat16_copy(teacher)
@@ -432,10 +437,7 @@ def loop_of(
 
 
 def _confine(
-    run: Run,
-    projection: ProjectionConfig,
-    model: "PreTrainedModel",
-    optimizer: torch.optim.Optimizer,
+    run: Run, projection: ProjectionConfig, model: nn.Module, optimizer: Optimizer
 ) -> None:
     """Put the projection on the optimizer, for every weight matrix of the model."""
     bases, parameters = confining_bases(run), dict(model.named_parameters())
@@ -455,8 +457,8 @@ def confining_bases(run: Run) -> dict[str, Tensor]:
     assert run.branch is not None
     assert run.projection is not None
     giver, rank = run.donor or run.branch, run.projection.rank
-    origin, _ = load_model(sound_checkpoint(giver, 0))
-    early, _ = load_model(sound_checkpoint(giver, giver.branch_step()))
+    origin, _ = models.load_model(sound_checkpoint(giver, 0))
+    early, _ = models.load_model(sound_checkpoint(giver, giver.branch_step()))
     after = dict(early.named_parameters())
     generator = torch.Generator().manual_seed(run.seed)
     bases = {}
@@ -473,89 +475,49 @@ def confining_bases(run: Run) -> dict[str, Tensor]:
     return bases
 
 
-def _evaluate(
-    run: Run,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    step: int,
-) -> dict[str, float]:
-    """Sampled accuracies at a checkpoint: of one task, and of everything at the last.
-
-    A pretrained student is asked what belongs to the task that it is trained on.
-    """
-    if is_lean(run):
-        low = model if ranks.is_sharded(model) else bfloat16_copy(model)
-        return _evaluate_lean(run, low, tokenizer, step)
-    if run.train.dataset is not None:
-        return _evaluate_held_out(run, run.train.dataset, model, tokenizer)
-    if step < run.train.steps:
-        return {"accuracy/chain": evaluation.accuracy(model, tokenizer, "chain")}
-    scores = {
-        f"accuracy/{name}": evaluation.accuracy(model, tokenizer, name, samples=4)
-        for name in tasks.BENCHMARKS
-    }
-    greedy = evaluation.accuracy(model, tokenizer, "chain", temperature=0)
-    return {**scores, "greedy/chain": greedy}
-
-
 HELD_OUT_PROBLEMS = 64
-
-
-def _evaluate_held_out(
-    run: Run,
-    dataset: DataConfig,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> dict[str, float]:
-    """Sampled accuracy on a dataset's held-out problems, at the training's length."""
-    longest = run.train.max_new_tokens if isinstance(run.train, PolicyConfig) else 1024
-    low = model
-    if run.train.mixed_precision == "bf16-copy" and not ranks.is_sharded(model):
-        low = bfloat16_copy(model)
-    score = evaluation.accuracy(
-        low,
-        tokenizer,
-        dataset,
-        problems=HELD_OUT_PROBLEMS,
-        samples=1,
-        max_new_tokens=longest,
-    )
-    return {f"accuracy/{HELD_OUT}": score}
-
-
 LEAN_PROBLEMS = 128, 256, 512  # on the way, at the end, at the end of the trained task
 LEAN_TOKENS = 24  # longest completion
+Question = tuple[str, str | DataConfig, dict[str, Any]]
 
 
-def _evaluate_lean(
-    run: Run,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    step: int,
-) -> dict[str, float]:
-    def score(name: str, problems: int, temperature: float = 1.0) -> float:
-        return evaluation.accuracy(
-            model,
-            tokenizer,
-            name,
-            problems=problems,
-            samples=1,
-            temperature=temperature,
-            max_new_tokens=LEAN_TOKENS,
-        )
-
-    on_the_way, others, own = LEAN_PROBLEMS
-    main = trained_task(run)
-    kind = tasks.short_name(main)
-    if step < run.train.steps:
-        return {f"accuracy/{kind}": score(main, on_the_way)}
-    scores = {
-        f"accuracy/{tasks.short_name(name)}": score(
-            name, own if name == main else others
-        )
-        for name in tasks.related(main)
+def _evaluate(run: Run, model: Any, tokenizer: Any, step: int) -> dict[str, float]:
+    """Sampled accuracies at a checkpoint: of one task, of everything at the last."""
+    low = run.train.dataset and run.train.mixed_precision == "bf16-copy"
+    if (low or is_lean(run)) and not ranks.is_sharded(model):
+        model = bfloat16_copy(model)
+    return {
+        metric: evaluation.accuracy(model, tokenizer, asked, **how)
+        for metric, asked, how in _questions(run, step == run.train.steps)
     }
-    return {**scores, f"greedy/{kind}": score(main, others, temperature=0)}
+
+
+def _questions(run: Run, at_end: bool) -> Iterator[Question]:
+    """Metric, benchmark or dataset, and how it is asked.
+
+    A pretrained student is asked what belongs to the task that it is trained on, a
+    dataset's for its held-out problems at the training's length.
+    """
+    main = trained_task(run)
+    early, other, own, greedy = {}, {"samples": 4}, {"samples": 4}, {}
+    benchmarks: Iterable[str] = tasks.BENCHMARKS
+    if is_lean(run):
+        how = {"samples": 1, "max_new_tokens": LEAN_TOKENS}
+        early, other, own = (how | {"problems": n} for n in LEAN_PROBLEMS)
+        benchmarks, greedy = tasks.related(main), other
+    elif run.train.dataset is not None:
+        longest = getattr(run.train, "max_new_tokens", 1024)
+        how = {"problems": HELD_OUT_PROBLEMS, "samples": 1, "max_new_tokens": longest}
+        yield f"accuracy/{HELD_OUT}", run.train.dataset, how
+        return
+    kind = tasks.short_name(main)
+    if not at_end:
+        yield f"accuracy/{kind}", main, early
+        return
+    for name in benchmarks:
+        how = own if name == main else other
+        yield f"accuracy/{tasks.short_name(name)}", name, how
+    yield f"greedy/{kind}", main, greedy | {"temperature": 0}
 
 
 def trained_task(run: Run) -> str:
@@ -619,12 +581,7 @@ def last_accuracy(run: Run, task: str) -> float | None:
     return float(found[-1]) if found else None
 
 
-def _restore(
-    run: Run,
-    directory: Path,
-    model: "PreTrainedModel",
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, Any]:
+def _restore(run: Run, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Load the newest saved state into model and optimizer, or begin.
 
     A projected run begins with the state of the run it branches from; its seconds are
@@ -633,13 +590,13 @@ def _restore(
     Raises:
         ValueError: a state that cannot be read.
     """
-    source, own = directory / "state.pt", {}
+    source, own = run_directory(run) / "state.pt", {}
     if not source.is_file() and run.branch is not None:
         source, own = run_directory(run.branch) / "branch.pt", {"wall_seconds": 0.0}
     elif not source.is_file():
         return {"step": 0, "history": [], "wall_seconds": 0.0}
     try:
-        if not check_seal(source):
+        if not records.check_seal(source):
             _check_records(source)
         shared = ranks.count() > 1  # then one copy in memory serves all ranks
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=shared)
@@ -661,40 +618,18 @@ def _check_records(source: Path) -> None:
         raise ValueError(f"its record {damaged} is damaged")
 
 
-def _save_state(
-    path: Path,
-    model: "PreTrainedModel",
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> None:
-    """Store everything a resumed run needs, whole or not at all.
-
-    Any number of processes can go on from it, sharded or not.
-    """
-    content = {
-        **state,
-        "model": ranks.whole(model.state_dict()),
-        "optimizer": ranks.whole(optimizer.state_dict()),
-    }
-    if ranks.index() > 0:
-        return
-    # through an open file: only then does a full disk come as an OSError, wrapped
-    with sealing(path) as draft, open(draft, "wb") as file:
-        torch.save(content, file)
-
-
 def _records(step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:
     return [{"step": step, "metric": k, "value": v} for k, v in metrics.items()]
 
 
 SUMMARY = {
-    "step": COUNT,
-    "steps": COUNT,
-    "accuracy": NUMBER_OR_NONE,
-    "wall_seconds": SECONDS,
+    "step": records.COUNT,
+    "steps": records.COUNT,
+    "accuracy": records.NUMBER_OR_NONE,
+    "wall_seconds": records.SECONDS,
 }
 WHERE = ("library", "python", "torch", "transformers", "numpy", "machine")
-DONE = SUMMARY | dict.fromkeys(WHERE, TEXT)
+DONE = SUMMARY | dict.fromkeys(WHERE, records.TEXT)
 
 
 def _summary(run: Run, state: dict[str, Any]) -> dict[str, Any]:

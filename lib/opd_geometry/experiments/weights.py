@@ -35,11 +35,11 @@ def properties(w: Tensor) -> dict[str, float]:
     """
     k = default_rank(w.shape, TOP)
     entries = w.double()
-    spectrum = gram.decompose(entries, k).spectrum
+    found = gram.decompose(entries, k)
+    spectrum = found.spectrum
     squares, centred = spectrum**2, entries - entries.mean()
     low = w.bfloat16().abs()
     step = torch.nextafter(low, torch.tensor(torch.inf).bfloat16()).double() - low
-    below = float(spectrum[k]) if k < len(spectrum) else 0.0
     return {
         "std": float(centred.square().mean().sqrt()),
         "kurtosis": float((centred**4).mean() / centred.square().mean() ** 2),
@@ -48,7 +48,7 @@ def properties(w: Tensor) -> dict[str, float]:
         "stable_rank": float(squares.sum() / squares[0]),
         "top_energy": float(squares[:k].sum() / squares.sum()),
         "peak": float(spectrum[0] / spectrum.median()),
-        "gap": (float(spectrum[k - 1]) - below) / float(spectrum[0]),
+        "gap": found.gap,
     }
 
 

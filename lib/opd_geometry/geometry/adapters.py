@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_geometry.geometry import layouts
 from opd_geometry.geometry.directories import ADAPTER_CONFIG, json_object
-from opd_geometry.geometry.layouts import Cut, Matrix, layer_of, part_of, role_of
+from opd_geometry.geometry.layouts import WHOLE, Cut, Matrix
 from opd_geometry.geometry.matching import normal_form
 from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored, header
 from opd_geometry.geometry.training_formats import pickled
@@ -28,7 +29,6 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector)(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?"
 )
-WHOLE = slice(None)
 # How other libraries name the two matrices, whose scaling is said elsewhere.
 _FOREIGN = re.compile(r".+\.(lora_[ab]|lora_(up|down)(\.weight)?)")
 # Ways of PEFT to begin that take a part out of the base weights, which is not saved.
@@ -97,14 +97,12 @@ class AdaptedCut(Cut):
     Attributes:
         base: the matrix without; None where only the update is known.
         factors: of the update.
-        of_rows: which outputs of the module this matrix has, and in how many groups.
-        turned: whether the base stores (inputs, outputs).
+        of_rows: which outputs of the module this matrix has, in each of its groups.
     """
 
     base: Cut | None = None
     factors: Factors | None = None
     of_rows: slice = field(default_factory=lambda: WHOLE)
-    in_groups: int = 1
 
     def read(self) -> Tensor:
         """The merged matrix, rounded as PEFT rounds it; without a base the update."""
@@ -145,9 +143,8 @@ class AdaptedCut(Cut):
         return left, a.double()
 
     def _rows(self, w: Tensor) -> Tensor:
-        if self.in_groups > 1:
-            grouped = w.reshape(self.in_groups, -1, w.shape[-1])
-            return grouped[:, self.of_rows].reshape(-1, w.shape[-1])
+        if self.groups > 1:
+            return layouts.in_groups(w, self.of_rows, self.groups)
         return w[self.of_rows]
 
 
@@ -168,6 +165,11 @@ class Adapter:
     factors: dict[str, Factors]
     stacks: dict[str, list[Factors]]
     replaced: list[Stored]
+
+    def files(self) -> list[Path]:
+        """Those that hold its factors."""
+        every = [*self.factors.values(), *(f for s in self.stacks.values() for f in s)]
+        return [file for factors in every for file in factors.a.place.files()]
 
     @property
     def base(self) -> str:
@@ -422,14 +424,13 @@ def _tied_head(
     found: dict[str, Cut], cuts: Mapping[str, Cut], adapter: Adapter, used: set[str]
 ) -> list[str]:
     """An adapter of a head that is the embedding moves the embedding."""
-    heads = [m for m in adapter.factors if m not in used and role_of([m]) == "head"]
+    heads = [
+        m for m in adapter.factors if m not in used and layouts.role_of([m]) == "head"
+    ]
     heads += [m for m in adapter.factors if m.endswith(".lm_head") and m not in used]
     embeds = [n for n, c in cuts.items() if c.matrix.role == "embed"]
-    if (
-        not heads
-        or len(embeds) != 1
-        or any(c.matrix.role == "head" for c in cuts.values())
-    ):
+    whole = any(c.matrix.role == "head" for c in cuts.values())
+    if not heads or len(embeds) != 1 or whole:
         return []
     name = embeds[0]
     found[name] = _adapted(cuts[name], adapter.factors[heads[0]], adapter)
@@ -447,18 +448,12 @@ def _adapted(cut: Cut, update: Factors, adapter: Adapter) -> Cut:
             f"{adapter.path} adapts {cut.tensor.name} by {(n_out, n_in)}, where the "
             f"base has {tuple(stored)}, expected the adapter's own base"
         )
-    return AdaptedCut(
-        cut.matrix,
-        cut.tensor,
-        cut.rows,
-        cut.expert,
-        cut.transposed,
-        cut.groups,
-        cut,
-        update,
-        cut.rows,
-        cut.groups,
-    )
+    return _over(cut, update, cut.rows)
+
+
+def _over(cut: Cut, update: Factors, rows: slice) -> AdaptedCut:
+    own = {"base": cut, "factors": update, "of_rows": rows}
+    return AdaptedCut(**(vars(cut) | own))
 
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
@@ -495,17 +490,7 @@ def _of_stack(
             f"base has {n_experts} or more, expected the adapter's own base"
         )
     expert = replace(update, expert=int(parts[2]))
-    return module, AdaptedCut(
-        cut.matrix,
-        cut.tensor,
-        cut.rows,
-        cut.expert,
-        cut.transposed,
-        cut.groups,
-        cut,
-        expert,
-        rows,
-    )
+    return module, _over(cut, expert, rows)
 
 
 def alone(adapter: Adapter) -> dict[str, Cut]:
@@ -518,13 +503,7 @@ def alone(adapter: Adapter) -> dict[str, Cut]:
         shape = (update.b.shape[0], update.a.shape[1])
         shape = shape[::-1] if update.embedding else shape
         name = f"{module}.weight"
-        matrix = Matrix(
-            name,
-            role_of(modules),
-            layer_of(name),
-            shape,
-            "float32",
-            part_of(modules, {}),
-        )
+        role, part = layouts.role_of(modules), layouts.part_of(modules, {})
+        matrix = Matrix(name, role, layouts.layer_of(name), shape, "float32", part)
         found[name] = AdaptedCut(matrix, update.a, WHOLE, factors=update)
     return found

@@ -1,6 +1,6 @@
 """The numbers of a tensor as they are stored, a chunk at a time, at memory speed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -154,3 +154,24 @@ def norm(w: Tensor) -> float:
         values = chunk.double()
         square += float(torch.dot(values, values))
     return square**0.5
+
+
+def rounding(dtype: torch.dtype, size: float, shape: Sequence[int]) -> float:
+    """About the largest singular value of what storing a matrix in a dtype adds to it.
+
+    u ||w||_F (1 / sqrt(n_rows) + 1 / sqrt(n_cols)), u the unit roundoff
+
+    That of independent errors whose root mean square is u times the entries'. 0 of
+    16-bit dtypes, whose differences are read with their rounding.
+
+    Args:
+        dtype: the weights'.
+        size: their Frobenius norm.
+        shape: (n_rows, n_cols).
+
+    Source: Geman (1980), the norm of a random matrix.
+    """
+    if dtype.itemsize < 4:
+        return 0.0
+    n_rows, n_cols = shape
+    return torch.finfo(dtype).eps / 2 * size * (n_rows**-0.5 + n_cols**-0.5)

@@ -9,6 +9,7 @@ stacked or turned is split (see `layouts`) and a head that equals the embedding 
 counted again. Whatever else a file holds is listed by `list_skipped` with the reason.
 """
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -24,6 +25,7 @@ from opd_geometry.geometry.adapters import AdaptedCut, Adapter
 from opd_geometry.geometry.directories import ADAPTER_CONFIG, INDEX_NAME, json_object
 from opd_geometry.geometry.layouts import (
     ALL_ROLES,
+    NO_ENTRIES,
     PARTS,
     Cut,
     Matrix,
@@ -233,8 +235,7 @@ def _contents(
         reason = _flat(name) or codes.get(name)
         outcome = reason or cuts_or_reason(tensor, layout)
         if isinstance(outcome, str):
-            unreadable = bool(reason) or outcome == "no entries"
-            outcome = _explained(outcome)
+            unreadable = bool(reason) or outcome == NO_ENTRIES
             skipped[name] = Skipped(
                 name, tensor.shape, tensor.dtype, outcome, unreadable
             )
@@ -262,15 +263,6 @@ def _flat(name: str) -> str:
     if re.fullmatch(r"_?flat_params?(_\d+)?|_flat.*", leaf):
         return "a flat parameter of FSDP, all weights of a module in one row"
     return ""
-
-
-def _explained(reason: str) -> str:
-    if reason == "no entries":
-        return (
-            "no entries: as ZeRO-3 saves weights that were not gathered "
-            "(stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
-        )
-    return reason
 
 
 def _tie(
@@ -327,17 +319,12 @@ def _with_adapter(
     replaced = _contents(adapter.path, adapter.replaced, {}, (), False)
     cuts, notes = adapters.merged(whole.cuts, adapter, replaced.cuts)
     said = f"{adapter.path}: an adapter, merged into {whole.path} as PEFT merges it"
-    factors = [
-        *adapter.factors.values(),
-        *(f for s in adapter.stacks.values() for f in s),
-    ]
-    files = [f for factor in factors for f in factor.a.place.files()]
     return replace(
         whole,
         path=path,
         cuts=_sorted(cuts),
         notes=(said, *notes),
-        files=tuple(dict.fromkeys([*whole.files, *files, *replaced.files])),
+        files=tuple(dict.fromkeys([*whole.files, *adapter.files(), *replaced.files])),
     )
 
 
@@ -354,7 +341,6 @@ def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
             f"{path} is an adapter whose update is not known without its base "
             f"({adapter.base or 'not named'}), expected that; name it with --base"
         )
-    files = [f for factor in adapter.factors.values() for f in factor.a.place.files()]
     notes = [f"{path}: an adapter without its base, so its updates alone"]
     n_whole = len(adapter.stacks) + len(adapter.replaced)
     if n_whole:
@@ -362,7 +348,8 @@ def _updates_alone(path: Path, adapter: Adapter) -> Checkpoint:
             f"{path}: {n_whole} stacks of experts or whole tensors of the adapter are "
             "left out, whose base has to be named with --base"
         )
-    return Checkpoint(path, cuts, {}, tuple(notes), tuple(dict.fromkeys(files)))
+    files = tuple(dict.fromkeys(adapter.files()))
+    return Checkpoint(path, cuts, {}, tuple(notes), files)
 
 
 def _unmerged(path: Path, place: Path, stored: list[Stored]) -> Adapter | None:
@@ -496,21 +483,53 @@ class Pairing:
     measured: float
 
 
-def pairing(
-    before: Checkpoint,
-    after: Checkpoint,
-    roles: Collection[str] | None = None,
-    parts: Collection[str] | None = None,
-) -> Pairing:
+@dataclass(frozen=True)
+class Wanted:
+    """Which matrices count.
+
+    Attributes:
+        roles: only these; None for all.
+        parts: of the model, only these; None for all.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+
+    roles: Collection[str] | None = None
+    parts: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        for what, known in (("roles", ALL_ROLES), ("parts", {*PARTS})):
+            names = getattr(self, what)
+            if isinstance(names, str) or not {*(names or ())} <= known:
+                raise ValueError(
+                    f"{what} = {names!r}, expected a collection out of {sorted(known)}"
+                )
+
+    def __contains__(self, matrix: Matrix) -> bool:
+        return (self.roles is None or matrix.role in self.roles) and (
+            self.parts is None or matrix.part in self.parts
+        )
+
+    def described(self) -> dict[str, list[str] | None]:
+        """The two, as JSON can hold them."""
+        return {
+            what: None if names is None else sorted(names)
+            for what, names in vars(self).items()
+        }
+
+
+ALL = Wanted()
+
+
+def pairing(before: Checkpoint, after: Checkpoint, wanted: Wanted = ALL) -> Pairing:
     """Which matrices of two checkpoints belong together.
 
     Args:
         before, after: open.
-        roles: only these; None for all.
-        parts: of the model, only these; None for all.
+        wanted: only these.
     """
-    sides = before, after
-    shapes = _shapes(before, roles, parts), _shapes(after, roles, parts)
+    shapes = _shapes(before, wanted), _shapes(after, wanted)
     names = match(*shapes, tuple(dict.fromkeys(before.families + after.families)))
     pairs, differing = [], []
     for name, other in names.items():
@@ -521,46 +540,26 @@ def pairing(
             pairs.append(pair)
         else:
             differing.append((cuts[0].matrix, cuts[1].matrix))
-    pairs += _tied_pairs(before, after, names, roles, parts)
-    found = {*names}, {*names.values()}
-    only = [
-        [n for n in _shapes(side, roles, parts) if n not in known]
-        for side, known in zip(sides, found, strict=True)
-    ]
-    paired = (
-        {p.cuts[0].matrix.name for p in pairs},
-        {p.cuts[1].matrix.name for p in pairs},
+    pairs += _tied_pairs((before, after), wanted)
+    paired = [{pair.cuts[i].matrix.name for pair in pairs} for i in (0, 1)]
+    only = (
+        [n for n in shapes[0] if n not in paired[0] and n not in names],
+        [n for n in shapes[1] if n not in paired[1] | {*names.values()}],
     )
     unreadable = _unread(before, after, paired[0]), _unread(after, before, paired[1])
-    only_left = only[0], only[1]
-    if any(pair.note in (TIED_BEFORE, TIED_AFTER) for pair in pairs):
-        only_left = tuple(  # type: ignore[assignment]
-            [n for n in side if n not in known]
-            for side, known in zip(only, paired, strict=True)
-        )
-    share = _share(sides, pairs, roles, parts)
-    return Pairing(pairs, names, only_left, differing, unreadable, share)
+    share = _share((before, after), pairs, wanted)
+    return Pairing(pairs, names, only, differing, unreadable, share)
 
 
-def _wanted(
-    matrix: Matrix, roles: Collection[str] | None, parts: Collection[str] | None
-) -> bool:
-    return (roles is None or matrix.role in roles) and (
-        parts is None or matrix.part in parts
-    )
-
-
-def _shapes(
-    side: Checkpoint, roles: Collection[str] | None, parts: Collection[str] | None
-) -> dict[str, tuple[int, ...]]:
+def _shapes(side: Checkpoint, wanted: Wanted) -> dict[str, tuple[int, ...]]:
     """Name to what must agree for two names of one form to be the same matrix."""
     found: dict[str, tuple[int, ...]] = {}
     for name, cut in side.cuts.items():
-        if _wanted(cut.matrix, roles, parts):
+        if cut.matrix in wanted:
             # Vocabularies are resized and padded: their rows may differ.
             vocabulary = cut.matrix.role in ("embed", "head")
             found[name] = cut.matrix.shape[1:] if vocabulary else cut.matrix.shape
-    if roles is None and parts is None:
+    if wanted == ALL:
         found |= {
             name: skip.shape
             for name, skip in side.skipped.items()
@@ -571,33 +570,26 @@ def _shapes(
 
 def _pair(a: Cut, b: Cut, note: str = "") -> StoredPair | None:
     """Two cuts as a pair, of their common rows if that is all; None if they differ."""
+    notes = [note] if note else []
     if a.matrix.shape != b.matrix.shape:
         vocabulary = {a.matrix.role, b.matrix.role} <= {"embed", "head"}
         if not vocabulary or a.matrix.shape[1] != b.matrix.shape[1]:
             return None
         n = min(a.matrix.shape[0], b.matrix.shape[0])
-        note = "; ".join(
-            filter(
-                None,
-                [
-                    note,
-                    f"the first {n} rows, of {a.matrix.shape[0]} before and "
-                    f"{b.matrix.shape[0]} after (another vocabulary)",
-                ],
-            )
+        notes.append(
+            f"the first {n} rows, of {a.matrix.shape[0]} before and "
+            f"{b.matrix.shape[0]} after (another vocabulary)"
         )
         a, b = first_rows(a, n), first_rows(b, n)
-    note = "; ".join(filter(None, [note, *_made("before", a), *_made("after", b)]))
+    for side, place in (("before", a.tensor.place), ("after", b.tensor.place)):
+        if said := getattr(place, "note", ""):
+            notes.append(f"{side}: {said}")
+    note = "; ".join(notes)
     name = a.matrix.name
     if name != b.matrix.name and normal_form(name) == normal_form(b.matrix.name):
         name = unwrapped(name)
     before, after = replace(a.matrix, name=name), replace(b.matrix, name=name)
     return StoredPair(before, after, (a, b), note)
-
-
-def _made(side: str, cut: Cut) -> list[str]:
-    said = getattr(cut.tensor.place, "note", "")
-    return [f"{side}: {said}"] if said else []
 
 
 def first_rows(cut: Cut, n: int) -> Cut:
@@ -610,31 +602,26 @@ def first_rows(cut: Cut, n: int) -> Cut:
 
 
 def _tied_pairs(
-    before: Checkpoint,
-    after: Checkpoint,
-    names: dict[str, str],
-    roles: Collection[str] | None,
-    parts: Collection[str] | None,
+    sides: tuple[Checkpoint, Checkpoint], wanted: Wanted
 ) -> list[StoredPair]:
     """A head that one side has, and the embedding that it is on the other."""
-    found: list[StoredPair] = []
     heads = [
-        [c for c in side.cuts.values() if c.matrix.role == "head"]
-        for side in (before, after)
+        [
+            c
+            for c in side.cuts.values()
+            if c.matrix.role == "head" and c.matrix in wanted
+        ]
+        for side in sides
     ]
-    heads = [[c for c in h if c.matrix.part == "language"] for h in heads]
-    heads = [[c for c in h if _wanted(c.matrix, roles, parts)] for h in heads]
-    if len(heads[1]) == 1 and not heads[0] and before.tied:
-        embed = before.cuts[before.tied]
-        renamed = replace(embed.matrix, name=heads[1][0].matrix.name, role="head")
-        pair = _pair(replace(embed, matrix=renamed), heads[1][0], TIED_BEFORE)
-        found += [pair] if pair else []
-    if len(heads[0]) == 1 and not heads[1] and after.tied:
-        embed = after.cuts[after.tied]
-        renamed = replace(embed.matrix, name=heads[0][0].matrix.name, role="head")
-        pair = _pair(heads[0][0], replace(embed, matrix=renamed), TIED_AFTER)
-        found += [pair] if pair else []
-    return found
+    heads = [[c for c in side if c.matrix.part == "language"] for side in heads]
+    for i, note in enumerate((TIED_BEFORE, TIED_AFTER)):
+        if len(heads[1 - i]) == 1 and not heads[i] and sides[i].tied:
+            head, embed = heads[1 - i][0], sides[i].cuts[sides[i].tied]
+            renamed = replace(embed.matrix, name=head.matrix.name, role="head")
+            embed = replace(embed, matrix=renamed)
+            pair = _pair(head, embed, note) if i else _pair(embed, head, note)
+            return [pair] if pair else []
+    return []
 
 
 def _unread(side: Checkpoint, other: Checkpoint, paired: set[str]) -> set[str]:
@@ -656,26 +643,22 @@ def _unread(side: Checkpoint, other: Checkpoint, paired: set[str]) -> set[str]:
 
 
 def _share(
-    sides: tuple[Checkpoint, Checkpoint],
-    pairs: list[StoredPair],
-    roles: Collection[str] | None,
-    parts: Collection[str] | None,
+    sides: tuple[Checkpoint, Checkpoint], pairs: list[StoredPair], wanted: Wanted
 ) -> float:
     """Of the weights of the fuller side, which share is measured."""
+    roles = wanted.roles
+    if wanted.parts is None:
+        wanted = Wanted(roles, {pair.before.part for pair in pairs})
     totals = []
-    parts = {pair.before.part for pair in pairs} if parts is None else parts
     for side in sides:
-        total = sum(
-            cut.matrix.shape[0] * cut.matrix.shape[1]
-            for cut in side.cuts.values()
-            if _wanted(cut.matrix, roles, parts)
-        )
+        matrices = (cut.matrix for cut in side.cuts.values())
+        total = sum(math.prod(matrix.shape) for matrix in matrices if matrix in wanted)
         for name, skip in side.skipped.items():
             role = role_of(quantised.module_of(name).split("."))
             if skip.unreadable and (roles is None or role in roles):
                 total += _entries(name, skip)
         totals.append(total)
-    measured = sum(p.before.shape[0] * p.before.shape[1] for p in pairs)
+    measured = sum(math.prod(pair.before.shape) for pair in pairs)
     return measured / max(1, *totals)
 
 
@@ -683,10 +666,8 @@ def _entries(name: str, skip: Skipped) -> int:
     """Weights of a tensor that cannot be read: none of a scale's."""
     if "scale" in name.rpartition(".")[2] or len(skip.shape) < 2:
         return 0
-    n = 8 if skip.dtype in ("I32", "U32") else 1  # packed, mostly four bits each
-    for side in skip.shape:
-        n *= side
-    return n
+    packed = 8 if skip.dtype in ("I32", "U32") else 1  # mostly four bits each
+    return packed * math.prod(skip.shape)
 
 
 def list_pairs(
@@ -713,18 +694,14 @@ def list_pairs(
     """
     if missing not in ("raise", "skip"):
         raise ValueError(f"missing = {missing!r}, expected 'raise' or 'skip'")
-    check_names("roles", roles, ALL_ROLES)
+    wanted = Wanted(roles)
     a, b = open_pair(before, after)
-    found = pairing(a, b, roles)
+    found = pairing(a, b, wanted)
     if missing == "raise":
-        for i, side, other in ((0, a, b), (1, b, a)):
-            absent = [name for name in found.only[i] if name in side.cuts]
-            skipped = [
-                name
-                for name, other_name in found.names.items()
-                if name in a.cuts and other_name not in b.cuts
-            ]
-            _refuse_missing(absent or (skipped if i == 0 else []), side, other)
+        known = found.names.items()
+        skipped = [n for n, other in known if n in a.cuts and other not in b.cuts]
+        _refuse_missing([n for n in found.only[0] if n in a.cuts] or skipped, a, b)
+        _refuse_missing([n for n in found.only[1] if n in b.cuts], b, a)
     if not found.pairs and not found.differing:
         raise ValueError(diagnosis(a, b, found))
     refuse_shapes(found.differing, a, b)
@@ -791,20 +768,6 @@ def _is_adapter(source: Source) -> bool:
     if isinstance(source, Checkpoint):
         source = source.path
     return adapters.adapter_in(Path(source)) is not None
-
-
-def check_names(
-    what: str, names: Collection[str] | None, known: Collection[str]
-) -> None:
-    """Refuse names that are not known.
-
-    Raises:
-        ValueError: one is not.
-    """
-    if isinstance(names, str) or not set(names or ()) <= set(known):
-        raise ValueError(
-            f"{what} = {names!r}, expected a collection out of {sorted(known)}"
-        )
 
 
 def _refuse_missing(absent: list[str], side: Checkpoint, other: Checkpoint) -> None:

@@ -154,14 +154,14 @@ class Reference:
     @cached_property
     def principal(self) -> Tensor:
         """Boolean principal mask."""
+        return self.principal_at(self.settings.alpha)
+
+    def principal_at(self, alpha: float) -> Tensor:
+        """Boolean principal mask of another share of the entries."""
         rank = self.settings.mask_rank(self.w_before.shape)
         found = self.decomposition
-        return updates.reconstruction_mask(
-            found.left[:, :rank],
-            found.spectrum[:rank],
-            found.right[:, :rank],
-            self.settings.alpha,
-        )
+        left, right = found.left[:, :rank], found.right[:, :rank]
+        return updates.reconstruction_mask(left, found.spectrum[:rank], right, alpha)
 
     @cached_property
     def low_magnitude(self) -> Tensor:
@@ -219,7 +219,8 @@ def compare(
 
     Returns:
         Those metrics; NaN where one is undefined: overlaps when no entry changed
-        visibly, the Hill exponent of an update of too low a rank, everything but
+        visibly, the Hill exponent of an update of too low a rank (but for what
+        rounding to float32 adds), everything but
         sparsity, density and norm when nothing changed at all.
 
     Raises:
@@ -251,7 +252,7 @@ def compare(
 def _changes(before: Reference, w_after: Tensor, wanted: set[str]) -> dict[str, float]:
     """Which entries changed, and where they lie."""
     w_before, eta = before.w_before, before.settings.eta
-    overlaps = wanted & {"principal_overlap", "low_magnitude_overlap"}
+    overlaps = wanted & {*OVERLAPS}
     if not overlaps:
         if not wanted & {"sparsity", "density"}:
             return {}
@@ -260,13 +261,9 @@ def _changes(before: Reference, w_after: Tensor, wanted: set[str]) -> dict[str, 
     visible = updates.visible_update(w_before, w_after, eta)
     density = int(np.count_nonzero(visible.numpy())) / visible.numel()
     values = {"sparsity": 1.0 - density, "density": density}
-    if density > 0.0:
-        if "principal_overlap" in overlaps:
-            share = updates.mask_overlap(before.principal, visible)
-            values["principal_overlap"] = share
-        if "low_magnitude_overlap" in overlaps:
-            share = updates.mask_overlap(before.low_magnitude, visible)
-            values["low_magnitude_overlap"] = share
+    for name in overlaps if density > 0.0 else ():
+        mask = getattr(before, name.removesuffix("_overlap"))
+        values[name] = updates.mask_overlap(mask, visible)
     return values
 
 
@@ -296,7 +293,9 @@ def _spread(
     values: dict[str, float] = {}
     if wanted & {"stable_rank", "hill_alpha", *SHARE}:
         delta = difference(before.w_before, w_after)
-        values |= spread(delta, norm, before.settings.hill_rank(delta.shape))
+        hill_k = before.settings.hill_rank(delta.shape)
+        floor = bits.rounding(w_after.dtype, before.norm, w_after.shape)
+        values |= spread(delta, norm, hill_k, floor)
     if wanted & {*READOUT}:
         hill_k = before.settings.hill_rank(w_after.shape)
         values |= stored_spread(before.w_before, w_after, hill_k)
@@ -379,25 +378,44 @@ def difference(w_before: Tensor, w_after: Tensor) -> Tensor:
     return result
 
 
-def spread(delta: Tensor, norm: float, hill_k: int) -> dict[str, float]:
+def spread(
+    delta: Tensor, norm: float, hill_k: int, floor: float = 0.0
+) -> dict[str, float]:
     """Stable rank, Hill exponent and share of the top directions of an update.
 
     Args:
         delta: (n_rows, n_cols), not zero.
         norm: its Frobenius norm.
         hill_k: singular values in the Hill estimate.
+        floor: of the singular values, see ``hill``.
     """
     top = min(max(hill_k, TOP), *delta.shape)
-    return of_values(gram.leading_values(delta, top), norm, hill_k)
+    return of_values(gram.leading_values(delta, top), norm, hill_k, floor)
 
 
-def of_values(values: Tensor, norm: float, hill_k: int) -> dict[str, float]:
+def of_values(
+    values: Tensor, norm: float, hill_k: int, floor: float = 0.0
+) -> dict[str, float]:
     """The same from the largest singular values, descending, hill_k of them or all."""
     return {
         "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
-        "hill_alpha": defined(spectra.hill_exponent, values, hill_k),
+        "hill_alpha": hill(values, hill_k, floor),
         "top_share": min(1.0, float((values[:TOP] / norm).square().sum())),
     }
+
+
+def hill(values: Tensor, k: int, floor: float = 0.0) -> float:
+    """Hill exponent of an update; NaN where it has none.
+
+    Args:
+        values: singular values, descending, k of them or all.
+        k: that the estimate takes.
+        floor: below it they are the rounding of stored weights: of an update of lower
+            rank than k, such as LoRA's, these would decide the exponent.
+    """
+    if len(values) >= k and float(values[k - 1]) <= floor:
+        return float("nan")
+    return defined(spectra.hill_exponent, values, k)
 
 
 def defined(metric: Callable[..., float], *arguments: object) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from opd_geometry.geometry import gguf_format
-from opd_geometry.geometry.storage import Pieces, Stored, header, metadata, uncovered
+from opd_geometry.geometry.storage import Stored, header, metadata, put_together
 from opd_geometry.geometry.training_formats import (
     RANK_FILE,
     from_dcp,
@@ -437,14 +437,9 @@ def _from_slices(files: list[Path]) -> list[Stored]:
             max((o[i] + s[i] for o, s, _ in parts if len(o) == len(s) == n_axes))
             for i in range(n_axes)
         )
-        if lacking := uncovered(shape, parts):
-            raise ValueError(
-                f"{files[0].parent} has no whole {name}: {lacking}; expected every "
-                "file of a distributed save, copy the rest"
-            )
-        whole = len(parts) == 1
-        place = parts[0][2] if whole else Pieces(shape, dtypes[name], tuple(parts))
-        found.append(Stored(name, shape, dtypes[name], place))
+        folder, rest = files[0].parent, "expected every file of a distributed save, "
+        rest += "copy the rest"
+        found.append(put_together(folder, name, shape, dtypes[name], parts, rest))
     return found
 
 

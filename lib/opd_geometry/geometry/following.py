@@ -8,15 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry import (
-    bits,
-    comparison,
-    gram,
-    krylov,
-    locking,
-    nulls,
-    spectra,
-)
+from opd_geometry.geometry import bits, comparison, gram, krylov, locking, nulls
 from opd_geometry.geometry.comparison import DEFAULTS, Settings
 from opd_geometry.geometry.tables import Row
 
@@ -105,7 +97,7 @@ def follow_tensors(
     """
     look = _Look(min(k, *w_before.shape), settings, iterated)
     last = later(steps[-1])
-    end = comparison.difference(w_before, last)
+    end, size = comparison.difference(w_before, last), bits.norm(w_before)
     stored = _Stored(w_before, end, look) if readout else None
     locks = len(steps) >= locking.LEAST
     walks = walk and locks and optimizer is not None
@@ -119,7 +111,7 @@ def follow_tensors(
     for step in steps:
         w, delta = (last, end) if step == steps[-1] else (later(step), None)
         delta = comparison.difference(w_before, w) if delta is None else delta
-        own = look.spread(delta)
+        own = look.spread(delta, floor=bits.rounding(w.dtype, size, w.shape))
         found = {"{}": own}
         if locks:
             change = delta if before is None else delta - before
@@ -178,7 +170,7 @@ class _Look:
     settings: Settings
     iterated: bool
 
-    def spread(self, delta: Tensor, rough: bool = False) -> Spread:
+    def spread(self, delta: Tensor, rough: bool = False, floor: float = 0.0) -> Spread:
         """Norm, stable rank and Hill exponent of an update, and its top subspace."""
         norm = bits.norm(delta)
         if norm == 0.0:
@@ -192,7 +184,7 @@ class _Look:
         return {
             "frobenius_norm": norm,
             "stable_rank": max(1.0, (norm / float(values[0])) ** 2),
-            "hill_alpha": comparison.defined(spectra.hill_exponent, values, hill_k),
+            "hill_alpha": comparison.hill(values, hill_k, floor),
         }, subspace
 
     def _about(self, delta: Tensor, norm: float, hill_k: int) -> Spread:

@@ -6,17 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_geometry.geometry import bits, comparison, gram, krylov, locking
+from opd_geometry.geometry import bits, comparison, gram, krylov, locking, pairs
 from opd_geometry.geometry.comparison import ANGLES, reference
-from opd_geometry.geometry.pairs import (
-    GROUPS,
-    METRICS,
-    MIDDLE,
-    OF_UPDATE,
-    Plan,
-    TrajectoryTask,
-    parse_metrics,
-)
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ PROBE_STEPS = 4  # of a walk
 PROBE_BYTES = 2**26  # of a file that are read, about
 
 
-def probe_speed(plan: Plan) -> Speed:
+def probe_speed(plan: pairs.Plan) -> Speed:
     """Time one small matrix of each kind and a part of the largest one's file.
 
     The part is read as measuring will read all, as fast as the file comes now: from
@@ -60,7 +51,7 @@ def probe_speed(plan: Plan) -> Speed:
     whole = _seconds(lambda: gram.decompose(w, PROBE // 8))
     values = _seconds(lambda: gram.leading_values(w, PROBE // 8))
     before = reference(w)
-    names = [METRICS[name] for name in GROUPS["cheap"]]
+    names = [pairs.METRICS[name] for name in pairs.GROUPS["cheap"]]
     cheap = _seconds(lambda: comparison.compare(before, other, names))
     norm = bits.difference_norm(w, other)
     iteration = _seconds(lambda: krylov.spread(w, other, norm, 16, PROBE // 8))
@@ -81,7 +72,7 @@ def probe_speed(plan: Plan) -> Speed:
     )
 
 
-def _reading(plan: Plan) -> float:
+def _reading(plan: pairs.Plan) -> float:
     """Seconds a byte of the plan's largest matrix."""
     largest = max(plan.tasks, key=lambda task: task.n_bytes)
     started = time.perf_counter()
@@ -96,7 +87,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def projected_seconds(
-    plan: Plan, speed: Speed, metrics: Collection[str], null: bool, jobs: int = 1
+    plan: pairs.Plan, speed: Speed, metrics: Collection[str], null: bool, jobs: int = 1
 ) -> float:
     """About how long a plan takes.
 
@@ -107,16 +98,16 @@ def projected_seconds(
         null: whether its null is.
         jobs: processes, which share the arithmetic, but read from one disk.
     """
-    asked, iterated = set(parse_metrics(metrics)), MIDDLE in metrics
+    asked, iterated = set(pairs.parse_metrics(metrics)), pairs.MIDDLE in metrics
     turns = len(asked & {*ANGLES, "nss"}) > 0
     whole = (2 + 2 * null) * turns  # of the nulls, the Gaussian and the turned one
     whole = max(whole, int("principal_overlap" in asked))
-    spread = bool(asked & {*OF_UPDATE})
+    spread = bool(asked & {*pairs.OF_UPDATE})
     seconds = 0.0
     for task in plan.tasks:
         short, long = sorted(task.shape)
         product, cube = short * short * long, short**3
-        if isinstance(task, TrajectoryTask):
+        if isinstance(task, pairs.TrajectoryTask):
             n = len(task.steps)
             if task.optimizer is not None and task.walk and n >= locking.LEAST:
                 seconds += max(task.steps) * speed.walk * short * long

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_geometry.geometry.storage import Index, Stored, count_read, handle_of
+from opd_geometry.geometry.storage import Index, OfFile, Stored, count_read, handle_of
 
 # Families whose matrices stand in the file as in Hugging Face's checkpoints.
 AS_THEY_ARE = ("qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3")
@@ -37,7 +37,7 @@ EXPERTS = {f"ffn_{x}_exps": f"{x}_proj" for x in ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(OfFile):
     """A tensor of a GGUF file, in float32 where it is quantised there.
 
     Attributes:
@@ -48,7 +48,6 @@ class Packed:
         heads: by which rows are turned back; 0 for as they are.
     """
 
-    file: Path
     key: str
     form: str
     expert: int | None = None
@@ -58,10 +57,6 @@ class Packed:
     def note(self) -> str:
         """What every row of it says."""
         return "" if self.form in PLAIN else f"dequantised from GGUF {self.form}"
-
-    def files(self) -> tuple[Path, ...]:
-        """That file."""
-        return (self.file,)
 
     def __getitem__(self, index: Index) -> Tensor:
         data = _reader(self.file)[1][self.key].data

@@ -9,14 +9,17 @@ role and a layer. Orders that a family has to itself are in the tables below.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_geometry.geometry.storage import FLOAT_DTYPES, Stored
+
+WHOLE = slice(None)
 
 # --- parts -------------------------------------------------------------------------
 
@@ -92,9 +95,8 @@ def part_of(modules: list[str], config: Mapping[str, Any]) -> str:
     if "decoder" not in modules and "encoder" not in modules:
         n_layers = count(config, "num_hidden_layers")
         if n_layers and count(config, "num_nextn_predict_layers"):
-            return (
-                "mtp" if layer_of(".".join(modules) + ".") >= n_layers else "language"
-            )
+            beyond = layer_of(".".join(modules) + ".") >= n_layers
+            return "mtp" if beyond else "language"
     return "language"
 
 
@@ -188,11 +190,8 @@ def role_of(modules: list[str], model_type: object = None) -> str:
     outside = layer_of(".".join([*modules, ""])) < 0
     if "router" in modules[-2:] or _OUTER.get(leaf) == "router":
         return "router"
-    if (
-        outside
-        and leaf == "decoder"
-        and modules[-2:-1] in (["lm_head"], ["predictions"])
-    ):
+    decodes = leaf == "decoder" and modules[-2:-1] in (["lm_head"], ["predictions"])
+    if outside and decodes:
         return "head"
     if leaf == "dense":
         return {"intermediate": "up", "output": "down"}.get(modules[-2], "other")
@@ -394,22 +393,23 @@ class Cut:
 
         A view of a tensor, unless its rows lie in groups.
         """
-        w: Tensor
         before = () if self.expert is None else (self.expert,)
         if self.groups > 1:
-            whole = tensor[(*before, slice(None))]
+            whole = tensor[(*before, WHOLE)]
             whole = whole.T if self.transposed else whole
-            grouped = whole.reshape(self.groups, -1, whole.shape[-1])
-            return grouped[:, self.rows].reshape(-1, whole.shape[-1])
-        if not self.transposed:
-            w = tensor[(*before, self.rows)]
-        else:
-            w = tensor[(*before, slice(None), self.rows)].T
-        return w
+            return in_groups(whole, self.rows, self.groups)
+        w: Tensor = tensor[(*before, *([WHOLE] if self.transposed else []), self.rows)]
+        return w.T if self.transposed else w
 
     def read(self) -> Tensor:
         """(n_rows, n_cols) in memory of its own."""
         return self.of(self.tensor.place).contiguous()
+
+
+def in_groups(w: Tensor, rows: slice, groups: int) -> Tensor:
+    """Some rows of every group of rows."""
+    grouped = w.reshape(groups, -1, w.shape[-1])
+    return grouped[:, rows].reshape(-1, w.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -430,6 +430,12 @@ class Skipped:
     unreadable: bool = False
 
 
+NO_ENTRIES = (
+    "no entries: as ZeRO-3 saves weights that were not gathered "
+    "(stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
+)
+
+
 def modules_of(name: str) -> list[str]:
     """Components of a tensor's path, less the last "weight"."""
     return name.removesuffix(".weight").split(".")
@@ -439,7 +445,7 @@ def cuts_or_reason(tensor: Stored, layout: Layout) -> list[Cut] | str:
     """The matrices of one stored tensor, or why it has none."""
     modules, ndim = modules_of(tensor.name), len(tensor.shape)
     if 0 in tensor.shape:
-        return "no entries"
+        return NO_ENTRIES
     if ndim < 2:
         return "a scalar" if ndim == 0 else "one-dimensional: a norm or a bias"
     stacked = _stack_position(modules)
@@ -453,34 +459,46 @@ def cuts_or_reason(tensor: Stored, layout: Layout) -> list[Cut] | str:
         )
     turned = layout.turned and modules[-1] in CONV1D_LEAVES
     if modules[-1] in FUSED_QKV:
-        return _qkv_cuts(tensor, modules, layout, turned)
+        shape = tensor.shape[::-1] if turned else tensor.shape
+        tower = part_of(modules, layout.config) != "language"
+        split = _qkv_rows(modules[-1], shape, layout, tower)
+        if isinstance(split, str):
+            return split
+        return _cuts(tensor, modules, layout, split[0], turned, split[1])
     if halves := _fused_halves(tensor, modules, layout):
-        return _gate_up_cuts(tensor, modules, halves, layout)
-    return [_cut(tensor, modules, slice(None), layout, turned)]
+        n_rows = tensor.shape[0]
+        if n_rows % 2:
+            return f"fused {modules[-1]} of {n_rows} rows, which do not halve"
+        rows_of = _below(halves, (n_rows // 2, n_rows // 2))
+        return _cuts(tensor, modules, layout, rows_of)
+    return _cuts(tensor, modules, layout, {modules[-1]: WHOLE}, turned)
 
 
-def _cut(
+def _cuts(
     tensor: Stored,
     modules: list[str],
-    rows: slice,
     layout: Layout,
+    rows_of: Mapping[str, slice],
     turned: bool = False,
     groups: int = 1,
-) -> Cut:
-    """Rows of a two-dimensional tensor, named as if stored apart."""
-    whole = modules_of(tensor.name) == modules
-    name = tensor.name if whole else ".".join([*modules, "weight"])
+) -> list[Cut]:
+    """Rows of a two-dimensional tensor, under names as if stored apart."""
     n_out, n_in = tensor.shape[::-1] if turned else tensor.shape
-    n_rows = groups * len(range(*rows.indices(n_out // groups)))
-    matrix = Matrix(
-        name=name,
-        role=role_of(modules, layout.model_type),
-        layer=layer_of(name),
-        shape=(n_rows, n_in),
-        dtype=tensor.dtype,
-        part=part_of(modules, layout.config),
-    )
-    return Cut(matrix, tensor, rows, None, turned, groups)
+    cuts = []
+    for leaf, rows in rows_of.items():
+        own = [*modules[:-1], leaf]
+        name = tensor.name if own == modules else ".".join([*own, "weight"])
+        shape = (groups * len(range(*rows.indices(n_out // groups))), n_in)
+        role, part = role_of(own, layout.model_type), part_of(own, layout.config)
+        matrix = Matrix(name, role, layer_of(name), shape, tensor.dtype, part)
+        cuts.append(Cut(matrix, tensor, rows, None, turned, groups))
+    return cuts
+
+
+def _below(names: Sequence[str], lengths: Sequence[int]) -> dict[str, slice]:
+    """Rows of parts that stand one below the other."""
+    parts = zip(names, lengths, accumulate(lengths), strict=True)
+    return {name: slice(end - n, end) for name, n, end in parts}
 
 
 # --- fused q, k and v --------------------------------------------------------------
@@ -555,32 +573,31 @@ def _heads(layout: Layout, order: str) -> tuple[int, int, int] | None:
     return n_heads, n_kv, count(config, "head_dim") or width // n_heads
 
 
-def _qkv_cuts(
-    tensor: Stored, modules: list[str], layout: Layout, turned: bool
-) -> list[Cut] | str:
-    """q, k and v of a tensor that holds all three, in the order of its family."""
-    leaf, n_rows = modules[-1], tensor.shape[1 if turned else 0]
-    n_cols = tensor.shape[0 if turned else 1]
-    order = _qkv_order(leaf, layout)
-    thirds = [0, n_cols, 2 * n_cols, n_rows]
-    if part_of(modules, layout.config) != "language" and n_rows == 3 * n_cols:
-        # Heads are known of the language model alone; towers have q, k, v as they are.
-        return _stacked(tensor, modules, layout, turned, thirds)
-    if order == FOUR_GROUPS and n_rows == 3 * n_cols and n_cols % 4 == 0:
-        edges = [edge // 4 for edge in thirds]
-        names = ("q_proj", "v_proj", "k_proj")
-        return _stacked(tensor, modules, layout, turned, edges, 4, names)
+def _qkv_rows(
+    leaf: str, shape: tuple[int, ...], layout: Layout, tower: bool
+) -> tuple[dict[str, slice], int] | str:
+    """Where q, k and v lie in each group of rows, and how many groups; or why not.
+
+    Heads are known of the language model alone; towers have q, k, v as they are.
+    """
+    n_rows, n_cols = shape
+    order, even = _qkv_order(leaf, layout), n_rows == 3 * n_cols
+    whole, thirds = {leaf: WHOLE}, _below(QKV_NAMES, (n_cols,) * 3)
+    if tower and even:
+        return thirds, 1
+    if order == FOUR_GROUPS and even and n_cols % 4 == 0:
+        return _below(("q_proj", "v_proj", "k_proj"), (n_cols // 4,) * 3), 4
     if order == OWN:
-        return [_cut(tensor, modules, slice(None), layout, turned)]
+        return whole, 1
     heads = _heads(layout, order)
     if heads:
         n_heads, n_kv, head_dim = heads
         if (n_heads + 2 * n_kv) * head_dim == n_rows and n_heads % n_kv == 0:
-            return _by_heads(tensor, modules, layout, turned, order, heads)
-    if leaf != "qkv_proj" and order == STACKED and n_rows == 3 * n_cols:
-        return _stacked(tensor, modules, layout, turned, thirds)
+            groups = 1 if order == STACKED else n_kv
+            lengths = [n * head_dim // groups for n in (n_heads, n_kv, n_kv)]
+            return _below(QKV_NAMES, lengths), groups
     if leaf != "qkv_proj":
-        return [_cut(tensor, modules, slice(None), layout, turned)]
+        return (thirds if order == STACKED and even else whole), 1
     if heads is None:
         return f"fused {leaf}, and no config.json beside it says how many heads"
     n_heads, n_kv, head_dim = heads
@@ -588,46 +605,6 @@ def _qkv_cuts(
         f"fused {leaf} of {n_rows} rows, where config.json's heads "
         f"need {n_heads * head_dim} + 2 x {n_kv * head_dim}"
     )
-
-
-def _by_heads(
-    tensor: Stored,
-    modules: list[str],
-    layout: Layout,
-    turned: bool,
-    order: str,
-    heads: tuple[int, int, int],
-) -> list[Cut]:
-    n_heads, n_kv, head_dim = heads
-    n_q, n_k = n_heads * head_dim, n_kv * head_dim
-    if order == STACKED:
-        edges = [0, n_q, n_q + n_k, n_q + 2 * n_k]
-        return _stacked(tensor, modules, layout, turned, edges)
-    n_q //= n_kv  # within a group
-    edges = [0, n_q, n_q + head_dim, n_q + 2 * head_dim]
-    return _stacked(tensor, modules, layout, turned, edges, n_kv)
-
-
-def _stacked(
-    tensor: Stored,
-    modules: list[str],
-    layout: Layout,
-    turned: bool,
-    edges: list[int],
-    groups: int = 1,
-    names: tuple[str, str, str] = QKV_NAMES,
-) -> list[Cut]:
-    return [
-        _cut(
-            tensor,
-            [*modules[:-1], name],
-            slice(edges[i], edges[i + 1]),
-            layout,
-            turned,
-            groups,
-        )
-        for i, name in enumerate(names)
-    ]
 
 
 # --- fused gate and up -------------------------------------------------------------
@@ -662,19 +639,6 @@ def _fused_halves(
     return names[::-1] if modules[-1] in UP_FIRST else names
 
 
-def _gate_up_cuts(
-    tensor: Stored, modules: list[str], names: tuple[str, str], layout: Layout
-) -> list[Cut] | str:
-    n_rows = tensor.shape[0]
-    if n_rows % 2:
-        return f"fused {modules[-1]} of {n_rows} rows, which do not halve"
-    halves = slice(0, n_rows // 2), slice(n_rows // 2, n_rows)
-    return [
-        _cut(tensor, [*modules[:-1], name], rows, layout)
-        for name, rows in zip(names, halves, strict=True)
-    ]
-
-
 # --- stacks of experts -------------------------------------------------------------
 
 EXPERTS_IN_OUT = {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe_text"}
@@ -695,9 +659,8 @@ def _stack_position(modules: list[str]) -> int | None:
             i = modules.index(name)
             numbered = re.fullmatch(r"(expert_)?\d+", ".".join(modules[i + 1 : i + 2]))
             return None if numbered else i
-    if modules[-2:-1] in (["block_sparse_moe"], ["mlp"]) and (
-        modules[-1] in STACK_ALIASES
-    ):
+    granite = modules[-2:-1] in (["block_sparse_moe"], ["mlp"])
+    if granite and modules[-1] in STACK_ALIASES:
         return len(modules) - 2
     return None
 
@@ -707,65 +670,56 @@ def _expert_cuts(
 ) -> list[Cut] | str:
     """One matrix an expert, or two where gate and up are fused, as (out, in)."""
     n_experts, n_first, n_second = tensor.shape
-    leaf = ".".join(modules[stacked + 1 :])
+    stack, leaf = modules[: stacked + 1], ".".join(modules[stacked + 1 :])
     if not in_attention(modules):  # JetMoE's attention has experts as well
         leaf = STACK_ALIASES.get(leaf, leaf)
     # As saved after MXFP4 was made into bf16, under the name of its codes.
     leaf = leaf.removesuffix("_blocks")
-    in_out = _beside(modules[: stacked + 1], layout)
+    in_out = _beside(stack, layout)
     if in_out is None:
         in_out = _stored_in_out(leaf, n_first, n_second, layout)
     elif leaf in ("fc1", "fc2"):
         leaf = {"fc1": "gate_up_proj", "fc2": "down_proj"}[leaf]
-    if leaf != "gate_up_proj":
-        # A plain stack needs no splitting, so an unknown order costs only the
-        # names of its two sides.
-        rows_of = {leaf: slice(None)}
-    elif in_out is None:
+    if leaf == "gate_up_proj" and in_out is None:
         return (
             "fused gate_up_proj of experts, and no config.json beside it has a "
             f"hidden_size of {n_first} or {n_second} to tell its order"
         )
-    else:
-        n_out = n_second if in_out else n_first
-        if n_out % 2:
-            return f"fused gate_up_proj of {n_out} outputs, which do not halve"
-        interleaved = layout.model_type in EXPERTS_INTERLEAVED
-        rows_of = {
-            "gate_proj": slice(0, None, 2) if interleaved else slice(0, n_out // 2),
-            "up_proj": slice(1, None, 2) if interleaved else slice(n_out // 2, n_out),
-        }
-    return [
-        _expert_cut(tensor, modules[: stacked + 1], expert, name, rows, in_out, layout)
-        for expert in range(n_experts)
-        for name, rows in rows_of.items()
-    ]
+    n_out, n_in = (n_second, n_first) if in_out else (n_first, n_second)
+    if leaf == "gate_up_proj" and n_out % 2:
+        return f"fused gate_up_proj of {n_out} outputs, which do not halve"
+    part = part_of(stack, layout.config)
+    cuts = []
+    for expert in range(n_experts):
+        for own, rows in _expert_rows(leaf, n_out, layout).items():
+            role = _expert_role(stack, own, layout)
+            path = [*stack, str(expert), *([own] if own else []), "weight"]
+            name, shape = ".".join(path), (len(range(*rows.indices(n_out))), n_in)
+            matrix = Matrix(name, role, layer_of(name), shape, tensor.dtype, part)
+            cuts.append(Cut(matrix, tensor, rows, expert, bool(in_out)))
+    return cuts
 
 
-def _expert_cut(
-    tensor: Stored,
-    stack: list[str],
-    expert: int,
-    leaf: str,
-    rows: slice,
-    in_out: bool | None,
-    layout: Layout,
-) -> Cut:
-    n_out, n_in = tensor.shape[:0:-1] if in_out else tensor.shape[1:]
-    name = ".".join([*stack, str(expert), *([leaf] if leaf else []), "weight"])
+def _expert_rows(leaf: str, n_out: int, layout: Layout) -> dict[str, slice]:
+    """Where the matrices of one expert lie in its outputs.
+
+    A plain stack needs no splitting, so an unknown order costs only the names of its
+    two sides.
+    """
+    if leaf != "gate_up_proj":
+        return {leaf: WHOLE}
+    if layout.model_type in EXPERTS_INTERLEAVED:
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return _below(("gate_proj", "up_proj"), (n_out // 2, n_out // 2))
+
+
+def _expert_role(stack: list[str], leaf: str, layout: Layout) -> str:
     role = _mlp_role(leaf, layout.model_type)
-    if stack[-1] != "shared_experts":  # which every token passes
-        role = EXPERT_ROLES.get(role, "expert_other")
-        role = "expert_other" if in_attention([*stack, leaf]) else role
-    matrix = Matrix(
-        name=name,
-        role=role,
-        layer=layer_of(name),
-        shape=(len(range(*rows.indices(n_out))), n_in),
-        dtype=tensor.dtype,
-        part=part_of(stack, layout.config),
-    )
-    return Cut(matrix, tensor, rows, expert, bool(in_out))
+    if stack[-1] == "shared_experts":  # which every token passes
+        return role
+    if in_attention([*stack, leaf]):
+        return "expert_other"
+    return EXPERT_ROLES.get(role, "expert_other")
 
 
 def _beside(stack: list[str], layout: Layout) -> bool | None:
@@ -849,7 +803,8 @@ def matrices_in_memory(
         if isinstance(cuts, str):
             continue
         if any(cut.groups > 1 for cut in cuts):
-            cuts = [_cut(stored, modules_of(name), slice(None), layout)]
+            modules = modules_of(name)
+            cuts = _cuts(stored, modules, layout, {modules[-1]: WHOLE})
         found |= {cut.matrix.name: (cut.matrix, cut.of(tensor)) for cut in cuts}
     return {name: found[name] for name in sorted(found, key=natural)}
 

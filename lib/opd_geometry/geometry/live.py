@@ -20,8 +20,8 @@ from torch import Tensor
 
 from opd_geometry.geometry.bits import to_bfloat16
 from opd_geometry.geometry.checkpoints import (
-    ALL_ROLES,
     Matrix,
+    Wanted,
     list_matrices,
     matrices_in_memory,
     read_matrix,
@@ -338,10 +338,7 @@ def watched(
         ValueError: unknown role, no such matrix, or weights that are spread over
             processes.
     """
-    if isinstance(roles, str) or not set(roles or ()) <= ALL_ROLES:
-        raise ValueError(
-            f"roles = {roles!r}, expected a collection out of {sorted(ALL_ROLES)}"
-        )
+    wanted = Wanted(roles)
     if max_layers is not None and max_layers < 1:
         raise ValueError(f"max_layers = {max_layers}, expected 1 or more")
     for name, tensor in tensors.items():
@@ -353,7 +350,7 @@ def watched(
     found = {
         name: pair
         for name, pair in matrices_in_memory(tensors, config).items()
-        if roles is None or pair[0].role in roles
+        if pair[0] in wanted
     }
     if not found:
         raise ValueError(

@@ -8,7 +8,7 @@ one to one and both have the same shape.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 
 # Put into the path by a wrapper, wherever it is.
@@ -22,7 +22,6 @@ WRAPPERS = {
     "original_module",
     "base_layer",
 }
-_OWN = {"wv": "v_proj", "wo": "o_proj"}
 # At the head of a path: what holds the language model or the whole model.
 ROOTS = {
     "model",
@@ -63,10 +62,6 @@ RENAMED = {
 ROTARY = {"wq", "wk"}
 
 
-def _own_attention(match: re.Match[str]) -> str:
-    return f".self_attn.{_OWN[match[1]]}"
-
-
 def normal_form(name: str) -> str:
     """A tensor's path without what wrappers add, under the names of transformers 5.
 
@@ -83,7 +78,7 @@ def normal_form(name: str) -> str:
     modules = [RENAMED.get(m, m) for m in modules]
     path = ".".join(modules)
     # Llama's own values and outputs have the rows that transformers' have.
-    path = re.sub(r"\.attention\.(w[vo])(?=\.|$)", _own_attention, path)
+    path = re.sub(r"\.attention\.w([vo])(?=\.|$)", r".self_attn.\1_proj", path)
     path = re.sub(r"\.router\.layer\.", ".router.", path)
     path = re.sub(r"(^|\.)mlp\.router\.", r"\1mlp.gate.", path)
     path = re.sub(r"\.gate\.moe_statics\.", ".moe_statics.", path)
@@ -205,8 +200,7 @@ def _by_form(
     # A form that another match has already is not free.
     taken = {form_of(name) for name in found}
     left = [n for n in before if n not in found], [n for n in after if n not in known]
-    forms: tuple[dict[str, list[str]], dict[str, list[str]]]
-    forms = defaultdict(list), defaultdict(list)
+    forms: list[dict[str, list[str]]] = [defaultdict(list), defaultdict(list)]
     for names, by_form in zip(left, forms, strict=True):
         for name in names:
             if not ROTARY & {*name.split(".")}:
@@ -227,18 +221,14 @@ def renamings(pairs: Mapping[str, str]) -> list[str]:
     >>> renamings({"model.layers.0.q.weight": "m.layers.0.q.weight", "a": "a"})
     ['model.layers.*.q.weight is m.layers.*.q.weight']
     """
-    counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], tuple[str, str]] = {}
+    alike: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for before, after in pairs.items():
-        if before == after:
-            continue
-        key = _differing(before, after)
-        counts[key] += 1
-        examples.setdefault(key, (_folded(before), _folded(after)))
+        if before != after:
+            alike[_differing(before, after)].append((before, after))
     return [
-        f"{examples[key][0]} is {examples[key][1]}"
-        + (f", and {n - 1} more alike" if n > 1 else "")
-        for key, n in counts.items()
+        f"{_folded(before)} is {_folded(after)}"
+        + (f", and {len(rest)} more alike" if rest else "")
+        for (before, after), *rest in alike.values()
     ]
 
 

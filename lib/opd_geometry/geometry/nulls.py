@@ -251,10 +251,7 @@ def energy_share(delta: Tensor, basis: Tensor, side: str = "right") -> float:
     if side not in ("left", "right"):
         raise ValueError(f"side {side!r}, expected left or right")
     values, size = _nonzero(finite_matrix(delta, "delta"))
-    return _energy_share(values / size, basis, side)
-
-
-def _energy_share(unit: Tensor, basis: Tensor, side: str) -> float:
+    unit = values / size
     rows = unit if side == "right" else unit.T
     if basis.shape[0] != rows.shape[1]:
         raise ValueError(

@@ -34,15 +34,14 @@ from opd_geometry.geometry import (
     unplaced,
 )
 from opd_geometry.geometry.checkpoints import (
-    ALL_ROLES,
     OTHER_ROTARY,
-    PARTS,
     Checkpoint,
+    Matrix,
     Pairing,
     Skipped,
     Source,
     StoredPair,
-    check_names,
+    Wanted,
     diagnosis,
     nothing_to_measure,
     open_checkpoint,
@@ -149,7 +148,7 @@ REFUSALS = (ValueError, torch.linalg.LinAlgError)
 WORDS = (*IDENTITY, "expected_from", "note")  # columns that hold no number
 MANY = 0.01  # zeros, or ties at the edge of a mask, from this share on are noted
 LARGE = 10**9  # entries from which on the tier is the middle one, if none is asked for
-FORMAT = 6  # raised when the same checkpoints would give other rows
+FORMAT = 7  # raised when the same checkpoints would give other rows
 
 
 def parse_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -315,14 +314,15 @@ class PairTask:
         """To be read."""
         return self.pair.before.n_bytes + self.pair.after.n_bytes
 
+    @property
+    def cut(self) -> list[str]:
+        """Ranks that are above its smaller side, by name."""
+        return self.settings.cut(self.shape)
+
     def rows(self) -> list[Row]:
         """Its row of `COLUMNS`; empty but for the note where a value is not finite."""
         before, after = self.pair.before, self.pair.after
-        row: Row = {
-            "matrix": before.name,
-            "role": before.role,
-            "layer": before.layer,
-            "part": before.part,
+        row = _identity(before) | {
             "rows": before.shape[0],
             "cols": before.shape[1],
             "dtype_before": before.dtype,
@@ -333,7 +333,8 @@ class PairTask:
         except REFUSALS as error:
             blank = _complete({}) | {"expected_from": ""}
             return [row | blank | {"note": f"{REFUSED}{error}"}]
-        note = "; ".join(filter(None, [self.pair.note, *notes]))
+        said = [self.pair.note, *notes, _cut_note(self)]
+        note = "; ".join(filter(None, said))
         return [row | values | {"expected_from": words, "note": note}]
 
     def _values(self) -> tuple[dict[str, float], str, list[str]]:
@@ -475,15 +476,15 @@ class TrajectoryTask:
         )
         return self.pairs[0].before.n_bytes + later + others
 
+    @property
+    def cut(self) -> list[str]:
+        """Ranks that are above its smaller side, by name."""
+        k = ["k"] if self.k > min(self.shape) else []
+        return k + self.settings.cut(self.shape)
+
     def rows(self) -> list[Row]:
         """Its rows of `TRAJECTORY_COLUMNS`; one with a note if values are damaged."""
-        matrix = self.pairs[0].before
-        identity: Row = {
-            "matrix": matrix.name,
-            "role": matrix.role,
-            "layer": matrix.layer,
-            "part": matrix.part,
-        }
+        identity = _identity(self.pairs[0].before)
         pair_of = dict(zip(self.steps, self.pairs, strict=True))
         try:
             if all(pair.adapted for pair in self.pairs) and self.pairs[0].update():
@@ -496,7 +497,7 @@ class TrajectoryTask:
                 empty | identity | {"step": step, "note": f"{REFUSED}{error}"}
                 for step in self.steps
             ]
-        notes = [self.pair.note]
+        notes = [self.pair.note, _cut_note(self)]
         if len(self.steps) < locking.LEAST:
             notes.append(
                 f"{len(self.steps)} checkpoints, expected {locking.LEAST} or more for "
@@ -566,6 +567,12 @@ def _update_of(name: str, pair: StoredPair) -> Tensor:
     before, after = pair.read()
     _refuse_damage({f"before {name}": before, f"after {name}": after})
     return comparison.difference(before, after)
+
+
+def _identity(matrix: Matrix) -> Row:
+    """Which matrix a row is of."""
+    named = {name: getattr(matrix, name) for name in ("role", "layer", "part")}
+    return {"matrix": matrix.name, **named}
 
 
 Task = PairTask | TrajectoryTask
@@ -668,7 +675,8 @@ def plan_pair(
     if seed < 0:
         raise ValueError(f"seed = {seed!r}, expected 0 or larger; the default is 0")
     sides = open_pair(before, after, base, dequantise)
-    found = _paired(*sides, roles, parts)
+    wanted = Wanted(roles, parts)
+    found = _paired(*sides, wanted)
     if metrics is None:
         metrics = [MIDDLE if _entries(found) >= LARGE else "all"]
     asked, iterated = parse_metrics(metrics), MIDDLE in metrics
@@ -681,25 +689,19 @@ def plan_pair(
         "settings": asdict(settings),
         "metrics": list(asked),
         "iterated": iterated,
-        "roles": sorted(roles) if roles is not None else None,
-        "parts": sorted(parts) if parts is not None else None,
+        **wanted.described(),
         "null": null,
         "seed": seed,
         "dequantise": dequantise,
     }
+    notes = [*sides[0].notes, *sides[1].notes, *_notes(found), *_cut(tasks)]
     return Plan(
         tasks,
         COLUMNS,
         _skipped(*sides),
         _missing(*sides, found),
         description,
-        tuple(
-            dict.fromkeys(
-                [n for side in sides for n in side.notes]
-                + _notes(found)
-                + _cut([(task.shape, settings.cut(task.shape)) for task in tasks])
-            )
-        ),
+        tuple(dict.fromkeys(notes)),
         _renamed(found),
         found.measured,
     )
@@ -745,7 +747,8 @@ def plan_trajectory(
     order = _in_order(checkpoints, steps, optimizer)
     first = open_checkpoint(before)
     opened = {step: open_pair(first, path)[1] for step, path in order.items()}
-    found = {step: _paired(first, c, roles, parts) for step, c in opened.items()}
+    wanted = Wanted(roles, parts)
+    found = {step: _paired(first, c, wanted) for step, c in opened.items()}
     sides = {step: _by_name(f) for step, f in found.items()}
     names, *others_of = sides.values()
     common = [name for name in names if all(name in other for other in others_of)]
@@ -756,7 +759,7 @@ def plan_trajectory(
         )
     if iterated is None:
         iterated = _entries(found[min(order)]) >= LARGE
-    others, read = _others(against or {}, roles, parts)
+    others, read = _others(against or {}, wanted)
     tasks = [
         TrajectoryTask(
             tuple(sides),
@@ -784,16 +787,11 @@ def plan_trajectory(
         "k": k,
         "hill_k": settings.hill_k,
         "iterated": iterated,
-        "roles": sorted(roles) if roles is not None else None,
-        "parts": sorted(parts) if parts is not None else None,
+        **wanted.described(),
     }
     missing = [m for step, c in opened.items() for m in _missing(first, c, found[step])]
     notes = [note for c in (first, *opened.values()) for note in c.notes]
-    cut = [
-        (t.shape, [*(["k"] if k > min(t.shape) else []), *settings.cut(t.shape)])
-        for t in tasks
-    ]
-    notes += _cut(cut)
+    notes += _cut(tasks)
     return Plan(
         tasks,
         (*TRAJECTORY_COLUMNS[:-1], *(f"similarity_to_{n}" for n in others), "note"),
@@ -833,44 +831,33 @@ def _by_name(found: Pairing) -> dict[str, StoredPair]:
 
 
 def _others(
-    against: Mapping[str, tuple[Source, Source]],
-    roles: Collection[str] | None,
-    parts: Collection[str] | None,
+    against: Mapping[str, tuple[Source, Source]], wanted: Wanted
 ) -> tuple[dict[str, dict[str, StoredPair]], list[Checkpoint]]:
     """Name to the pairs of another training by matrix; and what was opened for them."""
     found: dict[str, dict[str, StoredPair]] = {}
     read: list[Checkpoint] = []
     for name, sources in against.items():
-        if (
-            not re.fullmatch("[a-z0-9_]+", name)
-            or f"similarity_to_{name}" in TRAJECTORY_COLUMNS
-        ):
+        taken = f"similarity_to_{name}" in TRAJECTORY_COLUMNS
+        if taken or not re.fullmatch("[a-z0-9_]+", name):
             raise ValueError(
                 f"another training is named {name!r}, expected lower-case letters, "
                 "digits and _, and not end: a column will be similarity_to_NAME"
             )
         sides = open_pair(*sources)
-        found[name] = _by_name(_paired(*sides, roles, parts))
+        found[name] = _by_name(_paired(*sides, wanted))
         read += sides
     return found, read
 
 
-def _paired(
-    before: Checkpoint,
-    after: Checkpoint,
-    roles: Collection[str] | None,
-    parts: Collection[str] | None,
-) -> Pairing:
+def _paired(before: Checkpoint, after: Checkpoint, wanted: Wanted) -> Pairing:
     """What two checkpoints have in common; refused if that is little of either.
 
     Weights that one side holds in a form that cannot be read do not count: what is
     left is measured.
     """
-    check_names("roles", roles, ALL_ROLES)
-    check_names("parts", parts, PARTS)
-    found = pairing(before, after, roles, parts)
-    for side, unread in zip((before, after), found.unreadable, strict=True):
-        if not side.cuts and not unread:
+    found = pairing(before, after, wanted)
+    for side in (before, after):
+        if not side.cuts:
             raise ValueError(nothing_to_measure(side))
     refuse_shapes(found.differing, before, after)
     # A part that one side lacks (a text model of a multimodal one) does not count.
@@ -898,17 +885,27 @@ def _notes(found: Pairing) -> list[str]:
     return [OTHER_ROTARY] if any(ROTARY & {*name.split(".")} for name in names) else []
 
 
-def _cut(ranks: Sequence[tuple[tuple[int, ...], list[str]]]) -> list[str]:
+def _cut(tasks: Sequence[Task]) -> list[str]:
     """Which ranks are above the smaller side of which matrices, in a line each."""
     sides: dict[str, list[int]] = {}
-    for shape, names in ranks:
-        for name in names:
-            sides.setdefault(name, []).append(min(shape))
+    for task in tasks:
+        for name in task.cut:
+            sides.setdefault(_option(name), []).append(min(task.shape))
     return [
-        f"--{name.replace('_', '-')} is above the smaller side of {len(found)} "
-        f"matrices ({min(found)} at least), and is cut to it there"
-        for name, found in sides.items()
+        f"{option} is above the smaller side of {len(found)} matrices ({min(found)} "
+        "at least), and is cut to it there"
+        for option, found in sides.items()
     ]
+
+
+def _cut_note(task: Task) -> str:
+    """The same for the row of one matrix."""
+    options = ", ".join(map(_option, task.cut))
+    return f"{options} cut to its smaller side, {min(task.shape)}" if options else ""
+
+
+def _option(rank: str) -> str:
+    return f"--{rank.replace('_', '-')}"
 
 
 def _entries(found: Pairing) -> int:

@@ -321,15 +321,13 @@ def _compressed(
     if packed is None or scale is None:
         return []
     shape = packed.shape
+    codes = (*found.items(),)
+    place = Dequantised("compressed-tensors", codes, None, json.dumps(said))
     if said.get("format") in FOUR_BITS and len(shape) == 2:  # two codes in a byte
-        place = Dequantised(
-            "compressed-tensors", (*found.items(),), None, json.dumps(said)
-        )
         return [Stored(f"{module}.weight", (shape[0], 2 * shape[1]), "bfloat16", place)]
     if scale.dtype not in FLOAT_DTYPES.values():
         return []
     if "weight_shape" in found:
         sides = _whole(found["weight_shape"].place).tolist()
         shape = (int(sides[0]), int(sides[1]))
-    place = Dequantised("compressed-tensors", (*found.items(),), None, json.dumps(said))
     return [Stored(f"{module}.weight", shape, scale.dtype, place)]

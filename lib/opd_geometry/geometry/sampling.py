@@ -117,12 +117,8 @@ def sampled(plan: Plan, n: int, seed: int = 0) -> Plan:
     found = strata(roles, [s.layer for s in sources], n)
     chosen = {place: number for number, place in draw(found, seed)}
     rows = {
-        plan.tasks[place].name: (
-            number,
-            len(found[number].members),
-            found[number].drawn,
-        )
-        for place, number in chosen.items()
+        plan.tasks[place].name: (n, len(found[n].members), found[n].drawn)
+        for place, n in chosen.items()
     }
     tasks = [plan.tasks[place] for place in sorted(chosen)]
     description = {**plan.description, "sample": n, "sample_seed": seed}

@@ -129,20 +129,26 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class InFile:
-    """A tensor of a safetensors file."""
+class OfFile:
+    """A place in one file."""
 
     file: Path
+
+    def files(self) -> tuple[Path, ...]:
+        """That file."""
+        return (self.file,)
+
+
+@dataclass(frozen=True)
+class InFile(OfFile):
+    """A tensor of a safetensors file."""
+
     key: str
 
     def __getitem__(self, index: Index) -> Tensor:
         handle = open_safetensors(self.file)
         with naming(self.file):
             return owned(self.file, handle.get_slice(self.key)[index])
-
-    def files(self) -> tuple[Path, ...]:
-        """That file."""
-        return (self.file,)
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,8 @@ class Pieces:
 
     def _rows(self, low: int, high: int) -> Tensor:
         """Rows low to high, from the pieces that have some of them."""
-        whole = torch.empty(
-            (high - low, *self.shape[1:]), dtype=torch_dtype(self.dtype)
-        )
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        whole = torch.empty((high - low, *self.shape[1:]), dtype=dtype)
         for offsets, shape, place in self.pieces:
             start, stop = max(low, offsets[0]), min(high, offsets[0] + shape[0])
             if start >= stop:
@@ -190,10 +195,24 @@ class Pieces:
         return tuple(dict.fromkeys(found))
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name, as "bfloat16"."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def put_together(
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    pieces: Sequence[tuple[tuple[int, ...], tuple[int, ...], Place]],
+    remedy: str = "expected the files of one save, copy them again",
+) -> Stored:
+    """A tensor of its pieces.
+
+    Raises:
+        ValueError: they do not make up a whole.
+    """
+    if lacking := uncovered(shape, pieces):
+        raise ValueError(f"{folder} has no whole {name}: {lacking}; {remedy}")
+    whole = len(pieces) == 1
+    place = pieces[0][2] if whole else Pieces(shape, dtype, tuple(pieces))
+    return Stored(name, shape, dtype, place)
 
 
 def uncovered(shape: Sequence[int], pieces: Sequence[tuple[Any, ...]]) -> str:

@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from opd_geometry.geometry.storage import (
     Index,
-    Pieces,
+    OfFile,
     Stored,
     count_read,
     handle_of,
-    uncovered,
+    put_together,
 )
 
 # --- pickled tensors ---------------------------------------------------------------
@@ -35,10 +35,9 @@ STATE_KEYS = ("model", "module", "state_dict", "model_state_dict", "app", "polic
 
 
 @dataclass(frozen=True)
-class Pickled:
+class Pickled(OfFile):
     """A tensor of a file that torch.save wrote."""
 
-    file: Path
     path: tuple[str, ...]
 
     def __getitem__(self, index: Index) -> Tensor:
@@ -51,10 +50,6 @@ class Pickled:
         w: Tensor = local.detach()[index].clone(memory_format=torch.contiguous_format)
         count_read(self.file, w.nbytes)
         return w
-
-    def files(self) -> tuple[Path, ...]:
-        """That file."""
-        return (self.file,)
 
 
 def load_archive(file: Path) -> Any:
@@ -218,14 +213,8 @@ def from_ranks(ranks: dict[int, Path]) -> list[Stored]:
                 shares[path].append((*share, Pickled(file, path)))
     found = []
     for path, pieces in shares.items():
-        shape, dtype = whole[path]
-        if lacking := uncovered(shape, pieces):
-            raise ValueError(
-                f"{first.parent} has no whole {'.'.join(path)}: {lacking}; expected "
-                "the files of one save, copy them again"
-            )
-        place = Pieces(shape, dtype, tuple(pieces))
-        found.append(Stored(_weight_name(path), shape, dtype, place))
+        stored = put_together(first.parent, ".".join(path), *whole[path], pieces)
+        found.append(replace(stored, name=_weight_name(path)))
     return found
 
 
@@ -315,10 +304,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(OfFile):
     """A tensor, or a piece of one, in a .distcp file: an archive of its own there."""
 
-    file: Path
     offset: int
     length: int
 
@@ -337,10 +325,6 @@ class Chunk:
             ) from error
         w: Tensor = tensor[index]
         return w.clone(memory_format=torch.contiguous_format)
-
-    def files(self) -> tuple[Path, ...]:
-        """That file."""
-        return (self.file,)
 
 
 def from_dcp(path: Path) -> list[Stored]:
@@ -366,12 +350,7 @@ def from_dcp(path: Path) -> list[Stored]:
             (tuple(c.offsets), tuple(c.sizes), places[name, tuple(c.offsets)])
             for c in known
         ]
-        if lacking := uncovered(shape, chunks):
-            raise ValueError(
-                f"{path} has no whole {name}: {lacking}; "
-                "expected the files of one save, copy them again"
-            )
-        found.append(Stored(name, shape, dtype, Pieces(shape, dtype, tuple(chunks))))
+        found.append(put_together(path, name, shape, dtype, chunks))
     return found
 
 
@@ -380,12 +359,10 @@ def _dcp_metadata(file: Path) -> Any:
         with file.open("rb") as stream:
             found = _MetadataUnpickler(stream).load()
         found.state_dict_metadata.items(), found.storage_data.items()
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise ValueError(_broken(file, error)) from error
-        raise ValueError(_refused(file, str(error))) from error
     except Exception as error:  # a damaged pickle may raise anything at all
-        raise ValueError(_broken(file, error)) from error
+        refused = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
+        said = _refused(file, str(error)) if refused else _broken(file, error)
+        raise ValueError(said) from error
     return found
 
 

@@ -86,52 +86,15 @@ def law_of(law: str | Law) -> Law:
     return _student(law, nu)
 
 
-def _gaussian() -> Law:
-    def integral(x: np.ndarray) -> np.ndarray:
-        with np.errstate(under="ignore", over="ignore"):
-            bell = -np.expm1(-0.5 * x * x) / np.sqrt(2 * np.pi)
-        return bell + _product(x, scipy.special.ndtr(-x))
-
-    return Law(
-        "gaussian",
-        lambda x: scipy.special.ndtr(-x),
-        integral,
-        lambda generator, shape: generator.standard_normal(shape),
-    )
+def _gaussian_integral(x: np.ndarray) -> np.ndarray:
+    with np.errstate(under="ignore", over="ignore"):
+        bell = -np.expm1(-0.5 * x * x) / np.sqrt(2 * np.pi)
+    return bell + _product(x, scipy.special.ndtr(-x))
 
 
-def _laplace() -> Law:
-    root = np.sqrt(2.0)
-    return Law(
-        "laplace",
-        lambda x: 0.5 * np.exp(-root * x),
-        lambda x: -np.expm1(-root * x) / (2 * root),
-        lambda generator, shape: generator.laplace(scale=1 / root, size=shape),
-    )
-
-
-def _uniform() -> Law:
-    end = np.sqrt(3.0)
-
-    def integral(x: np.ndarray) -> np.ndarray:
-        inside = np.minimum(x, end)
-        return inside / 2 - inside**2 / (4 * end)
-
-    return Law(
-        "uniform",
-        lambda x: np.maximum(0.0, 0.5 * (1 - x / end)),
-        integral,
-        lambda generator, shape: generator.uniform(-end, end, shape),
-    )
-
-
-def _sign() -> Law:
-    return Law(
-        "sign",
-        lambda x: 0.5 * (x < 1.0),
-        lambda x: 0.5 * np.minimum(x, 1.0),
-        lambda generator, shape: generator.choice([-1.0, 1.0], shape),
-    )
+def _uniform_integral(x: np.ndarray) -> np.ndarray:
+    inside = np.minimum(x, ROOT_3)
+    return inside / 2 - inside**2 / (4 * ROOT_3)
 
 
 def _student(name: str, nu: float) -> Law:
@@ -161,9 +124,37 @@ def _product(x: np.ndarray, tail: np.ndarray) -> np.ndarray:
         return np.where(tail > 0.0, x * tail, 0.0)
 
 
+ROOT_2, ROOT_3 = np.sqrt(2.0), np.sqrt(3.0)
+# Those without a parameter.
 _LAWS = {
-    law.name: law for law in (_gaussian(), _laplace(), _uniform(), _sign())
-}  # those without a parameter
+    law.name: law
+    for law in (
+        Law(
+            "gaussian",
+            lambda x: scipy.special.ndtr(-x),
+            _gaussian_integral,
+            lambda generator, shape: generator.standard_normal(shape),
+        ),
+        Law(
+            "laplace",
+            lambda x: 0.5 * np.exp(-ROOT_2 * x),
+            lambda x: -np.expm1(-ROOT_2 * x) / (2 * ROOT_2),
+            lambda generator, shape: generator.laplace(scale=1 / ROOT_2, size=shape),
+        ),
+        Law(
+            "uniform",
+            lambda x: np.maximum(0.0, 0.5 * (1 - x / ROOT_3)),
+            _uniform_integral,
+            lambda generator, shape: generator.uniform(-ROOT_3, ROOT_3, shape),
+        ),
+        Law(
+            "sign",
+            lambda x: 0.5 * (x < 1.0),
+            lambda x: 0.5 * np.minimum(x, 1.0),
+            lambda generator, shape: generator.choice([-1.0, 1.0], shape),
+        ),
+    )
+}
 
 
 def draw(

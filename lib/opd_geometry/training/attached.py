@@ -24,6 +24,8 @@ from opd_geometry.geometry.checkpoints import Matrix
 from opd_geometry.geometry.live import Start, watched
 
 Matrices = dict[str, tuple[Matrix, Tensor]]
+# Of a callback's file: tensors by group and name, and what is said of them.
+Content = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 # --- the model -----------------------------------------------------------------------
@@ -217,7 +219,7 @@ class Checkpoints:
         owner: TrainerCallback,
         trainer: Trainer,
         kind: str,
-        content: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+        content: Callable[[], Content],
         finish: Callable[[], None] = lambda: None,
         guarded: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> None:
@@ -261,9 +263,13 @@ class Checkpoints:
         there = self.owner in self.trainer.callback_handler.callbacks
         if not self.trainer.args.should_save or not folder.is_dir() or not there:
             return
-        tensors, said = self.content()
+        groups, said = self.content()
         draft = folder / f".{self.name}"
-        owned = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        owned = {
+            f"{group}/{name}": tensor.clone().contiguous()
+            for group, named in groups.items()
+            for name, tensor in named.items()
+        }
         save_file(owned, draft, {name: json.dumps(v) for name, v in said.items()})
         os.replace(draft, folder / self.name)
 
@@ -274,7 +280,7 @@ class Checkpoints:
         earlier = place.with_name(f"opd_geometry_{self.kind}.safetensors")
         return earlier if earlier.is_file() and not place.is_file() else place
 
-    def read(self, place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def read(self, place: Path) -> Content:
         """What was stored, by group and name, and what was said of it.
 
         The first process reads for all.
@@ -315,7 +321,7 @@ def for_all(trainer: Trainer, work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _read(place: Path) -> Content:
     if not place.is_file():
         raise FileNotFoundError(f"{place} is missing")
     groups: dict[str, dict[str, Tensor]] = {}
@@ -372,13 +378,10 @@ class Origin:
         self._fingerprint: dict[str, list[float]] | None = None
         if self.trainer.args.process_index != 0:
             return
-        if self.source is None:
-            self.start = Start(here, None, self.device)
-        elif hasattr(model, "from_pretrained"):
-            theirs = self.matrices(origin_model(model, self.source))
-            self.start = Start(theirs, None, self.device)
-        else:
-            self.start = Start(here, self.source, self.device)
+        source = self.source
+        if source is not None and hasattr(model, "from_pretrained"):
+            here, source = self.matrices(origin_model(model, source)), None
+        self.start = Start(here, source, self.device)
 
     @property
     def fingerprint(self) -> dict[str, list[float]]:

@@ -23,42 +23,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
-from opd_geometry.geometry import unplaced
+from opd_geometry.geometry import live, unplaced
 from opd_geometry.geometry.checkpoints import Matrix
 from opd_geometry.geometry.comparison import null_seed
-from opd_geometry.geometry.live import (
-    ATTENTION_ROLES,
-    Movement,
-    energy_within,
-    leading_right,
-    movement,
-    shuffled_sparsity,
-    spread,
-)
 from opd_geometry.geometry.rates import UnknownRates, moments_of
 from opd_geometry.geometry.shadow import Moments, Shadow
 from opd_geometry.geometry.spectra import subspace_similarity
 from opd_geometry.geometry.unplaced import Magnitudes
 from opd_geometry.training.attached import (
     Checkpoints,
+    Content,
     Matrices,
     Once,
     Origin,
     adapters,
+    inner_model,
     reparametrised,
     some,
     watched_matrices,
-)
-from opd_geometry.training.attached import (
-    inner_model as _inner,
 )
 from opd_geometry.training.confining import (
     ProjectionCallback,
@@ -145,7 +132,7 @@ class GeometryCallback(TrainerCallback):
         trainer: Trainer,
         every: int = 50,
         *,
-        roles: Collection[str] | None = ATTENTION_ROLES,
+        roles: Collection[str] | None = live.ATTENTION_ROLES,
         max_layers: int | None = None,
         k: int = 16,
         lock_at: int | float | None = None,
@@ -165,7 +152,7 @@ class GeometryCallback(TrainerCallback):
         self.roles, self.max_layers, self.warn = roles, max_layers, Once(trainer)
         self.names: set[str] | None = None  # of the matrices, once they are settled
         self.origin = Origin(trainer, self._matrices, w_before, keep_on)
-        self.names = set(self._matrices(_inner(trainer.model)))
+        self.names = set(self._matrices(inner_model(trainer.model)))
         self._tell()
         self.checkpoints = Checkpoints(
             self, trainer, "geometry", self._content, guarded=self._guarded
@@ -195,11 +182,7 @@ class GeometryCallback(TrainerCallback):
         return {name: pair for name, pair in found.items() if name in self.names}
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Find the step of the lock, and what a resumed training had stored."""
         self.previous, self.locked, self.measured_at = {}, {}, -1
@@ -217,14 +200,14 @@ class GeometryCallback(TrainerCallback):
             return False
         return True
 
-    def _begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._matrices(_inner(self.trainer.model))  # still whole, now it is wrapped
+    def _begin(self, args: Arguments, state: State) -> None:
+        self._matrices(inner_model(self.trainer.model))  # still whole, and wrapped
         if state.global_step == 0:
             if self.origin.begin():  # else W_0 is that of an earlier training, too
                 self.squares, self.rates, self.shadows = [], [], {}
             self.lock_step = step_of(self.lock_at, state.max_steps)
             if self.nulls and not self.shadows:
-                self._guarded(self._start_nulls)
+                self._guarded(lambda: self.shadows.update(self._shadows()))
             return
         self.squares, self.rates, self.shadows = None, [], {}
         place = self.checkpoints.place(args, state)
@@ -255,11 +238,7 @@ class GeometryCallback(TrainerCallback):
             self._guarded(lambda: self._recall(said))
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Add the learning rates that were just used to the unit of distance."""
         optimizer = kwargs.get("optimizer")
@@ -293,13 +272,10 @@ class GeometryCallback(TrainerCallback):
         adam = moments is not None and moments[0] is not None
         return self.squares[found[0]] if found and adam and self.squares else None
 
-    def _start_nulls(self) -> None:
-        self.shadows = self._shadows()
-
     def _shadows(self) -> dict[str, Shadow]:
         """Nulls of one matrix of each shape, in the middle of the model."""
         alike: dict[tuple[int, ...], list[str]] = {}
-        matrices = self._matrices(_inner(self.trainer.model))
+        matrices = self._matrices(inner_model(self.trainer.model))
         for name, (matrix, _) in matrices.items():
             if matrix.layer >= 0 and math.prod(matrix.shape) <= SHADOWED:
                 alike.setdefault(matrix.shape, []).append(name)
@@ -334,11 +310,7 @@ class GeometryCallback(TrainerCallback):
                 self.warn("nulls", "this checkpoint has no nulls; none are logged")
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Measure and log when it is time."""
         step = state.global_step
@@ -347,40 +319,31 @@ class GeometryCallback(TrainerCallback):
             self._measure_now(state, control)
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Measure at the end, too, where a training stops early."""
         if control.should_training_stop:
             self._measure_now(state, control)
 
-    def _measure_now(self, state: TrainerState, control: TrainerControl) -> None:
+    def _measure_now(self, state: State, control: Control) -> None:
         step = state.global_step
         first = self.trainer.args.process_index == 0 and self.origin.start is not None
         if first and step > 0 and step != self.measured_at:
             self._guarded(lambda: self._log(self.measure(step), control))
 
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _content(self) -> Content:
         """What a checkpoint has to remember."""
-        groups = {
+        return {
             "previous": self.previous,
             "locked": self.locked,
             "start": self.origin.outside_blocks(),
-        } | {f"null {name}": dict(s.state()) for name, s in self.shadows.items()}
-        said = {
+            **{f"null {name}": dict(s.state()) for name, s in self.shadows.items()},
+        }, {
             "w_before": self.origin.fingerprint,
             "lock_step": self.lock_step,
             "squares": self.squares,
             "rates": self.rates,
         }
-        return {
-            f"{group}/{name}": tensor
-            for group, named in groups.items()
-            for name, tensor in named.items()
-        }, said
 
     def measure(self, step: int) -> dict[str, float]:
         """What is logged, computed now; the subspaces become the previous ones.
@@ -390,14 +353,14 @@ class GeometryCallback(TrainerCallback):
         """
         began = time.perf_counter()
         rows, subspaces, broken = [], {}, []
-        model = _inner(self.trainer.model)
+        model = inner_model(self.trainer.model)
         with torch.no_grad():
             for name, (matrix, tensor) in self._matrices(model).items():
                 if matrix.shape != self.origin.shapes[name]:
                     self.warn("shape", f"{name} has another shape now, and no W_0")
                     continue
                 k = min(self.k, *matrix.shape)
-                moved = movement(self.start.weights[name], tensor.detach(), k)
+                moved = live.movement(self.start.weights[name], tensor.detach(), k)
                 square = self._square_of(tensor)
                 values = self._values(matrix, moved, k, square)
                 if moved.right is not None:
@@ -410,8 +373,8 @@ class GeometryCallback(TrainerCallback):
                 if moved.right is not None:
                     subspaces[name] = moved.right
                 if name in self.shadows:
-                    unled = partial(self._unled, matrix, tensor, k, step)
-                    if not self._guarded(partial(unled, rows, subspaces)):
+                    of = matrix, tensor, k, step, rows, subspaces
+                    if not self._guarded(partial(self._unled, *of)):
                         del self.shadows[name]
         self.rates = []
         self._report(model, step, broken)
@@ -429,7 +392,7 @@ class GeometryCallback(TrainerCallback):
 
     def _tell(self) -> None:
         """Say once what is trained and not looked into."""
-        model = _inner(self.trainer.model)
+        model = inner_model(self.trainer.model)
         others = adapters(model) + reparametrised(model)
         if others:
             self.warn(
@@ -464,7 +427,7 @@ class GeometryCallback(TrainerCallback):
             self.warn("fresh", f"step {step}: trained, not looked at: {some(fresh)}")
 
     def _values(
-        self, matrix: Matrix, moved: Movement, k: int, square: float | None
+        self, matrix: Matrix, moved: live.Movement, k: int, square: float | None
     ) -> dict[str, float]:
         """One matrix's values, NaN where one is undefined."""
         values = {
@@ -505,28 +468,28 @@ class GeometryCallback(TrainerCallback):
         rates = [each[known[0]] for each in self.rates] if known else None
         values: dict[str, float] = {}
         for null, update in self.shadows[name].add(w, rates, step).items():
-            _, rank, right = spread(update, k)
+            _, rank, right = live.spread(update, k)
             own = {"stable_rank": rank} | self._similarities(f"{null} {name}", right)
             values |= {f"{null}_{metric}": value for metric, value in own.items()}
             if right is not None:
                 subspaces[f"{null} {name}"] = right
         rows.append((matrix, values))
 
-    def _placed(self, name: str, w: Tensor, moved: Movement) -> dict[str, float]:
+    def _placed(self, name: str, w: Tensor, moved: live.Movement) -> dict[str, float]:
         """Where an update lies: against W_0's top subspace and its own permutation."""
         start, right = self.start.weights[name], moved.right
         assert right is not None
         if name not in self.tops:
-            self.tops[name] = leading_right(start.float(), right.shape[1])[1]
+            self.tops[name] = live.leading_right(start.float(), right.shape[1])[1]
         values = {
-            "energy_of_weights": energy_within(start, w, self.tops[name]),
+            "energy_of_weights": live.energy_within(start, w, self.tops[name]),
             "similarity_of_weights": subspace_similarity(right, self.tops[name]),
         }
         if not (moved.stored or w.dtype in (torch.bfloat16, torch.float16)):
-            values["shuffled_sparsity"] = shuffled_sparsity(start, w)
+            values["shuffled_sparsity"] = live.shuffled_sparsity(start, w)
         return values
 
-    def _expected(self, matrix: Matrix, moved: Movement) -> float:
+    def _expected(self, matrix: Matrix, moved: live.Movement) -> float:
         """Sparsity of an unplaced update of this norm; NaN where rounding is in it."""
         if moved.stored or not 0.0 < moved.frobenius_norm < float("inf"):
             return float("nan")
@@ -536,7 +499,7 @@ class GeometryCallback(TrainerCallback):
         scale = moved.frobenius_norm / (matrix.shape[0] * matrix.shape[1]) ** 0.5
         return unplaced.expected_sparsity(self.magnitudes[matrix.name], scale)
 
-    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
+    def _log(self, values: dict[str, float], control: Control) -> None:
         # Not self.trainer.log: TRL's own empties its running means with every call. And
         # a log marks the step as logged, which would swallow the trainer's own of it.
         wanted = control.should_log

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
 from opd_geometry.geometry.checkpoints import Matrix
 from opd_geometry.geometry.live import SPREAD, directions, is_whole
@@ -24,6 +21,7 @@ from opd_geometry.geometry.projection import (
 )
 from opd_geometry.training.attached import (
     Checkpoints,
+    Content,
     Matrices,
     Once,
     Origin,
@@ -124,6 +122,11 @@ class ProjectionCallback(TrainerCallback):
         self.handle: ProjectionHandle | None = None
         self.lock_step: int | None = None  # known once training begins
 
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The model's parameters by name."""
+        return dict(inner_model(self.trainer.model).named_parameters())
+
     def _slices(self, model: nn.Module) -> Matrices:
         """What is confined, slice by slice, and the names of the parameters."""
         self.names = confinable(model, self.roles)
@@ -136,11 +139,7 @@ class ProjectionCallback(TrainerCallback):
         }
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Refuse what cannot work; a resumed training goes on as it was."""
         self.release()
@@ -166,15 +165,13 @@ class ProjectionCallback(TrainerCallback):
                 f"{name} steps layer by layer within backward, where no projection "
                 "reaches it; expected an optimizer with a step of its own, as AdamW has"
             )
-        if callable(getattr(inner, "train", None)) and callable(
-            getattr(inner, "eval", None)
-        ):
+        if all(callable(getattr(inner, mode, None)) for mode in ("train", "eval")):
             raise ValueError(
                 f"{name} keeps a second copy of the weights and saves that one, which "
                 "would leave the subspace; expected an optimizer without train and "
                 "eval modes, such as AdamW"
             )
-        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        tensors = self._tensors
         owned = {id(p) for group in inner.param_groups for p in group["params"]}
         for name_ in self.names:
             _refuse_parameter(name_, tensors.get(name_), owned, name)
@@ -204,9 +201,7 @@ class ProjectionCallback(TrainerCallback):
                         "make it after tokens are added or layers changed"
                     )
 
-    def _resume(
-        self, args: TrainingArguments, state: TrainerState, optimizer: Any
-    ) -> None:
+    def _resume(self, args: Arguments, state: State, optimizer: Any) -> None:
         """Go on with the stored lock; before it W_0 has to be the same."""
         place = self.checkpoints.place(args, state)
         asked = step_of(self.lock_at, max(state.max_steps, state.global_step))
@@ -246,7 +241,7 @@ class ProjectionCallback(TrainerCallback):
 
     def _compare(self, bases: dict[str, Tensor], place: Path) -> None:
         """Hold stored subspaces against the model and what is asked for now."""
-        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        tensors = self._tensors
         for name, v in bases.items():
             here = tensors.get(name)
             side = -2 if name in self.turned else -1
@@ -267,11 +262,7 @@ class ProjectionCallback(TrainerCallback):
             )
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Lock when it is time; say afterwards how tight it is."""
         if self.lock_step is None or state.global_step < self.lock_step:
@@ -282,11 +273,11 @@ class ProjectionCallback(TrainerCallback):
         if self.handle is not None and (control.should_log or last):
             self._log(control)
         elif self.handle is not None and state.global_step == self.lock_step + 1:
-            leaks = self.leaks()  # whoever logs seldom hears of it as soon
-            if leaks and sum(leaks.values()) > MUCH * len(leaks):
-                self._judge(sum(leaks.values()) / len(leaks))
+            leak = _mean(self.leaks())  # whoever logs seldom hears of it as soon
+            if leak > MUCH:
+                self._judge(leak)
 
-    def _lock(self, state: TrainerState, optimizer: Any) -> None:
+    def _lock(self, state: State, optimizer: Any) -> None:
         """Take the subspaces of the update so far, the same in all processes."""
         model = inner_model(self.trainer.model)
         # One basis for all processes, whose own may differ in the last digit.
@@ -326,7 +317,7 @@ class ProjectionCallback(TrainerCallback):
                 found[name] = stacked
         return found
 
-    def _tell(self, state: TrainerState, model: nn.Module) -> None:
+    def _tell(self, state: State, model: nn.Module) -> None:
         """One warning at the lock that names what is free."""
         shares, free, bare = self._coverage(model)
         parts = [f"{shares['confined']:.0%} of the trained parameters are confined"]
@@ -381,7 +372,7 @@ class ProjectionCallback(TrainerCallback):
         Measured at ``LEAK_ROWS`` rows of every matrix; what has not moved, or no
         farther than float32 rounds, has none.
         """
-        tensors, found = dict(inner_model(self.trainer.model).named_parameters()), {}
+        tensors, found = self._tensors, {}
         for name, lock in self.locked_rows.items():
             v = self.bases[name]
             now = _rows(tensors[name], name in self.turned)
@@ -395,11 +386,11 @@ class ProjectionCallback(TrainerCallback):
                 found[name] = leaked_energy(delta, v)
         return found
 
-    def _log(self, control: TrainerControl) -> None:
+    def _log(self, control: Control) -> None:
         leaks = self.leaks()
         values = dict(self._coverage(inner_model(self.trainer.model))[0])
         if leaks:
-            values["leak"] = sum(leaks.values()) / len(leaks)
+            values["leak"] = _mean(leaks)
             values["leak_max"] = max(leaks.values())
             self._judge(values["leak"])
         wanted = control.should_log
@@ -411,7 +402,7 @@ class ProjectionCallback(TrainerCallback):
 
     def _judge(self, leak: float) -> None:
         """Say so where the confinement is hardly there."""
-        tensors = dict(inner_model(self.trainer.model).named_parameters())
+        tensors = self._tensors
         short = any(tensors[name].dtype.itemsize < 4 for name in self.bases)
         if self.form == "gradient" and leak > MUCH:
             self.warn(
@@ -433,33 +424,24 @@ class ProjectionCallback(TrainerCallback):
                 + cause,
             )
 
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _content(self) -> Content:
         """What a checkpoint has to remember."""
-        groups: dict[str, dict[str, Tensor]] = {
+        groups = {
             "locked": self.bases,
             "rows": self.locked_rows,
             "start": {} if self.bases else self.origin.outside_blocks(),
         }
         if self.handle is not None and self.handle.locks:
-            tensors = dict(inner_model(self.trainer.model).named_parameters())
-            for name in self.bases:
-                if tensors[name] in self.handle.locks:
-                    w_lock, coefficients = self.handle.locks[tensors[name]]
-                    groups.setdefault("w_lock", {})[name] = w_lock
-                    groups.setdefault("coefficients", {})[name] = coefficients
+            tensors = self._tensors
+            locks = {n: self.handle.locks.get(tensors[n]) for n in self.bases}
+            held = {name: lock for name, lock in locks.items() if lock is not None}
+            groups["w_lock"] = {name: w_lock for name, (w_lock, _) in held.items()}
+            groups["coefficients"] = {name: c for name, (_, c) in held.items()}
         said = {"w_before": self.origin.fingerprint, "lock_step": self.lock_step}
-        return {
-            f"{group}/{name}": tensor
-            for group, named in groups.items()
-            for name, tensor in named.items()
-        }, said
+        return groups, said
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, **kwargs: Any
     ) -> None:
         """Take the projection off the optimizer; the bases stay to be looked at."""
         if self.handle is not None:
@@ -484,8 +466,8 @@ class ProjectionCallback(TrainerCallback):
                 f"the best checkpoint, which was loaded at the end, is of step {best}, "
                 f"before the lock at step {self.lock_step}: it was not confined",
             )
-        elif leaks := self.leaks():
-            self._judge(sum(leaks.values()) / len(leaks))
+        else:
+            self._judge(_mean(self.leaks()))
 
     def release(self) -> None:
         """Let the optimizer step freely again, and forget the bases."""
@@ -494,9 +476,7 @@ class ProjectionCallback(TrainerCallback):
         self.handle, self.bases, self.locked_rows = None, {}, {}
 
     def _confine(self, optimizer: Any) -> None:
-        tensors: dict[str, Any] = dict(
-            inner_model(self.trainer.model).named_parameters()
-        )
+        tensors = self._tensors
         bases: dict[Tensor, Tensor] = {tensors[n]: v for n, v in self.bases.items()}
         turned = [tensors[n] for n in self.bases if n in self.turned]
         if self.form == "gradient":
@@ -545,6 +525,11 @@ def _pieces(name: str, p: Tensor, is_turned: bool) -> list[tuple[str, Tensor]]:
     if p.ndim == 2:
         return [(name, whole)]
     return [(f"{name}[{i}]", piece) for i, piece in enumerate(whole)]
+
+
+def _mean(leaks: dict[str, float]) -> float:
+    """Over matrices; 0 where none has moved."""
+    return sum(leaks.values()) / max(1, len(leaks))
 
 
 def _matrix(key: str, piece: Tensor) -> Matrix:

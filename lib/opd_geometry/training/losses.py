@@ -46,7 +46,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
             f"token ids {int(tokens.min())} to {int(tokens.max())}: expected "
             f"0 to {vocabulary - 1}; use the model's tokenizer, and a mask, not -100"
         )
-    log_probs = torch.log_softmax(_at_least_float32(logits), dim=-1)
+    log_probs = _log_softmax(logits)
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
@@ -414,8 +414,8 @@ def token_forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Source: a control of this project: distillation's older direction, on the student's
         own states.
     """
-    log_p = _at_least_float32(student_logits).log_softmax(-1)
-    log_q = _at_least_float32(teacher_logits.detach()).log_softmax(-1)
+    log_p = _log_softmax(student_logits)
+    log_q = _log_softmax(teacher_logits.detach())
     # 0 log 0 = 0; hidden before the product, whose gradient would be 0 * inf
     impossible = log_q.isneginf()
     gap = log_q.masked_fill(impossible, 0.0) - log_p.masked_fill(impossible, 0.0)
@@ -433,8 +433,8 @@ def token_reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Source: arXiv:2606.07082 App. D.
     """
-    log_p = _at_least_float32(student_logits).log_softmax(-1)
-    log_q = _at_least_float32(teacher_logits).log_softmax(-1)
+    log_p = _log_softmax(student_logits)
+    log_q = _log_softmax(teacher_logits)
     # 0 log 0 = 0: a vocabulary padded with -inf adds nothing, on either side.
     gap = (log_p.detach() - log_q).masked_fill(log_p.detach().isneginf(), 0.0)
     return (log_p.exp() * gap).sum(-1)
@@ -503,9 +503,10 @@ def _per_token(values: Tensor, shape: torch.Size) -> Tensor:
     )
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    """Half precision is widened: a log-softmax in bf16 keeps only two digits."""
-    return x if x.dtype == torch.float64 else x.float()
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the vocabulary; half precision is widened, in which it has two digits."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(-1)
 
 
 def _require_same_shape(**tensors: Tensor) -> None:

@@ -143,7 +143,9 @@ def load_model(
             f"cannot load a model from {source}: {reason}; expected {expected}"
         ) from error
     model, report = loaded
-    missing = set(report["missing_keys"]) - _tied(model)
+    # what is another's under a second name no file has
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    missing = {*report["missing_keys"]} - {*tied}
     if missing:  # transformers would start from random numbers there
         raise ValueError(
             f"the checkpoint {source} lacks {min(missing)}; expected {expected}"
@@ -155,11 +157,6 @@ def load_model(
             f"has {model.config.vocab_size}; use the tokenizer it was trained with"
         )
     return model.eval(), tokenizer
-
-
-def _tied(model: PreTrainedModel) -> set[str]:
-    """Names of weights that are others' under a second name, so no file has them."""
-    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

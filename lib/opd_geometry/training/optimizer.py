@@ -40,13 +40,18 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over float32 master weights; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    return _adamw(trained, [p for p in trained if p.ndim >= 2], config)
+
+
+def _adamw(
+    trained: list[nn.Parameter], decaying: list[nn.Parameter], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """AdamW over some parameters, and those of the trained that do not decay."""
+    gains = [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW(
         [
-            {
-                "params": [p for p in trained if p.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": decaying, "weight_decay": config.weight_decay},
+            {"params": gains, "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
         betas=config.betas,
@@ -105,15 +110,7 @@ class MuonBesideAdamW(torch.optim.Optimizer):
             momentum=config.betas[0],
             adjust_lr_fn="match_rms_adamw",
         )
-        others = torch.optim.AdamW(
-            [
-                {"params": rest, "weight_decay": config.weight_decay},
-                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-        )
+        others = _adamw(trained, rest, config)
         self._parts = (muon, others)
         super().__init__([*muon.param_groups, *others.param_groups], {})
 
@@ -195,24 +192,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def grad_norm(norm: torch.Tensor) -> float:
-    """The 2-norm that clipping found, of a gradient that may lie in shards."""
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def check_finite(norm: float, step: int, rate: float) -> None:
-    """Stop before a broken gradient reaches the weights.
+def clipped_norm(
+    accelerator: Any, model: nn.Module, limit: float, step: int, rate: float
+) -> float:
+    """Scale a gradient down to a 2-norm; stop before a broken one reaches the weights.
 
     Args:
-        norm: 2-norm of the step's gradient.
+        accelerator: that prepared the model.
+        model: with its gradient, which may lie in shards.
+        limit: of the norm; infinite clips nothing.
         step, rate: of the step, for the message.
+
+    Returns:
+        The norm before.
 
     Raises:
         ValueError: the norm is NaN or infinite.
     """
+    found = accelerator.clip_grad_norm_(model.parameters(), limit)
+    norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
     if not math.isfinite(norm):
         raise ValueError(
             f"step {step}: the gradient's norm is {norm} at learning rate "
             f"{rate:g}, expected a finite number; check the starting weights for "
             "NaN, or lower the learning rate"
         )
+    return norm

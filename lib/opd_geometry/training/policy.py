@@ -26,8 +26,7 @@ from opd_geometry.training.models import recomputing
 from opd_geometry.training.optimizer import (
     Compute,
     autocast,
-    check_finite,
-    grad_norm,
+    clipped_norm,
     learning_rate,
     set_learning_rate,
 )
@@ -205,12 +204,8 @@ def policy_steps(
         ranks.sum_gradients(model)
         totals = {name: ranks.total(value) for name, value in totals.items()}
         check_engine(config, totals, step)
-        norm = grad_norm(
-            accelerator.clip_grad_norm_(
-                model.parameters(), config.optimizer.max_grad_norm
-            )
-        )
-        check_finite(norm, step, rate)
+        limit = config.optimizer.max_grad_norm
+        norm = clipped_norm(accelerator, model, limit, step, rate)
         if len(kept):
             optimizer.step()
             compute.refresh()
@@ -407,12 +402,15 @@ def full_vocabulary_loss(
     with torch.no_grad():
         theirs = completion_logits(teacher, piece) / config.scoring_temperature
     ours = completion_logits(model, piece) / config.temperature
-    gap = losses.token_log_probs(ours.detach(), piece.completions)
-    gap = gap - losses.token_log_probs(theirs, piece.completions)
-    return (
-        losses.full_vocabulary_kl(KL[config.estimator], ours, theirs, piece.mask),
-        gap.masked_fill(~piece.mask, 0.0),
-    )
+    kl = losses.full_vocabulary_kl(KL[config.estimator], ours, theirs, piece.mask)
+    gap = _gap(ours, theirs, piece.completions)
+    return kl, gap.masked_fill(~piece.mask, 0.0)
+
+
+@torch.no_grad()
+def _gap(ours: Tensor, theirs: Tensor, tokens: Tensor) -> Tensor:
+    ours, theirs = (losses.token_log_probs(x, tokens) for x in (ours, theirs))
+    return ours - theirs
 
 
 def _full_vocabulary_loss_in_chunks(
@@ -426,20 +424,16 @@ def _full_vocabulary_loss_in_chunks(
         with torch.no_grad():
             scored = other(theirs.to(other.weight.device)).to(ours.device)
             scored = scored / config.scoring_temperature
-            gap = losses.token_log_probs(logits, tokens)
-            gap = gap - losses.token_log_probs(scored, tokens)
         kl = KL[config.estimator](logits, scored)
-        return torch.stack([kl, gap], dim=-1)
+        return torch.stack([kl, _gap(logits, scored, tokens)], dim=-1)
 
     with torch.no_grad():
         theirs = completion_states(teacher, piece)
     ours = completion_states(model, piece)
     columns = head.weight.shape[0]
     kl, gap = in_chunks(score, columns, ours, theirs, piece.completions).unbind(-1)
-    return (
-        losses.sequence_mean(kl, piece.mask),
-        gap.detach().masked_fill(~piece.mask, 0.0),
-    )
+    gap = gap.detach().masked_fill(~piece.mask, 0.0)
+    return losses.sequence_mean(kl, piece.mask), gap
 
 
 def random_token_weights(

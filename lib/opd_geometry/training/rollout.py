@@ -223,17 +223,9 @@ def sample(
     prompt_ids, prompt_mask = prompt_ids[share], prompt_mask[share]
     size = at_once or len(prompt_ids)
     parts = (x.split(size) for x in (prompt_ids, prompt_mask))
+    how = eos_token_id, temperature, stops, shared_prefixes
     pieces = [
-        _sample_piece(
-            model,
-            ids,
-            mask,
-            drawn.flatten(1, 2),
-            eos_token_id,
-            temperature,
-            stops,
-            shared_prefixes,
-        )
+        _sample_piece(model, ids, mask, drawn.flatten(1, 2), *how)
         for ids, mask, drawn in zip(*parts, uniform.split(size, dim=1), strict=True)
     ]
     return pieces[0] if len(pieces) == 1 else _joined(pieces)
@@ -496,16 +488,30 @@ def _least_padded(sizes: list[int], budget: int) -> list[int]:
 
 def _one_pass(model: PreTrainedModel, rollout: Rollout, outputs: Outputs) -> Tensor:
     """``completion_logits`` or ``completion_states`` in one forward pass."""
-    ids, positions, visible, source = _pack(rollout)
-    read = outputs(
+    *row, source = _pack(rollout)
+    prompt = torch.arange(len(source), device=source.device) // rollout.group_size
+    return _read_rows(model, outputs, *row)[prompt[:, None], source]
+
+
+def _read_rows(
+    model: PreTrainedModel,
+    outputs: Outputs,
+    ids: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """Outputs of rows (P, S) in which (P, S, S) says which token sees which."""
+    mask = visible[:, None]
+    if model.config._attn_implementation == "eager":
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
+    return outputs(
         model,
         input_ids=ids,
-        attention_mask=_as_model_mask(visible, model),
+        attention_mask=mask,
         position_ids=positions,
         use_cache=False,
     )
-    prompt = torch.arange(len(source), device=ids.device) // rollout.group_size
-    return read[prompt[:, None], source]
 
 
 def _pack(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -610,13 +616,7 @@ def packed_outputs(
     sequence = torch.arange(len(ids), device=ids.device)
     owner[rows, places] = sequence[:, None].expand_as(real)[real]
     visible = (owner[:, :, None] == owner[:, None, :]).tril()
-    logits = outputs(
-        model,
-        input_ids=packed,
-        attention_mask=_as_model_mask(visible, model),
-        position_ids=positions,
-        use_cache=False,
-    )
+    logits = _read_rows(model, outputs, packed, positions, visible)
     unpacked = logits.new_zeros(*ids.shape, logits.shape[-1])
     unpacked[real] = logits[rows, places]
     return unpacked
@@ -660,15 +660,6 @@ def _require_masked_attention(model: PreTrainedModel, longest: int) -> None:
             f"{longest} tokens in a model with a sliding window of {window}: expected "
             "no more than the window; shorten max_new_tokens or choose another model"
         )
-
-
-def _as_model_mask(visible: Tensor, model: PreTrainedModel) -> Tensor:
-    """(P, S, S) bool as the (P, 1, S, S) mask that the model's attention expects."""
-    visible = visible[:, None]
-    if model.config._attn_implementation != "eager":
-        return visible
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, lowest)
 
 
 def completion_log_probs(

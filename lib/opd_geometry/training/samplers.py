@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,34 +46,6 @@ class Writing:
     shared_prefixes: bool = False
 
 
-class Sampler(Protocol):
-    """Whoever writes completions."""
-
-    def take_weights(self, model: PreTrainedModel) -> None:
-        """Write with these weights from now on."""
-
-    def write(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        how: Writing,
-        generator: torch.Generator,
-        share: slice,
-    ) -> Rollout:
-        """Completions of a share of the prompts.
-
-        Args:
-            prompt_ids, prompt_mask: (P, L) int64, left-padded; of all ranks.
-            how: group size, length, temperature, stop strings.
-            generator: CPU generator, the only source of randomness; it is advanced by
-                the same numbers whatever the share.
-            share: of the prompts.
-
-        Raises:
-            ValueError: one line; it wrote something else than it was asked.
-        """
-
-
 class OwnSampler:
     """``rollout.sample``, by the model that is trained, or by its teacher.
 
@@ -92,7 +64,7 @@ class OwnSampler:
         self.model, self.tokenizer, self.at_once = model, tokenizer, at_once
 
     def take_weights(self, model: PreTrainedModel) -> None:
-        """Nothing to do: the weights are the model's own."""
+        """Write with these weights from now on: nothing to do, they are its own."""
 
     def write(
         self,
@@ -102,7 +74,15 @@ class OwnSampler:
         generator: torch.Generator,
         share: slice,
     ) -> Rollout:
-        """As ``Sampler`` says."""
+        """Completions of a share of the prompts.
+
+        Args:
+            prompt_ids, prompt_mask: (P, L) int64, left-padded; of all ranks.
+            how: group size, length, temperature, stop strings.
+            generator: CPU generator, the only source of randomness; it is advanced by
+                the same numbers whatever the share.
+            share: of the prompts.
+        """
         device = next(self.model.parameters()).device
         rollout = sample(
             self.model,
@@ -191,7 +171,11 @@ class EngineSampler:
         generator: torch.Generator,
         share: slice,
     ) -> Rollout:
-        """As ``Sampler`` says."""
+        """As ``OwnSampler.write``.
+
+        Raises:
+            ValueError: one line; it wrote something else than it was asked.
+        """
         seeds = torch.randint(2**53, (len(prompt_ids),), generator=generator)[share]
         prompt_ids, prompt_mask = prompt_ids[share], prompt_mask[share]
         rows = zip(prompt_ids, prompt_mask.bool(), strict=True)
@@ -222,6 +206,9 @@ class EngineSampler:
             seed=seed,
             skip_special_tokens=False,  # a stop string may be one
         )
+
+
+Sampler = OwnSampler | EngineSampler
 
 
 def _as_rollout(

@@ -22,8 +22,7 @@ from opd_geometry.training.models import frame, recomputing
 from opd_geometry.training.optimizer import (
     Compute,
     autocast,
-    check_finite,
-    grad_norm,
+    clipped_norm,
     learning_rate,
     set_learning_rate,
 )
@@ -100,12 +99,8 @@ def sft_steps(
                 accelerator.backward(loss)
                 loss_sum += loss.item()
         ranks.sum_gradients(model)
-        norm = grad_norm(
-            accelerator.clip_grad_norm_(
-                model.parameters(), config.optimizer.max_grad_norm
-            )
-        )
-        check_finite(norm, step, rate)
+        limit = config.optimizer.max_grad_norm
+        norm = clipped_norm(accelerator, model, limit, step, rate)
         optimizer.step()
         compute.refresh()
         optimizer.zero_grad()

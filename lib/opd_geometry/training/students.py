@@ -23,16 +23,7 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from opd_geometry.training import tasks
-from opd_geometry.training.models import (
-    PROMPT_FRAME,
-    check_reads_tasks,
-    frame,
-    load_model,
-    load_tokenizer,
-    located,
-    save_model,
-)
+from opd_geometry.training import models, tasks
 from opd_geometry.training.settings import ROWS, Student
 
 if TYPE_CHECKING:
@@ -63,7 +54,7 @@ def describe(source: str, place: Path, rows: int = ROWS) -> Student:
     digest = _digest(source)
     kept = _kept_at(place, digest, rows) / "description.json"
     if not kept.is_file():
-        whole, shape = load_tokenizer(source), _parameters(source)
+        whole, shape = models.load_tokenizer(source), _parameters(source)
         cut, ids = cut_tokenizer(whole, rows, str(source))
         removed = shape["vocabulary"] - len(ids)
         facts = {
@@ -121,7 +112,7 @@ def _parameters(source: str) -> dict[str, int]:
     """Numbers of parameters and tokens, and parameters a token, from the shapes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where, at = located(source)
+    where, at = models.located(source)
     config = AutoConfig.from_pretrained(where, **at)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -198,7 +189,7 @@ def cut_tokenizer(
     """
     from transformers import PreTrainedTokenizerFast
 
-    check_reads_tasks(whole)
+    models.check_reads_tasks(whole)
     spec = json.loads(whole.backend_tokenizer.to_str())
     before, after = _prompt_frame(whole)
     if len(whole) <= rows:
@@ -221,7 +212,7 @@ def cut_tokenizer(
         bos_token=whole.bos_token,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **{PROMPT_FRAME: [before, after]},
+        **{models.PROMPT_FRAME: [before, after]},
     )
     cut.model_input_names = ["input_ids", "attention_mask"]
     _check_view(whole, cut, kept, source)
@@ -289,7 +280,7 @@ def _check_view(
     source: str,
 ) -> None:
     """Refuse a cut that reads a task text, or a framed prompt, otherwise."""
-    texts = [*task_texts(), *(frame(text, cut) for text in task_texts()[-50:])]
+    texts = [*task_texts(), *(models.frame(text, cut) for text in task_texts()[-50:])]
     ours, theirs = _read(cut, texts), _read(whole, texts)
     for text, ids, wanted in zip(texts, ours, theirs, strict=True):
         if [kept[i] for i in ids] != wanted:
@@ -302,7 +293,7 @@ def _check_view(
 def view(cut: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's tokens, and of how it reads task texts and a prompt."""
     tokens = sorted(cut.get_vocab().items(), key=lambda item: item[1])
-    texts = [*task_texts(), frame("c:", cut)]
+    texts = [*task_texts(), models.frame("c:", cut)]
     content = json.dumps([tokens, _read(cut, texts)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -351,7 +342,7 @@ def prepare(student: Student, place: Path) -> Path:
 
 
 def _make(student: Student, directory: Path) -> None:
-    model, whole = load_model(student.source)
+    model, whole = models.load_model(student.source)
     cut, kept = cut_tokenizer(whole, student.rows, student.source)
     if view(cut) != student.view:
         raise ValueError(
@@ -362,12 +353,10 @@ def _make(student: Student, directory: Path) -> None:
     cut_model(model, kept)
     model.config.vocab_size = len(kept)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(cut, name))
-    model.generation_config.eos_token_id = cut.eos_token_id
-    model.generation_config.bos_token_id = cut.bos_token_id
-    model.generation_config.pad_token_id = cut.pad_token_id
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(cut, name))
     shutil.rmtree(directory, ignore_errors=True)
-    save_model(model, cut, directory, dtype=torch.bfloat16)
+    models.save_model(model, cut, directory, dtype=torch.bfloat16)
     weights = {f.name: _file_digest(f, 0) for f in directory.glob("*.safetensors")}
     (directory / _MADE).write_text(json.dumps(weights))
 

@@ -31,6 +31,9 @@ import numpy as np
 
 Rng = np.random.Generator
 Perturb = Callable[[int], int]
+Args = tuple[int, ...]  # that define a problem
+Worked = tuple[list[str], str]  # steps and answer
+Pair = tuple[str, str]  # prompt and response
 
 QUALITIES = ("careful", "guess", "sloppy")
 SLIP_FRAC = 0.25  # share of a sloppy trace's steps that go wrong
@@ -42,7 +45,7 @@ class Problem:
     """One problem: its family, the integers that define it, and the prompt."""
 
     family: str
-    args: tuple[int, ...]
+    args: Args
     prompt: str
 
 
@@ -115,9 +118,7 @@ def _exact(value: int) -> int:
     return value
 
 
-def solve_chain(
-    args: tuple[int, ...], perturb: Perturb = _exact
-) -> tuple[list[str], str]:
+def solve_chain(args: Args, perturb: Perturb = _exact) -> Worked:
     """Running totals of ``args[0] + args[1] + ...`` (terms carry their signs)."""
     total, steps = args[0], []
     for term in args[1:]:
@@ -126,9 +127,7 @@ def solve_chain(
     return steps, str(total)
 
 
-def solve_gcd(
-    args: tuple[int, ...], perturb: Perturb = _exact
-) -> tuple[list[str], str]:
+def solve_gcd(args: Args, perturb: Perturb = _exact) -> Worked:
     """Remainders of Euclid's algorithm; a perturbed one still falls, so it ends."""
     a, b = args
     steps = []
@@ -138,9 +137,7 @@ def solve_gcd(
     return steps, str(a)
 
 
-def solve_base(
-    args: tuple[int, ...], perturb: Perturb = _exact
-) -> tuple[list[str], str]:
+def solve_base(args: Args, perturb: Perturb = _exact) -> Worked:
     """Quotients and remainders of repeated division; the digits, last one first."""
     n, base = args
     steps, digits = [], ""
@@ -152,17 +149,13 @@ def solve_base(
     return steps, digits
 
 
-def solve_list(
-    args: tuple[int, ...], perturb: Perturb = _exact
-) -> tuple[list[str], str]:
+def solve_list(args: Args, perturb: Perturb = _exact) -> Worked:
     """The numbers in order, smallest first; the answer is the largest."""
     steps = sorted(max(0, perturb(value)) for value in args)
     return [str(value) for value in steps[:-1]], str(steps[-1])
 
 
-def solve_odd(
-    args: tuple[int, ...], perturb: Perturb = _exact
-) -> tuple[list[str], str]:
+def solve_odd(args: Args, perturb: Perturb = _exact) -> Worked:
     """The kind that all words but one share, then the other one.
 
     ``args`` is the kind, the place of the odd word, and the words' numbers.
@@ -172,7 +165,7 @@ def solve_odd(
     return [KINDS[kind]], WORDS[words[place]]
 
 
-SOLVERS: dict[str, Callable[[tuple[int, ...], Perturb], tuple[list[str], str]]] = {
+SOLVERS: dict[str, Callable[[Args, Perturb], Worked]] = {
     "chain": solve_chain,
     "gcd": solve_gcd,
     "base": solve_base,
@@ -299,7 +292,7 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
-def solution(problem: Problem) -> tuple[list[str], str]:
+def solution(problem: Problem) -> Worked:
     """The correct steps and the correct answer of a problem."""
     return SOLVERS[problem.family](problem.args, _exact)
 
@@ -369,7 +362,7 @@ def draw_demonstrations(
     benchmarks: tuple[str, ...],
     qualities: Mapping[str, float],
     rng: Rng,
-) -> list[tuple[str, str]]:
+) -> list[Pair]:
     """Draw (prompt, response) pairs: benchmarks in equal shares, qualities weighted."""
     names = list(qualities)
     weights = np.array([qualities[name] for name in names])
@@ -395,9 +388,7 @@ def held_out(benchmark: str, count: int, seed: int = 0) -> list[Problem]:
 # --- pretraining: the skills, in other surface formats --------------------------------
 
 
-def draw_pretraining(
-    count: int, rng: Rng, annealing: bool = False
-) -> list[tuple[str, str]]:
+def draw_pretraining(count: int, rng: Rng, annealing: bool = False) -> list[Pair]:
     """Draw (prompt, response) pairs of the base model's broad mixture.
 
     Sums, differences, products, remainders, divisions, comparison, maximum, sorting,
@@ -424,32 +415,32 @@ def _pair(rng: Rng, largest: int = 99) -> tuple[int, int]:
     return int(a), int(b)
 
 
-def _add(rng: Rng) -> tuple[str, str]:
+def _add(rng: Rng) -> Pair:
     a, b = _pair(rng)
     return f"{a}+{b}=", f"{a + b}"
 
 
-def _subtract(rng: Rng) -> tuple[str, str]:
+def _subtract(rng: Rng) -> Pair:
     b, a = sorted(_pair(rng))
     return f"{a}-{b}=", f"{a - b}"
 
 
-def _multiply(rng: Rng) -> tuple[str, str]:
+def _multiply(rng: Rng) -> Pair:
     a, b = int(rng.integers(0, 10)), int(rng.integers(0, 20))
     return f"{a}*{b}=", f"{a * b}"
 
 
-def _remainder(rng: Rng) -> tuple[str, str]:
+def _remainder(rng: Rng) -> Pair:
     b, a = sorted(_pair(rng))
     return f"{a}%{max(b, 1)}=", f"{a % max(b, 1)}"
 
 
-def _divide(rng: Rng) -> tuple[str, str]:
+def _divide(rng: Rng) -> Pair:
     a, b = int(rng.integers(0, 100)), int(rng.integers(2, 10))
     return f"{a}/{b}=", f"{a // b}r{a % b}"
 
 
-def _compare(rng: Rng) -> tuple[str, str]:
+def _compare(rng: Rng) -> Pair:
     a, b = _pair(rng)
     return f"q:{a}?{b}=", "<" if a < b else ">" if a > b else "="
 
@@ -458,25 +449,25 @@ def _list(rng: Rng) -> list[int]:
     return [int(v) for v in rng.integers(0, 100, int(rng.integers(2, 5)))]
 
 
-def _sort(rng: Rng) -> tuple[str, str]:
+def _sort(rng: Rng) -> Pair:
     values = _list(rng)
     return f"s:{' '.join(map(str, values))}=", " ".join(map(str, sorted(values)))
 
 
-def _maximum(rng: Rng) -> tuple[str, str]:
+def _maximum(rng: Rng) -> Pair:
     values = _list(rng)
     return f"m:{' '.join(map(str, values))}=", str(max(values))
 
 
-def _reverse(rng: Rng) -> tuple[str, str]:
+def _reverse(rng: Rng) -> Pair:
     digits = "".join(str(v) for v in rng.integers(0, 10, int(rng.integers(2, 7))))
     return f"r:{digits}=", digits[::-1]
 
 
-def _steps_only(benchmark: str, separator: str) -> Callable[[Rng], tuple[str, str]]:
+def _steps_only(benchmark: str, separator: str) -> Callable[[Rng], Pair]:
     prefix = {"chain": "i", "gcd": "e", "base": "d"}[benchmark]
 
-    def draw(rng: Rng) -> tuple[str, str]:
+    def draw(rng: Rng) -> Pair:
         problem = draw_problem(benchmark, rng)
         body = problem.prompt[2:-1].replace(",", " ")
         return f"{prefix}:{body} ", separator.join(solution(problem)[0])
@@ -485,7 +476,7 @@ def _steps_only(benchmark: str, separator: str) -> Callable[[Rng], tuple[str, st
 
 
 # Each entry is drawn equally often; what takes longest to learn stands more than once.
-_ONE_STEP: tuple[Callable[[Rng], tuple[str, str]], ...] = (
+_ONE_STEP: tuple[Callable[[Rng], Pair], ...] = (
     *(_add, _add, _subtract, _subtract, _multiply, _remainder, _remainder, _divide),
     *(_compare, _sort, _maximum, _reverse),
 )

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from opd_geometry.analysis.evidence import Levels, last, levels_of, over_matrices
 from opd_geometry.analysis.exclusions import printed
 from opd_geometry.analysis.unplaced import one_distance as od
 from opd_geometry.analysis.unplaced import origins as og
@@ -64,18 +65,18 @@ EQUAL, UNEQUAL = "equal", "unequal"
 
 def paper_densities() -> dict[str, float]:
     """Figure 3's densities, as shares."""
-    table = printed("figures").set_index(["item", "metric", "arm"])["value"]
-    return {arm: float(table["Figure 3", "density", arm]) / 100 for arm in pr.ARMS}
+    return {arm: _figure_3("density", arm) for arm in pr.ARMS}
 
 
 def paper_overlaps() -> dict[tuple[str, str], float]:
     """Figure 3's overlaps: (arm, metric) to share."""
+    pairs = itertools.product(pr.ARMS, pr.MASKS)
+    return {(arm, metric): _figure_3(metric, arm) for arm, metric in pairs}
+
+
+def _figure_3(metric: str, arm: str) -> float:
     table = printed("figures").set_index(["item", "metric", "arm"])["value"]
-    return {
-        (arm, metric): float(table["Figure 3", metric, arm]) / 100
-        for arm in pr.ARMS
-        for metric in pr.MASKS
-    }
+    return float(table["Figure 3", metric, arm]) / 100
 
 
 def paper_orders() -> dict[tuple[str, str], tuple[str, float]]:
@@ -120,16 +121,16 @@ def role_densities() -> dict[str, dict[str, float]]:
         arm to role to density.
     """
     table, _ = measure.load("published", pr.ARMS, range(5), "committed")
-    rows = table[(table["metric"] == "density") & table["role"].isin(og.ROLES)]
-    last = rows["step"] == rows.groupby(["arm", "seed"], observed=True)[
-        "step"
-    ].transform("max")
-    means = rows[last].astype({"arm": object, "role": object})
-    means = means.groupby(["arm", "role"])["value"].mean()
-    return {
-        arm: pr.shifted(means[arm].loc[list(og.ROLES)].to_dict(), density)
-        for arm, density in paper_densities().items()
-    }
+    levels, found = levels_of(table), {}
+    for arm, density in paper_densities().items():
+        own = {role: _mean_density(levels, arm, (role,)) for role in og.ROLES}
+        found[arm] = pr.shifted(own, density)
+    return found
+
+
+def _mean_density(levels: Levels, arm: str, roles: tuple[str, ...]) -> float:
+    """At the end of an arm's runs, over matrices, then seeds."""
+    return float(last(over_matrices(levels, arm, "density", roles)).mean())
 
 
 # --- what is computed ----------------------------------------------------------------
@@ -337,16 +338,10 @@ def gaps_table(
                 for side in ("left", "right")
             ]
             s = old.spectrum
-            rows.append(
-                {
-                    "matrix": origin.name,
-                    "k": k,
-                    "offset": offset,
-                    "gap": float((s[k - 1] - s[k]) / s[0]),
-                    "angle_max_deg": float(max(angles)),
-                }
-            )
-    return pd.DataFrame(rows)
+            gap = float((s[k - 1] - s[k]) / s[0])
+            rows.append((origin.name, k, offset, gap, float(max(angles))))
+    columns = ["matrix", "k", "offset", "gap", "angle_max_deg"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 # --- the update's shape, and gains that updates share --------------------------------
@@ -428,9 +423,7 @@ def shared_table(origins: Sequence[Origin], seed: int = 0) -> pd.DataFrame:
 def own_density(arm: str = "opd") -> float:
     """Mean density of the layers' matrices at the end of this book's runs of an arm."""
     table, _ = measure.load("published", [arm], range(5), "committed")
-    rows = table[(table["metric"] == "density") & table["role"].isin(og.ROLES)]
-    last = rows["step"] == rows.groupby("seed")["step"].transform("max")
-    return float(rows.loc[last, "value"].mean())
+    return _mean_density(levels_of(table), arm, og.ROLES)
 
 
 def own_limits_table(draws: int = N_DRAWS, each: int = 1) -> pd.DataFrame:
@@ -678,39 +671,19 @@ def against(
     """
     inner = bands(tables["expected"])
     outer = bands(pd.concat([tables["expected"], expected]))
-    rows = [
-        {
-            "panel": metric,
-            "label": arm.upper(),
-            "arm": arm,
-            "printed": value,
-            **_four(inner[arm, metric], outer[arm, metric]),
-            "neutral": og.ALPHA,
-        }
-        for metric in pr.MASKS
-        for (arm, name), value in paper_overlaps().items()
-        if name == metric
-    ]
-    own = tables["agreement"].groupby("role")["value"]
-    every = pd.concat([tables["agreement"], agreement]).groupby("role")["value"]
-    for role, paper in jaccards().iterrows():
-        ends = [(float(v.min()[role]), float(v.max()[role])) for v in (own, every)]
-        rows.append(
-            {
-                "panel": "jaccard",
-                "label": f"{role} projections",
-                "arm": "",
-                "printed": paper["printed"],
-                **_four(*ends),
-                "neutral": paper["independence"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _four(inner: tuple[float, float], outer: tuple[float, float]) -> dict[str, float]:
-    names = ("low", "high", "wide_low", "wide_high")
-    return dict(zip(names, (*inner, *outer), strict=True))
+    paper, rows = paper_overlaps(), []
+    for metric, arm in itertools.product(pr.MASKS, pr.ARMS):
+        bounds = (*inner[arm, metric], *outer[arm, metric])
+        label = (metric, arm.upper(), arm)
+        rows.append((*label, paper[arm, metric], *bounds, og.ALPHA))
+    every = pd.concat([tables["agreement"], agreement])
+    found = [x.groupby("role")["value"] for x in (tables["agreement"], every)]
+    for role, own in jaccards().iterrows():
+        ends = tuple(float(e()[role]) for x in found for e in (x.min, x.max))
+        label = ("jaccard", f"{role} projections", "")
+        rows.append((*label, own["printed"], *ends, own["independence"]))
+    columns = ["panel", "label", "arm", "printed", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "wide_low", "wide_high", "neutral"])
 
 
 REFERENCE = {"grid": ON, "law": "Gaussian", "average": pr.PLAIN}  # of three layers

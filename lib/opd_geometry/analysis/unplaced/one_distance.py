@@ -144,18 +144,12 @@ def two_means(origins: Sequence[Origin], by_arm: Mapping[str, float]) -> pd.Data
         weighted = 1 - float(table[arm]) / 100
         scale = pr.one_scale(wholes, plain, "Gaussian")
         each = np.array([closed.expected_density(w, scale) for w in wholes])
-        rows.append(
-            {
-                "arm": arm,
-                "weighted": weighted,
-                "plain": plain,
-                "difference": weighted - plain,
-                "one_scale": float(each @ sizes / sizes.sum() - each.mean()),
-                "embeddings": embedding_density(weighted, plain),
-                "mlp_gain": gain_between(origins, plain, weighted),
-            }
-        )
-    return pd.DataFrame(rows)
+        one = float(each @ sizes / sizes.sum() - each.mean())
+        embeddings = embedding_density(weighted, plain)
+        gain = gain_between(origins, plain, weighted)
+        rows.append((arm, weighted, plain, weighted - plain, one, embeddings, gain))
+    columns = ["arm", "weighted", "plain", "difference", "one_scale", "embeddings"]
+    return pd.DataFrame(rows, columns=[*columns, "mlp_gain"])
 
 
 def gain_between(origins: Sequence[Origin], plain: float, weighted: float) -> float:
@@ -531,16 +525,11 @@ def shift_rows(
             after = draw.after(0, scale).double()
             distance = float((after - w).norm() / w.norm())
             new = gram.decompose(after, 1).spectrum
-            rows.append(
-                {
-                    "arm": arm,
-                    "n": max(shape),
-                    "nss": spectra.normalised_spectral_shift(old, new),
-                    "expected": expected_shift(distance, shape),
-                    "distance": distance,
-                }
-            )
-    return pd.DataFrame(rows)
+            shift = spectra.normalised_spectral_shift(old, new)
+            expected = expected_shift(distance, shape)
+            rows.append((arm, max(shape), shift, expected, distance))
+    columns = ["arm", "n", "nss", "expected", "distance"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def at_8b(distances: Mapping[str, float]) -> dict[str, float]:

@@ -327,21 +327,11 @@ def limits(
             if (arm, metric, family) not in moved.index:
                 continue
             curve = moved[arm, metric, family].dropna().to_dict()
-            ends = [
-                crossing(family, curve, (high - low) / 2, up) for up in (False, True)
-            ]
-            rows.append(
-                {
-                    "family": family,
-                    "arm": arm,
-                    "metric": metric,
-                    "unit": chosen.unit,
-                    "below": ends[0],
-                    "above": ends[1],
-                    "half": (high - low) / 2,
-                }
-            )
-    return pd.DataFrame(rows)
+            half = (high - low) / 2
+            ends = (crossing(family, curve, half, up) for up in (False, True))
+            rows.append((family, arm, metric, chosen.unit, *ends, half))
+    columns = ["family", "arm", "metric", "unit", "below", "above", "half"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def allowed(
@@ -377,19 +367,11 @@ def allowed(
             moved = np.interp(fine, axis, [curve[s] for s in known])
             stays = fine[(low <= value - moved) & (value - moved <= high)]
             ends = (stays[0], stays[-1]) if stays.size else (np.nan, np.nan)
-            rows.append(
-                {
-                    "family": family,
-                    "arm": arm,
-                    "metric": metric,
-                    "unit": chosen.unit,
-                    "low": from_axis(chosen.unit, float(ends[0])),
-                    "high": from_axis(chosen.unit, float(ends[1])),
-                    "least": known[0],
-                    "most": known[-1],
-                }
-            )
-    return pd.DataFrame(rows)
+            left = (from_axis(chosen.unit, float(end)) for end in ends)
+            what = (family, arm, metric, chosen.unit)
+            rows.append((*what, *left, known[0], known[-1]))
+    columns = ["family", "arm", "metric", "unit", "low", "high", "least", "most"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def together(rows: pd.DataFrame) -> pd.DataFrame:
