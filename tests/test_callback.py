@@ -571,7 +571,7 @@ def test_wrapped_models_keep_their_names() -> None:
     names = [name for name, _ in bare.named_parameters()]
     for wrapped in (torch.nn.DataParallel(bare), torch.compile(bare)):
         assert [name for name, _ in wrapped.named_parameters()] != names
-        inner = callback.inner_model(wrapped)
+        inner = callback._inner(wrapped)
         assert [name for name, _ in inner.named_parameters()] == names
 
 

@@ -14,16 +14,12 @@ from torch import Tensor
 
 from opd_geometry.experiments import activations, committed, measure, profiles, runs
 from opd_geometry.experiments.listing import line_digest, write_listing
-from opd_geometry.experiments.measure import COLUMNS
+from opd_geometry.experiments.measure import COLUMNS, committed_path
 from opd_geometry.experiments.records import digest_of, seal
 from opd_geometry.experiments.runs import Run
 from opd_geometry.geometry import comparison, spectra
 from opd_geometry.geometry.checkpoints import list_matrices
 from opd_geometry.geometry.comparison import METRICS, NULL_METRICS, compare, reference
-
-
-def committed_path(run):
-    return committed._place_and_digest(run, committed._digests())[0]
 
 
 @pytest.fixture(autouse=True)

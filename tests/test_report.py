@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from opd_geometry import cli
 from opd_geometry.book import measured, published, report
-from opd_geometry.experiments import committed, measure
+from opd_geometry.experiments import measure
+from opd_geometry.experiments.committed import committed_path
 from opd_geometry.experiments.profiles import PUBLISHED, build
 from opd_geometry.geometry import readings
 
@@ -74,10 +75,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.said += data
         self._into.append(data)
-
-
-def committed_path(run):
-    return committed._place_and_digest(run, committed._digests())[0]
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,8 @@ from opd_geometry.training.confining import (
 
 __all__ = ["GeometryCallback", "ProjectionCallback"]
 
+_inner = inner_model  # as scripts outside of the library ask for it
+
 PREFIX = "geometry"
 SHADOWED = 2**24  # entries of the largest matrix whose nulls are followed: 0.5 GB
 
