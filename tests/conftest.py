@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # children.py, also for the chil
 
 # What takes longest comes first: at the end one worker would be left alone with it.
 LONGEST = [
-    *("test_chapters_at_scale", "test_at_scale", "test_schedule", "test_runs"),
-    *("test_callback", "test_confining", "test_ranks", "test_cli", "test_formats"),
-    *("A_choices", "02_distance", "06_controls", "03_rank", "07_regimes", "test_site"),
-    *("01_unplaced", "04_real_model", "08_exclusions", "05_directions", "B_bounds"),
-    *("test_published_numbers", "test_policy", "test_rollout", "test_claims"),
+    *("test_chapters_at_scale", "test_schedule", "test_runs", "test_at_scale"),
+    *("test_ranks", "test_measure", "test_confining", "test_site", "test_cli"),
+    *("test_callback", "02_distance", "06_controls", "03_rank", "07_regimes"),
+    *("A_choices", "01_unplaced", "08_exclusions", "04_real_model", "B_bounds"),
+    *("05_directions", "09_your_checkpoints", "test_published_numbers"),
+    *("test_policy", "test_rollout", "test_formats", "test_claims", "test_pairs"),
 ]
 
 

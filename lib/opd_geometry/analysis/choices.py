@@ -14,7 +14,15 @@ import pandas as pd
 
 from opd_geometry.analysis.claims import judge
 from opd_geometry.analysis.distance import order
-from opd_geometry.analysis.evidence import ATTENTION, LAYERS, first, last, over_matrices
+from opd_geometry.analysis.evidence import (
+    ATTENTION,
+    LAYERS,
+    Table,
+    first,
+    last,
+    levels_of,
+    over_matrices,
+)
 from opd_geometry.analysis.statements import claim_of
 from opd_geometry.analysis.verdicts import Values, interval
 from opd_geometry.geometry.comparison import MASK_ALPHA
@@ -167,12 +175,12 @@ CHOICES = (
 
 
 def level(
-    table: pd.DataFrame, arm: str, choice: Choice, reading: Reading, prefix: str = ""
+    table: Table, arm: str, choice: Choice, reading: Reading, prefix: str = ""
 ) -> Values:
     """What one reading says of an arm, one number a seed.
 
     Args:
-        table: tidy.
+        table: tidy, or its levels.
         arm: whose.
         choice, reading: one of ``CHOICES``, and one of its readings.
         prefix: ``null_`` for the arm's Gaussian null.
@@ -209,7 +217,7 @@ def compared(
     arms = list(arms)
     rows = []
     for choice in choices:
-        part = _about(table, {reading.metric for reading in choice.readings})
+        part = levels_of(_about(table, {r.metric for r in choice.readings}))
         for reading in choice.readings:
             levels = {arm: level(part, arm, choice, reading) for arm in arms}
             nulls = {arm: level(part, arm, choice, reading, "null_") for arm in arms}
@@ -279,7 +287,7 @@ def spans(
     """
     rows = []
     for choice in choices:
-        part = _about(table, {reading.metric for reading in choice.readings})
+        part = levels_of(_about(table, {r.metric for r in choice.readings}), [arm])
         means = {r.value: level(part, arm, choice, r).mean() for r in choice.readings}
         ends = means[choice.default], min(means.values()), max(means.values())
         rows.append((choice.quantity, choice.name, *ends))

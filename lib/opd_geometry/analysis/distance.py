@@ -10,6 +10,7 @@ read between checkpoints.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -388,13 +389,13 @@ def _at_end(levels: Levels, arm: str, metric: str) -> Values:
 # --- two arms at one norm, one change at a time ------------------------------------
 
 
-def at_norm(table: pd.DataFrame, arm: str, metric: str, norm: Values) -> Values:
+def at_norm(table: Table, arm: str, metric: str, norm: Values) -> Values:
     """A metric at the moment an arm's update has a given norm.
 
     Linear in the logarithm of the norm between the two checkpoints around it.
 
     Args:
-        table: tidy, with the metric ``frobenius_norm``.
+        table: tidy, or its levels; with the metric ``frobenius_norm``.
         arm, metric: which rows; means over all matrices of the layers.
         norm: one number a seed, a mean over the same matrices.
 
@@ -421,19 +422,19 @@ def at_norm(table: pd.DataFrame, arm: str, metric: str, norm: Values) -> Values:
     return pd.Series(found, dtype=float)
 
 
-def common_norm(table: pd.DataFrame, arm: str, other: str) -> Values:
+def common_norm(table: Table, arm: str, other: str) -> Values:
     """The largest norm that both arms reach: the smaller one of their last, by seed."""
     ends = [last(over_matrices(table, a, NORM, LAYERS)) for a in (arm, other)]
     return pd.concat(ends, axis=1, join="inner").min(axis=1)
 
 
 def ratio(
-    table: pd.DataFrame, arm: str, other: str, metric: str, at: str, prefix: str = ""
+    table: Table, arm: str, other: str, metric: str, at: str, prefix: str = ""
 ) -> Values:
     """Logarithm of a metric's ratio, other over arm, paired by seed.
 
     Args:
-        table: tidy.
+        table: tidy, or its levels.
         arm, other: the two.
         metric: of positive values.
         at: ``AT_END`` or ``AT_EQUAL_NORM``.
@@ -475,13 +476,14 @@ def compared(
         without rows gives no rows; a pair that is never equally far has NaN there.
     """
     there = set(table["arm"])
-    metrics = list(metrics)
+    pairs = [pair for pair in pairs if set(pair) <= there]
+    levels, metrics = levels_of(table, chain.from_iterable(pairs)), list(metrics)
     rows = []
-    for arm, other in [pair for pair in pairs if set(pair) <= there]:
+    for arm, other in pairs:
         for metric in metrics:
             for at in (AT_END, AT_EQUAL_NORM):
-                values = ratio(table, arm, other, metric, at)
-                null = interval(ratio(table, arm, other, metric, at, "null_"))[0]
+                values = ratio(levels, arm, other, metric, at)
+                null = interval(ratio(levels, arm, other, metric, at, "null_"))[0]
                 n_seeds, numbers = len(defined(values)), np.exp(interval(values))
                 found = (n_seeds, *numbers, np.exp(null), order(values))
                 rows.append((arm, other, metric, at, *found))

@@ -26,6 +26,7 @@ from opd_geometry.analysis.evidence import (
     Levels,
     distance,
     last,
+    levels_of,
     over_matrices,
     with_every_null,
 )
@@ -212,11 +213,12 @@ def order_grid(
         seeds covers equality, ``–`` where a run is missing.
     """
     there = set(table["arm"])
+    levels = levels_of(table, [a + suffix for a in (arm, other) for suffix in places])
 
     def cell(one: str, two: str) -> str:
         if {arm + one, other + two} - there:
             return "–"
-        return order(ratio(table, arm + one, other + two, metric, AT_END))
+        return order(ratio(levels, arm + one, other + two, metric, AT_END))
 
     rows = {name: [cell(s, t) for t in places] for s, name in places.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(places.values()))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from opd_geometry.analysis.choices import Choice, Reading, level
+from opd_geometry.analysis.evidence import Levels, levels_of
 from opd_geometry.book.figures import (
     ARM_STYLES,
     GREY,
@@ -59,13 +60,14 @@ def by_choice(
         ValueError: the table has none of the arms.
     """
     arms = present(table, arms)
+    levels = levels_of(table, arms)
     columns = max(map(len, grid))
     with styled():
         figure, axes = panels(len(grid), columns, 0.5 + 2.7 * len(grid))
         named = []
         for row, choices in zip(axes, grid, strict=True):
             for ax, choice in zip(row, choices, strict=False):
-                _draw_choice(ax, table, arms, choice)
+                _draw_choice(ax, levels, arms, choice)
             for ax in row[len(choices) :]:
                 ax.set_axis_off()
             used = list(row[: len(choices)])
@@ -81,9 +83,7 @@ def by_choice(
     return figure
 
 
-def _draw_choice(
-    ax: Axes, table: pd.DataFrame, arms: Sequence[str], choice: Choice
-) -> None:
+def _draw_choice(ax: Axes, table: Levels, arms: Sequence[str], choice: Choice) -> None:
     """The arms and their nulls over the values of one choice."""
     names = [reading.value for reading in choice.readings]
     places = range(len(names))
@@ -116,7 +116,7 @@ def _draw_choice(
 
 
 def _drawn(
-    table: pd.DataFrame, arm: str, choice: Choice, reading: Reading, prefix: str
+    table: Levels, arm: str, choice: Choice, reading: Reading, prefix: str
 ) -> pd.Series:
     """One number a seed, as it is drawn."""
     values = level(table, arm, choice, reading, prefix)

@@ -808,11 +808,6 @@ def final_matrices(
 MASK_METRICS = ("density", "principal_overlap", "low_magnitude_overlap")
 
 
-def _map_height(table: pd.DataFrame) -> float:
-    """Inches of a map: a line of it needs room for its number, or at least a tick."""
-    return max(1.5, 0.1 * table["layer"].nunique())
-
-
 def _by_role_and_layer(
     table: pd.DataFrame, arm: str, metric: str, roles: Sequence[str]
 ) -> pd.DataFrame:
@@ -822,37 +817,6 @@ def _by_role_and_layer(
     return rows.pivot_table(
         index="layer", columns="role", values="value", aggfunc="mean"
     ).reindex(columns=list(roles))
-
-
-def _draw_heat(
-    ax: Axes, values: pd.DataFrame, limits: tuple[float, float], form: str | None
-) -> None:
-    """A square a cell, the first row at the top; with a number in it or a colour bar.
-
-    Args:
-        ax: where.
-        values: a row a line of the map; NaN leaves its square empty.
-        limits: values of the first and of the last colour.
-        form: of the numbers, such as ``.0f``; None writes none.
-    """
-    import seaborn as sns  # takes a second, which pages without a map need not wait
-
-    few = len(values) <= 4 * ANNOTATED_LAYERS  # else the seams would hide the squares
-    sns.heatmap(
-        values,
-        ax=ax,
-        annot=form is not None,
-        fmt=form or "",
-        annot_kws={"fontsize": SMALL},
-        cbar=False,
-        cmap="YlGnBu",
-        vmin=limits[0],
-        vmax=limits[1],
-        linewidths=0.5 if few else 0.0,
-    )
-    ax.set(xlabel="", ylabel="")
-    ax.tick_params(length=0, labelrotation=0)
-    ax.tick_params(axis="x", labelrotation=90)  # roles are words, squares narrow
 
 
 def role_maps(
@@ -880,7 +844,8 @@ def role_maps(
     names = set(table["metric"])
     prefixes = ["", *(["null_"] if names & {f"null_{m}" for m in metrics} else [])]
     with styled():
-        height = 0.5 + _map_height(table) * len(prefixes)
+        each = max(1.5, 0.1 * table["layer"].nunique())  # a line needs a number's room
+        height = 0.5 + each * len(prefixes)
         figure, axes = panels(len(prefixes), len(metrics), height)
         for column, metric in zip(axes.T, metrics, strict=True):
             maps = [
@@ -901,13 +866,27 @@ def role_maps(
 
 
 def _draw_values(ax: Axes, values: pd.DataFrame, low: float, high: float) -> None:
-    """One map with its colour bar; nothing where there are no values."""
+    """A square a value, the first row at the top; numbers if they fit, else a bar.
+
+    Args:
+        ax: where; it stays empty if there is no value.
+        values: a row a line of the map; NaN leaves its square empty.
+        low, high: values of the first and of the last colour.
+    """
+    import seaborn as sns  # takes a second, which pages without a map need not wait
+
     if values.isna().all(axis=None):
         ax.set_axis_off()
         return
     few = len(values) <= ANNOTATED_LAYERS and len(values.columns) <= len(LAYER_ROLES)
     few = few and max(len(f"{value:.2g}") for value in values.to_numpy().flat) <= 3
-    _draw_heat(ax, values, (low, high), ".2g" if few else None)
+    numbers: Any = {"annot": few, "fmt": ".2g", "annot_kws": {"fontsize": SMALL}}
+    seams = 0.5 if len(values) <= 4 * ANNOTATED_LAYERS else 0.0  # else they hide all
+    colours: Any = {"cmap": "YlGnBu", "vmin": low, "vmax": high, "linewidths": seams}
+    sns.heatmap(values, ax=ax, cbar=False, **numbers, **colours)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0, labelrotation=0)
+    ax.tick_params(axis="x", labelrotation=90)  # roles are words, squares narrow
     if not few:
         figure = ax.get_figure(root=True)
         assert figure is not None
