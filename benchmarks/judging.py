@@ -101,11 +101,11 @@ def main() -> None:
         both = runs & now
         one = ("--profile", "published")
         cases = [
-            ("its own", options.earlier, laid_out(folder / "a", then, then, runs), one),
-            ("its own", "this", laid_out(folder / "b", ROOT, then, runs), one),
-            ("today's", options.earlier, laid_out(folder / "c", then, ROOT, both), one),
-            ("today's", "this", laid_out(folder / "d", ROOT, ROOT, both), one),
-            ("all, two worlds", "this", laid_out(folder / "e", ROOT, ROOT, now), ()),
+            ("earlier", options.earlier, laid_out(folder / "a", then, then, runs), one),
+            ("earlier", "this", laid_out(folder / "b", ROOT, then, runs), one),
+            ("today", options.earlier, laid_out(folder / "c", then, ROOT, both), one),
+            ("today", "this", laid_out(folder / "d", ROOT, ROOT, both), one),
+            ("today, two worlds", "this", laid_out(folder / "e", ROOT, ROOT, now), ()),
         ]
         sizes = [len(runs), len(runs), len(both), len(both), len(now)]
         taken: list[list[float]] = [[] for _ in cases]
