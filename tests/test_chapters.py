@@ -246,6 +246,25 @@ def test_nan_where_no_run_is_missing_is_an_error() -> None:
     assert chapters.say("{x:.2f}", x=math.nan).data == "–"
 
 
+def test_runs_that_are_left_out_account_for_a_nan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parameters = check_parameters({**DEFAULTS, "profile": "published", "seeds": "3,4"})
+    none = pd.DataFrame()
+    monkeypatch.setattr(chapters, "_measured", lambda *_: (none, none))
+    monkeypatch.setattr(chapters, "_absent", lambda *_: [])
+    chapters.load_there(parameters, ["opd"])
+    with pytest.raises(ValueError, match="though no run is missing"):
+        chapters.say("{x:.2f}", x=math.nan)
+    lost = [profiles.build("published", "opd", 3)]
+    for absent in (lost, None):
+        check_parameters({**DEFAULTS, "profile": "published", "seeds": "3,4"})
+        found = {"opd": absent, "sft": []}
+        monkeypatch.setattr(chapters, "_absent", lambda _, arm, f=found: f[arm])
+        chapters.load_there(parameters, ["opd", "sft"])
+        assert chapters.say("{x:.2f}", x=math.nan).data == "–"
+
+
 def test_rounds_numbers_and_leaves_the_rest() -> None:
     frame = pd.DataFrame({"x": [0.123456, math.nan, 1234567.0], "n": [1, 2, 30]})
     shown = chapters.rounded(frame.assign(text="a"))

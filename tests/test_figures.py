@@ -191,6 +191,14 @@ def test_progress_is_a_share_of_each_runs_own_length() -> None:
         assert run["frac"].tolist() == pytest.approx(list(STEPS))
 
 
+def test_sparsity_of_matrices_without_sizes_is_nan() -> None:
+    table = planted()
+    table = table[table["metric"] != "parameters"]
+    means = figures.summary(table, ["sparsity", "nss"])
+    assert means["sparsity"].isna().all()
+    assert means["nss"].notna().all()
+
+
 def test_categories_of_a_stored_table_change_nothing() -> None:
     table = planted()
     names = ["run", "arm", "matrix", "role", "metric"]

@@ -191,7 +191,8 @@ class Levels:
         self, metric: str, roles: tuple[str, ...], weighted: bool
     ) -> "_Means":
         rows = self._rows_of(metric)
-        rows = rows[self._roles.categories.isin(roles)[self._roles.codes[rows]]]
+        codes = self._roles.codes[rows]
+        rows = rows[self._roles.categories.isin(roles)[codes] & (codes >= 0)]
         values = self.table["value"].to_numpy()[rows]
         weights = self._weights(rows) if weighted else np.ones(len(rows))
         sums = pd.DataFrame({"top": values * weights, "bottom": weights})

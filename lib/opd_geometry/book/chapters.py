@@ -306,9 +306,11 @@ def load_there(
     Returns:
         As ``load``.
     """
+    global _all_there
     asked: dict[tuple[int, ...], list[str]] = {}
     for arm in arms:
         absent = _absent(parameters, arm)
+        _all_there = _all_there and absent == []
         if absent is None:
             continue
         gone = {run.seed for run in absent}
@@ -435,19 +437,19 @@ def publish(**values: Any) -> None:
         glue(name, shown, display=False)
 
 
-# A hyphen before a number that no word, bracket or other number comes before, or before
-# the two digits of an exponent.
-DASH = "\N{MINUS SIGN}"
-MINUS = re.compile(r"(?<![\w\-\]./)`])-(?=\d)|(?<=\de)-(?=\d\d\b)")
+# Code, which stays as it is; a hyphen before a number that no word, bracket or other
+# number comes before, or before the two digits of an exponent; a per cent sign.
+SIGNS = re.compile(r"`+[^`]*`+|(?<![\w\-\]./)`])-(?=\d)|(?<=\de)-(?=\d\d\b)|(?<=\d)%")
+SET = {"-": "\N{MINUS SIGN}", "%": "\N{NO-BREAK SPACE}%"}
 
 
 def typeset(text: str) -> str:
     """Minus signs for hyphens before numbers, and a space before per cent signs.
 
-    >>> typeset("-0.5 to 4.6%, 1e-05")
-    '−0.5 to 4.6\xa0%, 1e−05'
+    >>> typeset("-0.5 to 4.6%, 1e-05, `lr = 1e-05`")
+    '−0.5 to 4.6\xa0%, 1e−05, `lr = 1e-05`'
     """
-    return re.sub(r"(?<=\d)%", "\N{NO-BREAK SPACE}%", MINUS.sub(DASH, text))
+    return SIGNS.sub(lambda found: SET.get(found[0], found[0]), text)
 
 
 def say(text: str, **values: Any) -> Any:

@@ -236,7 +236,8 @@ def over_matrices(
 
     Returns:
         One row a run and step: arm, seed, step, frac (share of the run's training),
-        value. A mean with an undefined member (NaN) is left out.
+        value. A mean with an undefined member (NaN, or of unknown size where it is
+        weighed) is left out.
     """
     last = table.groupby(["arm", "seed"], observed=True)["step"].max()
     wanted = (table["metric"] == metric) & table["role"].isin([*roles, "model"])
@@ -246,7 +247,7 @@ def over_matrices(
         sizes = table[table["metric"] == "parameters"]
         size = sizes.groupby(["arm", "matrix"], observed=True)["value"].first()
         keys = zip(rows["arm"], rows["matrix"], strict=True)
-        weights = np.array([size[key] for key in keys])
+        weights = np.array([size.get(key, np.nan) for key in keys], float)
     sums = (
         rows.assign(weight=weights, value=rows["value"] * weights)
         .groupby(["arm", "seed", "step"])[["value", "weight"]]
@@ -613,6 +614,7 @@ def draw_arms(
         value: the column that is drawn.
         places: of the rows of the table, in the panel.
     """
+    rows = rows.reset_index(drop=True)  # an index may name a row twice
     at = pd.Series(places, rows.index)
     for i, arm in enumerate(arms):
         own, look = rows[rows["arm"] == arm], ARM_STYLES[arm]
