@@ -49,8 +49,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = place / "trained"
     with FileLock(place / "trained.lock"):
         for run in (children.OPD, children.RLVR, children.PROJECTED):
-            if not (data / "runs" / run.name / "done.json").is_file():
+            done = data / "runs" / run.name / "done.json"
+            if not done.is_file():
                 children.Child(data, children.runs.ensure, run).result()
+                assert done.is_file(), "training died"
     return data
 
 

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from children import Child
 
 from opd_geometry import cli, sources
+from opd_geometry.analysis.claims import read_claims
 from opd_geometry.book import explorer, own, site
 from opd_geometry.experiments import measure, profiles, runs, schedule
 from opd_geometry.experiments.listing import write_listing
@@ -67,16 +69,20 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_judging_does_not_wait_for_torch() -> None:
+def test_judging_does_not_wait_for_torch(tmp_path: Path) -> None:
     """Reading and judging what is committed is what it does; no run is trained."""
     code = (
-        "import sys; from opd_geometry import cli; cli.main(['claims', '--profile', "
-        "'gpu']); print(*{*sys.modules})"
+        "import sys; from opd_geometry import cli; code = cli.main(['claims', "
+        "'--profile', 'published']); print(*sys.modules); sys.exit(code)"
     )
     command = [sys.executable, "-c", code]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "opd_geometry.experiments.committed" in loaded.stdout.split()
-    assert not {"torch", "transformers", "seaborn"} & {*loaded.stdout.split()}
+    place = os.environ | {"OPD_GEOMETRY_DATA": str(tmp_path)}  # reads the checkout's
+    told = subprocess.run(command, env=place, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    loaded = {*told.stdout.splitlines()[-1].split()}
+    assert "opd_geometry.analysis.verdicts" in loaded
+    assert not {"torch", "transformers", "seaborn"} & loaded
+    assert not read_claims(tmp_path / "claims.csv").empty
 
 
 @pytest.mark.parametrize(

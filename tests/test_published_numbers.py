@@ -94,11 +94,12 @@ def test_arms_that_no_rule_asks_for_change_no_claim(
     assert "another seed as predictor: 0." in ends  # of the tables of pairs
 
 
-def tables_of(stem: str, *names: str) -> Iterator[dict[str, str]]:
-    """Rows about a claim in a chapter's tables, all or those named: column to text."""
-    for name in names or GLUED[stem]:
-        data = GLUED[stem][name]
-        tree = BeautifulSoup(data.get("html", ""), "html.parser")
+def tables_of(notebook: NotebookNode) -> Iterator[dict[str, str]]:
+    """Rows about a claim's verdict in a chapter's tables: column to text."""
+    outputs = [x for cell in notebook.cells for x in cell.get("outputs", [])]
+    for output in outputs:
+        html = output.get("data", {}).get("text/html", "")
+        tree = BeautifulSoup(html, "html.parser")
         heads = [head.get_text() for head in tree.select("thead th")]
         if {"claim", "verdict"} <= set(heads):
             for row in tree.select("tbody tr"):
@@ -117,7 +118,7 @@ def expected(row: dict[str, str], finding: dict[str, Any]) -> dict[str, str]:
     shown = levels + board.effect_text(finding)
     seeds = f"{finding['n_seeds']} seed{'' if finding['n_seeds'] == 1 else 's'}"
     verdict = finding["verdict"]
-    marked = f"{chapters.VERDICT_MARKS[verdict]} {verdict}"
+    marked = f"{board.VERDICT_MARKS[verdict]} {verdict}"
     against = board.in_words(f"{finding['null']}; {finding['matched']}")
     known = {
         "claim": f"{finding['statement']} ({finding['id']})",
@@ -128,14 +129,23 @@ def expected(row: dict[str, str], finding: dict[str, Any]) -> dict[str, str]:
     return {name: known[name] for name in row if name in known}
 
 
-@pytest.mark.parametrize("stem", GLUED)
+@pytest.mark.parametrize("path", CHAPTERS, **by_name)
 def test_tables_of_verdicts_are_those_of_the_measurements(
-    stem: str, by_id: dict[str, dict[str, Any]]
+    path: Path, by_id: dict[str, dict[str, Any]]
 ) -> None:
-    for row in tables_of(stem):
+    """Of every claim that the chapter judges."""
+    rows = list(tables_of(read(path)))
+    judged = {x for x, row in by_id.items() if board.part_of(row)[1] == path.stem}
+    assert {claim_in(row) for row in rows} == judged
+    for row in rows:
         wanted = expected(row, by_id[claim_in(row)])
-        assert len(wanted) >= 3
+        assert len(wanted) == 4
         assert {name: row[name] for name in wanted} == wanted
+
+
+def test_every_claim_has_its_row_in_a_chapter(by_id: dict[str, dict[str, Any]]) -> None:
+    shown = [claim_in(row) for path in CHAPTERS for row in tables_of(read(path))]
+    assert sorted(shown) == sorted(by_id)
 
 
 @pytest.mark.parametrize("stem", GLUED)
