@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_geometry.experiments.choices import choices, gates, unchanged_share
+from opd_geometry.experiments.choices import choices, gates, tails, unchanged_share
 from opd_geometry.geometry import spectra, updates
 
 N = 64
@@ -47,6 +47,15 @@ def test_defaults_agree_with_the_diagnostics_themselves(
         "hill_alpha@k=own": spectra.hill_exponent(delta, 8),
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected)
+
+
+def test_an_update_of_low_rank_has_no_tail_of_rounding() -> None:
+    before = BEFORE.float()
+    low = (gaussian(2)[:, :3] @ gaussian(3)[:3] * 1e-3).float()
+    found = tails(before, before + low)
+    assert found
+    assert {n for n, v in found.items() if v == v} == {"hill_alpha@k=n/32"}
+    assert all(v == v for v in tails(before, before + AFTER.float()).values())
 
 
 def test_tolerance_and_dtype_of_a_planted_update() -> None:

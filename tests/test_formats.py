@@ -21,7 +21,13 @@ from children import Child
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd_geometry.geometry import checkpoints, pairs, quantised, training_formats
+from opd_geometry.geometry import (
+    checkpoints,
+    pairs,
+    quantised,
+    storage,
+    training_formats,
+)
 from opd_geometry.geometry.checkpoints import list_pairs, open_checkpoint
 
 HERE = Path(__file__).parent
@@ -694,6 +700,24 @@ def test_names_of_distributed_pieces_stay_inside_their_folder(tmp_path: Path) ->
     file.write_bytes(content.replace(b"__0_0.distcp", b"../a.distcp\x00"))
     with pytest.raises(ValueError, match=r"expected a file beside it|is damaged"):
         training_formats.from_dcp(tmp_path / "x")
+
+
+@pytest.mark.parametrize("n_rows", [3, 5])
+def test_one_piece_is_held_against_its_metadata(tmp_path: Path, n_rows: int) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    for n, folder in ((4, "said"), (n_rows, "held")):
+        dcp.save({"a": noise(n, 4)}, checkpoint_id=tmp_path / folder, no_dist=True)
+    (whole,) = training_formats.from_dcp(tmp_path / "held")
+    assert whole.place[:].shape == (n_rows, 4)
+    wider = storage.put_together(
+        tmp_path, "a", (n_rows, 4), "float64", [((0, 0), (n_rows, 4), whole.place)]
+    )
+    assert wider.place[:].dtype == torch.float64
+    (tmp_path / "held" / "__0_0.distcp").rename(tmp_path / "said" / "__0_0.distcp")
+    (other,) = training_formats.from_dcp(tmp_path / "said")
+    with pytest.raises(ValueError, match=rf"0\.distcp holds .*\({n_rows}, 4\), exp"):
+        other.place[:]
 
 
 def test_every_error_names_its_file(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from opd_geometry.geometry import spectra, updates
-from opd_geometry.geometry.bits import to_bfloat16
+from opd_geometry.geometry.bits import norm, rounding, to_bfloat16
 from opd_geometry.geometry.comparison import (
     ANGLE_DIVISOR,
     ETA,
     MASK_ALPHA,
     PRINCIPAL_DIVISOR,
-    defined,
+    hill,
 )
 
 ETAS = {"1e-4": 1e-4, "1e-2": 1e-2}  # relative tolerance; the default is 1e-3
@@ -128,10 +128,11 @@ def tails(w_before: Tensor, w_after: Tensor) -> dict[str, float]:
         ``hill_alpha@k=...``; NaN where the update has too low a rank.
     """
     s = spectra.singular_values(w_after.double() - w_before.double())
+    floor = rounding(w_after.dtype, norm(w_before), w_after.shape)
     values = {}
     for name, divisor in HILL_RANKS.items():
         k = max(2, spectra.default_rank(w_before.shape, divisor))
-        values[f"hill_alpha@k={name}"] = defined(spectra.hill_exponent, s, k)
+        values[f"hill_alpha@k={name}"] = hill(s, k, floor)
     return values
 
 

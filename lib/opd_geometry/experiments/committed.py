@@ -96,7 +96,7 @@ def committed_table(run: Run) -> pd.DataFrame:
         ValueError: its content is not what was committed, it cannot be read, or it
             holds other rows than those of this run.
     """
-    return _tidy([run])
+    return _tidy([run]).copy()  # what arrow made is read-only
 
 
 def _tidy(runs: Sequence[Run]) -> pd.DataFrame:

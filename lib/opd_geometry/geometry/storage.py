@@ -186,7 +186,16 @@ class Pieces:
                 slice(start - low, stop - low),
                 *(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True)),
             )
-            whole[target] = place[start - offsets[0] : stop - offsets[0]]
+            # to its end without a number, so that a longer one shows
+            end = None if stop == offsets[0] + shape[0] else stop - offsets[0]
+            found = place[start - offsets[0] : end]
+            if found.shape != whole[target].shape:
+                raise ValueError(
+                    f"{place.files()[0]} holds values of shape {tuple(found.shape)}, "
+                    f"expected {tuple(whole[target].shape)} as its metadata says; "
+                    "copy the files of one save again"
+                )
+            whole[target] = found
         return whole
 
     def files(self) -> tuple[Path, ...]:
@@ -210,8 +219,9 @@ def put_together(
     """
     if lacking := uncovered(shape, pieces):
         raise ValueError(f"{folder} has no whole {name}: {lacking}; {remedy}")
-    whole = len(pieces) == 1
-    place = pieces[0][2] if whole else Pieces(shape, dtype, tuple(pieces))
+    place: Place = Pieces(shape, dtype, tuple(pieces))
+    if len(pieces) == 1 and isinstance(pieces[0][2], InFile):
+        place = pieces[0][2]  # its own file's header says what it is
     return Stored(name, shape, dtype, place)
 
 
