@@ -517,7 +517,8 @@ def test_no_flipped_bit_of_a_committed_table_is_silent(copied: Path) -> None:
             measure.committed_table(RLVR)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole)
-    measure.committed_table(RLVR).loc[0, "value"] = 1.0  # a reader may write to it
+    table = measure.committed_table(RLVR)
+    table.loc[0, "value"] = 1.0  # a reader may write to it
 
 
 @pytest.mark.usefixtures("tiny_profile")
